@@ -1,0 +1,44 @@
+# make demo | test | test-slow | bench | fmt | demo-assets: each creates .venv first if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILT := $(VENV)/.built
+
+.PHONY: demo test test-slow bench fmt lint demo-assets build clean
+
+demo: build
+	$(BIN)/python -m moerge_ext demo
+
+test: build
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: build
+	$(BIN)/python -m pytest -m slow
+
+demo-assets: build
+	$(BIN)/python -m moerge_ext.demo.assets
+
+fmt: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+build: $(BUILT)
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(BUILT): $(VENV)/.installed setup.py CMakeLists.txt pyproject.toml moerge_ext/_version.py $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info moerge_ext/*.so

@@ -1,0 +1,85 @@
+// Argument checks. One message format for every op:
+//   moerge::<op>: <argument> must be <what, with values>, got <what>
+// The Python wrappers turn these errors into ValueError.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace moerge {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  out << ']';
+  return out.str();
+}
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+// The checks of one op; `op` is its name without the namespace.
+struct Check {
+  const char* op;
+
+  template <class... Parts>
+  [[noreturn]] void fail(const Parts&... parts) const {
+    throw std::runtime_error(text("moerge::", op, ": ", parts...));
+  }
+
+  template <class... Parts>
+  void that(bool ok, const Parts&... parts) const {
+    if (!ok) fail(parts...);
+  }
+
+  // Shape check; -1 in `sizes` matches anything. `wanted` is how the message spells the shape, with values.
+  void shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
+             const std::string& wanted) const {
+    bool ok = tensor.dim() == static_cast<int64_t>(sizes.size());
+    int64_t axis = 0;
+    for (int64_t size : sizes) {
+      if (ok && size >= 0) ok = tensor.size(axis) == size;
+      ++axis;
+    }
+    that(ok, name, " must be ", wanted, ", got ", shape_of(tensor));
+  }
+
+  void floating(const Tensor& tensor, const char* name) const {
+    that(is_floating(tensor.scalar_type()), name, " must be float16, bfloat16, float32 or float64, got ",
+         torch::headeronly::toString(tensor.scalar_type()));
+  }
+
+  void dtype(const Tensor& tensor, const char* name, ScalarType type) const {
+    that(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
+         torch::headeronly::toString(tensor.scalar_type()));
+  }
+
+  void same_device(const Tensor& tensor, const char* name, const Tensor& x) const {
+    that(tensor.is_cuda() == x.is_cuda() && tensor.is_cpu() == x.is_cpu() &&
+             tensor.get_device_index() == x.get_device_index(),
+         name, " must be on the device of x");
+  }
+};
+
+}  // namespace moerge

@@ -1,0 +1,2 @@
+#define MOERGE_ISA isa_portable
+#include "micro_kernels.h"

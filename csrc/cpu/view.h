@@ -1,0 +1,159 @@
+// Between tensors and micro.h: typed strided views, the map from tokens to rows, per-thread scratch, parallel loops.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../check.h"
+#include "micro.h"
+
+namespace moerge::cpu {
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      return DType::f16;
+  }
+}
+
+inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+// The tensor itself when its last axis has stride 1 (or one element), else a contiguous copy.
+inline Tensor rows_contiguous(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A matrix whose rows are contiguous.
+struct Matrix {
+  DType dtype;
+  char* data;
+  int64_t row_bytes;
+
+  Matrix(const Tensor& tensor)
+      : dtype(dtype_of(tensor)),
+        data(static_cast<char*>(tensor.data_ptr())),
+        row_bytes(tensor.stride(0) * size_of(dtype)) {}
+
+  void* at(int64_t row, int64_t column = 0) const { return data + row * row_bytes + column * size_of(dtype); }
+};
+
+// A stack of factors seen as [E,R,C] (C is D for A and O for B), in whatever strides they came.
+struct Factors {
+  DType dtype;
+  char* data;
+  int64_t expert_stride, rank_stride, column_stride;  // in elements
+  int64_t ranks, columns;
+
+  // axis_r, axis_c: which axes of `tensor` are R and C
+  Factors(const Tensor& tensor, int axis_r, int axis_c)
+      : dtype(dtype_of(tensor)),
+        data(static_cast<char*>(tensor.data_ptr())),
+        expert_stride(tensor.stride(0)),
+        rank_stride(tensor.stride(axis_r)),
+        column_stride(tensor.size(axis_c) <= 1 ? 1 : tensor.stride(axis_c)),
+        ranks(tensor.size(axis_r)),
+        columns(tensor.size(axis_c)) {}
+
+  // One half of the result of pack_experts.
+  Factors(const Tensor& packed, int64_t offset, int64_t ranks, int64_t columns)
+      : dtype(dtype_of(packed)),
+        data(static_cast<char*>(packed.data_ptr()) + offset * size_of(dtype)),
+        expert_stride(packed.stride(0)),
+        rank_stride(columns),
+        column_stride(1),
+        ranks(ranks),
+        columns(columns) {}
+
+  const char* at(int64_t expert, int64_t rank, int64_t column) const {
+    return data + (expert * expert_stride + rank * rank_stride + column * column_stride) * size_of(dtype);
+  }
+};
+
+// Which of the N rows token t belongs to.
+struct RowMap {
+  const int32_t* rows = nullptr;  // [T], or null: tokens of a row are adjacent
+  int64_t tokens_per_row = 1;
+
+  int64_t operator()(int64_t token) const { return rows ? rows[token] : token / tokens_per_row; }
+};
+
+// Checks `rows` (or that T divides evenly) and builds the map. `n_rows` 0: nothing is per row.
+inline RowMap row_map(const Check& check, const std::optional<Tensor>& rows, int64_t tokens, int64_t n_rows,
+                      Tensor& keep_alive) {
+  RowMap map;
+  if (!n_rows) n_rows = 1;
+  if (rows) {
+    check.dtype(*rows, "rows", ScalarType::Int);
+    check.shape(*rows, "rows", {tokens}, text("[T=", tokens, "]"));
+    keep_alive = torch::stable::contiguous(*rows);
+    map.rows = static_cast<const int32_t*>(keep_alive.data_ptr());
+    for (int64_t t = 0; t < tokens; ++t)
+      check.that(map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows, "), got ",
+                 map.rows[t], " for token ", t);
+  } else {
+    check.that(tokens % n_rows == 0, "the number of tokens T=", tokens, " must be a multiple of N=", n_rows,
+               " rows, or rows [T] must say which row each token belongs to");
+    map.tokens_per_row = std::max<int64_t>(1, tokens / n_rows);
+  }
+  return map;
+}
+
+// Memory of one thread that is kept between calls; `slot` tells apart buffers that live at the same time.
+template <class T>
+T* scratch(int slot, int64_t count) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffers[6];
+  Buffer& buffer = buffers[slot];
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  if (bytes > buffer.bytes) {
+    std::free(buffer.data);
+    buffer.data = std::aligned_alloc(64, bytes);
+    buffer.bytes = buffer.data ? bytes : 0;
+    if (!buffer.data) throw std::bad_alloc();
+  }
+  return static_cast<T*>(buffer.data);
+}
+
+// f(i) for i in [0, n), spread over torch's threads. What f computes must not depend on which thread runs it.
+template <class F>
+void parallel(int64_t n, const F& f) {
+  if (n == 1) return f(0);
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Acc>
+constexpr ScalarType scalar_type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// The address of row `t` as Acc: in place when it is stored so, else loaded into `buffer`.
+template <class Acc>
+const Acc* row_as(const Matrix& x, int64_t t, int64_t columns, Acc* buffer) {
+  if (x.dtype == (std::is_same_v<Acc, double> ? DType::f64 : DType::f32)) return static_cast<Acc*>(x.at(t));
+  micro<Acc>(x.dtype).load(columns, x.at(t), buffer);
+  return buffer;
+}
+
+}  // namespace moerge::cpu

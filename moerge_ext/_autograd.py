@@ -1,0 +1,240 @@
+"""Fake kernels and gradients of the ops, registered with torch. Backward ops are ops too; differentiating them is refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from ._native import load_kernels
+
+load_kernels()
+_ops = torch.ops.moerge
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _bits(needs: list[bool]) -> int:
+    return sum(1 << i for i, needed in enumerate(needs) if needed)
+
+
+def _given(grad: Tensor, needed: bool) -> Tensor | None:
+    return grad if needed else None
+
+
+def _maybe(like: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:
+    return like.new_empty(shape if needed else (0,))
+
+
+# ---- route -------------------------------------------------------------------------------------------------------
+
+
+@register_fake("moerge::route")
+def _route_fake(x, gates, top_k=2, *options):
+    shape = (x.shape[0], top_k)
+    return x.new_empty(shape, dtype=_wide(x)), x.new_empty(shape, dtype=torch.int32)
+
+
+@register_fake("moerge::route_backward")
+def _route_backward_fake(
+    grad_weights, weights, experts, x, gates, needs, top_k=2, normalize="standardize", absolute=False, scale=None,
+    bias=None, *options,
+):  # fmt: skip
+    bias_like = x if bias is None else bias
+    return (
+        _maybe(x, x.shape, needs & 1),
+        _maybe(gates, gates.shape, needs & 2),
+        _maybe(bias_like, bias_like.shape, bias is not None and needs & 4),
+    )
+
+
+def _route_setup(ctx, inputs, output):
+    x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting = inputs
+    ctx.options = (top_k, normalize, absolute, scale, top_p, weighting)
+    ctx.save_for_backward(x, gates, bias, rows, mask, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _route_grads(grad, saved, options, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_x, grad_gates, grad_bias) from the gradient of the weights; `needs` says which."""
+    x, gates, bias, rows, mask, weights, experts = saved
+    top_k, normalize, absolute, scale, top_p, weighting = options
+    if grad is None or not any(needs):
+        return None, None, None
+    grads = _ops.route_backward.default(
+        grad, weights, experts, x, gates, _bits(needs), top_k, normalize, absolute, scale, bias, rows, mask, top_p,
+        weighting,
+    )  # fmt: skip
+    return tuple(_given(g, needed) for g, needed in zip(grads, needs, strict=True))
+
+
+def _route_backward(ctx, grad_weights, grad_experts):
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 6)]
+    dx, dgates, dbias = _route_grads(grad_weights, ctx.saved_tensors, ctx.options, needs)
+    return dx, dgates, None, None, None, None, dbias, None, None, None, None
+
+
+register_autograd("moerge::route", _route_backward, setup_context=_route_setup)
+
+
+# ---- lora_apply --------------------------------------------------------------------------------------------------
+
+
+@register_fake("moerge::lora_apply")
+def _lora_apply_fake(base, x, lora_a, lora_b, weights, experts, lora_bias=None, *options):
+    return base.new_empty(base.shape)
+
+
+@register_fake("moerge::lora_apply_")
+def _lora_apply_inplace_fake(base, *inputs):
+    return None
+
+
+@register_fake("moerge::lora_apply_backward")
+def _lora_apply_backward_fake(grad_y, x, lora_a, lora_b, weights, experts, needs, lora_bias=None, *options):
+    n_experts, out_features, rank = lora_b.shape
+    grad_b = _maybe(lora_b, (n_experts, rank, out_features), needs & 4)
+    bias_like = x if lora_bias is None else lora_bias
+    return (
+        _maybe(x, x.shape, needs & 1),
+        _maybe(lora_a, lora_a.shape, needs & 2),
+        grad_b.transpose(1, 2) if needs & 4 else grad_b,
+        _maybe(weights, weights.shape, needs & 8),
+        _maybe(bias_like, bias_like.shape, lora_bias is not None and needs & 16),
+    )
+
+
+def _lora_setup(ctx, inputs, output):
+    base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed = inputs
+    ctx.factored = factored
+    ctx.save_for_backward(x, lora_a, lora_b, weights, experts, lora_bias, rows)
+
+
+def _lora_grads(grad_y, saved, factored, needs) -> tuple[Tensor | None, ...]:
+    """(grad_x, grad_lora_a, grad_lora_b, grad_weights, grad_lora_bias); `needs` says which."""
+    x, lora_a, lora_b, weights, experts, lora_bias, rows = saved
+    if not any(needs):
+        return (None,) * 5
+    grads = _ops.lora_apply_backward.default(
+        grad_y, x, lora_a, lora_b, weights, experts, _bits(needs), lora_bias, rows, factored
+    )
+    return tuple(_given(g, needed) for g, needed in zip(grads, needs, strict=True))
+
+
+def _lora_backward(ctx, grad_y):
+    needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 4, 6)]
+    dx, da, db, dw, dbias = _lora_grads(grad_y, ctx.saved_tensors, ctx.factored, needs)
+    return _given(grad_y, ctx.needs_input_grad[0]), dx, da, db, dw, None, dbias, None, None, None
+
+
+register_autograd("moerge::lora_apply", _lora_backward, setup_context=_lora_setup)
+
+
+# ---- routed_lora -------------------------------------------------------------------------------------------------
+
+
+@register_fake("moerge::routed_lora")
+def _routed_lora_fake(base, x, gates, lora_a, lora_b, top_k=2, *options):
+    return base.new_empty(base.shape), *_route_fake(x, gates, top_k)
+
+
+def _routed_setup(ctx, inputs, output):
+    (base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting, lora_bias,
+     factored, packed) = inputs  # fmt: skip
+    _, weights, experts = output
+    ctx.options = (top_k, normalize, absolute, scale, top_p, weighting)
+    ctx.factored = factored
+    ctx.save_for_backward(x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias)
+    ctx.set_materialize_grads(False)
+
+
+def _routed_backward(ctx, grad_y, grad_weights, grad_experts):
+    x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    routed = [need[1], need[2], need[9]]
+    dx = da = db = dbias = None
+    if grad_y is not None:
+        saved = (x, lora_a, lora_b, weights, experts, lora_bias, None)
+        needs = [need[1], need[3], need[4], any(routed), need[14]]
+        dx, da, db, dweights, dbias = _lora_grads(grad_y, saved, ctx.factored, needs)
+        if dweights is not None:
+            grad_weights = dweights if grad_weights is None else grad_weights + dweights
+    saved = (x, gates, bias, rows, mask, weights, experts)
+    dx_route, dgates, droute_bias = _route_grads(grad_weights, saved, ctx.options, routed)
+    if dx_route is not None:
+        dx = dx_route if dx is None else dx + dx_route
+    dbase = _given(grad_y, need[0]) if grad_y is not None else None
+    return (
+        dbase,
+        dx,
+        dgates,
+        da,
+        db,
+        None,
+        None,
+        None,
+        None,
+        droute_bias,
+        None,
+        None,
+        None,
+        None,
+        dbias,
+        None,
+        None,
+    )
+
+
+register_autograd("moerge::routed_lora", _routed_backward, setup_context=_routed_setup)
+
+
+# ---- pack_experts, mix_log_probs ---------------------------------------------------------------------------------
+
+
+@register_fake("moerge::pack_experts")
+def _pack_fake(lora_a, lora_b):
+    n_experts, rank, features = lora_a.shape
+    return lora_a.new_empty((n_experts, rank * features + rank * lora_b.shape[1]))
+
+
+@register_fake("moerge::mix_log_probs")
+def _mix_fake(logits, weights):
+    return logits.new_empty(logits.shape[1:], dtype=_wide(logits))
+
+
+@register_fake("moerge::mix_log_probs_backward")
+def _mix_backward_fake(grad, result, logits, weights, needs):
+    return _maybe(logits, logits.shape, needs & 1), _maybe(weights, weights.shape, needs & 2)
+
+
+def _mix_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output)
+
+
+def _mix_backward(ctx, grad):
+    logits, weights, result = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
+    grads = _ops.mix_log_probs_backward.default(grad, result, logits, weights, _bits(needs))
+    return tuple(_given(g, needed) for g, needed in zip(grads, needs, strict=True))
+
+
+register_autograd("moerge::mix_log_probs", _mix_backward, setup_context=_mix_setup)
+
+
+# ---- what has no gradient ----------------------------------------------------------------------------------------
+
+
+def _refuse(op: str):
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"moerge::{op} has no gradient of its own: second derivatives (create_graph=True) are not supported. "
+            "Use moerge_ext.reference for double backward."
+        )
+
+    register_autograd(f"moerge::{op}", backward)
+
+
+for _name in ("route_backward", "lora_apply_backward", "mix_log_probs_backward", "pack_experts"):
+    _refuse(_name)

@@ -1,0 +1,138 @@
+"""The mean input of every LoRA module over an expert's data: gates that need no training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .adapters import write_gates
+from .batches import Batch, BatchSource, Collate, run_model
+from .gated_lora import GatedLoRA, gated_model
+
+AVERAGE_ACTIVATION = "average-activation"
+
+
+def average_activation(
+    model: nn.Module,
+    adapter_folder: str | Path,
+    batches: Iterable[Any],
+    *,
+    collate_fn: Collate | None = None,
+    batch_size: int = 8,
+    output_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write, for every LoRA module of an expert, the mean of its input u [D] over the tokens of `batches`.
+
+        g = (1 / T) sum_t u_t       the baseline "Average Activation" of PHATGOOSE, arXiv 2402.05859,
+        section 4
+
+    The expert's LoRA is applied in every module, so these are the expert's own activations; dropout is off.
+    Sums are float64, the result is float32, kind "average-activation". Returns the file written (in
+    `output_dir`, default `adapter_folder`). The model is as before afterwards.
+
+    Padding does not count: in a decoder-only model or an encoder the tokens where `attention_mask` is 0; in
+    the decoder of an encoder-decoder those where `decoder_attention_mask` is 0 or, without one, where
+    `labels` is -100 (its cross-attention keys and values read the encoder's tokens and follow
+    `attention_mask`). A module whose input has other leading sizes than the mask (a pooler's [N, D]) counts
+    every row, as everything does without a mask.
+
+    `batches` is one pass of ready batches, or with `collate_fn` a list or Dataset of features.
+    Errors: ValueError for an adapter that does not fit the model, no batches, a module that never ran, or
+    sums that are not finite.
+    """
+    source = BatchSource(batches, name="batches", collate_fn=collate_fn, batch_size=batch_size)
+    with gated_model(model, adapter_folder, gate=False) as gated, ExitStack() as stack:
+        tokens = _Tokens(model, stack)
+        means = {path: _Mean(layer, tokens) for path, layer in gated.layers.items()}
+        for path, layer in gated.layers.items():
+            stack.callback(layer.register_forward_pre_hook(means[path]).remove)
+        model.eval()
+        count = 0
+        with torch.no_grad():
+            label = f"activations of {gated.adapter.name}"
+            for batch in tqdm(source.epoch(), desc=label, unit="batch", disable=not progress):
+                count += 1
+                tokens.begin(batch)
+                run_model(model, batch)
+        if count == 0:
+            raise ValueError("batches is empty: at least one batch is needed")
+        problems = [f"{path}: saw no token" for path, mean in means.items() if mean.count == 0]
+        problems += [f"{path}: its input is not finite" for path, mean in means.items() if not mean.finite()]
+        if problems:
+            raise ValueError("no average activation for:\n- " + "\n- ".join(problems))
+        gates = {path: (mean.total / mean.count).float().cpu() for path, mean in means.items()}
+        target = Path(output_dir) if output_dir is not None else gated.folder
+        target.mkdir(parents=True, exist_ok=True)
+        return write_gates(
+            target,
+            gates,
+            kind=AVERAGE_ACTIVATION,
+            base_model=gated.adapter.base_model,
+            metadata={"batches": str(count), "tokens": str(max(mean.count for mean in means.values()))},
+        )
+
+
+class _Mean:
+    """Adds up one module's inputs."""
+
+    def __init__(self, layer: GatedLoRA, tokens: _Tokens) -> None:
+        self.tokens = tokens
+        self.total = torch.zeros(layer.lora_A.shape[1], dtype=torch.float64, device=layer.lora_A.device)
+        self.count = 0
+
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
+        u = args[0].detach()
+        mask = self.tokens.mask(u)
+        u = u.flatten(0, -2) if mask is None else u.flatten(0, -2)[mask]
+        self.total += u.sum(0, dtype=torch.float64)
+        self.count += u.shape[0]
+
+    def finite(self) -> bool:
+        return bool(self.total.isfinite().all())
+
+
+class _Tokens:
+    """Knows which tokens of the running batch are real, for the encoder and the decoder of a model."""
+
+    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
+        self.source: Tensor | None = None
+        self.target: Tensor | None = None
+        self.in_decoder = False
+        self.encoded: Tensor | None = None
+        config = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            decoder = model.get_decoder()
+            stack.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            stack.callback(decoder.register_forward_hook(self._leave).remove)
+
+    def begin(self, batch: Batch) -> None:
+        self.in_decoder, self.encoded = False, None
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        self.source = mask.bool() if isinstance(mask, Tensor) else None
+        mask = batch.get("decoder_attention_mask")
+        if isinstance(mask, Tensor):
+            self.target = mask.bool()
+        else:
+            self.target = labels != -100 if isinstance(labels, Tensor) else None
+
+    def mask(self, u: Tensor) -> Tensor | None:
+        """[tokens] bool for u [..., D], or None when all of them count."""
+        of_encoder = self.encoded is not None and u.data_ptr() == self.encoded.data_ptr()
+        mask = self.target if self.in_decoder and not of_encoder else self.source
+        if mask is None:
+            return None
+        flattened = u.dim() == 2 and u.shape[0] == mask.numel()  # as mixture-of-experts blocks do
+        return mask.to(u.device).flatten() if flattened or mask.shape == u.shape[:-1] else None
+
+    def _enter(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.in_decoder, self.encoded = True, kwargs.get("encoder_hidden_states")
+
+    def _leave(self, *_: Any) -> None:
+        self.in_decoder, self.encoded = False, None

@@ -1,0 +1,139 @@
+"""What a routing method is: data that `patch` interprets, plus offline builders. No op is called here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..experts import ExpertBank, ModuleBank
+
+GATE_EPS = 1e-5  # the epsilon of `route`'s standardization, used on gates as well
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The options of the `route` op (see `moerge_ext.ops.route`).
+
+    `scale` may be a number, None (the op's default), or a function of (D, E) for methods whose scale depends
+    on the layer's width or on the number of experts.
+    """
+
+    top_k: int | None = 2  # None: all experts
+    normalize: str = "standardize"
+    absolute: bool = False
+    scale: float | Callable[[int, int], float] | None = None
+    top_p: float | None = None
+    weighting: str = "softmax"
+
+    def resolved_scale(self, in_features: int, num_experts: int) -> float | None:
+        """The number `route` gets for a layer of `in_features` (D) and `num_experts` (E)."""
+        return self.scale(in_features, num_experts) if callable(self.scale) else self.scale
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one patched module holds: the tensors of its branch.
+
+    gates [E,D] float32 and mask [E] bool: routed by `route`. gates None: every expert of the (already merged
+    or sliced) bank is applied with `weights` [E] float32.
+    """
+
+    lora_A: Tensor  # [E,R,D]
+    lora_B: Tensor  # [E,O,R], O contiguous
+    lora_bias: Tensor | None  # [E,O]
+    gates: Tensor | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """The columns of the MoErging survey (Yadav et al. 2024, arXiv 2408.07057, Table 1)."""
+
+    expert_training: str
+    expert_data: str
+    routing_dataset: str
+    input_granularity: str
+    depth: str
+    selection: str
+    aggregation: str
+    generalization: str
+    user_dataset: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of METHODS.
+
+    plan(bank, module_bank, module_name, options) builds a module's `Plan`; it raises ValueError listing what is missing
+    (a gate, an expert). bias(affinities [N,E], options) -> [N,E] float32 turns per-row global affinities into
+    the additive score bias of `route` (GLIDER); None when the method has no global part. `options` are the
+    method's own parameters with their defaults; `patch(..., **options)` overrides them by name, and the fields of
+    `routing` (top_k, top_p, ...) likewise.
+    """
+
+    name: str
+    summary: str
+    paper: str  # title, arXiv id, section
+    taxonomy: Taxonomy
+    plan: Callable[[ExpertBank, ModuleBank, str, Mapping[str, Any]], Plan]
+    routing: Routing | None = Routing()  # None: nothing is routed (fixed weights)
+    aggregation: str = "output"  # or "factored"
+    bias: Callable[[Tensor, Mapping[str, Any]], Tensor] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # (routing, options) -> routing: for options that change the route's numbers, such as a temperature
+    finish: Callable[[Routing, Mapping[str, Any]], Routing] | None = None
+    gate_kind: str | None = None  # the kind of gate it reads from the sidecars; None: it needs none
+
+    def configure(self, **overrides: Any) -> tuple[Routing | None, str, dict[str, Any]]:
+        """(routing, aggregation, options) after the caller's overrides. ValueError names every unknown key."""
+        routing_names = {f.name for f in fields(Routing)} if self.routing is not None else set()
+        known = routing_names | set(self.options) | {"aggregation"}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ValueError(
+                f"method '{self.name}': unknown option(s) {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+            )
+        options = {name: overrides.get(name, default) for name, default in self.options.items()}
+        routing = self.routing
+        if routing is not None:
+            routing = replace(routing, **{k: v for k, v in overrides.items() if k in routing_names})
+            if self.finish is not None:
+                routing = self.finish(routing, options)
+            check_routing(self.name, routing)
+        aggregation = overrides.get("aggregation", self.aggregation)
+        if aggregation not in ("output", "factored"):
+            raise ValueError(
+                f"method '{self.name}': aggregation must be 'output' or 'factored', got {aggregation!r}"
+            )
+        return routing, aggregation, options
+
+
+def check_routing(name: str, routing: Routing) -> None:
+    """ValueError, listing every option of `routing` that `route` would refuse."""
+    problems = []
+    if routing.top_k is not None and (not isinstance(routing.top_k, int) or routing.top_k < 1):
+        problems.append(f"top_k must be a positive integer or None (all experts), got {routing.top_k!r}")
+    if routing.normalize not in ("standardize", "unit", "none"):
+        problems.append(f"normalize must be 'standardize', 'unit' or 'none', got {routing.normalize!r}")
+    if routing.weighting not in ("softmax", "softmax_all", "sigmoid", "score"):
+        problems.append(
+            f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {routing.weighting!r}"
+        )
+    if routing.top_p is not None and not 0 < routing.top_p <= 1:
+        problems.append(f"top_p must be in (0, 1] or None, got {routing.top_p!r}")
+    if isinstance(routing.scale, int | float) and not math.isfinite(routing.scale):
+        problems.append(f"scale must be finite, got {routing.scale!r}")
+    if problems:
+        raise ValueError(f"method '{name}': " + "; ".join(problems))
+
+
+def standardize(vectors: Tensor, eps: float = GATE_EPS) -> Tensor:
+    """(v - mean(v)) / sqrt(var(v) + eps) over the last dimension, biased variance, float32: [..., D] -> [..., D]."""
+    vectors = vectors.float()
+    centred = vectors - vectors.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -1,0 +1,61 @@
+"""`expert:<name>`: one fixed expert for every token, as PEFT's set_adapter does: the oracle, the control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..experts import ExpertBank, ModuleBank
+from .base import Method, Plan, Taxonomy
+
+PREFIX = "expert:"
+
+TAXONOMY = Taxonomy(
+    expert_training="Standard",
+    expert_data="Private",
+    routing_dataset="None",
+    input_granularity="Task",  # the user names the expert
+    depth="Model",
+    selection="Sparse",
+    aggregation="None",
+    generalization="In-Distribution",
+    user_dataset="Zero-Shot",
+)
+
+
+def fixed_plan(
+    bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any], *, expert: str
+) -> Plan:
+    """The slice of one expert, weight 1; weight 0 and one zero row where it has no LoRA in this module.
+
+    Copied, so that the bank of all experts need not stay in memory. ValueError lists the names when no expert
+    has this one.
+    """
+    if expert not in bank.names:
+        raise ValueError(f"no expert named '{expert}'; there are: {', '.join(bank.names)}")
+    index = bank.names.index(expert)
+    present = bool(module_bank.present[index])
+    rank = max(1, module_bank.ranks[index]) if present else 1
+    rows = slice(index, index + 1)
+    bias = module_bank.lora_bias
+    return Plan(
+        lora_A=module_bank.lora_A[rows, :rank].clone(),
+        lora_B=module_bank.lora_B.transpose(1, 2)[rows, :rank].clone().transpose(1, 2),
+        lora_bias=None if bias is None else bias[rows].clone(),
+        weights=torch.full((1,), float(present), device=module_bank.device),
+    )
+
+
+def fixed_expert(name: str) -> Method:
+    """The row `expert:<name>`; whether the bank has such an expert is checked when the plan is built."""
+    return Method(
+        name=PREFIX + name,
+        summary="one fixed expert for every token",
+        paper="the single expert, as PEFT's set_adapter applies it (LoRA, arXiv 2106.09685, section 4.1)",
+        taxonomy=TAXONOMY,
+        plan=partial(fixed_plan, expert=name),
+        routing=None,
+    )

@@ -1,0 +1,104 @@
+"""What the rows with one gate vector per expert and module share: finding the gates, masks and scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..experts import ExpertBank, ModuleBank
+from .base import Plan, Routing, standardize
+
+SIGMOID_GATE = "sigmoid-gate"
+AVERAGE_ACTIVATION = "average-activation"
+
+MENDS = {
+    SIGMOID_GATE: "train it with `moerge train-gates` or moerge_ext.train_gates(model, folder, data)",
+    AVERAGE_ACTIVATION: "compute it with `moerge train-gates --kind average-activation` or "
+    "moerge_ext.average_activation(model, folder, batches)",
+}
+GATE_NORMS = ("standardize", "unit", "none")
+
+
+@dataclass(frozen=True)
+class InverseTemperature:
+    """A `Routing.scale`: 1 / temperature, or 1 / (temperature * sqrt(D)) when `by_width`."""
+
+    temperature: float = 1.0
+    by_width: bool = False
+
+    def __call__(self, in_features: int, num_experts: int) -> float:
+        return 1.0 / (self.temperature * (math.sqrt(in_features) if self.by_width else 1.0))
+
+
+def expert_mask(usable: Tensor, device: torch.device) -> Tensor | None:
+    """[E] bool on `device` as `route` wants it; None when every expert may be chosen."""
+    return None if bool(usable.all()) else usable.to(device, copy=True)
+
+
+def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, kind: str) -> Tensor:
+    """Raw gates [E, D] float32 of `kind`, zeros where an expert has no LoRA in this module.
+
+    Raises ValueError naming the module, every expert that has a LoRA here but no gate, and the mend: such an
+    expert could never be chosen, which no user wants silently.
+    """
+    gates, has_gate = module_bank.gates.get(kind), module_bank.has_gate.get(kind)
+    if gates is None or has_gate is None:
+        shape = (module_bank.num_experts, module_bank.in_features)
+        gates = torch.zeros(shape, dtype=torch.float32, device=module_bank.device)
+        has_gate = torch.zeros_like(module_bank.present)
+    missing = (module_bank.present & ~has_gate).nonzero().flatten().tolist()
+    if missing:
+        who = ", ".join(_expert_with_folder(bank, e) for e in missing)
+        raise ValueError(
+            f"module '{module_name}': expected a gate of kind '{kind}' for every expert with a LoRA here, "
+            f"missing for {len(missing)} of {int(module_bank.present.sum())}: {who}; {MENDS[kind]}"
+        )
+    return gates.float()
+
+
+def _expert_with_folder(bank: ExpertBank, expert: int) -> str:
+    folder = bank.folders[expert]
+    return f"'{bank.names[expert]}'" + (f" ({folder})" if folder is not None else "")
+
+
+def normalize_gates(gates: Tensor, norm: str) -> Tensor:
+    """[E, D] float32: standardized (eps 1e-5), of unit length (eps 1e-12), or as they are."""
+    if norm == "standardize":
+        return standardize(gates)
+    if norm == "unit":
+        return torch.nn.functional.normalize(gates.float(), dim=-1, eps=1e-12)
+    return gates.float()
+
+
+def gate_plan(
+    bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any], *, kind: str
+) -> Plan:
+    """A routed `Plan` from the stored gates of `kind`, normalized per the option `gate_norm`."""
+    gates = stored_gates(bank, module_bank, module_name, kind)
+    return Plan(
+        lora_A=module_bank.lora_A,
+        lora_B=module_bank.lora_B,
+        lora_bias=module_bank.lora_bias,
+        gates=normalize_gates(gates, options.get("gate_norm", "standardize")).contiguous(),
+        mask=expert_mask(module_bank.present, module_bank.device),
+    )
+
+
+def check_gate_norm(routing: Routing, options: Mapping[str, Any], *, method: str) -> Routing:
+    """`Method.finish` of rows with the option `gate_norm`."""
+    if options["gate_norm"] not in GATE_NORMS:
+        raise ValueError(
+            f"method '{method}': gate_norm must be one of {', '.join(GATE_NORMS)}, "
+            f"got {options['gate_norm']!r}"
+        )
+    return routing
+
+
+sigmoid_gate_plan = partial(gate_plan, kind=SIGMOID_GATE)
+average_activation_plan = partial(gate_plan, kind=AVERAGE_ACTIVATION)

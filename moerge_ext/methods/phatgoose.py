@@ -1,0 +1,40 @@
+"""PHATGOOSE (arXiv 2402.05859): post-hoc sigmoid gates, routed by standardized similarity.
+
+Score of expert e for the token u at one linear layer, with v_e the gate trained as sigmoid(v . u):
+
+    s_e = LN(u) . LN(v_e) / sqrt(D)          LN: (a - mean) / sqrt(var + 1e-5), no affine
+
+then top-2 and a softmax over the two. The published code takes a softmax over all E, keeps the two largest
+and divides by their sum + 1e-6, which is the same up to 3e-6.
+"""
+
+from __future__ import annotations
+
+from .base import Method, Routing, Taxonomy
+from .gating import SIGMOID_GATE, sigmoid_gate_plan
+
+PAPER = "Learning to Route Among Specialized Experts for Zero-Shot Generalization, arXiv 2402.05859"
+
+TAXONOMY = Taxonomy(
+    expert_training="Custom",  # a gate is trained after the expert
+    expert_data="Private",
+    routing_dataset="None",
+    input_granularity="Step",
+    depth="Module",
+    selection="Sparse",
+    aggregation="Output",
+    generalization="Out-of-Distribution",
+    user_dataset="Zero-Shot",
+)
+
+PHATGOOSE = Method(
+    name="phatgoose",
+    summary="trained sigmoid gates v; LN(u).LN(v) / sqrt(D)",
+    paper=f"{PAPER}, section 3",
+    taxonomy=TAXONOMY,
+    plan=sigmoid_gate_plan,
+    routing=Routing(top_k=2, normalize="standardize", scale=None, weighting="softmax"),
+    gate_kind=SIGMOID_GATE,
+)
+
+ROWS = (PHATGOOSE,)

@@ -1,0 +1,94 @@
+"""`moerge methods`: the rows of METHODS as plain data and as tables for a terminal."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import METHODS
+from .base import Method
+from .fixed import fixed_expert
+
+SURVEY = "MoErging survey, arXiv 2408.07057"
+
+TAXONOMY_HEADERS = {
+    "expert_training": "expert\ntraining",
+    "expert_data": "expert\ndata",
+    "routing_dataset": "routing\ndataset",
+    "input_granularity": "input\ngrain",
+    "depth": "depth",
+    "selection": "selec-\ntion",
+    "aggregation": "aggre-\ngation",
+    "generalization": "generalization",
+    "user_dataset": "user\ndataset",
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    """One dict per method, in the table's order, `expert:<name>` last; all strings but for `taxonomy`.
+
+    Keys: name, summary, gates (the kind it needs, or "none"), top_k ("2", "all", "-"), weighting ("fixed" if
+    nothing is routed), aggregation ("output" or "factored": how the selected are applied), options
+    ("name=default, ..."), taxonomy (a dict with the fields of `Taxonomy`), paper.
+    """
+    return [_row(method) for method in (*METHODS.values(), fixed_expert("<name>"))]
+
+
+def _row(method: Method) -> dict[str, Any]:
+    routing = method.routing
+    top_k = "-" if routing is None else "all" if routing.top_k is None else str(routing.top_k)
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "gates": method.gate_kind or "none",
+        "top_k": top_k,
+        "weighting": "fixed" if routing is None else routing.weighting,
+        "aggregation": method.aggregation,
+        "options": ", ".join(f"{key}={value}" for key, value in method.options.items()) or "-",
+        "taxonomy": asdict(method.taxonomy),
+        "paper": method.paper,
+    }
+
+
+def render(console: Console, *, verbose: bool = False) -> None:
+    """Print the methods; `verbose` adds the survey's taxonomy, the options and the papers."""
+    data = rows()
+    console.print(f"[bold]{len(data)} routing methods[/bold] (patch(model, experts, method=...))")
+    table = _table(
+        "method", "what it does", "gates", "top-k", "weights", "applied", "arXiv", wraps="what it does"
+    )
+    for row in data:
+        arxiv = re.search(r"arXiv (\d+\.\d+)", row["paper"])
+        table.add_row(
+            *(row[key] for key in ("name", "summary", "gates", "top_k", "weighting", "aggregation")),
+            arxiv.group(1) if arxiv else "-",
+        )
+    console.print(table)
+    if verbose:
+        _render_details(console, data)
+
+
+def _render_details(console: Console, data: list[dict[str, Any]]) -> None:
+    console.print(f"\n[bold]Taxonomy[/bold] ({SURVEY})")
+    table = _table("method", *TAXONOMY_HEADERS.values())
+    for row in data:
+        table.add_row(row["name"], *(row["taxonomy"][name] for name in TAXONOMY_HEADERS))
+    console.print(table)
+    console.print("\n[bold]Options with their defaults, and papers[/bold]")
+    for row in data:
+        console.print(f"[cyan]{row['name']}[/cyan]  {row['options']}", highlight=False)
+        console.print(f"    {row['paper']}", highlight=False)
+
+
+def _table(*headers: str, wraps: str | None = None) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, collapse_padding=True
+    )
+    for header in headers:
+        table.add_column(header, no_wrap=header != wraps, style="cyan" if header == "method" else None)
+    return table

@@ -1,0 +1,371 @@
+"""Turns a model into a routed model in place: `patch` wraps its linear layers, the handle controls and removes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, reference
+from .experts import ExpertBank
+from .methods import get_method
+from .methods.base import Method, Plan, Routing
+from .trace import Trace
+
+BACKENDS = {"native": ops, "reference": reference}
+_SHOWN = 20  # problems listed in full before the rest is only counted
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features D, out_features O) of anything that acts as a linear layer, else None.
+
+    nn.Linear and what quantizers make of it carry in_features and out_features; transformers' Conv1D carries nx and nf.
+    """
+    for d, o in (("in_features", "out_features"), ("nx", "nf")):
+        if isinstance(getattr(module, d, None), int) and isinstance(getattr(module, o, None), int):
+            return getattr(module, d), getattr(module, o)
+    return None
+
+
+class RoutingState:
+    """What the handle sets and every RoutedLinear of a model reads: the score bias of the current rows, the recorder."""
+
+    def __init__(self) -> None:
+        self.bias: Tensor | None = None  # [N,E] float32
+        self.active = False
+        self.trace: Trace | None = None
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Written in place while the shape stays, so that a captured graph sees the new values."""
+        if self.bias is not None and self.bias.shape == bias.shape and self.bias.device == bias.device:
+            self.bias.copy_(bias)
+        else:
+            self.bias = bias.detach().clone()
+        self.active = True
+
+
+class RoutedLinear(nn.Module):
+    """A linear layer and its experts: y = base_layer(x) + sum over the selected experts of w_e B_e A_e x.
+
+    `base_layer` is the original module, called as it is: quantized, sharded and offloaded layers keep working. The bank's
+    tensors are buffers outside the state dict; they follow the model's `.to()` and `.half()`, but gates and fixed
+    weights stay float32. `weight`, `bias`, `in_features` and `out_features` are the base layer's.
+    """
+
+    _float32 = ("gates", "weights")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        plan: Plan,
+        routing: Routing | None,
+        *,
+        name: str,
+        factored: bool = False,
+        needs_bias: bool = False,
+        state: RoutingState | None = None,
+        backend: str = "native",
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.name, self.factored, self.needs_bias, self.backend = name, factored, needs_bias, backend
+        self.state = RoutingState() if state is None else state
+        self.in_features, self.out_features = linear_features(base_layer)
+        n_experts = plan.lora_A.shape[0]
+        self.route_options = None
+        if plan.gates is not None:
+            self.route_options = {
+                "top_k": n_experts if routing.top_k is None else routing.top_k,
+                "normalize": routing.normalize,
+                "absolute": routing.absolute,
+                "scale": routing.resolved_scale(self.in_features, n_experts),
+                "top_p": routing.top_p,
+                "weighting": routing.weighting,
+            }
+        weights = None if plan.weights is None else plan.weights.float()[None]
+        experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32)[None]
+        device = _execution_device(base_layer)
+        for key, tensor in (
+            ("lora_A", plan.lora_A),
+            ("lora_B", plan.lora_B),
+            ("lora_bias", plan.lora_bias),
+            ("gates", plan.gates),
+            ("mask", plan.mask),
+            ("weights", weights),
+            ("experts", experts),
+        ):
+            self.register_buffer(key, None if tensor is None else tensor.to(device), persistent=False)
+        self.register_state_dict_post_hook(_strip_base_layer)
+        self.register_load_state_dict_pre_hook(_insert_base_layer)
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def _apply(self, fn, recurse=True):
+        kept = {key: getattr(self, key) for key in self._float32}
+        super()._apply(fn, recurse)
+        for key, tensor in kept.items():
+            moved = getattr(self, key)
+            if moved is not None and moved.dtype != torch.float32:
+                setattr(self, key, tensor.to(moved.device))
+        return self
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., D] -> [..., O], in the dtype of the base layer's output."""
+        base = self.base_layer(x, *args, **kwargs)
+        kernels = BACKENDS[self.backend]
+        tokens, flat = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
+        if self.route_options is None:
+            y = kernels.lora_apply(
+                flat, tokens, self.lora_A, self.lora_B, self.weights, self.experts,
+                lora_bias=self.lora_bias, factored=self.factored,
+            )  # fmt: skip
+            return y.view(base.shape)
+        y, weights, experts = kernels.routed_lora(
+            flat, tokens, self.gates, self.lora_A, self.lora_B, **self.route_options, bias=self._bias(x.device),
+            mask=self.mask, lora_bias=self.lora_bias, factored=self.factored,
+        )  # fmt: skip
+        if self.state.trace is not None:
+            self.state.trace.add(self.name, weights, experts)
+        return y.view(base.shape)
+
+    def _bias(self, device: torch.device) -> Tensor | None:
+        if not self.needs_bias:
+            return None
+        if not self.state.active:
+            raise RuntimeError(
+                f"{self.name}: this method adds a global affinity per sequence, and none is set; run the model inside "
+                "`with handle.affinities(s):`, s [N, E]"
+            )
+        return self.state.bias.to(device)
+
+    def extra_repr(self) -> str:
+        n_experts, rank, _ = self.lora_A.shape
+        return f"experts={n_experts}, rank={rank}, routing={self.route_options}, factored={self.factored}"
+
+
+def _strip_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The base's tensors keep the keys they have without the patch."""
+    inner = prefix + "base_layer."
+    for key in [k for k in state if k.startswith(inner)]:
+        state[prefix + key[len(inner) :]] = state.pop(key)
+
+
+def _insert_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    inner = prefix + "base_layer."
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(inner)]:
+        state[inner + key[len(prefix) :]] = state.pop(key)
+
+
+def _execution_device(base: nn.Module) -> torch.device:
+    """Where the base layer computes: the hook's device for a layer that accelerate offloads, else its weight's."""
+    hook = getattr(base, "_hf_hook", None)
+    if getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    first = next(base.parameters(), None)
+    if first is None:
+        first = next(base.buffers(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+class Handle:
+    """Controls one patched model. `names` are the experts, `modules` the patched paths, `method` the row in use.
+
+    Also a context manager: the patch is removed on exit.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
+        self.model, self.method, self.names, self.options = model, method, names, options
+        self.modules: tuple[str, ...] = ()
+        self._state = state
+
+    def remove(self) -> None:
+        """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
+        foreign = [n for n in self.modules if not isinstance(self.model.get_submodule(n), RoutedLinear)]
+        if foreign:
+            raise RuntimeError(
+                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected RoutedLinear); "
+                "undo that replacement first"
+            )
+        for name in self.modules:
+            routed = self.model.get_submodule(name)
+            routed.base_layer.train(routed.training)
+            _replace(self.model, name, routed.base_layer)
+        self.modules = ()
+        if getattr(self.model, "_moerge_handle", None) is self:
+            del self.model._moerge_handle
+
+    @contextmanager
+    def record(self, *, tokens: bool = False) -> Iterator[Trace]:
+        """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
+
+        ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
+        """
+        if self.method.routing is None:
+            raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
+        if self._state.trace is not None:
+            raise ValueError("record() is already active on this model; leave that block first")
+        self._state.trace = trace = Trace(self.names, tokens)
+        try:
+            yield trace
+        finally:
+            self._state.trace = None
+
+    @contextmanager
+    def affinities(self, scores: Tensor) -> Iterator[None]:
+        """Sets the global affinity of every sequence to every expert for the forwards inside the block.
+
+        Args:
+            scores: [N,E], or [E] for one row that serves all. N rows share the tokens of each forward evenly, in order,
+                so under beam search and sampling with several sequences each row covers its own copies.
+        """
+        if self.method.bias is None:
+            raise ValueError(f"method '{self.method.name}' takes no global affinities; glider and glider_code do")
+        scores = torch.as_tensor(scores)
+        rows = scores[None] if scores.dim() == 1 else scores
+        if rows.dim() != 2 or rows.shape[1] != len(self.names) or rows.shape[0] == 0:
+            raise ValueError(
+                f"affinities must be [N, E={len(self.names)}] or [E={len(self.names)}], got {list(scores.shape)}"
+            )
+        if not rows.isfinite().all():
+            raise ValueError("affinities must be finite")
+        before = (self._state.bias, self._state.active)
+        self._state.set_bias(self.method.bias(rows.float(), self.options))
+        try:
+            yield
+        finally:
+            if before[1] and before[0] is not self._state.bias:
+                self._state.bias = before[0]
+            self._state.active = before[1]
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules)} modules)"
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def patch(
+    model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
+) -> Handle:
+    """Routes a model's linear layers among experts, in place.
+
+    Args:
+        model: any torch model whose layers have the paths the experts were trained on.
+        experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
+        method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
+        backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
+        options: the method's own parameters and those of `route`: top_k, top_p, scale, weighting, aggregation, ...
+
+    Returns:
+        The handle: `handle.remove()`, `handle.record()`, `handle.affinities(...)`.
+
+    Raises:
+        ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
+    """
+    row = get_method(method)
+    routing, aggregation, settings = row.configure(**options)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'native' or 'reference', got {backend!r}")
+    problems = _model_problems(model, experts, routing)
+    plans: dict[str, Plan] = {}
+    for name, bank in experts.modules.items():
+        try:
+            plans[name] = row.plan(experts, bank, name, settings)
+        except ValueError as error:
+            problems.append(str(error))
+    if backend == "native" and not problems:
+        problems += _device_problems(model, plans)
+    if problems:
+        raise ValueError(_listing(method, problems))
+    state = RoutingState()
+    handle = Handle(model, row, experts.names, state, settings)
+    routed = {
+        name: RoutedLinear(
+            model.get_submodule(name), plan, routing, name=name, factored=aggregation == "factored",
+            needs_bias=row.bias is not None, state=state, backend=backend,
+        )  # fmt: skip
+        for name, plan in plans.items()
+    }
+    for name, layer in routed.items():
+        _replace(model, name, layer)
+    handle.modules = tuple(routed)
+    model._moerge_handle = handle
+    return handle
+
+
+def get_handle(model: nn.Module) -> Handle:
+    """The handle of a patched model: for a deepcopy or an unpickled copy, whose handle is its own."""
+    handle = getattr(model, "_moerge_handle", None)
+    if handle is None:
+        raise ValueError("this model is not patched by moerge_ext")
+    return handle
+
+
+def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | None) -> list[str]:
+    """What keeps the experts from fitting the model."""
+    problems = []
+    layers = dict(model.named_modules(remove_duplicate=False))
+    if any(isinstance(layer, RoutedLinear) for layer in layers.values()):
+        return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
+    if not experts.modules:
+        problems.append("the experts have no LoRA module")
+    if routing is not None and routing.top_k is not None and routing.top_k > len(experts):
+        problems.append(f"top_k={routing.top_k} is more than the number of experts, E={len(experts)}")
+    seen: dict[int, str] = {}
+    for name, bank in experts.modules.items():
+        layer = layers.get(name)
+        if layer is None:
+            problems.append(f"module '{name}' of the experts is not in {type(model).__name__}{_near(name, layers)}")
+            continue
+        features = linear_features(layer)
+        if features is None:
+            problems.append(f"module '{name}' is not a linear layer but {type(layer).__name__}")
+        elif features != (bank.in_features, bank.out_features):
+            problems.append(
+                f"module '{name}': the layer is D={features[0]} -> O={features[1]}, "
+                f"the experts are D={bank.in_features} -> O={bank.out_features}"
+            )
+        if seen.setdefault(id(layer), name) != name:
+            problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
+    return problems
+
+
+def _near(name: str, layers: dict[str, nn.Module]) -> str:
+    """A hint when the path only differs by a prefix."""
+    for other in layers:
+        if other and name and (other.endswith("." + name) or name.endswith("." + other)):
+            return f" (it has '{other}': were the experts trained on another class of this model?)"
+    return ""
+
+
+def _device_problems(model: nn.Module, plans: dict[str, Plan]) -> list[str]:
+    devices = {_execution_device(model.get_submodule(name)).type for name in plans} - {"cpu"}
+    return [
+        f"this build has no kernels for '{device}'; move the model to the CPU or pass backend=\"reference\""
+        for device in sorted(devices)
+    ]
+
+
+def _listing(method: str, problems: list[str]) -> str:
+    shown = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        shown.append(f"... and {len(problems) - _SHOWN} more")
+    return f"cannot patch the model with method '{method}':\n" + "\n".join(f"  - {p}" for p in shown)

@@ -1,0 +1,210 @@
+"""The ops in plain torch: the definition of correct. Same signatures as `moerge_ext.ops`, any device, any dtype, differentiable.
+
+Written to be read, not to be fast. Arithmetic is float32, or float64 for float64 inputs. T tokens, D in features, O out
+features, E experts, K selected per token, R rank, N rows (sequences).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+TINY = 1e-12
+
+
+def _accumulator(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _row_of_token(tokens: int, n_rows: int, rows: Tensor | None, device: torch.device) -> Tensor:
+    """[T] int64: the row (sequence) of each token."""
+    if rows is not None:
+        return rows.long()
+    if tokens % n_rows if n_rows else tokens:
+        raise ValueError(
+            f"the number of tokens T={tokens} must be a multiple of N={n_rows} rows, or rows must be given"
+        )
+    return torch.arange(tokens, device=device) // max(1, tokens // max(1, n_rows))
+
+
+def _normalized(x: Tensor, normalize: str) -> Tensor:
+    if normalize == "standardize":
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+    if normalize == "unit":
+        return x / x.norm(dim=-1, keepdim=True).clamp_min(TINY)
+    if normalize == "none":
+        return x
+    raise ValueError(f"normalize must be 'standardize', 'unit' or 'none', got {normalize!r}")
+
+
+def _softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Softmax over the kept entries of the last dimension, exactly 0 elsewhere (and everywhere if none is kept)."""
+    highest = scores.detach().masked_fill(~keep, -torch.inf).amax(-1, keepdim=True)
+    highest = torch.where(keep.any(-1, keepdim=True), highest, torch.zeros_like(highest))
+    exponent = torch.where(keep, scores, highest) - highest
+    parts = torch.where(keep, exponent.exp(), torch.zeros_like(scores))
+    total = parts.sum(-1, keepdim=True)
+    return torch.where(
+        keep, parts / torch.where(keep.any(-1, keepdim=True), total, torch.ones_like(total)), parts
+    )
+
+
+def _ranking(scores: Tensor, eligible: Tensor) -> Tensor:
+    """[T,E] ids: eligible numbers by descending score (ties to the lower id), eligible NaN, the masked."""
+    nan = scores.isnan()
+    order = torch.argsort(
+        scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), dim=-1, descending=True, stable=True
+    )
+    kind = torch.where(eligible, nan.int(), torch.full_like(nan, 2, dtype=torch.int32))
+    return order.gather(-1, torch.argsort(kind.gather(-1, order), dim=-1, stable=True))
+
+
+def route(
+    x: Tensor,
+    gates: Tensor,
+    *,
+    top_k: int = 2,
+    normalize: str = "standardize",
+    absolute: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    top_p: float | None = None,
+    weighting: str = "softmax",
+) -> tuple[Tensor, Tensor]:
+    """See `moerge_ext.ops.route`."""
+    tokens, features = x.shape
+    experts = gates.shape[0]
+    acc = _accumulator(x)
+    scores = _normalized(x.to(acc), normalize) @ gates.to(acc).T
+    if absolute:
+        scores = scores.abs()
+    if scale is None:
+        scale = features**-0.5 if normalize == "standardize" else 1.0
+    scores = scores * scale
+    n_rows = next((m.shape[0] for m in (bias, mask) if m is not None and m.dim() == 2), 1)
+    row = _row_of_token(tokens, n_rows, rows, x.device)
+    if bias is not None:
+        scores = scores + bias.to(acc)[row]
+    eligible = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        eligible = mask.expand(tokens, experts) if mask.dim() == 1 else mask[row]
+
+    order = _ranking(scores.detach(), eligible)
+    top = order[:, :top_k]
+    kept = eligible.gather(-1, top)
+    everyone = _softmax(scores, eligible)
+    if top_p is not None:
+        share = everyone.detach().gather(-1, top)
+        before = torch.cat([torch.zeros_like(share[:, :1]), share.cumsum(-1)[:, :-1]], dim=-1)
+        kept = kept & ~(before >= top_p)
+
+    chosen = scores.gather(-1, top)
+    if weighting == "softmax":
+        weights = _softmax(chosen, kept)
+    elif weighting == "softmax_all":
+        weights = everyone.gather(-1, top)
+    elif weighting == "sigmoid":
+        weights = chosen.sigmoid()
+    elif weighting == "score":
+        weights = chosen
+    else:
+        raise ValueError(
+            f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {weighting!r}"
+        )
+    weights = torch.where(kept, weights, torch.zeros_like(weights))
+
+    # unused slots carry the lowest ids that no kept slot has
+    used = torch.zeros_like(eligible).scatter_(-1, top, kept)
+    unused = torch.argsort(used.int(), dim=-1, stable=True)
+    slot = torch.arange(top_k, device=x.device) - kept.sum(-1, keepdim=True)
+    ids = torch.where(kept, top, unused.gather(-1, slot.clamp_min(0)))
+    return weights, ids.int()
+
+
+def lora_apply(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    lora_bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    factored: bool = False,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """See `moerge_ext.ops.lora_apply`. `packed` is ignored: it is a copy of lora_a and lora_b."""
+    acc = _accumulator(base, x, lora_a, lora_b)
+    tokens, n_experts = x.shape[0], lora_a.shape[0]
+    row = _row_of_token(tokens, weights.shape[0], rows, x.device)
+    # one weight per token and expert; a slot of weight 0 takes nothing from its expert
+    dense = weights.to(acc).new_zeros(tokens, n_experts)
+    dense = dense.scatter_add(1, experts.long()[row], weights.to(acc)[row])
+    used = (
+        torch.zeros_like(dense).scatter_add(1, experts.long()[row], (weights.detach() != 0).to(acc)[row]) != 0
+    )
+    x = x.to(acc)
+    y = base.to(acc)
+    shrunk = [x @ a.to(acc).T for a in lora_a]
+    if factored:
+        mean = sum(_weighted(dense[:, e], used[:, e], shrunk[e]) for e in range(n_experts))
+        shrunk = [mean] * n_experts
+    for e in range(n_experts):
+        delta = shrunk[e] @ lora_b[e].to(acc).T
+        if lora_bias is not None:
+            delta = delta + lora_bias[e].to(acc)
+        y = y + _weighted(dense[:, e], used[:, e], delta)
+    return y.to(base.dtype)
+
+
+def _weighted(weight: Tensor, used: Tensor, value: Tensor) -> Tensor:
+    """weight * value per token; where unused the value is not taken (NaN included), but d/dweight stays true."""
+    value = torch.where(used[:, None], value, value.detach().nan_to_num(0.0, 0.0, 0.0))
+    return weight[:, None] * value
+
+
+def lora_apply_(
+    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor, experts: Tensor, **options
+) -> None:
+    """See `moerge_ext.ops.lora_apply_`."""
+    base.copy_(lora_apply(base, x, lora_a, lora_b, weights, experts, **options))
+
+
+def routed_lora(
+    base: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    lora_bias: Tensor | None = None,
+    factored: bool = False,
+    packed: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `moerge_ext.ops.routed_lora`; `options` are those of `route`."""
+    weights, experts = route(x, gates, **options)
+    y = lora_apply(base, x, lora_a, lora_b, weights, experts, lora_bias=lora_bias, factored=factored)
+    return y, weights, experts
+
+
+def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """See `moerge_ext.ops.pack_experts`."""
+    return torch.cat([lora_a.flatten(1), lora_b.transpose(1, 2).flatten(1)], dim=1)
+
+
+def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
+    """See `moerge_ext.ops.mix_log_probs`."""
+    acc = _accumulator(logits)
+    w = weights.to(acc).T[:, :, None]  # [K,N,1]
+    used = w != 0
+    log_probs = torch.where(used, logits.to(acc), torch.zeros_like(logits, dtype=acc)).log_softmax(-1)
+    terms = torch.where(used, log_probs + torch.where(used, w, torch.ones_like(w)).log(), -torch.inf)
+    total = w.sum(0)
+    mixed = terms.logsumexp(0) if logits.shape[0] else terms.new_full(terms.shape[1:], -torch.inf)
+    return mixed - torch.where(total == 0, torch.ones_like(total), total).log()

@@ -1,0 +1,58 @@
+"""What the router did: per-module expert load, collected by `with handle.record() as trace:`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Trace:
+    """Sums over every token that passed while recording (padding tokens included: a layer cannot tell them apart).
+
+    A pass that gradient checkpointing repeats in backward is counted once.
+
+    Args:
+        names: the experts, in the order of every [E] tensor here.
+        tokens: also keep each call's weights [T,K] and experts [T,K] in `calls` (memory grows with the tokens).
+    """
+
+    def __init__(self, names: tuple[str, ...], tokens: bool = False):
+        self.names = names
+        self.calls: dict[str, list[tuple[Tensor, Tensor]]] | None = {} if tokens else None
+        self._weight: dict[str, Tensor] = {}
+        self._count: dict[str, Tensor] = {}
+
+    def add(self, module: str, weights: Tensor, experts: Tensor) -> None:
+        """Counts one call of `module`: weights [T,K] and experts [T,K]; slots of weight 0 do not count."""
+        # inside backward only a checkpoint's recomputation runs a forward
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return
+        weights, ids = weights.detach(), experts.detach().flatten().long()
+        if module not in self._weight:
+            self._weight[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
+            self._count[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
+        flat = weights.flatten().double()
+        self._weight[module].scatter_add_(0, ids, flat)
+        self._count[module].scatter_add_(0, ids, (flat != 0).double())
+        if self.calls is not None:
+            self.calls.setdefault(module, []).append((weights.cpu(), experts.detach().cpu()))
+
+    def load(self) -> dict[str, Tensor]:
+        """Module -> [E] float64: the sum of each expert's routing weights."""
+        return {module: weight.cpu() for module, weight in self._weight.items()}
+
+    def counts(self) -> dict[str, Tensor]:
+        """Module -> [E] int64: how many tokens selected each expert with a weight other than 0."""
+        return {module: count.cpu().long() for module, count in self._count.items()}
+
+    def share(self) -> Tensor:
+        """[E] float64: each expert's part of all routing weight, over all modules; sums to 1 under softmax weights."""
+        if not self._weight:
+            return torch.zeros(len(self.names), dtype=torch.float64)
+        total = torch.stack([w.cpu() for w in self._weight.values()]).sum(0)
+        return total / total.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def __repr__(self) -> str:
+        top = sorted(zip(self.share().tolist(), self.names, strict=True), reverse=True)[:5]
+        parts = ", ".join(f"{name} {share:.0%}" for share, name in top)
+        return f"Trace({len(self._weight)} modules; {parts})"

@@ -1,0 +1,125 @@
+"""A training run on disk: enough to go on after a kill, in one safetensors file that is never
+half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+STATE_FILE = "moerge_gates.checkpoint.safetensors"
+_FORMAT = "moerge-training-state"
+_GROUPS = ("values", "exp_avg", "exp_avg_sq", "adam_step", "best")
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands after `step` optimizer steps.
+
+    The dicts of tensors are keyed by the parameters' names: `values`; AdamW's `exp_avg`, `exp_avg_sq` and
+    `adam_step` (a parameter that never had a gradient has none); `best`, the values at the lowest
+    validation loss so far (empty without validation). `losses` has one entry per step, `validation` one per
+    evaluated step. `settings` is what must be the same when the run goes on.
+    """
+
+    settings: dict[str, Any]
+    step: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+    adam_step: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_step: int | None = None
+    best_loss: float = math.inf
+    losses: list[float] = field(default_factory=list)
+    validation: dict[int, float] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Replace `path` by this state, atomically."""
+        tensors = {
+            f"{group}:{name}": value.detach().cpu().contiguous()
+            for group in _GROUPS
+            for name, value in getattr(self, group).items()
+        }
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        header = {
+            "settings": self.settings,
+            "step": self.step,
+            "best_step": self.best_step,
+            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
+            "validation": self.validation,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(tensors, {"format": _FORMAT, "version": "1", "state": json.dumps(header)}))
+
+    @classmethod
+    def read(cls, path: Path, *, settings: dict[str, Any], shapes: dict[str, torch.Size]) -> TrainingState:
+        """Read `path` for a run with these settings and parameters; ValueError with all that differs."""
+        way_out = f"pass resume=False (or delete {path}) to start over"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} is not a training state; {way_out}")
+                header = json.loads(metadata["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {way_out}") from error
+
+        saved = header["settings"]
+        problems = [
+            f"{key}: saved with {saved.get(key)!r}, now {settings.get(key)!r}"
+            for key in sorted(saved.keys() | settings.keys())
+            if saved.get(key) != settings.get(key)
+        ]
+        groups = {
+            group: {key.removeprefix(f"{group}:"): t for key, t in tensors.items() if key.startswith(f"{group}:")}
+            for group in _GROUPS
+        }
+        problems += [f"the value of {name} is missing" for name in shapes.keys() - groups["values"].keys()]
+        problems += [f"{name} is not trained now" for name in groups["values"].keys() - shapes.keys()]
+        for group in ("values", "exp_avg", "exp_avg_sq", "best"):
+            problems += [
+                f"{group} of {name}: expected {list(shapes[name])}, got {list(tensor.shape)}"
+                for name, tensor in groups[group].items()
+                if name in shapes and tensor.shape != shapes[name]
+            ]
+        if problems:
+            raise ValueError(f"{path} belongs to another run; {way_out}:\n- " + "\n- ".join(sorted(problems)))
+        return cls(
+            settings=saved,
+            step=header["step"],
+            best_step=header["best_step"],
+            best_loss=math.inf if header["best_loss"] is None else header["best_loss"],
+            losses=tensors["losses"].tolist(),
+            validation={int(step): loss for step, loss in header["validation"].items()},
+            **groups,
+        )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader, or a kill, sees the old file or the new one and nothing
+    between."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; an adapter is as readable as the umask allows
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

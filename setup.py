@@ -1,0 +1,88 @@
+"""Driver of the native build: decides CPU or CUDA, then hands over to CMake. Sources and flags are in CMakeLists.txt."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MEND = """\
+moerge_ext is compiled against the torch that is installed, so its build needs, in this environment:
+    pip install "torch>=2.10" setuptools wheel cmake ninja pybind11
+    pip install --no-build-isolation .
+(--no-build-isolation lets the build see that torch.)"""
+
+
+def require_torch():
+    """The installed torch and pybind11, or an end with the mend."""
+    try:
+        import pybind11  # noqa: F401
+        import torch
+    except ImportError as error:
+        sys.exit(f"moerge_ext: {error}.\n{MEND}")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        sys.exit(f"moerge_ext: needs torch >= 2.10, found {torch.__version__}.\n{MEND}")
+    return torch
+
+
+def announce_device(torch) -> None:
+    """One line that says which kernels are built, and why; MOERGE_CUDA=1 must not be ignored."""
+    wish = os.environ.get("MOERGE_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"moerge_ext: MOERGE_CUDA must be 0, 1 or unset, got {wish!r}")
+    if wish == "1":
+        sys.exit(
+            "moerge_ext: MOERGE_CUDA=1 asks for CUDA kernels, and this version contains CPU kernels only. "
+            "Unset MOERGE_CUDA to build those."
+        )
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    print(
+        f"moerge_ext: building the CPU kernels (this version has no CUDA kernels) for torch {torch.__version__} ({cuda})"
+    )
+
+
+class CMakeBuild(build_ext):
+    """Builds every extension with one CMake run and copies each to the place setuptools wants."""
+
+    def run(self) -> None:
+        torch = require_torch()
+        announce_device(torch)
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            sys.exit(f"moerge_ext: cmake was not found on PATH.\n{MEND}")
+        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        subprocess.run(
+            [
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build_dir),
+                *generator,
+                f"-DPython_EXECUTABLE={sys.executable}",
+            ],
+            check=True,
+        )
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(build_dir / "out" / (extension.name.rpartition(".")[2] + ".so"), target)
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+
+setup(
+    ext_modules=[Extension("moerge_ext._C", []), Extension("moerge_ext._kernels", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)
