@@ -1,4 +1,4 @@
-"""Driver of the native build: decides CPU or CUDA, then hands over to CMake. Sources and flags are in CMakeLists.txt."""
+"""Driver of the native build: decides CPU or CUDA, then hands over to CMake, which holds sources and flags."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def announce_device(torch) -> None:
         )
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     print(
-        f"moerge_ext: building the CPU kernels (this version has no CUDA kernels) for torch {torch.__version__} ({cuda})"
+        f"moerge_ext: building the CPU kernels (this version has no CUDA ones) for torch {torch.__version__} ({cuda})"
     )
 
 

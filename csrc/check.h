@@ -39,6 +39,34 @@ inline bool is_floating(ScalarType type) {
          type == ScalarType::Half;
 }
 
+// The name a user of torch knows: "float32", not "Float".
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
 // The checks of one op; `op` is its name without the namespace.
 struct Check {
   const char* op;
@@ -67,12 +95,12 @@ struct Check {
 
   void floating(const Tensor& tensor, const char* name) const {
     that(is_floating(tensor.scalar_type()), name, " must be float16, bfloat16, float32 or float64, got ",
-         torch::headeronly::toString(tensor.scalar_type()));
+         name_of(tensor.scalar_type()));
   }
 
   void dtype(const Tensor& tensor, const char* name, ScalarType type) const {
-    that(tensor.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
-         torch::headeronly::toString(tensor.scalar_type()));
+    that(tensor.scalar_type() == type, name, " must be ", name_of(type), ", got ",
+         name_of(tensor.scalar_type()));
   }
 
   void same_device(const Tensor& tensor, const char* name, const Tensor& x) const {

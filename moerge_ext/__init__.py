@@ -1,15 +1,27 @@
 """Route among independently trained LoRA experts, per token and per linear layer."""
 
-import torch  # noqa: F401, I001  (first: the compiled ops are loaded into it)
+import sys
 
-from . import ops, reference
-from ._native import build_info
 from ._version import __version__
-from .activation import average_activation
-from .experts import ExpertBank, ModuleBank, load_experts
-from .methods import METHODS, get_method
-from .patch import Handle, RoutedLinear, get_handle, patch
-from .trace import Trace
+
+
+def _diagnosing() -> bool:
+    """True in `moerge doctor`, which must be able to speak when nothing else can be imported."""
+    return sys.argv[0].rpartition("/")[2] in ("-m", "moerge", "__main__.py") and sys.argv[1:2] == ["doctor"]
+
+
+if not _diagnosing():
+    import torch  # noqa: F401  (first: the compiled ops are loaded into it)
+
+    from . import ops, reference
+    from ._native import build_info
+    from .activation import average_activation
+    from .expert_training import train_expert
+    from .experts import ExpertBank, ModuleBank, load_experts
+    from .gates import train_gates
+    from .methods import METHODS, get_method
+    from .patch import Handle, RoutedLinear, get_handle, patch
+    from .trace import Trace
 
 __all__ = [
     "METHODS",
@@ -27,4 +39,6 @@ __all__ = [
     "ops",
     "patch",
     "reference",
+    "train_expert",
+    "train_gates",
 ]

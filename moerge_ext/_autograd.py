@@ -1,4 +1,7 @@
-"""Fake kernels and gradients of the ops, registered with torch. Backward ops are ops too; differentiating them is refused."""
+"""Fake kernels and gradients of the ops, registered with torch.
+
+Backward ops are ops too; differentiating them is refused.
+"""
 
 from __future__ import annotations
 

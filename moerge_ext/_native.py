@@ -18,7 +18,9 @@ REBUILD = (
 
 
 def build_info() -> dict[str, Any]:
-    """What was built: version, torch, torch_cuda, cuda, cuda_architectures, compiler, instruction_sets, cpu_capabilities.
+    """What was built.
+
+    Keys: version, torch, torch_cuda, cuda, cuda_architectures, compiler, instruction_sets, cpu_capabilities.
 
     ImportError when the compiled module is missing or is for another Python.
     """

@@ -197,9 +197,7 @@ def _read_parts(
             headers = read_headers(handle)
     except (ValueError, OSError) as error:
         pickles = [name for name in _UNREADABLE if (folder / name).exists()]
-        hint = (
-            f"; {pickles[0]} is a pickle and is never read: convert it to {WEIGHTS_FILE}" if pickles else ""
-        )
+        hint = f"; {pickles[0]} is a pickle and is never read: convert it to {WEIGHTS_FILE}" if pickles else ""
         problems.append(str(error) + hint)
         return {}, {}
     if not headers:
@@ -289,9 +287,7 @@ def _shape_problems(path: str, found: Mapping[str, TensorHeader]) -> list[str]:
         return problems
     lora_a, lora_b = found["A"].shape, found["B"].shape
     if lora_a[0] != lora_b[1]:
-        problems.append(
-            f"{path}: ranks disagree, lora_A {list(lora_a)} [R, D] and lora_B {list(lora_b)} [O, R]"
-        )
+        problems.append(f"{path}: ranks disagree, lora_A {list(lora_a)} [R, D] and lora_B {list(lora_b)} [O, R]")
     if "bias" in found and found["bias"].shape[0] != lora_b[0]:
         problems.append(f"{path}: lora_B.bias must be [O={lora_b[0]}], got {list(found['bias'].shape)}")
     return problems
@@ -302,9 +298,7 @@ def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRule
     problems = []
     rank, source = rules.rank_of(path)
     if found["A"].shape[0] != rank:
-        problems.append(
-            f"{path}: the config says rank {rank} ({source}), the tensors have {found['A'].shape[0]}"
-        )
+        problems.append(f"{path}: the config says rank {rank} ({source}), the tensors have {found['A'].shape[0]}")
     if rules.lora_bias != ("bias" in found):
         problems.append(
             f"{path}: the config says lora_bias {str(rules.lora_bias).lower()}, the file "

@@ -54,7 +54,7 @@ def train_expert(
 
     The defaults are PHATGOOSE's (arXiv 2402.05859, section 4): rank 16 on every linear layer except the
     output head, 1000 steps of AdamW at 5e-3, and a LoRA scale of alpha / rank = 1 / rank, for which that
-    rate is made (alpha = rank, PEFT users' habit, wants a rate about ten times smaller).
+    rate is made (alpha = rank, PEFT users' habit, is better off with a smaller rate).
 
     `target_modules` is PEFT's: names, a regular expression, or "all-linear". `data`, `collate_fn`,
     `validation`, `accumulate`, `resume` and the state file are as in `train_gates`; the default

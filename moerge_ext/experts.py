@@ -109,9 +109,7 @@ class ExpertBank:
             kind: {name: vector.to(device) for name, vector in rows.items()}
             for kind, rows in self.global_vectors.items()
         }
-        return ExpertBank(
-            self.names, modules, base_model=self.base_model, folders=self.folders, global_vectors=vectors
-        )
+        return ExpertBank(self.names, modules, base_model=self.base_model, folders=self.folders, global_vectors=vectors)
 
     def set_gates(
         self,
@@ -177,9 +175,7 @@ class ExpertBank:
         targets, problems = self._gate_folders(folders), []
         for name, folder in targets.items():
             if folder is None:
-                problems.append(
-                    f"expert {name!r} was not loaded from a folder; pass folders={{name: folder}}"
-                )
+                problems.append(f"expert {name!r} was not loaded from a folder; pass folders={{name: folder}}")
             if not self.get_gates(name, kind) and name not in self.global_vectors.get(kind, {}):
                 problems.append(f"expert {name!r} has no gates of kind {kind!r}")
         if problems:
@@ -277,8 +273,7 @@ def _common_base_model(sources: Sequence[Source]) -> str | None:
     if len(named) > 1:
         # the same model has many spellings (a local path, a hub id), so this alone is no error
         warnings.warn(
-            f"the experts name different base models: {', '.join(sorted(named))}; make sure "
-            f"they are the same",
+            f"the experts name different base models: {', '.join(sorted(named))}; make sure they are the same",
             stacklevel=3,
         )
         return None

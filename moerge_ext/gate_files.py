@@ -58,9 +58,7 @@ def read_gates(folder: str | os.PathLike, modules: Mapping[str, int] | None = No
             problems.append(str(error) if name in str(error) else f"{name}: {error}")
             continue
         if gates.kind in found:
-            problems.append(
-                f"{name}: gates of kind {gates.kind!r} stand in another file of the folder as well"
-            )
+            problems.append(f"{name}: gates of kind {gates.kind!r} stand in another file of the folder as well")
         found[gates.kind] = gates
     if problems:
         raise AdapterError(problems, f"the gates in {folder} cannot be used")
@@ -151,9 +149,7 @@ def write_gates(
     if problems:
         raise AdapterError(problems, f"gates cannot be written to {folder}")
     # a clone each: safetensors refuses tensors that share storage
-    tensors = {
-        key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in tensors.items()
-    }
+    tensors = {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in tensors.items()}
     path = _file_for(folder, kind)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)

@@ -15,9 +15,7 @@ from .adapters import CONFIG_FILE, WEIGHTS_FILE
 
 ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "moerge_gates*.safetensors")
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
-_HUB_ID = re.compile(
-    rf"(?P<repo>{_PART}/{_PART})(?P<sub>(/{_PART})*)(@(?P<revision>[A-Za-z0-9_][\w.\-/]*))?", re.A
-)
+_HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?P<sub>(/{_PART})*)(@(?P<revision>[A-Za-z0-9_][\w.\-/]*))?", re.A)
 
 
 def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
@@ -64,7 +62,5 @@ def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
         ) from error
     folder = root / subfolder
     if not folder.is_dir():
-        raise ValueError(
-            f"hub repository {repo} has no adapter in folder {subfolder!r} (revision {root.name})"
-        )
+        raise ValueError(f"hub repository {repo} has no adapter in folder {subfolder!r} (revision {root.name})")
     return folder

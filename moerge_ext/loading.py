@@ -45,8 +45,7 @@ def collect_sources(paths: Any) -> list[Source]:
     if isinstance(paths, nn.Module):
         if not is_peft_model(paths):
             raise ValueError(
-                f"load_experts: {type(paths).__name__} has no PEFT adapters; pass a PeftModel, "
-                f"paths, or {{name: path}}"
+                f"load_experts: {type(paths).__name__} has no PEFT adapters; pass a PeftModel, paths, or {{name: path}}"
             )
         sources, bad = live_adapters(paths)
         total = len(sources) + len(bad)
@@ -76,9 +75,7 @@ def _named_folders(paths: Any, bad: dict[str, list[str]]) -> dict[str, Path]:
     elif isinstance(paths, Iterable):
         pairs = [(None, path) for path in paths]
     else:
-        raise ValueError(
-            f"load_experts: expected paths, {{name: path}} or a PeftModel, got {type(paths).__name__}"
-        )
+        raise ValueError(f"load_experts: expected paths, {{name: path}} or a PeftModel, got {type(paths).__name__}")
     found: list[tuple[str, Path]] = []
     for name, path in pairs:
         try:
@@ -90,9 +87,7 @@ def _named_folders(paths: Any, bad: dict[str, list[str]]) -> dict[str, Path]:
     for name, count in Counter(name for name, _ in found).items():
         if count > 1:
             folders = ", ".join(str(folder) for other, folder in found if other == name)
-            bad[repr(name)] = [
-                f"{count} experts have this name ({folders}); pass {{name: path}} to name them apart"
-            ]
+            bad[repr(name)] = [f"{count} experts have this name ({folders}); pass {{name: path}} to name them apart"]
     return dict(found)
 
 
@@ -167,14 +162,11 @@ def _natural(path: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"([0-9]+)", path)
     # digits beyond any layer count are compared as text: int() of a very long run is slow
     return [
-        (0, int(part), "") if part.isascii() and part.isdigit() and len(part) < 19 else (1, 0, part)
-        for part in parts
+        (0, int(part), "") if part.isascii() and part.isdigit() and len(part) < 19 else (1, 0, part) for part in parts
     ]
 
 
-def stack_modules(
-    sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device
-) -> dict[str, ModuleBank]:
+def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device) -> dict[str, ModuleBank]:
     """Allocate every module's stack once, then copy expert by expert. AdapterError for NaN, inf and
     overflow.
     """
@@ -262,8 +254,7 @@ def _value_problems(stack: _Stack, e: int, path: str, weights: LoraWeights) -> l
     if problems:
         return problems
     return [
-        f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into "
-        f"lora_B and bias)"
+        f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into lora_B and bias)"
         for part, tensor in zip(("lora_A", "lora_B", "lora_B.bias"), stack, strict=True)
         if tensor is not None and not torch.isfinite(tensor[e]).all()
     ]

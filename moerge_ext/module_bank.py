@@ -33,15 +33,12 @@ class ModuleBank:
         problems = []
         if lora_A.ndim != 3 or lora_B.ndim != 3:
             problems.append(
-                f"lora_A must be [E, R, D] and lora_B [E, O, R], got {list(lora_A.shape)}, "
-                f"{list(lora_B.shape)}"
+                f"lora_A must be [E, R, D] and lora_B [E, O, R], got {list(lora_A.shape)}, {list(lora_B.shape)}"
             )
         elif lora_A.shape[:2] != (lora_B.shape[0], lora_B.shape[2]):
             problems.append(f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} differ in E or R")
         elif lora_bias is not None and tuple(lora_bias.shape) != tuple(lora_B.shape[:2]):
-            problems.append(
-                f"lora_bias must be [E, O] = {list(lora_B.shape[:2])}, got {list(lora_bias.shape)}"
-            )
+            problems.append(f"lora_bias must be [E, O] = {list(lora_B.shape[:2])}, got {list(lora_bias.shape)}")
         if problems:
             raise ValueError("ModuleBank: " + "; ".join(problems))
         num_experts, rank = lora_A.shape[:2]
@@ -87,9 +84,7 @@ class ModuleBank:
     @property
     def nbytes(self) -> int:
         tensors = [self.lora_A, self._lora_B, *self.gates.values()]
-        return sum(tensor.nbytes for tensor in tensors) + (
-            self.lora_bias.nbytes if self.lora_bias is not None else 0
-        )
+        return sum(tensor.nbytes for tensor in tensors) + (self.lora_bias.nbytes if self.lora_bias is not None else 0)
 
     def __repr__(self) -> str:
         return (
@@ -115,9 +110,7 @@ class ModuleBank:
     def set_gate(self, kind: str, expert: int, gate: Tensor) -> None:
         """Write one row of gates[kind]; the kind is added when it is new."""
         if kind not in self.gates:
-            self.gates[kind] = torch.zeros(
-                self.num_experts, self.in_features, dtype=torch.float32, device=self.device
-            )
+            self.gates[kind] = torch.zeros(self.num_experts, self.in_features, dtype=torch.float32, device=self.device)
             self.has_gate[kind] = torch.zeros(self.num_experts, dtype=torch.bool)
         self.gates[kind][expert] = gate.to(self.device, torch.float32)
         self.has_gate[kind][expert] = True

@@ -26,8 +26,8 @@ def _call(op, *args):
     except NotImplementedError as error:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
         raise ValueError(
-            f"moerge::{op.__name__.split('.')[0]}: this build has no kernels for tensors on '{device}'; move them to the CPU, "
-            f'or use moerge_ext.reference (patch(..., backend="reference"))'
+            f"moerge::{op.__name__.split('.')[0]}: this build has no kernels for tensors on '{device}'; "
+            f'move them to the CPU, or use moerge_ext.reference (patch(..., backend="reference"))'
         ) from error
     except RuntimeError as error:
         message = str(error)
@@ -77,16 +77,14 @@ def route(
         rows: [T] int32, the row of each token; None: T/N adjacent tokens per row.
         mask: [E] or [N,E] bool; an expert that is False is never selected.
         top_p: keeps the smallest set whose softmax over all unmasked experts reaches top_p, among the top_k.
-        weighting: "softmax" over the kept, "softmax_all" over all unmasked experts, "sigmoid", or "score" (the score itself).
+        weighting: "softmax" over the kept, "softmax_all" over all unmasked experts, "sigmoid", or "score" (itself).
 
     Returns:
         weights [T,K] float32 (float64 for float64 x) and experts [T,K] int32, best first, ties to the lower id, NaN
         scores last. An unused slot (too few eligible experts, or cut by top_p) has weight exactly 0 and no gradient.
         Differentiable in x, gates and bias.
     """
-    return _call(
-        _ops.route.default, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting
-    )
+    return _call(_ops.route.default, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting)
 
 
 def lora_apply(
@@ -124,9 +122,7 @@ def lora_apply(
     """
     if packed is not None:
         _refuse_grad("lora_apply", "packed is for inference", base, x, lora_a, lora_b, weights, lora_bias)
-    return _call(
-        _ops.lora_apply.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed
-    )
+    return _call(_ops.lora_apply.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
 
 
 def lora_apply_(
@@ -144,9 +140,7 @@ def lora_apply_(
 ) -> None:
     """`lora_apply` written into base. Inference only: ValueError when grad mode is on and an input requires grad."""
     _refuse_grad("lora_apply_", "it writes in place", base, x, lora_a, lora_b, weights, lora_bias)
-    _call(
-        _ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed
-    )
+    _call(_ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
 
 
 def routed_lora(
@@ -171,13 +165,11 @@ def routed_lora(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`route(x, gates, ...)` and `lora_apply` with its result, in one call.
 
-    Arguments as there. Returns y [T,O] in base's dtype, weights [T,K] and experts [T,K] int32. Differentiable in base, x,
-    gates, lora_a, lora_b, bias and lora_bias (and through weights).
+    Arguments as there. Returns y [T,O] in base's dtype, weights [T,K] and experts [T,K] int32. Differentiable in base,
+    x, gates, lora_a, lora_b, bias and lora_bias (and through weights).
     """
     if packed is not None:
-        _refuse_grad(
-            "routed_lora", "packed is for inference", base, x, gates, lora_a, lora_b, bias, lora_bias
-        )
+        _refuse_grad("routed_lora", "packed is for inference", base, x, gates, lora_a, lora_b, bias, lora_bias)
     return _call(
         _ops.routed_lora.default, base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask,
         top_p, weighting, lora_bias, factored, packed,

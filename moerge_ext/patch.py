@@ -31,7 +31,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 class RoutingState:
-    """What the handle sets and every RoutedLinear of a model reads: the score bias of the current rows, the recorder."""
+    """What the handle sets and every RoutedLinear of a model reads: the current rows' score bias, the recorder."""
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None  # [N,E] float32
@@ -40,19 +40,21 @@ class RoutingState:
 
     def set_bias(self, bias: Tensor) -> None:
         """Written in place while the shape stays, so that a captured graph sees the new values."""
-        if self.bias is not None and self.bias.shape == bias.shape and self.bias.device == bias.device:
-            self.bias.copy_(bias)
-        else:
-            self.bias = bias.detach().clone()
+        # a tensor made in inference mode could not be written again outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            if self.bias is not None and self.bias.shape == bias.shape and self.bias.device == bias.device:
+                self.bias.copy_(bias)
+            else:
+                self.bias = bias.detach().clone()
         self.active = True
 
 
 class RoutedLinear(nn.Module):
     """A linear layer and its experts: y = base_layer(x) + sum over the selected experts of w_e B_e A_e x.
 
-    `base_layer` is the original module, called as it is: quantized, sharded and offloaded layers keep working. The bank's
-    tensors are buffers outside the state dict; they follow the model's `.to()` and `.half()`, but gates and fixed
-    weights stay float32. `weight`, `bias`, `in_features` and `out_features` are the base layer's.
+    `base_layer` is the original module, called as it is: quantized, sharded and offloaded layers keep working. The
+    bank's tensors are buffers outside the state dict; they follow the model's `.to()` and `.half()`, but gates and
+    fixed weights stay float32. `weight`, `bias`, `in_features` and `out_features` are the base layer's.
     """
 
     _float32 = ("gates", "weights")
@@ -92,7 +94,8 @@ class RoutedLinear(nn.Module):
             ("lora_A", plan.lora_A),
             ("lora_B", plan.lora_B),
             ("lora_bias", plan.lora_bias),
-            ("gates", plan.gates),
+            # copied: the bank's set_gates must not reach a patched model
+            ("gates", None if plan.gates is None else plan.gates.clone()),
             ("mask", plan.mask),
             ("weights", weights),
             ("experts", experts),
@@ -100,7 +103,7 @@ class RoutedLinear(nn.Module):
             self.register_buffer(key, None if tensor is None else tensor.to(device), persistent=False)
         self.register_state_dict_post_hook(_strip_base_layer)
         self.register_load_state_dict_pre_hook(_insert_base_layer)
-        self.train(base_layer.training)
+        self.training = base_layer.training  # not .train(): the flags below base_layer stay as they are
 
     @property
     def weight(self) -> Tensor:
@@ -109,6 +112,13 @@ class RoutedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # as model.tie_weights() does
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
         kept = {key: getattr(self, key) for key in self._float32}
@@ -169,8 +179,9 @@ def _insert_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, *u
 def _execution_device(base: nn.Module) -> torch.device:
     """Where the base layer computes: the hook's device for a layer that accelerate offloads, else its weight's."""
     hook = getattr(base, "_hf_hook", None)
-    if getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
     first = next(base.parameters(), None)
     if first is None:
         first = next(base.buffers(), None)
@@ -198,7 +209,6 @@ class Handle:
             )
         for name in self.modules:
             routed = self.model.get_submodule(name)
-            routed.base_layer.train(routed.training)
             _replace(self.model, name, routed.base_layer)
         self.modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
@@ -238,14 +248,14 @@ class Handle:
             )
         if not rows.isfinite().all():
             raise ValueError("affinities must be finite")
-        before = (self._state.bias, self._state.active)
+        before = self._state.bias.clone() if self._state.active else None
         self._state.set_bias(self.method.bias(rows.float(), self.options))
         try:
             yield
         finally:
-            if before[1] and before[0] is not self._state.bias:
-                self._state.bias = before[0]
-            self._state.active = before[1]
+            if before is not None:
+                self._state.set_bias(before)
+            self._state.active = before is not None
 
     def __enter__(self) -> Handle:
         return self
@@ -268,7 +278,8 @@ def patch(
     """Routes a model's linear layers among experts, in place.
 
     Args:
-        model: any torch model whose layers have the paths the experts were trained on.
+        model: any torch model whose layers have the paths the experts were trained on. Offload or dispatch it with
+            accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
@@ -291,16 +302,22 @@ def patch(
             plans[name] = row.plan(experts, bank, name, settings)
         except ValueError as error:
             problems.append(str(error))
-    if backend == "native" and not problems:
-        problems += _device_problems(model, plans)
+    if not problems:
+        problems += _device_problems(model, plans, backend)
     if problems:
         raise ValueError(_listing(method, problems))
     state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
         name: RoutedLinear(
-            model.get_submodule(name), plan, routing, name=name, factored=aggregation == "factored",
-            needs_bias=row.bias is not None, state=state, backend=backend,
+            model.get_submodule(name),
+            plan,
+            routing,
+            name=name,
+            factored=aggregation == "factored",
+            needs_bias=row.bias is not None,
+            state=state,
+            backend=backend,
         )  # fmt: skip
         for name, plan in plans.items()
     }
@@ -356,12 +373,17 @@ def _near(name: str, layers: dict[str, nn.Module]) -> str:
     return ""
 
 
-def _device_problems(model: nn.Module, plans: dict[str, Plan]) -> list[str]:
-    devices = {_execution_device(model.get_submodule(name)).type for name in plans} - {"cpu"}
-    return [
-        f"this build has no kernels for '{device}'; move the model to the CPU or pass backend=\"reference\""
-        for device in sorted(devices)
-    ]
+def _device_problems(model: nn.Module, plans: dict[str, Plan], backend: str) -> list[str]:
+    devices = {_execution_device(model.get_submodule(name)).type for name in plans}
+    problems = []
+    if "meta" in devices:
+        problems.append("the model's weights are on the meta device: load them before the patch")
+    if backend == "native":
+        problems += [
+            f"this build has no kernels for '{device}'; move the model to the CPU or pass backend=\"reference\""
+            for device in sorted(devices - {"cpu", "meta"})
+        ]
+    return problems
 
 
 def _listing(method: str, problems: list[str]) -> str:

@@ -130,14 +130,14 @@ class _Parser:
         sign = self.peek()
         if sign == "{":
             raise self.error("a counted repeat '{'")
-        if sign not in ("*", "+", "?") or not sign:
+        if sign not in ("*", "+", "?"):
             return node, loop
         if sign != "?" and loop:
             raise self.error("a repeat inside a repeat")
         self.at += 1
         if self.peek() == "?":  # a lazy repeat reaches the same ends
             self.at += 1
-        if self.peek() in ("*", "+", "?", "{") and self.peek():
+        if self.peek() in ("*", "+", "?", "{"):
             raise self.error("a repeat of a repeat")
         if sign == "?":
             return (lambda path, mask: mask | node(path, mask)), loop
@@ -158,9 +158,7 @@ class _Parser:
             return node, loop
         if char in ("^", "$"):
             self.at += 1
-            return (lambda path, mask: mask & 1) if char == "^" else (
-                lambda path, mask: mask & path.end
-            ), False
+            return (lambda path, mask: mask & 1) if char == "^" else (lambda path, mask: mask & path.end), False
         return _single(self.character()), False
 
     def character(self) -> str:

@@ -202,9 +202,7 @@ def _check_refusals(config: Mapping[str, Any], problems: list[str]) -> None:
             "(it is never imported: set it to null if the adapter is yours)"
         )
     if not _is_off(core) and core != "megatron.core":
-        problems.append(
-            f"megatron_core names a Python module, {show(core)}; expected 'megatron.core' or null"
-        )
+        problems.append(f"megatron_core names a Python module, {show(core)}; expected 'megatron.core' or null")
 
 
 def _check_init(init: Any, problems: list[str]) -> None:

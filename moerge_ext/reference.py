@@ -1,4 +1,4 @@
-"""The ops in plain torch: the definition of correct. Same signatures as `moerge_ext.ops`, any device, any dtype, differentiable.
+"""The ops in plain torch: the definition of correct. Same signatures as `moerge_ext.ops`, any device, differentiable.
 
 Written to be read, not to be fast. Arithmetic is float32, or float64 for float64 inputs. T tokens, D in features, O out
 features, E experts, K selected per token, R rank, N rows (sequences).
@@ -46,17 +46,13 @@ def _softmax(scores: Tensor, keep: Tensor) -> Tensor:
     exponent = torch.where(keep, scores, highest) - highest
     parts = torch.where(keep, exponent.exp(), torch.zeros_like(scores))
     total = parts.sum(-1, keepdim=True)
-    return torch.where(
-        keep, parts / torch.where(keep.any(-1, keepdim=True), total, torch.ones_like(total)), parts
-    )
+    return torch.where(keep, parts / torch.where(keep.any(-1, keepdim=True), total, torch.ones_like(total)), parts)
 
 
 def _ranking(scores: Tensor, eligible: Tensor) -> Tensor:
     """[T,E] ids: eligible numbers by descending score (ties to the lower id), eligible NaN, the masked."""
     nan = scores.isnan()
-    order = torch.argsort(
-        scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), dim=-1, descending=True, stable=True
-    )
+    order = torch.argsort(scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), dim=-1, descending=True, stable=True)
     kind = torch.where(eligible, nan.int(), torch.full_like(nan, 2, dtype=torch.int32))
     return order.gather(-1, torch.argsort(kind.gather(-1, order), dim=-1, stable=True))
 
@@ -112,9 +108,7 @@ def route(
     elif weighting == "score":
         weights = chosen
     else:
-        raise ValueError(
-            f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {weighting!r}"
-        )
+        raise ValueError(f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {weighting!r}")
     weights = torch.where(kept, weights, torch.zeros_like(weights))
 
     # unused slots carry the lowest ids that no kept slot has
@@ -145,9 +139,7 @@ def lora_apply(
     # one weight per token and expert; a slot of weight 0 takes nothing from its expert
     dense = weights.to(acc).new_zeros(tokens, n_experts)
     dense = dense.scatter_add(1, experts.long()[row], weights.to(acc)[row])
-    used = (
-        torch.zeros_like(dense).scatter_add(1, experts.long()[row], (weights.detach() != 0).to(acc)[row]) != 0
-    )
+    used = torch.zeros_like(dense).scatter_add(1, experts.long()[row], (weights.detach() != 0).to(acc)[row]) != 0
     x = x.to(acc)
     y = base.to(acc)
     shrunk = [x @ a.to(acc).T for a in lora_a]

@@ -30,6 +30,15 @@ class AdapterError(ValueError):
             shown.append(f"... and {len(self.problems) - MAX_SHOWN} more problems")
         super().__init__(heading + ":" + "".join(f"\n  - {problem}" for problem in shown))
 
+    def __reduce__(self):  # the message is not the first argument, which is what pickle would pass
+        return _restore_error, (self.problems, self.args)
+
+
+def _restore_error(problems: list[str], args: tuple) -> AdapterError:
+    error = AdapterError(problems)
+    error.args = args
+    return error
+
 
 @dataclass(frozen=True)
 class TensorHeader:
@@ -75,9 +84,7 @@ def open_tensors(path: Path):
     """`safe_open` on the CPU; every way in which the file can be broken becomes a ValueError."""
     try:
         handle = safe_open(path, framework="pt", device="cpu")
-    except (
-        Exception
-    ) as error:  # the library's own error type, OSError, and whatever a crafted header provokes
+    except Exception as error:  # the library's own error type, OSError, and whatever a crafted header provokes
         raise ValueError(f"{path.name} is not a valid safetensors file: {error}") from None
     with handle:
         yield handle

@@ -29,8 +29,10 @@ class Trace:
             return
         weights, ids = weights.detach(), experts.detach().flatten().long()
         if module not in self._weight:
-            self._weight[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
-            self._count[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
+            # a tensor made in inference mode could not be added to outside of it
+            with torch.inference_mode(False):
+                self._weight[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
+                self._count[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
         flat = weights.flatten().double()
         self._weight[module].scatter_add_(0, ids, flat)
         self._count[module].scatter_add_(0, ids, (flat != 0).double())

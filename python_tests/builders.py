@@ -49,9 +49,8 @@ def write_adapter(
         for key, part in zip(keys, parts, strict=False):
             tensors[f"{PREFIX}{path}.{key}"] = part.detach().contiguous().clone()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(
-        json.dumps(lora_config(r, alpha, **{"target_modules": sorted(modules)} | config))
-    )
+    config = lora_config(r, alpha, **{"target_modules": sorted(modules)} | config)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -84,6 +83,7 @@ def random_experts(
     sizes = list(linear_sizes(model, targets))
     if not sizes:
         raise ValueError(f"no linear layer ends with {list(targets)}")
+    transposed = any(isinstance(model.get_submodule(path), Conv1D) for path, _, _ in sizes)
     folders = {}
     for index, name in enumerate(names):
         random = torch.Generator().manual_seed(seed * 1000 + index)
@@ -95,7 +95,7 @@ def random_experts(
             )
             for path, d, o in sizes
         }
-        folders[name] = write_adapter(Path(folder) / name, modules, r=r, alpha=r)
+        folders[name] = write_adapter(Path(folder) / name, modules, r=r, alpha=r, fan_in_fan_out=transposed)
         if gates:
             kind = gates if isinstance(gates, str) else "sigmoid-gate"
             vectors = {path: torch.randn(d, generator=random) for path, d, _ in sizes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -112,3 +113,12 @@ def breaking(data, after):
                 yield data[i % len(data)]
 
     return Source()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Import this where models this small are trained: a second thread costs them more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

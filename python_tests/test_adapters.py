@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 import struct
 import time
@@ -341,6 +342,13 @@ def test_all_problems_in_one_error(folder):
     (folder / "moerge_gates.safetensors").write_bytes(b"x")
     error = refused(folder, "DoRA", "bias must be", "modules_to_save", "lora_B.weight is missing", "'junk'")
     assert "moerge_gates" in str(error) and len(error.problems) == 6
+
+
+def test_errors_survive_pickling(folder):
+    set_config(folder, use_dora=True, bias="all")
+    error = refused(folder, "DoRA")
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, AdapterError) and str(again) == str(error) and again.problems == error.problems
 
 
 def test_many_problems_are_counted(folder):

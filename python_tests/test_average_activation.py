@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate_builders import Untouched, batches, llama, make_adapter, t5
+from gate_builders import (
+    Untouched,
+    batches,
+    llama,
+    make_adapter,
+    one_thread,  # noqa: F401 (used by being here)
+    t5,
+)
 
 from moerge_ext.activation import average_activation
 from moerge_ext.adapters import read_gates

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate_builders import MODELS, Killed, Untouched, batches, breaking, llama, quiet
+from gate_builders import (
+    MODELS,
+    Killed,
+    Untouched,
+    batches,
+    breaking,
+    llama,
+    one_thread,  # noqa: F401 (used by being here)
+    quiet,
+)
 from safetensors.torch import load_file
 
 from moerge_ext.adapters import read_adapter

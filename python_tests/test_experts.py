@@ -349,7 +349,9 @@ def assert_equals_peft(bank, model):
 
 
 def test_folders_equal_peft(peft_model, tmp_path):
-    peft_model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT takes lora_B.bias for a broken matrix
+        peft_model.save_pretrained(tmp_path)
     bank = load_experts({name: tmp_path / name for name in VARIANTS})
     assert_equals_peft(bank, peft_model)
 

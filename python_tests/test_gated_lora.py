@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate_builders import Untouched, batches, llama, make_adapter, quiet
+from gate_builders import (
+    Untouched,
+    batches,
+    llama,
+    make_adapter,
+    one_thread,  # noqa: F401 (used by being here)
+    quiet,
+)
 from safetensors.torch import load_file
 from torch import nn
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate_builders import MODELS, Untouched, batches, llama, make_adapter, quiet
+from gate_builders import (
+    MODELS,
+    Untouched,
+    batches,
+    llama,
+    make_adapter,
+    one_thread,  # noqa: F401 (used by being here)
+    quiet,
+)
 
 from moerge_ext.adapters import read_adapter, read_gates
 from moerge_ext.expert_training import new_expert

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from gate_builders import MODELS, make_adapter
+from gate_builders import (
+    MODELS,
+    make_adapter,
+    one_thread,  # noqa: F401 (used by being here)
+)
 
 from moerge_ext.adapters import read_gates
 

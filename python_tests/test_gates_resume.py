@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gate_builders import MODELS, Killed, Untouched, batches, breaking, llama, make_adapter, quiet
+from gate_builders import (
+    MODELS,
+    Killed,
+    Untouched,
+    batches,
+    breaking,
+    llama,
+    make_adapter,
+    one_thread,  # noqa: F401 (used by being here)
+    quiet,
+)
 from safetensors.torch import load_file
 
 from moerge_ext.gates import CHECKPOINT_FOLDER, train_gates

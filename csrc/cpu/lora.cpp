@@ -255,6 +255,11 @@ void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor wei
   check_base(check, base, x);
   const LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, weights, experts, lora_bias, rows,
                       factored, packed);
+  const int64_t near = std::min(base.stride(0), base.stride(1)), far = std::max(base.stride(0), base.stride(1));
+  const int64_t inner = base.size(base.stride(0) < base.stride(1) ? 0 : 1);
+  check.that(base.numel() <= 1 || args.T == 1 || args.O == 1 ? near > 0 || base.numel() <= 1
+                                                             : near > 0 && far > near * (inner - 1),
+             "base must not overlap itself in memory, got strides [", base.stride(0), ", ", base.stride(1), "]");
   const Tensor target = rows_contiguous(base);
   forward_into(args, target, target);
   if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);

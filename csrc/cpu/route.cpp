@@ -54,36 +54,15 @@ void select(const Acc* scores, int32_t* ids, int64_t n, int64_t K) {
   }
 }
 
-// exp(score - highest), whose sum is `total`: the softmax over ids[0..n).
-template <class Acc>
-struct Softmax {
-  Acc highest = -std::numeric_limits<Acc>::infinity(), total = 0;
-
-  Softmax(const Acc* scores, const int32_t* ids, int64_t n) {
-    for (int64_t i = 0; i < n; ++i)
-      if (!(scores[ids[i]] <= highest)) highest = scores[ids[i]];  // a NaN stays
-    for (int64_t i = 0; i < n; ++i) total += std::exp(scores[ids[i]] - highest);
-  }
-  Acc of(Acc score) const { return std::exp(score - highest) / total; }
-};
-
 // One token: scores [E] -> weights [K], experts [K]. `ids` is scratch [E].
 template <class Acc>
 void choose(const RouteArgs& args, int64_t token, const Acc* scores, int32_t* ids, Acc* weights, int32_t* experts) {
-  int64_t n = 0;
-  for (int64_t e = 0; e < args.E; ++e)
-    if (args.eligible(token, e)) ids[n++] = static_cast<int32_t>(e);
-  const int64_t K = args.top_k;
+  const int64_t K = args.top_k, n = eligible_experts(args, token, ids);
   std::optional<Softmax<Acc>> all;
   if (args.top_p > 0 || args.weighting == Weighting::softmax_all) all.emplace(scores, ids, n);
   select(scores, ids, n, K);
   int64_t kept = std::min(K, n);
-  if (args.top_p > 0) {
-    Acc before = 0;
-    int64_t k = 0;
-    for (; k < kept && !(before >= static_cast<Acc>(args.top_p)); ++k) before += all->of(scores[ids[k]]);
-    kept = k;
-  }
+  if (args.top_p > 0) kept = kept_by_top_p(args, *all, scores, ids, kept);
   const Softmax<Acc> selected(scores, ids, kept);
   for (int64_t k = 0; k < kept; ++k) {
     const Acc score = scores[ids[k]];

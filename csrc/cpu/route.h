@@ -101,6 +101,37 @@ void finish_scores(const RouteArgs& args, int64_t token, Acc* scores) {
   for (int64_t e = 0; e < args.E; ++e) scores[e] += bias[e];
 }
 
+// The eligible experts of a token in id order, in `ids` ([E]); returns how many.
+inline int64_t eligible_experts(const RouteArgs& args, int64_t token, int32_t* ids) {
+  int64_t n = 0;
+  for (int64_t e = 0; e < args.E; ++e)
+    if (args.eligible(token, e)) ids[n++] = static_cast<int32_t>(e);
+  return n;
+}
+
+// exp(score - highest), whose sum is `total`: the softmax over ids[0..n).
+template <class Acc>
+struct Softmax {
+  Acc highest = -std::numeric_limits<Acc>::infinity(), total = 0;
+
+  Softmax(const Acc* scores, const int32_t* ids, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+      if (!(scores[ids[i]] <= highest)) highest = scores[ids[i]];  // a NaN stays
+    for (int64_t i = 0; i < n; ++i) total += std::exp(scores[ids[i]] - highest);
+  }
+  Acc of(Acc score) const { return std::exp(score - highest) / total; }
+};
+
+// How many of ids[0..n), best first, the top_p cut keeps; `all` is the softmax over every eligible expert.
+template <class Acc>
+int64_t kept_by_top_p(const RouteArgs& args, const Softmax<Acc>& all, const Acc* scores, const int32_t* ids,
+                      int64_t n) {
+  Acc before = 0;
+  int64_t k = 0;
+  for (; k < n && !(before >= static_cast<Acc>(args.top_p)); ++k) before += all.of(scores[ids[k]]);
+  return k;
+}
+
 // route for a whole batch; weights [T,K] and experts [T,K] are written.
 template <class Acc>
 void route_forward(const RouteArgs& args, Acc* weights, int32_t* experts);

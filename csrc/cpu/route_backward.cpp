@@ -17,31 +17,25 @@ namespace {
 
 constexpr int64_t kColumns = 512;  // columns of grad_gates per task
 
-// An unused slot has weight 0; one whose expert is masked, or any with weight 0 under a top_p cut, takes no gradient.
-template <class Acc>
-bool is_kept(const RouteArgs& args, int64_t token, int32_t expert, Acc weight) {
-  return args.eligible(token, expert) && !(args.top_p > 0 && weight == 0);
-}
-
+// ds [E] of one token. Which slots the forward kept is found again from the scores: a weight of 0 does not tell, since
+// "score" may keep one. Where it does mean a derivative of 0, grad is not read: it may be NaN from an expert that the
+// forward never read. `ids` is scratch [E].
 template <class Acc>
 void score_gradient(const RouteArgs& args, int64_t token, const Acc* scores, const Acc* grad, const Acc* weights,
-                    const int32_t* experts, Acc* ds) {
+                    const int32_t* experts, int32_t* ids, Acc* ds) {
   std::fill(ds, ds + args.E, Acc(0));
+  const int64_t n = eligible_experts(args, token, ids);
+  const Softmax<Acc> all(scores, ids, n);
+  int64_t kept = std::min(args.top_k, n);
+  if (args.top_p > 0) kept = kept_by_top_p(args, all, scores, experts, kept);
   Acc mean = 0;
-  for (int64_t k = 0; k < args.top_k; ++k)
-    if (is_kept(args, token, experts[k], weights[k])) mean += weights[k] * grad[k];
-  if (args.weighting == Weighting::softmax_all) {
-    Acc highest = -std::numeric_limits<Acc>::infinity(), total = 0;
-    for (int64_t e = 0; e < args.E; ++e)
-      if (args.eligible(token, e) && !(scores[e] <= highest)) highest = scores[e];
-    for (int64_t e = 0; e < args.E; ++e)
-      if (args.eligible(token, e)) total += std::exp(scores[e] - highest);
-    for (int64_t e = 0; e < args.E; ++e)
-      if (args.eligible(token, e)) ds[e] = -std::exp(scores[e] - highest) / total * mean;
-  }
-  for (int64_t k = 0; k < args.top_k; ++k) {
+  for (int64_t k = 0; k < kept; ++k)
+    if (weights[k] != 0) mean += weights[k] * grad[k];
+  if (args.weighting == Weighting::softmax_all)
+    for (int64_t i = 0; i < n; ++i) ds[ids[i]] = -all.of(scores[ids[i]]) * mean;
+  for (int64_t k = 0; k < kept; ++k) {
     const Acc w = weights[k];
-    if (!is_kept(args, token, experts[k], w)) continue;
+    if (w == 0 && args.weighting != Weighting::score) continue;
     switch (args.weighting) {
       case Weighting::softmax:
         ds[experts[k]] = w * (grad[k] - mean);
@@ -91,13 +85,14 @@ struct Backward {
     Acc* z = scratch<Acc>(1, kTokenBlock * args.E);
     Acc* scores = scratch<Acc>(2, args.E);
     Acc* dx = scratch<Acc>(3, args.D);
+    int32_t* ids = scratch<int32_t>(4, args.E);
     similarities<Acc>(args, begin, count, normalized, stats.data() + begin, z);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = begin + i, at = t * args.top_k;
       Acc* ds = dz + t * args.E;
       std::copy(z + i * args.E, z + (i + 1) * args.E, scores);
       finish_scores(args, t, scores);
-      score_gradient(args, t, scores, grad + at, weights + at, experts + at, ds);
+      score_gradient(args, t, scores, grad + at, weights + at, experts + at, ids, ds);
       if (keep_ds) continue;
       for (int64_t e = 0; e < args.E; ++e) {
         const Acc slope = args.absolute ? Acc((z[i * args.E + e] > 0) - (z[i * args.E + e] < 0)) : Acc(1);

@@ -82,9 +82,7 @@ def _passage(rng: random.Random) -> list[tuple[str | None, str]]:
     ]
 
 
-def base_document(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, length: int
-) -> tuple[list[int], list[int]]:
+def base_document(tokenizer: PreTrainedTokenizerFast, rng: random.Random, length: int) -> tuple[list[int], list[int]]:
     """A document of `length` tokens for the base: (ids, the index in KINDS of each token's line or IGNORE)."""
     ids, kinds, seen = [tokenizer.bos_token_id], [IGNORE], []
     while len(ids) < length:
@@ -111,9 +109,7 @@ def expert_turns(task: Task, rng: random.Random) -> list[tuple[str, str]]:
     return [(f"{turns[0][0]}, {turns[1][0]}", f"{turns[0][1]}, {turns[1][1]}")]
 
 
-def expert_example(
-    tokenizer: PreTrainedTokenizerFast, task: Task, rng: random.Random
-) -> tuple[list[int], list[int]]:
+def expert_example(tokenizer: PreTrainedTokenizerFast, task: Task, rng: random.Random) -> tuple[list[int], list[int]]:
     """(ids, labels): a conversation of one skill; labels are IGNORE except on the answers."""
     ids, labels = [tokenizer.bos_token_id], [IGNORE]
     for request, answer in expert_turns(task, rng):

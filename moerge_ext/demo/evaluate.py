@@ -14,7 +14,10 @@ MAX_ANSWER = 28  # tokens of the longest right answer ('xxxxxxxxxxxxxx, xxxxxxxx
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int = MAX_ANSWER
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    max_new_tokens: int = MAX_ANSWER,
 ) -> list[str]:
     """The model's next line for every prompt: one left-padded batch, greedy."""
     rows = tokenizer([f"<s>{p}" for p in prompts], padding=True, add_special_tokens=False, return_tensors="pt")

@@ -16,8 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-WORDS = tuple(
-    """
+_WORD_LIST = """
 apple arm army ash baby bag ball band bank barn basket bat bath beach bean bear bed bee bell belt bench berry bike
 bird blade boat body bone book boot bottle bowl box boy branch brick bridge broom brush bucket bug bush button cab
 cake camel camp candle cap car card cart castle cat cave chair cherry chest chick child city class clock cloud club
@@ -34,8 +33,11 @@ shell ship shirt shoe shop shrub sink sky slope snail snake snow sock sofa song 
 stool storm story street sun swan table tail tent thumb tiger toe torch towel tower town toy train tray tree truck
 tulip turtle valley van vase vine violin wagon wall wasp watch water wave whale wheel wind window wing witch wolf
 wood worm yard zebra zoo
-""".split()
-)
+"""
+WORDS = tuple(_WORD_LIST.split())
+_ONSETS = "b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl gr pl pr sh sl st th tr qu"
+_NUCLEI = "a e i o u a e i o ee oo ai"
+_CODAS = "n t r l ck m sh x y p d ss z ch"
 VOWELS = "aeiou"
 
 
@@ -52,9 +54,7 @@ def made_up_word(rng: random.Random) -> str:
     """A pronounceable training word of one to three syllables and 3 to 6 letters, such as 'blick' or 'tavoro'."""
     while True:
         parts = [
-            rng.choice("b c d f g h j k l m n p r s t v w y z bl br ch cl cr dr fl gr pl pr sh sl st th tr qu".split() + [""])
-            + rng.choice("a e i o u a e i o ee oo ai".split())
-            + rng.choice(["", "", "n", "t", "r", "l", "ck", "m", "sh", "x", "y", "p", "d", "ss", "z", "ch"])
+            rng.choice(["", *_ONSETS.split()]) + rng.choice(_NUCLEI.split()) + rng.choice(["", "", *_CODAS.split()])
             for _ in range(rng.randint(1, 3))
         ]
         word = "".join(parts)
