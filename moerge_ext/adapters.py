@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gate_files import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
-from .peft_config import LoraRules, check_config, read_config
-from .safefile import (
+from .adapter_files.config import LoraRules, check_config, read_config
+from .adapter_files.gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
+from .adapter_files.safefile import (
     FLOATS,
     AdapterError,
     TensorHeader,

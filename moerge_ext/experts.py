@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .adapter_files.safefile import FLOATS
 from .adapters import GateSet, write_gates
 from .loading import Source, check_together, collect_sources, stack_modules
 from .module_bank import ModuleBank
-from .safefile import FLOATS
 
 __all__ = ["ExpertBank", "ModuleBank", "load_experts"]
 

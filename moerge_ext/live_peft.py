@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapter_files.config import check_config
+from .adapter_files.safefile import FLOATS, AdapterError, path_problem
 from .adapters import PREFIX, GateSet, LoraWeights, ModuleHeader, common_dtype
-from .peft_config import check_config
-from .safefile import FLOATS, AdapterError, path_problem
 
 
 @dataclass(frozen=True)

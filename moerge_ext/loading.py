@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .adapter_files.safefile import AdapterError
 from .adapters import GateSet, LoraWeights, ModuleHeader, common_dtype, inspect_adapter, nonfinite_problems
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
 from .module_bank import ModuleBank
-from .safefile import AdapterError
 
 PROGRESS_AFTER = 2.5  # seconds
 MAX_LISTED = 20  # problems shown per expert when several are refused; `problems` holds all

@@ -13,9 +13,9 @@ import torch
 from builders import lora_config, write_adapter
 from safetensors.torch import load_file, save_file
 
+from moerge_ext.adapter_files.patterns import ModulePattern
 from moerge_ext.adapters import AdapterError, inspect_adapter, read_adapter, read_gates, write_gates
 from moerge_ext.experts import load_experts
-from moerge_ext.patterns import ModulePattern
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 A_KEY, B_KEY = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"
@@ -401,9 +401,7 @@ def test_patterns_match_as_in_peft(key):
         assert ModulePattern(key).matches(path) == (get_pattern_key([key], path) == key and True), path
 
 
-@pytest.mark.parametrize(
-    "key", ["(a|a)" * 60, "a*" * 300, "(a?b?)" * 100, ".*" * 400 + "x", "(.|.|.)" * 100 + "!"]
-)
+@pytest.mark.parametrize("key", ["(a|a)" * 60, "a*" * 300, "(a?b?)" * 100, ".*" * 400 + "x", "(.|.|.)" * 100 + "!"])
 def test_patterns_cannot_blow_up(key):
     start = time.perf_counter()
     assert not ModulePattern(key).matches("a" * 400 + "b")
@@ -457,10 +455,7 @@ def test_a_second_kind_gets_a_file_of_its_own(folder):
     other = write_gates(folder, {Q: torch.ones(8)}, kind="average-activation")
     assert other.name == "moerge_gates.average-activation.safetensors"
     assert write_gates(folder, {Q: torch.full((8,), 2.0)}, kind="average-activation") == other
-    assert (
-        write_gates(folder, {Q: torch.full((8,), 3.0)}, kind="sigmoid-gate").name
-        == "moerge_gates.safetensors"
-    )
+    assert write_gates(folder, {Q: torch.full((8,), 3.0)}, kind="sigmoid-gate").name == "moerge_gates.safetensors"
     read = read_adapter("e", folder).gates
     assert {kind: gates.gates[Q][0].item() for kind, gates in read.items()} == {
         "average-activation": 2.0,

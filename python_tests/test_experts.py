@@ -313,9 +313,7 @@ def peft_model():
     model = None
     for name, fields in VARIANTS.items():
         # lora_bias warns that the base has no bias, which concerns merging alone
-        config = LoraConfig(
-            **{"target_modules": ["q_proj", "k_proj", "v_proj"], "task_type": "CAUSAL_LM"} | fields
-        )
+        config = LoraConfig(**{"target_modules": ["q_proj", "k_proj", "v_proj"], "task_type": "CAUSAL_LM"} | fields)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if model is None:
@@ -341,9 +339,7 @@ def assert_equals_peft(bank, model):
             torch.testing.assert_close(module.lora_B[e] @ module.lora_A[e], delta, rtol=1e-6, atol=1e-6)
             bias = layer.lora_B[name].bias
             if bias is not None:
-                torch.testing.assert_close(
-                    module.lora_bias[e], bias * layer.scaling[name], rtol=1e-6, atol=1e-6
-                )
+                torch.testing.assert_close(module.lora_bias[e], bias * layer.scaling[name], rtol=1e-6, atol=1e-6)
             checked += 1
     assert checked == 3 * 6 + 4 + 3
 
@@ -521,9 +517,7 @@ def test_only_the_adapters_files_are_fetched(monkeypatch, tmp_path):
 
 
 def test_time_is_linear_in_the_number_of_experts(tmp_path):
-    modules = {
-        f"model.layers.{i}.self_attn.{p}": factors(64, 64) for i in range(12) for p in ("q_proj", "v_proj")
-    }
+    modules = {f"model.layers.{i}.self_attn.{p}": factors(64, 64) for i in range(12) for p in ("q_proj", "v_proj")}
     folders = [write_adapter(tmp_path / f"e{i}", modules) for i in range(60)]
 
     def seconds(count):

@@ -18,8 +18,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ..experts import ExpertBank
-from ..loading import load_experts
+from ..experts import ExpertBank, load_experts
 from ..patch import patch
 from . import heatmap
 from .evaluate import accuracies, converse, tokens_per_second

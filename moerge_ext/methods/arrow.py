@@ -52,9 +52,7 @@ TAXONOMY = Taxonomy(
 )
 
 
-def arrow_plan(
-    bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]
-) -> Plan:
+def arrow_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]) -> Plan:
     """A routed `Plan`, prototypes as gates; experts without this module or without a direction are masked."""
     if options["prototype"] == "svd":
         gates, found = svd_prototypes(module_bank.lora_A, module_bank.lora_B)
@@ -93,9 +91,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _row(
-    name: str, summary: str, paper: str, *, top_k: int, aggregation: str = "output", **options: Any
-) -> Method:
+def _row(name: str, summary: str, paper: str, *, top_k: int, aggregation: str = "output", **options: Any) -> Method:
     defaults = {
         "temperature": 1.0,
         "scale_by_width": False,

@@ -39,9 +39,7 @@ AVERAGE_ACTIVATION_MTTL = Method(
     paper=f"{ARROW_PAPER}, published code (mttl)",
     taxonomy=replace(TAXONOMY, selection="Dense", aggregation="Parameter"),
     plan=average_activation_plan,
-    routing=Routing(
-        top_k=None, normalize="none", scale=InverseTemperature(by_width=True), weighting="softmax"
-    ),
+    routing=Routing(top_k=None, normalize="none", scale=InverseTemperature(by_width=True), weighting="softmax"),
     aggregation="factored",
     options={"gate_norm": "none"},
     finish=partial(check_gate_norm, method="average_activation_mttl"),

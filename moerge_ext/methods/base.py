@@ -107,9 +107,7 @@ class Method:
             check_routing(self.name, routing)
         aggregation = overrides.get("aggregation", self.aggregation)
         if aggregation not in ("output", "factored"):
-            raise ValueError(
-                f"method '{self.name}': aggregation must be 'output' or 'factored', got {aggregation!r}"
-            )
+            raise ValueError(f"method '{self.name}': aggregation must be 'output' or 'factored', got {aggregation!r}")
         return routing, aggregation, options
 
 
@@ -121,9 +119,7 @@ def check_routing(name: str, routing: Routing) -> None:
     if routing.normalize not in ("standardize", "unit", "none"):
         problems.append(f"normalize must be 'standardize', 'unit' or 'none', got {routing.normalize!r}")
     if routing.weighting not in ("softmax", "softmax_all", "sigmoid", "score"):
-        problems.append(
-            f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {routing.weighting!r}"
-        )
+        problems.append(f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {routing.weighting!r}")
     if routing.top_p is not None and not 0 < routing.top_p <= 1:
         problems.append(f"top_p must be in (0, 1] or None, got {routing.top_p!r}")
     if isinstance(routing.scale, int | float) and not math.isfinite(routing.scale):

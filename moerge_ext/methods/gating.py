@@ -94,8 +94,7 @@ def check_gate_norm(routing: Routing, options: Mapping[str, Any], *, method: str
     """`Method.finish` of rows with the option `gate_norm`."""
     if options["gate_norm"] not in GATE_NORMS:
         raise ValueError(
-            f"method '{method}': gate_norm must be one of {', '.join(GATE_NORMS)}, "
-            f"got {options['gate_norm']!r}"
+            f"method '{method}': gate_norm must be one of {', '.join(GATE_NORMS)}, got {options['gate_norm']!r}"
         )
     return routing
 

@@ -83,9 +83,7 @@ GLIDER_CODE = Method(
     paper=f"{PAPER}, published code",
     taxonomy=TAXONOMY,
     plan=sigmoid_gate_plan,
-    routing=Routing(
-        top_k=2, normalize="standardize", scale=InverseTemperature(by_width=True), weighting="softmax"
-    ),
+    routing=Routing(top_k=2, normalize="standardize", scale=InverseTemperature(by_width=True), weighting="softmax"),
     bias=constant_bias,
     options={"alpha": 3.0},
     finish=partial(check_numbers, method="glider_code"),

@@ -39,9 +39,7 @@ def used_ranks(module_bank: ModuleBank) -> Tensor:
     return (torch.arange(module_bank.lora_A.shape[1]) < ranks[:, None]).to(module_bank.device)
 
 
-def merged_plan(
-    bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]
-) -> Plan:
+def merged_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]) -> Plan:
     """One expert of rank sum_e R_e with weight 1/E.
 
     The factor 1/E is the weight, not part of B: it is applied in float32, where B in float16 could underflow.

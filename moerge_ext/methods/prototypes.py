@@ -23,10 +23,7 @@ def svd_prototypes(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     """
     experts, rank, width = lora_A.shape
     step = max(1, CHUNK_ELEMENTS // max(1, rank * (width + lora_B.shape[1])))
-    parts = [
-        _svd_chunk(lora_A[i : i + step].double(), lora_B[i : i + step].double())
-        for i in range(0, experts, step)
-    ]
+    parts = [_svd_chunk(lora_A[i : i + step].double(), lora_B[i : i + step].double()) for i in range(0, experts, step)]
     return torch.cat([p for p, _ in parts]), torch.cat([f for _, f in parts])
 
 

@@ -59,9 +59,7 @@ def render(console: Console, *, verbose: bool = False) -> None:
     """Print the methods; `verbose` adds the survey's taxonomy, the options and the papers."""
     data = rows()
     console.print(f"[bold]{len(data)} routing methods[/bold] (patch(model, experts, method=...))")
-    table = _table(
-        "method", "what it does", "gates", "top-k", "weights", "applied", "arXiv", wraps="what it does"
-    )
+    table = _table("method", "what it does", "gates", "top-k", "weights", "applied", "arXiv", wraps="what it does")
     for row in data:
         arxiv = re.search(r"arXiv (\d+\.\d+)", row["paper"])
         table.add_row(
@@ -86,9 +84,7 @@ def _render_details(console: Console, data: list[dict[str, Any]]) -> None:
 
 
 def _table(*headers: str, wraps: str | None = None) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, collapse_padding=True
-    )
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, collapse_padding=True)
     for header in headers:
         table.add_column(header, no_wrap=header != wraps, style="cyan" if header == "method" else None)
     return table
