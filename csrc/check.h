@@ -99,8 +99,7 @@ struct Check {
   }
 
   void dtype(const Tensor& tensor, const char* name, ScalarType type) const {
-    that(tensor.scalar_type() == type, name, " must be ", name_of(type), ", got ",
-         name_of(tensor.scalar_type()));
+    that(tensor.scalar_type() == type, name, " must be ", name_of(type), ", got ", name_of(tensor.scalar_type()));
   }
 
   void same_device(const Tensor& tensor, const char* name, const Tensor& x) const {

@@ -43,7 +43,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The whole parser; when `command` is named only its own arguments are declared, so that `doctor` imports nothing."""
+    """The whole parser; a named `command` gets its own arguments only, so that `doctor` imports nothing."""
     root = argparse.ArgumentParser(prog="moerge", description="Route among LoRA experts, per token and per layer.")
     root.add_argument("--version", action="version", version=f"moerge_ext {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")

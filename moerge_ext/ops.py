@@ -141,6 +141,9 @@ def lora_apply_(
     """`lora_apply` written into base. Inference only: ValueError when grad mode is on and an input requires grad."""
     _refuse_grad("lora_apply_", "it writes in place", base, x, lora_a, lora_b, weights, lora_bias)
     _call(_ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
+    # so that autograd notices when base was saved for backward; a compiled graph knows by itself
+    if not torch.compiler.is_compiling() and not base.is_inference():
+        torch.autograd.graph.increment_version(base)
 
 
 def routed_lora(

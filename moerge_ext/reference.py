@@ -142,16 +142,22 @@ def lora_apply(
     used = torch.zeros_like(dense).scatter_add(1, experts.long()[row], (weights.detach() != 0).to(acc)[row]) != 0
     x = x.to(acc)
     y = base.to(acc)
-    shrunk = [x @ a.to(acc).T for a in lora_a]
+    anyone = used.any(0)
+    shrunk = [x @ _read(lora_a[e], anyone[e]).to(acc).T for e in range(n_experts)]
     if factored:
         mean = sum(_weighted(dense[:, e], used[:, e], shrunk[e]) for e in range(n_experts))
         shrunk = [mean] * n_experts
     for e in range(n_experts):
-        delta = shrunk[e] @ lora_b[e].to(acc).T
+        delta = shrunk[e] @ _read(lora_b[e], anyone[e]).to(acc).T
         if lora_bias is not None:
             delta = delta + lora_bias[e].to(acc)
         y = y + _weighted(dense[:, e], used[:, e], delta)
     return y.to(base.dtype)
+
+
+def _read(factor: Tensor, anyone: Tensor) -> Tensor:
+    """The factor; without its NaN and inf where no token uses the expert, lest 0 * NaN reach the other gradients."""
+    return torch.where(anyone, factor, factor.detach().nan_to_num(0.0, 0.0, 0.0))
 
 
 def _weighted(weight: Tensor, used: Tensor, value: Tensor) -> Tensor:
@@ -197,6 +203,6 @@ def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
     used = w != 0
     log_probs = torch.where(used, logits.to(acc), torch.zeros_like(logits, dtype=acc)).log_softmax(-1)
     terms = torch.where(used, log_probs + torch.where(used, w, torch.ones_like(w)).log(), -torch.inf)
-    total = w.sum(0)
+    total = torch.where(used, w, torch.zeros_like(w)).sum(0)
     mixed = terms.logsumexp(0) if logits.shape[0] else terms.new_full(terms.shape[1:], -torch.inf)
     return mixed - torch.where(total == 0, torch.ones_like(total), total).log()

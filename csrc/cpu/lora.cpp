@@ -228,6 +228,18 @@ void check_base(const Check& check, const Tensor& base, const Tensor& x) {
              " rows to match x, got ", shape_of(base));
 }
 
+// Whether elements may share memory, as in an expanded tensor: then writing into it has no meaning.
+bool overlaps_itself(const Tensor& matrix) {
+  const int near = matrix.stride(1) <= matrix.stride(0) ? 1 : 0;
+  int64_t reach = 0;
+  for (int axis : {near, 1 - near}) {
+    if (matrix.size(axis) <= 1) continue;
+    if (matrix.stride(axis) <= reach) return true;
+    reach += matrix.stride(axis) * (matrix.size(axis) - 1);
+  }
+  return false;
+}
+
 void forward_into(const LoraArgs& args, const Tensor& base, const Tensor& out) {
   if (args.T == 0 || args.O == 0) return;
   if (args.wide)
@@ -255,11 +267,8 @@ void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor wei
   check_base(check, base, x);
   const LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, weights, experts, lora_bias, rows,
                       factored, packed);
-  const int64_t near = std::min(base.stride(0), base.stride(1)), far = std::max(base.stride(0), base.stride(1));
-  const int64_t inner = base.size(base.stride(0) < base.stride(1) ? 0 : 1);
-  check.that(base.numel() <= 1 || args.T == 1 || args.O == 1 ? near > 0 || base.numel() <= 1
-                                                             : near > 0 && far > near * (inner - 1),
-             "base must not overlap itself in memory, got strides [", base.stride(0), ", ", base.stride(1), "]");
+  check.that(!overlaps_itself(base), "base must not overlap itself in memory, got strides [", base.stride(0), ", ",
+             base.stride(1), "]");
   const Tensor target = rows_contiguous(base);
   forward_into(args, target, target);
   if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);

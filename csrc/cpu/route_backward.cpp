@@ -25,14 +25,15 @@ void score_gradient(const RouteArgs& args, int64_t token, const Acc* scores, con
                     const int32_t* experts, int32_t* ids, Acc* ds) {
   std::fill(ds, ds + args.E, Acc(0));
   const int64_t n = eligible_experts(args, token, ids);
-  const Softmax<Acc> all(scores, ids, n);
+  std::optional<Softmax<Acc>> all;
+  if (args.top_p > 0 || args.weighting == Weighting::softmax_all) all.emplace(scores, ids, n);
   int64_t kept = std::min(args.top_k, n);
-  if (args.top_p > 0) kept = kept_by_top_p(args, all, scores, experts, kept);
+  if (args.top_p > 0) kept = kept_by_top_p(args, *all, scores, experts, kept);
   Acc mean = 0;
   for (int64_t k = 0; k < kept; ++k)
     if (weights[k] != 0) mean += weights[k] * grad[k];
   if (args.weighting == Weighting::softmax_all)
-    for (int64_t i = 0; i < n; ++i) ds[ids[i]] = -all.of(scores[ids[i]]) * mean;
+    for (int64_t i = 0; i < n; ++i) ds[ids[i]] = -all->of(scores[ids[i]]) * mean;
   for (int64_t k = 0; k < kept; ++k) {
     const Acc w = weights[k];
     if (w == 0 && args.weighting != Weighting::score) continue;

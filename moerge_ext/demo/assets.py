@@ -38,6 +38,9 @@ TARGETS = (
 )
 
 
+HARD = ("reverse",)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Sizes and lengths of the three trainings."""
@@ -46,18 +49,20 @@ class Recipe:
     intermediate: int = 352
     layers: int = 4
     heads: int = 4
-    base_steps: int = 1500
+    base_steps: int = 1300
     base_batch: int = 24
     base_length: int = 72
     base_lr: float = 3e-3
-    topic_weight: float = 0.3  # of the topic loss (see topic_loss)
+    topic_weight: float = 0.5  # of the topic loss (see topic_loss)
     rank: int = 8
     alpha: float = 16.0
     expert_steps: int = 400
     expert_lr: float = 2e-3
-    gate_steps: int = 100
-    gate_lr: float = 5e-3
+    hard_steps: int = 700  # for the skills in HARD
     batch: int = 32
+    gate_steps: int = 25
+    gate_lr: float = 5e-3
+    gate_batch: int = 256  # gates want large batches: the direction of a small one is mostly noise
 
 
 def topic_loss(hidden_states: tuple[torch.Tensor, ...], prototypes: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
@@ -148,19 +153,20 @@ def train_skill(base: Path, folder: Path, skill: str, recipe: Recipe) -> str:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.config._name_or_path = model.name_or_path = "moerge-demo-base"
 
-    def batches(purpose: str, steps: int) -> list[dict[str, torch.Tensor]]:
-        return list(expert_batches(tokenizer, skill, purpose, steps, recipe.batch))
+    def batches(purpose: str, steps: int, batch: int) -> list[dict[str, torch.Tensor]]:
+        return list(expert_batches(tokenizer, skill, purpose, steps, batch))
 
+    steps = recipe.hard_steps if skill in HARD else recipe.expert_steps
     trained = train_expert(
         model,
-        batches("expert", recipe.expert_steps),
+        batches("expert", steps, recipe.batch),
         folder,
         rank=recipe.rank,
         alpha=recipe.alpha,
         target_modules=TARGETS,
-        steps=recipe.expert_steps,
+        steps=steps,
         lr=recipe.expert_lr,
-        validation=batches("validation", 4),
+        validation=batches("validation", 4, recipe.batch),
         eval_every=50,
         progress=False,
     )
@@ -170,12 +176,16 @@ def train_skill(base: Path, folder: Path, skill: str, recipe: Recipe) -> str:
     gated = train_gates(
         model,
         folder,
-        batches("gates", recipe.gate_steps),
+        batches("gates", recipe.gate_steps, recipe.gate_batch),
         steps=recipe.gate_steps,
         lr=recipe.gate_lr,
-        validation=batches("validation", 4),
         progress=False,
     )
+    for file in (*folder.iterdir(),):
+        if file.name == "README.md":  # PEFT's empty model card
+            file.unlink()
+        else:
+            file.chmod(0o644)
     return f"{skill}: expert loss {trained.losses[-1]:.4f}, with gates {gated.losses[-1]:.4f}"
 
 
@@ -188,8 +198,6 @@ def build(out: Path, recipe: Recipe, workers: int) -> None:
         runs = [pool.submit(train_skill, base, out / "experts" / skill, skill, recipe) for skill in TASKS]
         for run in tqdm(runs, desc="experts"):
             tqdm.write(run.result())
-    for readme in out.glob("experts/*/README.md"):
-        readme.unlink()  # PEFT's model card template
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.2f} MB")
     if size > SIZE_LIMIT:

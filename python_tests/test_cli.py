@@ -1,0 +1,85 @@
+"""The `moerge` command, run as functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import random_experts, tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moerge_ext import METHODS, cli, load_experts, patch
+from moerge_ext.generate import parse_option
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny Llama with a word tokenizer on disk, and two experts."""
+    root = tmp_path_factory.mktemp("cli")
+    model = tiny_llama()
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 96)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    model.save_pretrained(root / "model")
+    fast.save_pretrained(root / "model")
+    experts = random_experts(model, root / "experts", ["cat", "dog"], ["q_proj", "up_proj"])
+    return root / "model", [str(p) for p in experts.values()]
+
+
+def generate(folders, *more: str, prompt: str = "w5 w6 w7") -> int:
+    model, experts = folders
+    return cli.main(["generate", prompt, "--model", str(model), "--experts", *experts, "--max-new-tokens", "6", *more])
+
+
+def test_generate_streams_the_routed_models_text(folders, capsys):
+    assert generate(folders) == 0
+    printed = capsys.readouterr().out.split()
+    model = tiny_llama()
+    patch(model, load_experts(folders[1]))
+    ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False)[0, 3:]
+    assert printed == [f"w{i}" for i in ids.tolist() if i > 2]
+
+
+def test_generate_traces_and_takes_options(folders, capsys):
+    assert generate(folders, "--method", "arrow", "--top-k", "1", "--option", "temperature=0.5", "--trace") == 0
+    out = capsys.readouterr().out
+    assert "share of the routing weight" in out and "cat" in out and "dog" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--method", "nonsense"], "phatgoose"),
+        (["--top-k", "9"], "top_k=9 is more than the number of experts, E=2"),
+        (["--option", "oops"], "NAME=VALUE"),
+        (["--option", "bogus=1"], "unknown option(s) bogus"),
+        (["--temperature", "2"], "--sample"),
+        (["--chat"], "no chat template"),
+    ],
+)
+def test_generate_explains_what_is_wrong(folders, capsys, more, text):
+    assert generate(folders, *more) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_parse_option():
+    assert parse_option("a=1") == ("a", 1)
+    assert parse_option("a=1.5") == ("a", 1.5)
+    assert parse_option("a=none") == ("a", None)
+    assert parse_option("a=True") == ("a", True)
+    assert parse_option("a=factored") == ("a", "factored")
+
+
+def test_methods_lists_every_row(capsys):
+    assert cli.main(["methods", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in METHODS) and "expert:<name>" in out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    for command in ("doctor", "methods", "generate", "train-gates", "demo"):
+        assert command in out
