@@ -23,6 +23,12 @@ def _bits(needs: list[bool]) -> int:
     return sum(1 << i for i, needed in enumerate(needs) if needed)
 
 
+def _needs(ctx, *positions: int) -> list[bool]:
+    """Which inputs want a gradient. torch leaves trailing arguments that have their default out of the record."""
+    wanted = ctx.needs_input_grad
+    return [i < len(wanted) and wanted[i] for i in positions]
+
+
 def _given(grad: Tensor, needed: bool) -> Tensor | None:
     return grad if needed else None
 
@@ -74,7 +80,7 @@ def _route_grads(grad, saved, options, needs) -> tuple[Tensor | None, Tensor | N
 
 
 def _route_backward(ctx, grad_weights, grad_experts):
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 6)]
+    needs = _needs(ctx, 0, 1, 6)
     dx, dgates, dbias = _route_grads(grad_weights, ctx.saved_tensors, ctx.options, needs)
     return dx, dgates, None, None, None, None, dbias, None, None, None, None
 
@@ -127,7 +133,7 @@ def _lora_grads(grad_y, saved, factored, needs) -> tuple[Tensor | None, ...]:
 
 
 def _lora_backward(ctx, grad_y):
-    needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 4, 6)]
+    needs = _needs(ctx, 1, 2, 3, 4, 6)
     dx, da, db, dw, dbias = _lora_grads(grad_y, ctx.saved_tensors, ctx.factored, needs)
     return _given(grad_y, ctx.needs_input_grad[0]), dx, da, db, dw, None, dbias, None, None, None
 
@@ -155,7 +161,7 @@ def _routed_setup(ctx, inputs, output):
 
 def _routed_backward(ctx, grad_y, grad_weights, grad_experts):
     x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = _needs(ctx, *range(15))
     routed = [need[1], need[2], need[9]]
     dx = da = db = dbias = None
     if grad_y is not None:
@@ -218,7 +224,7 @@ def _mix_setup(ctx, inputs, output):
 
 def _mix_backward(ctx, grad):
     logits, weights, result = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
+    needs = _needs(ctx, 0, 1)
     grads = _ops.mix_log_probs_backward.default(grad, result, logits, weights, _bits(needs))
     return tuple(_given(g, needed) for g, needed in zip(grads, needs, strict=True))
 

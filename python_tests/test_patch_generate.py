@@ -17,7 +17,18 @@ DECODING = {
     "beam_sampling": {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
     "static": {"cache_implementation": "static"},
 }
-LENGTH = {"max_new_tokens": 8, "min_new_tokens": 8}
+LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6}
+EVERY_DECODING = [(family, decoding) for family in ("llama", "t5") for decoding in DECODING]
+OTHERS = [(family, decoding) for family in CAUSAL[1:] for decoding in ("greedy", "beam_sampling")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only cost time on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +52,19 @@ def generate(model, inputs, **options):
     return model.generate(**kept, **LENGTH | options)
 
 
-@pytest.mark.parametrize("family", [*CAUSAL, "t5"])
-@pytest.mark.parametrize("decoding", DECODING)
+@pytest.mark.parametrize("family, decoding", EVERY_DECODING + OTHERS)
 def test_same_tokens_as_the_reference_backend(setup, family, decoding):
     model, experts = setup(family)
     inputs, options = batch(family), DECODING[decoding]
     plain = generate(model, inputs, **options)
     with moerge.patch(model, experts):
         native = generate(model, inputs, **options)
-        again = generate(model, inputs, **options)
     with moerge.patch(model, experts, backend="reference"):
         reference = generate(model, inputs, **options)
-    assert torch.equal(native, reference) and torch.equal(native, again)
-    assert not torch.equal(native, plain)
-    assert torch.equal(generate(model, inputs, **options), plain)
+    assert torch.equal(native, reference) and not torch.equal(native, plain)
 
 
-@pytest.mark.parametrize("family", [*CAUSAL, "t5"])
+@pytest.mark.parametrize("family", ["mistral", "gpt2", "t5"])
 def test_cache_or_not_is_the_same(setup, family):
     model, experts = setup(family)
     with moerge.patch(model, experts):
@@ -94,25 +101,27 @@ def test_cross_attention_routes_the_encoders_tokens(setup):
         generate(model, batch("t5"))
     counts = {module: count.sum().item() for module, count in trace.counts().items()}
     assert counts["decoder.block.0.layer.1.EncDecAttention.k"] == 2 * 14  # once, then cached
-    assert counts["decoder.block.0.layer.1.EncDecAttention.q"] == 2 * 2 * 8
+    assert counts["decoder.block.0.layer.1.EncDecAttention.q"] == 2 * 2 * 6
 
 
 def test_record_counts_the_tokens_of_generate(setup):
     model, experts = setup("llama")
     with moerge.patch(model, experts) as handle, handle.record() as trace:
         generate(model, batch("llama"))
-    assert all(count.sum() == 2 * 2 * (7 + 7) for count in trace.counts().values())
+    assert all(count.sum() == 2 * 2 * (7 + 5) for count in trace.counts().values())
 
 
 # ---- one row of affinities per sequence ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("decoding", ["greedy", "no_cache", "beams", "beam_sampling", "static"])
+@pytest.mark.parametrize(
+    "family, decoding",
+    [("llama", "no_cache"), ("llama", "beams"), ("llama", "static"), ("gpt2", "greedy"), ("t5", "beams")],
+)
 def test_each_sequence_has_its_own_affinities(setup, family, decoding):
     """Rows with gamma 100 and one sure expert are forced to it: each sequence decodes as under that expert alone."""
     model, experts = setup(family)
-    options = DECODING[decoding] | {"do_sample": False, "num_return_sequences": 1}
+    options = DECODING[decoding]
     inputs = batch(family, rows=3)
     rows = torch.eye(3)[[2, 0, 1]]
     with moerge.patch(model, experts, method="glider", top_k=1) as handle, handle.affinities(rows):
@@ -172,6 +181,15 @@ def test_affinities_are_written_in_place(setup):
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """(model, experts) with one layer: tracing takes seconds a layer."""
+    model = cases.build("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model, cases.bank("llama", model, tmp_path_factory.mktemp("shallow"))
+
+
 @pytest.fixture
 def dynamo():
     torch._dynamo.reset()
@@ -180,16 +198,16 @@ def dynamo():
 
 
 @pytest.mark.parametrize("method", ["phatgoose", "merged"])
-def test_compile_fullgraph(setup, dynamo, method):
-    model, experts = setup("llama")
+def test_compile_fullgraph(shallow, dynamo, method):
+    model, experts = shallow
     with moerge.patch(model, experts, method=method):
         want = logits(model, **batch("llama"))
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert error(logits(compiled, **batch("llama")), want) < 1e-5
 
 
-def test_compile_with_affinities_and_record(setup, dynamo):
-    model, experts = setup("llama")
+def test_compile_with_affinities_and_record(shallow, dynamo):
+    model, experts = shallow
     inputs = batch("llama")
     with moerge.patch(model, experts, method="glider") as handle:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -206,16 +224,16 @@ def test_compile_with_affinities_and_record(setup, dynamo):
         assert torch.equal(twice.load()[module], 2 * load)
 
 
-def test_static_cache_with_the_librarys_own_compile(setup, dynamo):
+def test_static_cache_with_the_librarys_own_compile(shallow, dynamo):
     from transformers import CompileConfig
 
-    model, experts = setup("llama")
+    model, experts = shallow
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
     with moerge.patch(model, experts):
         want = generate(model, batch("llama"))
         got = generate(model, batch("llama"), cache_implementation="static", compile_config=config)
-        assert "_compiled_call" in vars(model) or hasattr(model, "_compiled_call")
+        assert model._compiled_call is not None
     assert torch.equal(got, want)
 
 
