@@ -76,7 +76,9 @@ class CMakeBuild(build_ext):
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(build_dir / "out" / (extension.name.rpartition(".")[2] + ".so"), target)
+            fresh = target.with_suffix(".new")
+            shutil.copyfile(build_dir / "out" / (extension.name.rpartition(".")[2] + ".so"), fresh)
+            os.replace(fresh, target)  # a process that has the old library mapped keeps it
 
     def get_source_files(self) -> list[str]:
         return []

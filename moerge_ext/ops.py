@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _autograd  # noqa: F401  (registers the fake kernels and the gradients)
 
@@ -21,12 +22,18 @@ def _call(op, *args):
     """Runs an op; its argument errors become ValueError, a device without kernels is named."""
     if torch.compiler.is_compiling():
         return op(*args)
+    name, tensors = op.__name__.split(".")[0], [a for a in args if isinstance(a, Tensor)]
+    # torch would drop the tangents of an op without a forward-mode rule and say nothing
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise ValueError(
+            f"moerge::{name}: forward-mode differentiation (jvp) is not supported; use moerge_ext.reference for it"
+        )
     try:
         return op(*args)
     except NotImplementedError as error:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        device = next((t.device.type for t in tensors if not t.is_cpu), "cpu")
         raise ValueError(
-            f"moerge::{op.__name__.split('.')[0]}: this build has no kernels for tensors on '{device}'; "
+            f"moerge::{name}: this build has no kernels for tensors on '{device}'; "
             f'move them to the CPU, or use moerge_ext.reference (patch(..., backend="reference"))'
         ) from error
     except RuntimeError as error:

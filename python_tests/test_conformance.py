@@ -38,9 +38,7 @@ def bank(folder: Path, a, b, *, alpha: float | list[float], gates=None, kind=SIG
     folders = []
     for e in range(len(a)):
         scale = alpha[e] if isinstance(alpha, list) else alpha
-        folders.append(
-            write_adapter(folder / f"e{e}", {"block.proj": (a[e], b[e])}, r=a.shape[1], alpha=scale)
-        )
+        folders.append(write_adapter(folder / f"e{e}", {"block.proj": (a[e], b[e])}, r=a.shape[1], alpha=scale))
         if gates is not None:
             write_gates(folders[-1], {"block.proj": gates[e]}, kind=kind)
     return moerge.load_experts(folders)
@@ -150,11 +148,28 @@ def test_phatgoose_tiny_t5(tiny_t5, tmp_path):
     plain = logits(model, **inputs)
     for backend in ("native", "reference"):
         with moerge.patch(model, experts, backend=backend) as handle, handle.record(tokens=True) as trace:
+            full = scores_of_all(model, handle)
             got = logits(model, **inputs)
         assert (got - data["out.logits"]).abs().max() <= 1e-4
         assert error(got, plain) > 0.01
         for module in modules:
+            stored = data[f"rw.{module}"].reshape(-1, count)  # before the top-2
+            assert error(full[module], stored) <= BOUND, module
             ((weights, ids),) = trace.calls[module]
-            stored = data[f"rw.{module}"].reshape(-1, count)
-            dense = torch.zeros(len(weights), count).scatter_add(1, ids.long(), weights)
-            assert error(dense, stored) <= BOUND, module
+            best, order = stored.topk(2)
+            assert torch.equal(ids.long(), order), module
+            assert error(weights, best / best.sum(-1, keepdim=True)) <= BOUND, module
+
+
+def scores_of_all(model, handle) -> dict[str, Tensor]:
+    """Module -> [T,E], filled by the next forward: the softmax over all experts at the layer's own input."""
+    full: dict[str, Tensor] = {}
+
+    def hook(routed, args):
+        x = args[0].reshape(-1, routed.in_features)
+        weights, ids = moerge.ops.route(x, routed.gates, top_k=len(handle.names))
+        full[routed.name] = torch.zeros_like(weights).scatter(1, ids.long(), weights)
+
+    for module in handle.modules:
+        model.get_submodule(module).register_forward_pre_hook(hook)
+    return full

@@ -68,7 +68,7 @@ def test_bad_logits_stay_in_their_row():
 
 
 def test_forbidden_tokens():
-    """Logits of -inf (a constrained vocabulary) give -inf where every expert forbids, and no NaN, forward and backward."""
+    """Logits of -inf (a constrained vocabulary) give -inf where every expert forbids, and no NaN anywhere."""
     case = mixture()
     case["logits"][:, :, 3] = -INF
     case["logits"][0, :, 4] = -INF

@@ -25,14 +25,20 @@ def routed(case, **options):
     return ops.routed_lora(**case, top_k=3, mask=torch.ones(6, dtype=torch.bool), **options)
 
 
+OTHERS = [(torch.float32, False), (torch.bfloat16, True)]
+
+
 def opcheck(op, *args):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "grad"),
+    [(torch.float32, True), *(pytest.param(d, g, marks=pytest.mark.slow) for d, g in OTHERS)],
+    ids=str,
+)
 def test_opcheck(dtype, grad):
     """Schema, fake kernels, autograd registration and AOT dispatch with static and dynamic shapes."""
     c = sample(dtype=dtype, grad=grad)
@@ -75,7 +81,7 @@ def model(base, x, gates, lora_a, lora_b, lora_bias, bias):
     return y, weights, experts
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compile_with_gradients(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")

@@ -14,6 +14,11 @@ from patch_cases import DECODER, FAMILIES, batch, error, logits
 
 import moerge_ext as moerge
 
+pytestmark = [
+    # PEFT takes the biases of lora_bias for pieces of a sharded tensor
+    pytest.mark.filterwarnings("ignore:.*(lora_bias|invalid shape).*"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
 CONFIGS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -47,11 +52,11 @@ def lora(family="llama", r=4, alpha=8.0, **options) -> peft.LoraConfig:
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """B = 0 of a fresh LoRA would hide everything."""
+    """B = 0 of a fresh LoRA would hide everything; large factors would blow rounding up beyond the bound."""
     random = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=random) * 0.3
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.15
 
 
 def peft_model(base: torch.nn.Module, configs: dict[str, peft.LoraConfig]) -> peft.PeftModel:

@@ -1,0 +1,234 @@
+"""Markdown tables from result rows. Each function of TABLES takes (rows, results folder) and returns the block's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .results import Row
+
+NOTHING = "*Nothing recorded yet.*"
+# equal work with other hands; peft_one does less (one adapter, no routing), the ours and plain rows are no rivals
+PEERS = (
+    "dense",
+    "sort_loop",
+    "grouped_mm",
+    "gather_bmm",
+    "torch_reference",
+    "compiled_dense",
+    "compiled_reference",
+    "peft_arrow",
+)
+LAYER = ("dtype", "D", "O", "E", "K", "R", "popularity", "mode", "cache")
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def _machines(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows by machine and thread count, with a line that says what was measured on what."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["machine"], row["threads"]), []).append(row)
+    out = []
+    for (machine, threads), mine in sorted(groups.items()):
+        last = max(mine, key=lambda r: r["time"])
+        commits = sorted({r["commit"] for r in mine})
+        facts = f"**{machine}**, {threads} threads, {last['isa']}; torch {last['torch']}, PEFT {last['peft']}"
+        out.append((f"{facts}; commit {', '.join(commits)}; {last['time'][:10]}.", mine))
+    return out
+
+
+def _suite(rows: list[Row], suite: str) -> list[Row]:
+    return [row for row in rows if row.get("suite") == suite]
+
+
+def _cells(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
+    """{(layer..., T): {candidate: row}}"""
+    cells: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault((*(row.get(k) for k in LAYER), row.get("T")), {})[row["candidate"]] = row
+    return dict(sorted(cells.items(), key=lambda item: tuple(str(v).rjust(6) for v in item[0])))
+
+
+def _layer(key: tuple) -> str:
+    dtype, d, o, e, k, r, popularity, mode, cache = key[: len(LAYER)]
+    text = f"{dtype} {d} → {o}, E={e}, K={k}, R={r}"
+    text += "" if popularity == "uniform" else f", {popularity}"
+    text += {"apply": ", ids given", "routed": ""}.get(mode, "")
+    return text + (", warm" if cache == "warm" else "")
+
+
+def _ok(row: Row | None) -> bool:
+    return row is not None and row["status"] == "ok"
+
+
+def lost_to(cell: dict[str, Row]) -> list[str]:
+    """Peers whose branch was faster than ours (PEFT's Arrow is compared with our Arrow)."""
+    lost = []
+    for label in PEERS:
+        rival, own = cell.get(label), cell.get("ours_arrow" if label == "peft_arrow" else "ours")
+        if _ok(rival) and _ok(own) and rival["branch"] < own["branch"]:
+            lost.append(label)
+    return lost
+
+
+def _ratio(row: Row | None, mark: str = "") -> str:
+    if row is None:
+        return ""
+    if not _ok(row):
+        return row["status"]
+    return f"{row['ratio']:.2f} [{row['ratio_p10']:.2f}–{row['ratio_p90']:.2f}]{mark}"
+
+
+def summary(rows: list[Row], folder: Path) -> str:
+    """Ours / plain for the routed layer, one line per layer, one column per T."""
+    out = []
+    for title, mine in _machines([r for r in _suite(rows, "linear") if r.get("mode") == "routed"]):
+        cells = _cells(mine)
+        tokens = sorted({key[-1] for key in cells})
+        lines: dict[str, dict[int, str]] = {}
+        for key, cell in cells.items():
+            mark = " **lost**" if lost_to(cell) else ""
+            lines.setdefault(_layer(key), {})[key[-1]] = _ratio(cell.get("ours"), mark)
+        table = [[name, *(by_t.get(t, "") for t in tokens)] for name, by_t in lines.items()]
+        out.append(title + "\n\n" + _table(["patched / plain", *(f"T={t}" for t in tokens)], table))
+    note = "\n\nMedian [p10–p90] of interleaved rounds; **lost**: a peer's branch was faster in that cell."
+    return "\n\n".join(out) + note if out else NOTHING
+
+
+def linear(rows: list[Row], folder: Path) -> str:
+    """Ours in every cell: ratio, microseconds of the branch, distance from the floor, noise."""
+    out = []
+    for title, mine in _machines(_suite(rows, "linear")):
+        lines = []
+        for key, cell in _cells(mine).items():
+            ours, plain = cell.get("ours"), cell.get("plain")
+            if _ok(ours) and _ok(plain):
+                floor = f"{ours['floor_us']:.4g} ({ours['floor_bound']})"
+                lines.append([_layer(key), str(key[-1]), f"{plain['us']:.0f}", _ratio(ours), f"{ours['branch']:.0f}"])
+                lines[-1] += [floor, f"{ours['over_floor']:.1f}", f"±{ours['noise'] * 100:.1f} %"]
+            else:
+                why = next((r.get("note", "") for r in cell.values() if not _ok(r)), "")
+                lines.append([_layer(key), str(key[-1]), "", f"not measured: {why}", "", "", "", ""])
+        head = ["layer", "T", "plain µs", "ours / plain", "branch µs", "floor µs", "branch / floor", "A/A noise"]
+        out.append(title + "\n\n" + _table(head, lines))
+    return "\n\n".join(out) or NOTHING
+
+
+def peers(rows: list[Row], folder: Path) -> str:
+    """The branch of every peer as a multiple of ours."""
+    out = []
+    for title, mine in _machines(_suite(rows, "linear")):
+        present = {row["candidate"] for row in mine}
+        labels = [label for label in (*PEERS, "peft_one") if label in present]
+        lines = []
+        for key, cell in _cells(mine).items():
+            if not _ok(cell.get("ours")):
+                continue
+            line = [_layer(key), str(key[-1]), f"{cell['ours']['branch']:.0f} µs"]
+            lines.append(line + [_times(cell, label) for label in labels])
+        if lines:
+            out.append(title + "\n\n" + _table(["layer", "T", "ours", *labels], lines))
+    return "\n\n".join(out) or NOTHING
+
+
+def _times(cell: dict[str, Row], label: str) -> str:
+    row = cell.get(label)
+    own = cell.get("ours_arrow") if label == "peft_arrow" else cell.get("ours")
+    if row is None or not _ok(own):
+        return ""
+    if not _ok(row):
+        return row["status"]
+    if own["branch"] <= 0:
+        return f"{row['branch']:.0f} µs"
+    text = f"{row['branch'] / own['branch']:.1f}×"
+    return f"**{text} (faster)**" if label in lost_to(cell) else text
+
+
+def losing(rows: list[Row], folder: Path) -> str:
+    """The cells where a peer beats us, and everything that was wrong, failed or not run."""
+    lost, left = [], []
+    for title, mine in _machines(_suite(rows, "linear")):
+        machine = title.partition(",")[0]
+        for key, cell in _cells(mine).items():
+            for label in lost_to(cell):
+                own = cell["ours_arrow" if label == "peft_arrow" else "ours"]
+                lost.append(
+                    [machine, _layer(key), str(key[-1]), label, f"{cell[label]['branch']:.0f}", f"{own['branch']:.0f}"]
+                )
+            for row in cell.values():
+                if not _ok(row):
+                    left.append([machine, _layer(key), str(key[-1]), row["candidate"], row["status"], row["note"]])
+    if not _suite(rows, "linear"):
+        return NOTHING
+    text = "No peer's branch is faster than ours in a recorded cell."
+    if lost:
+        text = _table(["machine", "layer", "T", "faster peer", "its branch µs", "ours µs"], lost)
+    if left:
+        head = ["machine", "layer", "T", "candidate", "status", "why"]
+        text += "\n\nNot timed:\n\n" + _table(head, left)
+    return text
+
+
+def ops(rows: list[Row], folder: Path) -> str:
+    """The ops alone: microseconds of each candidate."""
+    out = []
+    for suite in ("route", "lora"):
+        for title, mine in _machines(_suite(rows, suite)):
+            labels = [n for n in dict.fromkeys(r["candidate"] for r in mine) if n not in ("plain_again", "all")]
+            lines = []
+            for key, cell in _cells(mine).items():
+                times = [f"{cell[n]['us']:.0f}" if _ok(cell.get(n)) else "" for n in labels]
+                best = min((c["us"] for n, c in cell.items() if _ok(c) and not n.startswith("plain")), default=None)
+                won = "" if not _ok(cell.get("ours")) or cell["ours"]["us"] <= best else " **lost**"
+                lines.append([_layer(key).removesuffix(", ids given") + won, str(key[-1]), *times])
+            out.append(f"`{suite}`, µs. {title}\n\n" + _table(["layer", "T", *labels], lines))
+    return "\n\n".join(out) or NOTHING
+
+
+def model(rows: list[Row], folder: Path) -> str:
+    """Prefill, token, dispatch and memory of the random Llama."""
+    out = []
+    for title, mine in _machines(_suite(rows, "model")):
+        lines = []
+        for row in sorted(mine, key=lambda r: (str(r.get("size")), str(r.get("dtype")))):
+            if row["status"] == "ok" and row.get("phase") in ("prefill", "decode") and row["candidate"] != "plain_again":
+                what = f"{row['parameters'] / 1e6:.0f}M {row['dtype']}, E={row['E']}, {row['phase']}"
+                what += f" (T={row['T']})" if row["phase"] == "prefill" else " (one token)"
+                lines.append([what, row["candidate"], f"{row['us'] / 1e3:.2f}", _ratio(row), f"{row['branch_per_module']:.0f}"])
+        text = title + "\n\n" + _table(["model", "candidate", "ms", "/ plain", "branch µs per module"], lines)
+        memory = [r for r in mine if r.get("phase") == "memory" and r["status"] == "ok"]
+        if memory:
+            table = [
+                [f"{r['parameters'] / 1e6:.0f}M {r['dtype']}", r["candidate"], f"{r['built_mib']:.0f}", f"{r['peak_mib']:.0f}"]
+                for r in sorted(memory, key=lambda r: (str(r["size"]), r["dtype"]))
+            ]
+            text += "\n\n" + _table(["model", "candidate", "MiB when built", "peak MiB while running"], table)
+        for row in mine:
+            if row["status"] != "ok":
+                text += f"\n\nNot measured: {row.get('dtype', '')} {row['mode']} {row['candidate']}: {row['note']}"
+            elif row.get("phase") == "dispatch" and row["candidate"] == "ours":
+                text += f"\n\nPython and dispatch per patched module (D = O = 8, T = 1): {row['branch']:.1f} µs."
+        out.append(text)
+    return "\n\n".join(out) or NOTHING
+
+
+def plots(rows: list[Row], folder: Path) -> str:
+    """The images that lie in the results folder."""
+    found = sorted(folder.glob("*.png"))
+    return "\n\n".join(f"![{path.stem}]({folder.name}/{path.name})" for path in found) or NOTHING
+
+
+TABLES: dict[str, Callable[[list[Row], Path], str]] = {
+    "summary": summary,
+    "linear": linear,
+    "peers": peers,
+    "losing": losing,
+    "ops": ops,
+    "model": model,
+    "plots": plots,
+}

@@ -1,0 +1,102 @@
+"""Runs the benchmarks: `python bench/run.py {route,lora,linear,model,all} --device cpu`. See bench/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+# as a script this file's folder comes first on the path, and its modules have short names
+sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+
+import torch
+
+from bench import cells, linear, machine, model
+from bench.results import FOLDER, Recorder
+from bench.timing import Settings
+
+SUITES = ("linear", "route", "lora", "model")
+TINY = Settings(
+    rounds=3, min_rounds=2, min_sample=1e-4, candidate_seconds=0.05, main_seconds=0.05, cell_seconds=5.0, max_copies=2
+)
+FULL = Settings(call_seconds=20.0, cell_seconds=120.0)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__)
+    parser.add_argument("suite", choices=(*SUITES, "all"), help="all: linear and model")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="the whole grid (days), or the larger model; resumable")
+    size.add_argument("--tiny", action="store_true", help="seconds; to see that it works")
+    parser.add_argument("--warm", action="store_true", help="one copy of the weights, so that they stay in the cache")
+    parser.add_argument("--filter", action="append", default=[], metavar="NAME=VALUE", help="e.g. T=16, dtype=float32")
+    parser.add_argument("--seconds", type=float, help="start no further round of a cell after this")
+    parser.add_argument("--call-seconds", type=float, help="do not time a candidate whose call takes longer")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="cap per candidate and for a cell's weights")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results files")
+    return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    settings = TINY if args.tiny else FULL if args.full else Settings()
+    given = {
+        "cell_seconds": args.seconds,
+        "call_seconds": args.call_seconds,
+        "memory_gib": args.memory,
+        "rounds": args.rounds,
+    }
+    return replace(settings, cold=not args.warm, **{key: value for key, value in given.items() if value is not None})
+
+
+def cells_of(suite: str, args: argparse.Namespace) -> list[cells.Cell]:
+    """The suite's cells after --filter. ValueError for a filter that names no field."""
+    chosen = cells.tiny_cells() if args.tiny else cells.full_cells() if args.full else cells.default_cells()
+    if suite != "linear":
+        chosen = cells.op_cells(chosen, suite)
+    for text in args.filter:
+        name, _, value = text.partition("=")
+        if name not in cells.Cell.__dataclass_fields__:
+            raise ValueError(f"--filter {text}: expected one of D, O, E, K, R, T, dtype, popularity, mode")
+        chosen = [cell for cell in chosen if str(getattr(cell, name)) in value.split(",")]
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 when a result of ours was wrong."""
+    args = arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("bench: no CUDA device is visible", file=sys.stderr)
+        return 2
+    settings = settings_of(args)
+    begin = time.perf_counter()
+    environment = machine.environment(device)
+    ability = machine.measure(device, small=args.tiny)
+    recorder = Recorder(args.results, environment, settings)
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    print(f"bandwidth {ability['bandwidth']} GB/s; GEMM {ability['float32']} (float32), {ability['bfloat16']} (bfloat16)")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(f"NOTE: the load of this machine is {os.getloadavg()[0]:.1f}; quiet it for numbers worth keeping")
+    problems = []
+    for suite in ("linear", "model") if args.suite == "all" else (args.suite,):
+        if suite == "model":
+            size = "tiny" if args.tiny else "full" if args.full else "quick"
+            problems += model.run(size, recorder, device, settings)
+        else:
+            problems += linear.run(suite, cells_of(suite, args), recorder, ability, device, settings)
+    print(f"{time.perf_counter() - begin:.0f} s in total; rows in {recorder.path.name}")
+    for problem in problems:
+        print(f"WRONG: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
