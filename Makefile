@@ -16,6 +16,11 @@ test: build
 test-slow: build
 	$(BIN)/python -m pytest -m slow
 
+bench: build
+	$(BIN)/python bench/run.py all
+	$(BIN)/python bench/plots.py
+	$(BIN)/python bench/table.py
+
 demo-assets: build
 	$(BIN)/python -m moerge_ext.demo.assets
 

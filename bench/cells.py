@@ -31,7 +31,7 @@ class Cell:
     dtype: str = "float32"
     popularity: str = "uniform"
     mode: str = "routed"
-    # labels that take part; None: all but those that compile
+    # peers that take part beside plain and ours; None: all but those that compile
     only: tuple[str, ...] | None = field(default=None, compare=False)
     # labels that take part on top: compiling takes minutes for many experts
     also: tuple[str, ...] = field(default=(), compare=False)
@@ -63,8 +63,9 @@ def wants(cell: Cell, label: str, *, compiles: bool = False) -> bool:
     return not compiles if cell.only is None else label in cell.only
 
 
-# in the cells where only the question "how far from plain" is asked
-FEW = ("plain", "plain_again", "ours", "dense", "sort_loop", "grouped_mm")
+# in the cells where the question is mostly "how far from plain"
+OURS = ("dense",)
+FEW = ("dense", "sort_loop", "grouped_mm")
 
 
 def default_cells() -> list[Cell]:
@@ -73,15 +74,19 @@ def default_cells() -> list[Cell]:
     cells = []
     for dtype, width in product(("float32", "bfloat16"), (2048, 4096)):
         for t in tokens:
-            also = ("compiled_dense",) if width == 2048 and t in (16, 256) else ()
+            also = ("compiled_dense",) if (width, t) == (2048, 16) else ()
             cells.append(Cell(width, width, 36, 2, 16, t, dtype, also=also))
         if width == 2048:
-            cells += [Cell(width, width, 36, 2, 16, t, dtype, mode="apply") for t in tokens]
+            cells += [
+                Cell(width, width, 36, 2, 16, t, dtype, mode="apply")
+                for t in (tokens if dtype == "float32" else (16, 256))
+            ]
             cells += [
                 Cell(width, width, 36, 2, 16, t, dtype, pop, only=FEW)
                 for pop, t in product(("zipf", "all-same"), (16, 256))
             ]
-        cells += [Cell(width, width, 166, 2, 16, t, dtype, only=FEW) for t in tokens]
+        only = FEW if width == 2048 else OURS
+        cells += [Cell(width, width, 166, 2, 16, t, dtype, only=only) for t in tokens]
     cells += [Cell(2048, 2048, 8, 2, 16, t, "float32") for t in (1, 256)]
     cells.append(Cell(2048, 2048, 8, 2, 16, 16, "float32", also=("compiled_reference", "compiled_dense")))
     return _by_weights(cells)
@@ -110,16 +115,13 @@ def tiny_cells() -> list[Cell]:
 
 def op_cells(cells: Iterable[Cell], mode: str) -> list[Cell]:
     """The same shapes for the suites `route` and `lora`, each once, under their own mode."""
-    unique = {
-        Cell(c.D, c.O, c.E, c.K, c.R, c.T, c.dtype, c.popularity, mode, only=("plain", "plain_again", *OPS[mode]))
-        for c in cells
-    }
+    unique = {Cell(c.D, c.O, c.E, c.K, c.R, c.T, c.dtype, c.popularity, mode, only=OPS[mode]) for c in cells}
     return _by_weights(sorted(unique, key=lambda c: (c.weights_key, c.T, c.popularity)))
 
 
 OPS = {
-    "route": ("ours", "fast_route"),
-    "lora": ("ours", "gather_bmm", "dense", "sort_loop", "grouped_mm"),
+    "route": ("fast_route",),
+    "lora": ("gather_bmm", "dense", "sort_loop", "grouped_mm"),
 }
 
 

@@ -129,7 +129,7 @@ class Tokens:
     """x [T,D] that the router sends to the experts the popularity asks for, the routing, and the reference results.
 
     weights [T,K] float32, experts [T,K] int32 (`experts64`: int64, as torch's own ops want them; `dense` [T,E]).
-    checked [C]: the tokens that are compared; base and truth["phatgoose" | "arrow"] [C,O] float32.
+    checked [C]: the tokens that are compared; base [C,O] is the plain result, float32.
     """
 
     def __init__(self, cell: Cell, weights: Weights):
@@ -147,25 +147,30 @@ class Tokens:
         self.checked = torch.linspace(0, cell.T - 1, min(cell.T, CHECKED_TOKENS), device=device).round().long()
         self._bank = (weights.A[0], weights.Bt[0].transpose(1, 2))
         self.base = F.linear(self.x[self.checked].float(), weights.W[0].float())
-        self._prototypes = weights.directions
+        self._prototypes, self._truths = weights.directions, {}
         self.plain = F.linear(self.x, weights.W[0])
 
-    @cached_property
-    def truth(self) -> dict[str, Tensor]:
-        """Expected y of the checked tokens, by the routing that a candidate follows; "arrow" as PEFT defines it."""
-        x, top_k = self.x[self.checked], self.cell.K
-        prototypes = self._prototypes.to(self.x.dtype).float()
-        arrow = reference.route(x, prototypes, top_k=top_k, normalize="none", absolute=True)
-        given = (self.weights[self.checked], self.experts[self.checked])
-        one = (torch.ones_like(given[0][:, :1]), torch.zeros_like(given[1][:, :1]))
-        return {
-            "plain": self.base,
-            "phatgoose": reference.lora_apply(self.base, x, *self._bank, *given),
-            "arrow": reference.lora_apply(self.base, x, *self._bank, *arrow),
-            "expert 0": reference.lora_apply(self.base, x, *self._bank, *one),
-        }
+    def truth(self, kind: str) -> Tensor:
+        """Expected y [C,O] of the checked tokens, by what a candidate does; "arrow" is PEFT's definition."""
+        if kind not in self._truths:
+            self._truths[kind] = self._expected(kind)
+        return self._truths[kind]
+
+    def _expected(self, kind: str) -> Tensor:
+        x, (a, b) = self.x[self.checked], self._bank
+        if kind == "plain":
+            return self.base
+        if kind == "expert 0":
+            weights = torch.ones(len(x), 1, device=x.device)
+            return reference.lora_apply(self.base, x, a[:1], b[:1], weights, weights.int() - 1)
+        if kind == "arrow":
+            prototypes = self._prototypes.to(self.x.dtype).float()
+            routing = reference.route(x, prototypes, top_k=self.cell.K, normalize="none", absolute=True)
+        else:
+            routing = (self.weights[self.checked], self.experts[self.checked])
+        return reference.lora_apply(self.base, x, a, b, *routing)
 
     @cached_property
     def branch(self) -> Tensor:
         """[C,O]: what the experts add; errors are measured against its size."""
-        return self.truth["phatgoose"] - self.base
+        return self.truth("phatgoose") - self.base

@@ -23,7 +23,7 @@ from .timing import PLAIN, PLAIN_AGAIN, Candidate, Clock, Settings, interleave, 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.04, "float16": 0.01}
 
 
-def check(candidate: Candidate, result: Any, cell: Cell, tokens: Tokens, weights: Weights) -> str:
+def check(candidate: Candidate, result: Any, cell: Cell, tokens: Tokens) -> str:
     """What is wrong with a result, or an empty string."""
     limit = candidate.tolerance or TOLERANCE[cell.dtype]
     if candidate.truth == "routing":
@@ -37,12 +37,12 @@ def check(candidate: Candidate, result: Any, cell: Cell, tokens: Tokens, weights
             return f"expected [{cell.T}, {cell.O}] {cell.dtype}, got {list(y.shape)} {y.dtype}"
         if not y.isfinite().all():
             return "result has values that are not finite"
-        error = relative_error(y[tokens.checked], tokens.truth[candidate.truth], tokens.branch)
+        error = relative_error(y[tokens.checked], tokens.truth(candidate.truth), tokens.branch)
     return "" if error <= limit else f"relative error {error:.3g} against the reference, allowed {limit:g}"
 
 
 def admit(
-    found: Iterable[Candidate], cell: Cell, tokens: Tokens, weights: Weights, ability: dict, settings: Settings
+    found: Iterable[Candidate], cell: Cell, tokens: Tokens, ability: dict[str, float], settings: Settings
 ) -> tuple[list[Candidate], list[dict[str, Any]]]:
     """Runs every candidate once: (those to time, rows of those that are wrong or not run)."""
     good, rows = [], []
@@ -57,8 +57,10 @@ def admit(
         else:
             try:
                 begin = time.perf_counter()
-                wrong = check(candidate, candidate.call(0), cell, tokens, weights)
+                result = candidate.call(0)
                 took = time.perf_counter() - begin
+                wrong = check(candidate, result, cell, tokens)
+                del result
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 status, why = "failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             else:
@@ -66,6 +68,7 @@ def admit(
                     status, why = "wrong", wrong
                 elif took > settings.call_seconds and candidate.label not in (PLAIN, PLAIN_AGAIN):
                     why = f"one call takes {took:.1f} s, cap {settings.call_seconds:g}"
+                candidate.seconds = took
         if why:
             rows.append({"candidate": candidate.label, "own": candidate.own, "status": status, "note": why})
         else:
@@ -78,7 +81,7 @@ def measure_cell(
 ) -> list[dict[str, Any]]:
     """The rows of one cell. RuntimeError when even the plain layer cannot be timed."""
     tokens = Tokens(cell, weights)
-    good, rows = admit(peers_of(cell, weights, tokens), cell, tokens, weights, ability, settings)
+    good, rows = admit(peers_of(cell, weights, tokens), cell, tokens, ability, settings)
     if [c.label for c in good[:2]] != [PLAIN, PLAIN_AGAIN]:
         raise RuntimeError(f"{cell}: the plain layer disagrees with the reference: {rows}")
     times = interleave(good, clock, settings, weights.copies)

@@ -1,4 +1,4 @@
-"""What this machine is and can do: its name, versions, cache, and the bandwidth and rate that the floors are made of."""
+"""What this machine is and can do: its name, versions and cache; the bandwidth and rate that the floors are made of."""
 
 from __future__ import annotations
 
@@ -127,16 +127,20 @@ def _best(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
     return min(times[1:])
 
 
-@torch.no_grad()
-def measure(device: torch.device, *, small: bool = False) -> dict[str, float]:
-    """Memory bandwidth in GB/s (best of reading and of copying) and GEMM rate in GFLOP/s per dtype."""
-    count = 2**20 if small else max(2**26, last_level_cache(device))
+def _bandwidth(device: torch.device, count: int) -> float:
+    """Bytes per second over `count` floats, the best of reading and of copying."""
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
-    read = source.nbytes / _best(lambda: source.sum(), device, 5)
+    read = source.nbytes / _best(source.sum, device, 5)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device, 5)
-    out = {"bandwidth": round(max(read, copy) / 1e9, 2)}
-    del source, target
+    return max(read, copy)
+
+
+@torch.no_grad()
+def measure(device: torch.device, *, small: bool = False) -> dict[str, float]:
+    """Memory bandwidth in GB/s and GEMM rate in GFLOP/s per dtype."""
+    count = 2**20 if small else max(2**26, last_level_cache(device))
+    out = {"bandwidth": round(_bandwidth(device, count) / 1e9, 2)}
     n = 128 if small else (8192 if device.type == "cuda" else 1536)
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(n, n, device=device).to(dtype)

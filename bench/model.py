@@ -23,7 +23,7 @@ from .model_build import SIZES, Size, arrow_model, dispatch_layers, llama, make_
 from .results import Recorder
 from .timing import PLAIN, PLAIN_AGAIN, Candidate, Clock, Settings, interleave, relative_error, summarize
 
-# relative error of the logits, Frobenius; layers amplify, and routing near a tie may differ between float32 and bfloat16
+# relative error of the logits, Frobenius; layers amplify it, and routing near a tie may differ in bfloat16
 TOLERANCE = {"float32": 1e-2}
 
 
@@ -186,7 +186,9 @@ def _report(label: str, rows: list[dict[str, Any]]) -> None:
         if row["status"] != "ok":
             print(f"    {row['candidate']:<14} {row['status'].upper()}: {row['note']}")
         elif row["phase"] == "memory":
-            print(f"    {row['candidate']:<14} built {row['built_mib']:.0f} MiB, peak while running {row['peak_mib']:.0f}")
+            print(
+                f"    {row['candidate']:<14} built {row['built_mib']:.0f} MiB, peak while running {row['peak_mib']:.0f}"
+            )
         else:
             text = f"    {row['candidate']:<14} {row['phase']:<8} {row['us'] / 1e3:9.3f} ms  ratio {row['ratio']:.3f}"
             print(f"{text} [{row['ratio_p10']:.3f}, {row['ratio_p90']:.3f}]")

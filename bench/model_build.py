@@ -55,7 +55,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(32, 64, 2, 2, 64, tokens=9, experts=4, rank=2),
-    "quick": Size(1024, 2816, 8, 16, 8192, tokens=512),
+    "quick": Size(1024, 2816, 6, 16, 8192, tokens=512),
     "full": Size(1024, 2816, 26, 16, 32000, tokens=512),
 }
 

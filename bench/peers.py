@@ -35,13 +35,17 @@ class Peers:
     def __init__(self, weights: Weights):
         self.A, self.Bt = weights.A, weights.Bt
         self.E, self.R = weights.cell.E, weights.cell.R
+        self._gathered: dict[str, Tensor] = {}
 
     def gather_bmm(self, base: Tensor, x: Tensor, i: int, w: Tensor, experts: Tensor) -> Tensor:
         """Gather each token's A and B, two batched products."""
         tokens, k = experts.shape
         flat = experts.flatten()
-        a = self.A[i].index_select(0, flat).view(tokens, k * self.R, -1)
-        bt = self.Bt[i].index_select(0, flat).view(tokens, k * self.R, -1)
+        for name, source in (("a", self.A[i]), ("bt", self.Bt[i])):
+            if name not in self._gathered:  # reused: fresh pages for so much memory cost more than the products
+                self._gathered[name] = source.new_empty(len(flat), *source.shape[1:])
+            torch.index_select(source, 0, flat, out=self._gathered[name])
+        a, bt = (self._gathered[name].view(tokens, k * self.R, -1) for name in ("a", "bt"))
         h = torch.bmm(a, x[:, :, None]).view(tokens, k, self.R)
         h.mul_(w[:, :, None])
         return base[:, None].baddbmm_(h.view(tokens, 1, k * self.R), bt)[:, 0]

@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# as a script this file's folder comes first on the path, and its modules have short names
-sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script only its own folder is on the path
 
 from bench.results import FOLDER, Row, latest, read_all
 
@@ -49,7 +48,9 @@ def draw(key: tuple, layer: dict[str, list[Row]], folder: Path) -> Path:
     ticks = sorted({row["T"] for rows in layer.values() for row in rows})
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
-    axes.set_title(f"{mode} {dtype} {d}→{o}, E={e} K={k} R={r}, {popularity}, {cache}\n{machine}, {threads} threads", fontsize=9)
+    axes.set_title(
+        f"{mode} {dtype} {d}→{o}, E={e} K={k} R={r}, {popularity}, {cache}\n{machine}, {threads} threads", fontsize=9
+    )
     axes.legend(fontsize=7, ncols=2)
     path = folder / f"{machine}-t{threads}-{mode}-{dtype}-{d}x{o}-e{e}k{k}r{r}-{popularity}-{cache}.png"
     figure.savefig(path, dpi=110, metadata={"Software": None})

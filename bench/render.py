@@ -1,4 +1,4 @@
-"""Markdown tables from result rows. Each function of TABLES takes (rows, results folder) and returns the block's text."""
+"""Markdown tables from result rows. A function of TABLES takes (rows, results folder) and returns the block's text."""
 
 from __future__ import annotations
 
@@ -196,15 +196,26 @@ def model(rows: list[Row], folder: Path) -> str:
     for title, mine in _machines(_suite(rows, "model")):
         lines = []
         for row in sorted(mine, key=lambda r: (str(r.get("size")), str(r.get("dtype")))):
-            if row["status"] == "ok" and row.get("phase") in ("prefill", "decode") and row["candidate"] != "plain_again":
+            if (
+                row["status"] == "ok"
+                and row.get("phase") in ("prefill", "decode")
+                and row["candidate"] != "plain_again"
+            ):
                 what = f"{row['parameters'] / 1e6:.0f}M {row['dtype']}, E={row['E']}, {row['phase']}"
                 what += f" (T={row['T']})" if row["phase"] == "prefill" else " (one token)"
-                lines.append([what, row["candidate"], f"{row['us'] / 1e3:.2f}", _ratio(row), f"{row['branch_per_module']:.0f}"])
+                lines.append(
+                    [what, row["candidate"], f"{row['us'] / 1e3:.2f}", _ratio(row), f"{row['branch_per_module']:.0f}"]
+                )
         text = title + "\n\n" + _table(["model", "candidate", "ms", "/ plain", "branch µs per module"], lines)
         memory = [r for r in mine if r.get("phase") == "memory" and r["status"] == "ok"]
         if memory:
             table = [
-                [f"{r['parameters'] / 1e6:.0f}M {r['dtype']}", r["candidate"], f"{r['built_mib']:.0f}", f"{r['peak_mib']:.0f}"]
+                [
+                    f"{r['parameters'] / 1e6:.0f}M {r['dtype']}",
+                    r["candidate"],
+                    f"{r['built_mib']:.0f}",
+                    f"{r['peak_mib']:.0f}",
+                ]
                 for r in sorted(memory, key=lambda r: (str(r["size"]), r["dtype"]))
             ]
             text += "\n\n" + _table(["model", "candidate", "MiB when built", "peak MiB while running"], table)
@@ -219,7 +230,7 @@ def model(rows: list[Row], folder: Path) -> str:
 
 def plots(rows: list[Row], folder: Path) -> str:
     """The images that lie in the results folder."""
-    found = sorted(folder.glob("*.png"))
+    found = sorted(folder.glob("*-t*-*-cold.png")) + sorted(folder.glob("*-t*-*-warm.png"))
     return "\n\n".join(f"![{path.stem}]({folder.name}/{path.name})" for path in found) or NOTHING
 
 

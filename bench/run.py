@@ -9,8 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-# as a script this file's folder comes first on the path, and its modules have short names
-sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script only its own folder is on the path
 
 import torch
 
@@ -82,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     ability = machine.measure(device, small=args.tiny)
     recorder = Recorder(args.results, environment, settings)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    print(f"bandwidth {ability['bandwidth']} GB/s; GEMM {ability['float32']} (float32), {ability['bfloat16']} (bfloat16)")
+    print(
+        f"bandwidth {ability['bandwidth']} GB/s; GEMM {ability['float32']} (float32), {ability['bfloat16']} (bfloat16)"
+    )
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
         print(f"NOTE: the load of this machine is {os.getloadavg()[0]:.1f}; quiet it for numbers worth keeping")
     problems = []

@@ -11,14 +11,14 @@ import re
 import sys
 from pathlib import Path
 
-# as a script this file's folder comes first on the path, and its modules have short names
-sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script only its own folder is on the path
 
 from bench.render import TABLES
 from bench.results import FOLDER, Row, latest, read_all
 
 REPO = Path(__file__).resolve().parents[1]
 FILES = (REPO / "bench" / "README.md", REPO / "README.md")
+FOREIGN = {"demo"}  # written by others, left as they are
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -28,10 +28,16 @@ def fill(text: str, rows: list[Row], folder: Path) -> str:
     closed = [match.group(2) for match in BLOCK.finditer(text)]
     if opened != closed:
         raise ValueError(f"markers opened: {opened}, closed by <!-- /bench -->: {closed}; each needs its own end")
-    unknown = sorted(set(opened) - set(TABLES))
+    unknown = sorted(set(opened) - set(TABLES) - FOREIGN)
     if unknown:
         raise ValueError(f"unknown tables {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    return BLOCK.sub(lambda match: match.group(1) + TABLES[match.group(2)](rows, folder).strip() + "\n\n" + match[3], text)
+    return BLOCK.sub(lambda match: _block(match, rows, folder), text)
+
+
+def _block(match: re.Match[str], rows: list[Row], folder: Path) -> str:
+    if match[2] in FOREIGN:
+        return match[0]
+    return f"{match[1]}{TABLES[match[2]](rows, folder).strip()}\n\n{match[3]}"
 
 
 def main(argv: list[str] | None = None) -> int:

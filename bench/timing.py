@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 PLAIN, PLAIN_AGAIN = "plain", "plain_again"
+SLOW = 0.3  # seconds; such a call is not run twice only to learn how long it takes
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Settings:
     rounds: int = 11
     min_rounds: int = 3
     min_sample: float = 0.003  # calls are batched until a sample takes at least this
-    candidate_seconds: float = 0.8  # a slow candidate takes part in fewer rounds
-    main_seconds: float = 2.5  # the same for plain and ours
+    candidate_seconds: float = 0.6  # a slow candidate takes part in fewer rounds
+    main_seconds: float = 2.0  # the same for plain and ours
     call_seconds: float = 4.0  # a candidate whose single call takes longer is not timed
     cell_seconds: float = 60.0  # no further round is started after this
     memory_gib: float = 6.0  # a candidate or cell that needs more is not run
@@ -77,6 +78,7 @@ class Candidate:
     transient: float = 0.0  # bytes it allocates beyond its inputs and output
     traffic: float = 0.0  # bytes it moves at least; predicts a call that is too slow to try
     note: str = ""
+    seconds: float = 0.0  # of the checked call
 
 
 def interleave(
@@ -89,9 +91,10 @@ def interleave(
     plans = {}
     position = 0
     for candidate in candidates:
-        # two calls on different copies: the first after the check is warm and may be the lucky one
-        once = max(clock.batch(candidate.call, position + i, 1, copies) for i in range(2))
-        position += 2
+        once = candidate.seconds
+        if once < SLOW:  # the first call may have paid for one-time work
+            once = max(clock.batch(candidate.call, position + i, 1, copies) for i in range(2))
+            position += 2
         calls = max(1, min(1000, math.ceil(settings.min_sample / max(once, 1e-7))))
         main = candidate.own or candidate.label in (PLAIN, PLAIN_AGAIN)
         budget = settings.main_seconds if main else settings.candidate_seconds

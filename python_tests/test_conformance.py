@@ -137,9 +137,7 @@ def test_phatgoose_tiny_t5(tiny_t5, tmp_path):
     folders = []
     for e in range(count):
         addons = {m: f"sd.{m}._addons" for m in modules}
-        factors = {
-            m: tuple(data[f"{key}.expert_lora.layer{i}__{e}"].T for i in (1, 2)) for m, key in addons.items()
-        }
+        factors = {m: tuple(data[f"{key}.expert_lora.layer{i}__{e}"].T for i in (1, 2)) for m, key in addons.items()}
         folders.append(write_adapter(tmp_path / f"e{e}", factors, r=rank, alpha=1, task_type="SEQ_2_SEQ_LM"))
         gates = {m: data[f"{key}.router.expert_embeddings__{e}"] for m, key in addons.items()}
         write_gates(folders[-1], gates, kind=SIGMOID)

@@ -70,7 +70,8 @@ KERNELS = {"ops", "_autograd"}
 def test_the_reader_of_imports():
     assert imports_of("", "import a.b\nfrom torch import nn\ndef f():\n import c") >= {"a.b", "c", "torch"}
     assert {"moerge_ext.ops", "moerge_ext.experts", "moerge_ext.methods"} <= imports_of("patch")
-    assert "moerge_ext.experts" in imports_of("methods.base") and "moerge_ext.methods.base" in imports_of("methods.arrow")
+    assert "moerge_ext.experts" in imports_of("methods.base")
+    assert "moerge_ext.methods.base" in imports_of("methods.arrow")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,9 @@ def test_includes(file):
         if room == "cuda" and file.name != "bind.cpp":
             assert not from_torch and "check.h" not in include, f"{file.name} includes {include}"
         # the stable ABI: seconds to build, one build across torch versions
-        assert not from_torch or include.startswith(("torch/csrc/stable/", "torch/headeronly/")) or (
-            include.startswith("torch/csrc/inductor/aoti_torch/c/")
+        assert (
+            not from_torch
+            or include.startswith(("torch/csrc/stable/", "torch/headeronly/"))
+            or (include.startswith("torch/csrc/inductor/aoti_torch/c/"))
         ), f"{file.name} includes {include}, which is not part of torch's stable ABI"
         assert not include.startswith("pybind11/") or file.name == "module.cpp", f"{file.name} includes {include}"

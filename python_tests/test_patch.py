@@ -323,6 +323,6 @@ def test_record_refuses_nesting_and_unrouted_methods(llama, experts):
         with handle.record() as empty:
             pass
         assert empty.load() == {} and empty.share().tolist() == [0, 0, 0]
-    with moerge.patch(llama, experts, method="merged") as handle:
-        with pytest.raises(ValueError, match="'merged' routes nothing"), handle.record():
-            pass
+    handle = moerge.patch(llama, experts, method="merged")
+    with pytest.raises(ValueError, match="'merged' routes nothing"), handle.record():
+        pass

@@ -168,12 +168,16 @@ def test_wrong_affinities(llama, experts, scores, text):
 
 
 def test_affinities_need_a_method_that_takes_them(llama, experts):
-    with moerge.patch(llama, experts) as handle:
-        with pytest.raises(ValueError, match="'phatgoose' takes no global affinities"), handle.affinities(torch.ones(3)):
-            pass
+    text = "'phatgoose' takes no global affinities"
+    with (
+        moerge.patch(llama, experts) as handle,
+        pytest.raises(ValueError, match=text),
+        handle.affinities(torch.ones(3)),
+    ):
+        pass
 
 
 def test_rows_must_share_the_tokens_evenly(llama, experts):
-    with moerge.patch(llama, experts, method="glider") as handle, handle.affinities(torch.zeros(3, 3)):
-        with pytest.raises(ValueError, match="14"):
-            cases.logits(llama, **cases.batch("llama", rows=2))
+    patched = moerge.patch(llama, experts, method="glider")
+    with patched as handle, handle.affinities(torch.zeros(3, 3)), pytest.raises(ValueError, match="14"):
+        cases.logits(llama, **cases.batch("llama", rows=2))

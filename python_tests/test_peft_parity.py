@@ -82,7 +82,12 @@ def test_one_expert_of_weight_one(llama, tmp_path, options):
     assert error(want, logits(llama, **batch("llama"))) > 0.01
     for path, module in experts.modules.items():
         experts.set_gates("only", {path: torch.randn(module.in_features)})
-    for method, arguments in {"expert:only": {}, "phatgoose": {"top_k": 1}, "arrow": {"top_k": 1}, "merged": {}}.items():
+    for method, arguments in {
+        "expert:only": {},
+        "phatgoose": {"top_k": 1},
+        "arrow": {"top_k": 1},
+        "merged": {},
+    }.items():
         with moerge.patch(llama, experts, method=method, **arguments):
             assert error(logits(llama, **batch("llama")), want) < 1e-5, method
 

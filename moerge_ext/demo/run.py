@@ -72,8 +72,11 @@ def patched(model: LlamaForCausalLM, experts: ExpertBank, method: str) -> Iterat
 
 
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, experts: ExpertBank, samples: int) -> Results:
-    """Score every column on `samples` conversations per held-in skill and 2 * samples per composition."""
-    inside, outside = held_in(samples), held_out(2 * samples)
+    """Score every column on `samples` conversations per held-in skill and per held-out composition.
+
+    The best expert of a skill is the one trained on it; of a composition, the one with the highest score.
+    """
+    inside, outside = held_in(samples), held_out(samples)
     rows: Suites = {**inside, **outside}
     scores = {"base": accuracies(model, tokenizer, rows)}
     for column, method in ROUTED.items():
@@ -82,8 +85,9 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, experts
     forced: dict[str, Scores] = {}
     for name in experts.names:
         with patched(model, experts, f"expert:{name}"):
-            forced[name] = accuracies(model, tokenizer, rows)
-    results = Results(best={row: max(forced, key=lambda name, row=row: forced[name][row]) for row in rows})
+            forced[name] = accuracies(model, tokenizer, {name: inside[name], **outside})
+    best = {row: max(forced, key=lambda name, row=row: forced[name][row]) for row in outside}
+    results = Results(best={**{row: row for row in inside}, **best})
     scores[BEST] = {row: forced[name][row] for row, name in results.best.items()}
     results.held_in = {column: {row: s[row] for row in inside} for column, s in scores.items()}
     results.held_out = {column: {row: s[row] for row in outside} for column, s in scores.items()}
@@ -94,7 +98,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, experts
 
 def measure_speed(model, tokenizer, experts: ExpertBank, suites: Suites, results: Results) -> None:
     """Tokens/s of one batch of all held-in prompts, without the patch and with PHATGOOSE."""
-    prompts = [f"> {c.turns[0][0]}\n" for suite in suites.values() for c in suite]
+    prompts = [f"> {c.turns[0][0]}\n" for suite in suites.values() for c in suite[:16]]
     results.plain_speed = tokens_per_second(model, tokenizer, prompts)
     with patched(model, experts, "phatgoose"):
         results.patched_speed = tokens_per_second(model, tokenizer, prompts)
@@ -163,7 +167,7 @@ def show_examples(console: Console, model, tokenizer, experts: ExpertBank) -> No
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="moerge demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=25, help="conversations per skill (default 25)")
+    parser.add_argument("--samples", type=int, default=25, help="conversations per row (default 25)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the heatmap")
     args = parser.parse_args(argv)
     if args.samples < 1:
