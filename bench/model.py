@@ -104,7 +104,7 @@ def time_size(size: Size, dtype_name: str, clock: Clock, settings: Settings) -> 
     for phase, make in (("prefill", prefill), ("decode", decode)):
         found = [Candidate(label, make(model, ids), own=label == "ours") for label, model in variants.named()]
         for candidate in found:
-            candidate.call(0)
+            candidate.seconds = clock.batch(candidate.call, 0, 1, 1)
         times = interleave(found, clock, settings, 1)
         for candidate in found:
             stats = summarize(times[candidate.label], times[PLAIN])

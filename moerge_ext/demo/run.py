@@ -123,7 +123,7 @@ def table(results: Results) -> Table:
     """The one table: held-in and held-out rows apart, a column per way to use the experts."""
     columns = list(results.held_in)
     view = Table(title="Accuracy (%): answers given without being told the task", title_justify="left")
-    view.add_column("")
+    view.add_column("", no_wrap=True)
     for column in columns:
         view.add_column(column, justify="right", style="bold" if column == "PHATGOOSE" else None)
     for part, heading in (("held_in", "held-in skills"), ("held_out", "held-out compositions")):
