@@ -15,13 +15,13 @@ if not _diagnosing():
 
     from . import ops, reference
     from ._native import build_info
-    from .activation import average_activation
-    from .expert_training import train_expert
     from .experts import ExpertBank, ModuleBank, load_experts
-    from .gates import train_gates
     from .methods import METHODS, get_method
     from .patch import Handle, RoutedLinear, get_handle, patch
     from .trace import Trace
+    from .training.activation import average_activation
+    from .training.experts import train_expert
+    from .training.gates import train_gates
 
 __all__ = [
     "METHODS",

@@ -31,9 +31,9 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _train_gates(args: argparse.Namespace) -> int:
-    from . import gates_cli
+    from .training import cli
 
-    return gates_cli.run(args)
+    return cli.run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
             add_arguments(sub)
         elif name == "train-gates":
-            from .gates_cli import add_arguments
+            from .training.cli import add_arguments
 
             add_arguments(sub)
         elif name == "demo":

@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from moerge_ext.expert_training import new_expert
+from moerge_ext.training.experts import new_expert
 
 VOCABULARY = 40
 

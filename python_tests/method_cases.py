@@ -20,14 +20,10 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def make_bank(
-    lora_A, lora_B, *, bias=None, present=None, ranks=None, gates=None, has_gate=None, kind=SIGMOID
-):
+def make_bank(lora_A, lora_B, *, bias=None, present=None, ranks=None, gates=None, has_gate=None, kind=SIGMOID):
     """A bank of one module. Rows of absent experts and of unused ranks are zeroed as the loader does."""
     count = lora_A.shape[0]
-    present = (
-        torch.ones(count, dtype=torch.bool) if present is None else torch.tensor(present, dtype=torch.bool)
-    )
+    present = torch.ones(count, dtype=torch.bool) if present is None else torch.tensor(present, dtype=torch.bool)
     ranks = [lora_A.shape[1]] * count if ranks is None else list(ranks)
     ranks = [rank if here else 0 for rank, here in zip(ranks, present.tolist(), strict=True)]
     lora_A, lora_B = lora_A.clone(), lora_B.clone()
@@ -73,9 +69,7 @@ def route(plan: Plan, routing, x, bias=None):
     count = plan.lora_A.shape[0]
     if routing is None:
         tokens = x.shape[0]
-        return plan.weights.expand(tokens, count), torch.arange(count, dtype=torch.int32).expand(
-            tokens, count
-        )
+        return plan.weights.expand(tokens, count), torch.arange(count, dtype=torch.int32).expand(tokens, count)
     return reference.route(
         x,
         plan.gates,

@@ -23,9 +23,7 @@ def pristine(tmp_path_factory):
     """({file: bytes} of a good adapter with gates, a folder to rewrite for every example)."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("fuzz") / "expert"
-    write_adapter(
-        folder, {Q: (torch.randn(2, 8), torch.randn(6, 2)), UP: (torch.randn(2, 8), torch.randn(4, 2))}, r=2
-    )
+    write_adapter(folder, {Q: (torch.randn(2, 8), torch.randn(6, 2)), UP: (torch.randn(2, 8), torch.randn(4, 2))}, r=2)
     write_gates(folder, {Q: torch.randn(8)}, kind="sigmoid-gate")
     return {path.name: path.read_bytes() for path in folder.iterdir()}, folder
 
@@ -132,9 +130,7 @@ def test_consistent_files_with_odd_shapes(pristine, shapes, r):
     _, folder = pristine
     tensors = {f"m{i}": (torch.ones(a, 8), torch.ones(6, b)) for i, (a, b) in enumerate(shapes)}
     write_adapter(folder, tensors, r=r)
-    bank = attempt(
-        pristine, **{name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)} | {GATES: b""}
-    )
+    bank = attempt(pristine, **{name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)} | {GATES: b""})
     assert bank is None
 
 

@@ -13,9 +13,9 @@ from gate_builders import (
     t5,
 )
 
-from moerge_ext.activation import average_activation
 from moerge_ext.adapters import read_gates
-from moerge_ext.gated_lora import gated_model
+from moerge_ext.training.activation import average_activation
+from moerge_ext.training.gated_lora import gated_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

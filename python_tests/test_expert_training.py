@@ -17,7 +17,7 @@ from gate_builders import (
 from safetensors.torch import load_file
 
 from moerge_ext.adapters import read_adapter
-from moerge_ext.expert_training import train_expert
+from moerge_ext.training.experts import train_expert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moerge_ext.adapters import LoraWeights, read_adapter, read_gates
-from moerge_ext.gated_lora import GatedLoRA, gated_model
-from moerge_ext.gates import train_gates
+from moerge_ext.training.gated_lora import GatedLoRA, gated_model
+from moerge_ext.training.gates import train_gates
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

@@ -15,10 +15,10 @@ from gate_builders import (
 )
 
 from moerge_ext.adapters import read_adapter, read_gates
-from moerge_ext.expert_training import new_expert
-from moerge_ext.gated_lora import gated_model
-from moerge_ext.gates import CHECKPOINT_FOLDER, train_gates
-from moerge_ext.training import TrainingOptions
+from moerge_ext.training.experts import new_expert
+from moerge_ext.training.gated_lora import gated_model
+from moerge_ext.training.gates import CHECKPOINT_FOLDER, train_gates
+from moerge_ext.training.loop import TrainingOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

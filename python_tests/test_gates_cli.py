@@ -31,7 +31,7 @@ def make_tokenizer(folder):
 def command(*words):
     import argparse
 
-    from moerge_ext.gates_cli import add_arguments, run
+    from moerge_ext.training.cli import add_arguments, run
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -67,7 +67,7 @@ def test_command(name, tmp_path, capsys):
 
 
 def test_command_encodes_and_refuses(tmp_path):
-    from moerge_ext.gates_cli import collator, encode, read_rows
+    from moerge_ext.training.cli import collator, encode, read_rows
 
     tokenizer = make_tokenizer(tmp_path)
     ids = lambda text: tokenizer(text).input_ids  # noqa: E731

@@ -17,8 +17,8 @@ from gate_builders import (
 )
 from safetensors.torch import load_file
 
-from moerge_ext.gates import CHECKPOINT_FOLDER, train_gates
-from moerge_ext.training_state import STATE_FILE, write_atomically
+from moerge_ext.training.gates import CHECKPOINT_FOLDER, train_gates
+from moerge_ext.training.state import STATE_FILE, write_atomically
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

@@ -132,9 +132,7 @@ def test_merged_of_many_small_float16_experts_does_not_underflow():
     want = x.double() @ deltas(bank).mean(0).T
     plan, routing, *_ = build("merged", bank)
     weights, experts = route(plan, routing, x)
-    got = reference.lora_apply(
-        torch.zeros(3, O), x, plan.lora_A.float(), plan.lora_B.float(), weights, experts
-    )
+    got = reference.lora_apply(torch.zeros(3, O), x, plan.lora_A.float(), plan.lora_B.float(), weights, experts)
     assert relative(got, want) < 1e-5
 
 
@@ -163,9 +161,7 @@ def test_plans_do_not_change_the_bank():
     before = [t.clone() for t in (module.lora_A, module.lora_B, module.lora_bias, module.gates[SIGMOID])]
     for name in [*METHODS, "expert:e1"]:
         build(name, bank)
-    for old, new in zip(
-        before, (module.lora_A, module.lora_B, module.lora_bias, module.gates[SIGMOID]), strict=True
-    ):
+    for old, new in zip(before, (module.lora_A, module.lora_B, module.lora_bias, module.gates[SIGMOID]), strict=True):
         assert torch.equal(old, new)
 
 

@@ -18,9 +18,7 @@ def conformance(shared):
 def test_conformance_phatgoose_layer(conformance):
     data = conformance("phatgoose_layer")
     x = data["x"].reshape(-1, 64)
-    bank = make_bank(
-        data["layer1"].transpose(1, 2), data["layer2"].transpose(1, 2) / 16, gates=data["gates"].float()
-    )
+    bank = make_bank(data["layer1"].transpose(1, 2), data["layer2"].transpose(1, 2) / 16, gates=data["gates"].float())
     got = branch("phatgoose", bank, x, base=x @ data["W"].T)
     assert relative(got, data["out_top2"].reshape(-1, 48)) < 1e-5
     plan, routing, *_ = build("phatgoose", bank, top_k=None)
@@ -73,8 +71,6 @@ def test_conformance_mttl_layer(conformance):
     before = branch("arrow_mttl", bank, x, top_k=2, gates=protos)
     want = (data["out_merge_after_True"] - data["out_merge_after_False"]).reshape(-1, 48)
     assert relative(after - before, want) < 1e-5
-    bank = make_bank(
-        data["A"].transpose(1, 2), data["B"].transpose(1, 2) * 16 / 8, gates=protos, kind=AVERAGE
-    )
+    bank = make_bank(data["A"].transpose(1, 2), data["B"].transpose(1, 2) * 16 / 8, gates=protos, kind=AVERAGE)
     plan, routing, *_ = build("average_activation_mttl", bank)
     assert relative(dense(*route(plan, routing, x), 6), data["avgact_w"].reshape(-1, 6)) < 1e-5

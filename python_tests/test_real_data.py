@@ -154,8 +154,8 @@ def exact_match(model, tokenizer, examples: list[dict[str, str]]) -> float:
 def trained(data, stories, tmp_path_factory) -> dict[str, Path]:
     """{task: PEFT folder with gates}, trained once for the tests of this file."""
     pytest.importorskip("peft")
-    from moerge_ext.expert_training import train_expert
-    from moerge_ext.gates import train_gates
+    from moerge_ext.training.experts import train_expert
+    from moerge_ext.training.gates import train_gates
 
     model, tokenizer = stories
     folders = {task: tmp_path_factory.mktemp(task) for task in TASKS}
@@ -204,8 +204,8 @@ def test_routed_backends_agree_on_real_experts(data, stories, trained):
 def test_an_expert_and_gates_in_seconds(data, stories, tmp_path):
     """The whole path, too short to learn much: the loss falls, the gates are there, routed generation runs."""
     pytest.importorskip("peft")
-    from moerge_ext.expert_training import train_expert
-    from moerge_ext.gates import train_gates
+    from moerge_ext.training.experts import train_expert
+    from moerge_ext.training.gates import train_gates
 
     model, tokenizer = stories
     options = {"collate_fn": collate(tokenizer), "batch_size": 4, "progress": False}

@@ -145,8 +145,8 @@ def expert_batches(
 
 def train_skill(base: Path, folder: Path, skill: str, recipe: Recipe) -> str:
     """One expert, stored as float16, and then its gates on the stored weights."""
-    from ..expert_training import train_expert
-    from ..gates import train_gates
+    from ..training.experts import train_expert
+    from ..training.gates import train_gates
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .batches import Collate, as_source
-from .training import (
+from .loop import (
     TrainingOptions,
     TrainingResult,
     discard_state,

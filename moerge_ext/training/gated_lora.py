@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from .adapters import Adapter, LoraWeights, read_adapter, write_gates
-from .training_state import write_atomically
+from ..adapters import Adapter, LoraWeights, read_adapter, write_gates
+from .state import write_atomically
 
 if TYPE_CHECKING:
-    from .gate_callback import GateTrainerCallback
+    from .callback import GateTrainerCallback
 
 SIGMOID_GATE = "sigmoid-gate"
 _PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
@@ -172,7 +172,7 @@ class GatedModel:
     def callback(self, **options: Any) -> GateTrainerCallback:
         """A transformers `TrainerCallback` that keeps the best gates and writes them when training ends."""
         # transformers' Trainer takes seconds to import: only who asks for it pays
-        from .gate_callback import GateTrainerCallback
+        from .callback import GateTrainerCallback
 
         return GateTrainerCallback(self, **options)
 

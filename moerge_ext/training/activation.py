@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .adapters import write_gates
+from ..adapters import write_gates
 from .batches import Batch, BatchSource, Collate, run_model
 from .gated_lora import GatedLoRA, gated_model
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch, BatchSource, run_model
-from .training_state import TrainingState
+from .state import TrainingState
 
 # the options on which the result depends; a run can be resumed with other values of the rest
 _DECIDING = ("steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "eval_every", "seed")

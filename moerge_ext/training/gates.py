@@ -11,14 +11,14 @@ from torch import nn
 
 from .batches import Collate, as_source
 from .gated_lora import GatedModel, gated_model
-from .training import (
+from .loop import (
     TrainingOptions,
     TrainingResult,
     discard_state,
     fit,
     kept_step,
 )
-from .training_state import STATE_FILE, TrainingState
+from .state import STATE_FILE, TrainingState
 
 CHECKPOINT_FOLDER = ".moerge-train-gates"
 

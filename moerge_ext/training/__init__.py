@@ -1,0 +1,1 @@
+"""Training: experts (LoRA), their gates, and gates that need no training."""
