@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -234,6 +235,34 @@ def plots(rows: list[Row], folder: Path) -> str:
     return "\n\n".join(f"![{path.stem}]({folder.name}/{path.name})" for path in found) or NOTHING
 
 
+def demo(rows: list[Row], folder: Path) -> str:
+    """What `moerge demo --json bench/results/demo.json` measured; rows are not used."""
+    file = folder / "demo.json"
+    if not file.exists():
+        return NOTHING
+    found = json.loads(file.read_text())
+    columns = list(found["held_in"])
+    lines = []
+    for part, heading in (("held_in", "held-in skills"), ("held_out", "held-out compositions")):
+        lines.append(
+            (f"**{heading}**: mean of {len(found[part][columns[0]])}", *_percent(found["means"][part], columns))
+        )
+        for name in found[part][columns[0]]:
+            lines.append((f"&nbsp;&nbsp;{name}", *_percent({c: found[part][c][name] for c in columns}, columns)))
+    routed, oracle = (found["means"]["held_in"][c] for c in ("PHATGOOSE", "best expert"))
+    speed, versions = found["tokens_per_second"], found["versions"]
+    text = (
+        f"Exact match in %, {found['samples']} prompts per row, {len(found['experts'])} experts. "
+        f"PHATGOOSE keeps {routed / oracle:.0%} of the best expert per task; {speed['plain']:,.0f} tokens/s plain, "
+        f"{speed['patched']:,.0f} patched ({found['threads']} CPU threads, torch {versions['torch']})."
+    )
+    return _table(("", *columns), lines) + "\n\n" + text
+
+
+def _percent(values: dict[str, float], columns: list[str]) -> list[str]:
+    return [f"{100 * values[c]:.0f}" for c in columns]
+
+
 TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "summary": summary,
     "linear": linear,
@@ -242,4 +271,5 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "ops": ops,
     "model": model,
     "plots": plots,
+    "demo": demo,
 }

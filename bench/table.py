@@ -18,7 +18,6 @@ from bench.results import FOLDER, Row, latest, read_all
 
 REPO = Path(__file__).resolve().parents[1]
 FILES = (REPO / "bench" / "README.md", REPO / "README.md")
-FOREIGN = {"demo"}  # written by others, left as they are
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -28,15 +27,13 @@ def fill(text: str, rows: list[Row], folder: Path) -> str:
     closed = [match.group(2) for match in BLOCK.finditer(text)]
     if opened != closed:
         raise ValueError(f"markers opened: {opened}, closed by <!-- /bench -->: {closed}; each needs its own end")
-    unknown = sorted(set(opened) - set(TABLES) - FOREIGN)
+    unknown = sorted(set(opened) - set(TABLES))
     if unknown:
         raise ValueError(f"unknown tables {', '.join(unknown)}; there are {', '.join(TABLES)}")
     return BLOCK.sub(lambda match: _block(match, rows, folder), text)
 
 
 def _block(match: re.Match[str], rows: list[Row], folder: Path) -> str:
-    if match[2] in FOREIGN:
-        return match[0]
     return f"{match[1]}{TABLES[match[2]](rows, folder).strip()}\n\n{match[3]}"
 
 

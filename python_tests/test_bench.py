@@ -204,8 +204,7 @@ def test_bad_markers_are_refused(tmp_path):
         table.fill("<!-- bench:nothing -->\n<!-- /bench -->", [], tmp_path)
     with pytest.raises(ValueError, match="markers"):
         table.fill("<!-- bench:linear -->\n", [], tmp_path)
-    for text in ("no markers", "<!-- bench:demo -->\nothers wrote this\n<!-- /bench -->\n"):
-        assert table.fill(text, [], tmp_path) == text
+    assert table.fill("no markers", [], tmp_path) == "no markers"
 
 
 @pytest.mark.slow

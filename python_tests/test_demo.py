@@ -1,5 +1,6 @@
 """The demo: its tasks, its shipped files, and that routing finds the experts."""
 
+import json
 import random
 
 import pytest
@@ -142,10 +143,12 @@ def test_every_expert_knows_its_skill_and_the_router_finds_it(assets):
 
 
 def test_the_command(assets, tmp_path, capsys):
-    from moerge_ext.demo.run import main
+    from moerge_ext.cli import main
 
     pytest.importorskip("matplotlib")
-    assert main(["--samples", "2", "--out", str(tmp_path)]) == 0
+    numbers = tmp_path / "numbers.json"
+    assert main(["demo", "--samples", "2", "--out", str(tmp_path), "--json", str(numbers)]) == 0
+    assert set(json.loads(numbers.read_text())["held_in"]["PHATGOOSE"]) == set(TASKS)
     text = capsys.readouterr().out
     for word in ("PHATGOOSE", "uniform merge", "compositions", "tokens/s", "routing.png"):
         assert word in text

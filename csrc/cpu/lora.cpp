@@ -52,7 +52,7 @@ LoraArgs::LoraArgs(const Check& check, const Tensor& x_in, int64_t out_features,
   }
   row = row_map(check, rows, T, N, rows_storage);
   x = rows_contiguous(x);
-  experts = torch::stable::contiguous(experts);
+  experts = dense(experts);
   for (int64_t i = 0; i < N * K; ++i)
     check.that(ids()[i] >= 0 && ids()[i] < E, "experts must hold ids in [0, E=", E, "), got ", ids()[i], " at [", i / K,
                ", ", i % K, "]");
@@ -99,7 +99,8 @@ void shrink(const LoraArgs& args, const Pairs<Acc>& pairs, const Matrix& x, cons
     for (int64_t begin = group.begin; begin < group.end; begin += kTaskPairs)
       for (int64_t r = 0; r < w.ranks; r += ranks)
         tasks.push_back({&group, begin, std::min(group.end, begin + kTaskPairs), r, std::min(w.ranks, r + ranks)});
-  parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+  const int64_t pairs_per_task = std::min<int64_t>(kTaskPairs, ceil_div(args.T * args.K, args.E));
+  parallel(static_cast<int64_t>(tasks.size()), pairs_per_task * ranks * w.columns, [&](int64_t i) {
     const Task& task = tasks[i];
     const int64_t count = task.end - task.begin, R = w.ranks;
     Acc* loaded = scratch<Acc>(0, x.dtype == (sizeof(Acc) == 8 ? DType::f64 : DType::f32) ? 0 : count * w.columns);
@@ -120,7 +121,7 @@ void shrink(const LoraArgs& args, const Pairs<Acc>& pairs, const Matrix& x, cons
 template <class Acc>
 void combine(const LoraArgs& args, const Acc* weights, Acc* h) {
   const int64_t K = args.K, R = args.R;
-  parallel(ceil_div(args.T, kBlock), [&](int64_t block) {
+  parallel(ceil_div(args.T, kBlock), std::min(args.T, kBlock) * K * R, [&](int64_t block) {
     std::vector<Acc> mean(args.factored ? R : 0);
     for (int64_t t = block * kBlock; t < std::min(args.T, (block + 1) * kBlock); ++t) {
       const Acc* w = weights + args.row(t) * K;
@@ -182,7 +183,8 @@ template <class Acc>
 void expand(const LoraArgs& args, const Pairs<Acc>& pairs, const Acc* h, const Factors& w, const Matrix* base,
             const std::optional<Tensor>& bias, const Acc* weights, const Matrix& out) {
   const int64_t chunks = ceil_div(w.columns, kChunk), blocks = ceil_div(args.T, kBlock);
-  parallel(blocks * chunks, [&](int64_t task) {
+  const int64_t cost = std::min(args.T, kBlock) * std::min(w.columns, kChunk) * (1 + args.K * w.ranks);
+  parallel(blocks * chunks, cost, [&](int64_t task) {
     const int64_t block = task / chunks, c = task % chunks * kChunk, count = std::min(kChunk, w.columns - c);
     const int64_t begin = block * kBlock, tokens = std::min(kBlock, args.T - begin);
     Acc* sums = scratch<Acc>(0, tokens * count);

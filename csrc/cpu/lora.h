@@ -91,7 +91,7 @@ DType expert_rows(const Factors& w, int64_t e, int64_t c, int64_t count, Acc* bu
 }
 
 inline Tensor as_accumulator(const Tensor& tensor, bool wide) {
-  return torch::stable::contiguous(torch::stable::to(tensor, wide ? ScalarType::Double : ScalarType::Float));
+  return dense(tensor, wide ? ScalarType::Double : ScalarType::Float);
 }
 
 }  // namespace moerge::cpu

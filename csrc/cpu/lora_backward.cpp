@@ -20,7 +20,7 @@ void outer(const LoraArgs& args, const Pairs<Acc>& pairs, const Acc* q, int64_t 
   const DType dtype = dtype_of(out);
   std::vector<const Group*> group(args.E, nullptr);
   for (const Group& g : pairs.groups) group[g.expert] = &g;
-  parallel(args.E * chunks, [&](int64_t task) {
+  parallel(args.E * chunks, ceil_div(args.T * args.K, args.E) * R * std::min(columns, kChunk), [&](int64_t task) {
     const int64_t e = task / chunks, c = task % chunks * kChunk, count = std::min(kChunk, columns - c);
     Acc* sums = scratch<Acc>(0, R * count);
     Acc* transposed = scratch<Acc>(1, R * kOuterPairs);
@@ -51,7 +51,7 @@ void weight_gradient(const LoraArgs& args, const Acc* weights, const Acc* h, con
                      const Tensor& out) {
   const int64_t K = args.K, R = args.R;
   std::vector<Acc> per_pair(args.T * K);
-  parallel(ceil_div(args.T, kBlock), [&](int64_t block) {
+  parallel(ceil_div(args.T, kBlock), std::min(args.T, kBlock) * K * (R + args.O), [&](int64_t block) {
     Acc* grad = scratch<Acc>(0, args.O);
     Acc* bias = scratch<Acc>(1, args.lora_bias ? args.O : 0);
     std::vector<Acc> mean_h(R), mean_q(R);

@@ -30,8 +30,8 @@ struct Mix {
       : K(logits_in.size(0)),
         N(logits_in.size(1)),
         V(logits_in.size(2)),
-        logits_storage(torch::stable::contiguous(logits_in)),
-        weights_storage(torch::stable::contiguous(torch::stable::to(weights_in, scalar_type<Acc>))),
+        logits_storage(dense(logits_in)),
+        weights_storage(dense(weights_in, scalar_type<Acc>)),
         dtype(dtype_of(logits_in)),
         logits(static_cast<const char*>(logits_storage.data_ptr())),
         weights(static_cast<const Acc*>(weights_storage.data_ptr())),
@@ -42,7 +42,8 @@ struct Mix {
       for (int64_t k = 0; k < K; ++k) total += weights[n * K + k];
       log_total[n] = total == 0 ? 0 : std::log(total);
     }
-    parallel(N * K, [&](int64_t i) { offset[i] = weights[i] == 0 ? 0 : std::log(weights[i]) - log_sum(i % K, i / K); });
+    parallel(N * K, 10 * V,
+             [&](int64_t i) { offset[i] = weights[i] == 0 ? 0 : std::log(weights[i]) - log_sum(i % K, i / K); });
   }
 
   void load(int64_t k, int64_t n, int64_t v, int64_t count, Acc* out) const {
@@ -69,7 +70,7 @@ struct Mix {
   template <class F>
   void each_chunk(const F& f) const {
     const int64_t chunks = ceil_div(V, kVocabChunk);
-    parallel(N * chunks, [&](int64_t task) {
+    parallel(N * chunks, 10 * K * std::min(V, kVocabChunk), [&](int64_t task) {
       const int64_t v = task % chunks * kVocabChunk;
       f(task / chunks, v, std::min(kVocabChunk, V - v));
     });
@@ -101,7 +102,7 @@ struct Mix {
   }
 
   void backward(const Acc* grad, const Acc* result, const Tensor* grad_logits, Acc* grad_weights) const {
-    parallel(N * K, [&](int64_t i) {
+    parallel(N * K, 20 * V, [&](int64_t i) {
       const int64_t n = i / K, k = i % K;
       const Acc w = weights[i];
       const Acc *g = grad + n * V, *y = result + n * V;
@@ -160,8 +161,8 @@ template <class Acc>
 void run_backward(const Tensor& grad, const Tensor& result, const Tensor& logits, const Tensor& weights,
                   const Tensor* grad_logits, const Tensor* grad_weights) {
   const Mix<Acc> mix(logits, weights);
-  const Tensor g = torch::stable::contiguous(torch::stable::to(grad, scalar_type<Acc>));
-  const Tensor y = torch::stable::contiguous(torch::stable::to(result, scalar_type<Acc>));
+  const Tensor g = dense(grad, scalar_type<Acc>);
+  const Tensor y = dense(result, scalar_type<Acc>);
   std::vector<Acc> dw(grad_weights ? mix.N * mix.K : 0);
   mix.backward(static_cast<const Acc*>(g.data_ptr()), static_cast<const Acc*>(y.data_ptr()), grad_logits,
                grad_weights ? dw.data() : nullptr);

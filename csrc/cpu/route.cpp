@@ -120,7 +120,7 @@ RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates
     check.shape(*bias_in, "bias", {-1, E}, text("[N, E=", E, "]"));
     n_rows = bias_in->size(0);
     check.that(n_rows > 0 || T == 0, "bias must have at least one row, got ", shape_of(*bias_in));
-    bias = torch::stable::contiguous(torch::stable::to(*bias_in, acc));
+    bias = dense(*bias_in, acc);
   }
   if (mask_in) {
     check.dtype(*mask_in, "mask", ScalarType::Bool);
@@ -131,7 +131,7 @@ RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates
     } else {
       check.shape(*mask_in, "mask", {E}, text("[E=", E, "] or [N, E=", E, "]"));
     }
-    mask = torch::stable::contiguous(*mask_in);
+    mask = dense(*mask_in);
   }
   row = row_map(check, rows, T, n_rows, rows_storage);
   x = rows_contiguous(x);
@@ -141,7 +141,7 @@ RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates
 template <class Acc>
 void route_forward(const RouteArgs& args, Acc* weights, int32_t* experts) {
   const int64_t T = args.T, K = args.top_k;
-  parallel(ceil_div(T, kTokenBlock), [&](int64_t block) {
+  parallel(ceil_div(T, kTokenBlock), std::min(T, kTokenBlock) * args.D * args.E, [&](int64_t block) {
     const int64_t begin = block * kTokenBlock, count = std::min(kTokenBlock, T - begin);
     Acc* normalized = scratch<Acc>(0, kTokenBlock * args.D);
     Acc* scores = scratch<Acc>(1, kTokenBlock * args.E);

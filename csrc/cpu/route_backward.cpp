@@ -122,7 +122,7 @@ struct Backward {
     const int64_t chunks = ceil_div(args.D, kColumns);
     const DType acc = std::is_same_v<Acc, double> ? DType::f64 : DType::f32;
     // a block of experts shares the normalized columns of each token
-    parallel(chunks, [&](int64_t chunk) {
+    parallel(chunks, args.T * args.top_k * kColumns, [&](int64_t chunk) {
       const int64_t begin = chunk * kColumns, count = std::min(kColumns, args.D - begin);
       Acc* sums = scratch<Acc>(0, args.E * count);
       Acc* token = scratch<Acc>(1, count);
@@ -155,8 +155,8 @@ template <class Acc>
 void run(const RouteArgs& args, const Tensor& grad, const Tensor& weights, const Tensor& experts, const Tensor* grad_x,
          const Tensor* grad_gates, const Tensor* grad_bias) {
   const ScalarType type = scalar_type<Acc>;
-  const Tensor g = torch::stable::contiguous(torch::stable::to(grad, type));
-  const Tensor w = torch::stable::contiguous(weights), ids = torch::stable::contiguous(experts);
+  const Tensor g = dense(grad, type);
+  const Tensor w = dense(weights), ids = dense(experts);
   const Tensor dz = new_tensor(args.x, {args.T, args.E}, type);
   Backward<Acc> backward{args,
                          static_cast<const Acc*>(g.data_ptr()),
@@ -164,13 +164,13 @@ void run(const RouteArgs& args, const Tensor& grad, const Tensor& weights, const
                          static_cast<const int32_t*>(ids.data_ptr()),
                          static_cast<Acc*>(dz.data_ptr()),
                          std::vector<Statistics<Acc>>(args.T)};
-  const int64_t blocks = ceil_div(args.T, kTokenBlock);
+  const int64_t blocks = ceil_div(args.T, kTokenBlock), cost = std::min(args.T, kTokenBlock) * args.D * args.E;
   if (grad_bias) {
-    parallel(blocks, [&](int64_t block) { backward.block(block, true, nullptr); });
+    parallel(blocks, cost, [&](int64_t block) { backward.block(block, true, nullptr); });
     backward.bias_gradient(*grad_bias);
   }
   if (!grad_x && !grad_gates) return;
-  parallel(blocks, [&](int64_t block) { backward.block(block, false, grad_x); });
+  parallel(blocks, cost, [&](int64_t block) { backward.block(block, false, grad_x); });
   if (grad_gates) backward.gate_gradient(*grad_gates);
 }
 

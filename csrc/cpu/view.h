@@ -29,6 +29,14 @@ inline DType dtype_of(const Tensor& tensor) {
 
 inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
 
+// The tensor itself when it is so already (a call into torch costs microseconds), else a copy.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline Tensor dense(const Tensor& tensor, ScalarType type) {
+  return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
 // The tensor itself when its last axis has stride 1 (or one element), else a contiguous copy.
 inline Tensor rows_contiguous(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
@@ -97,7 +105,7 @@ inline RowMap row_map(const Check& check, const std::optional<Tensor>& rows, int
   if (rows) {
     check.dtype(*rows, "rows", ScalarType::Int);
     check.shape(*rows, "rows", {tokens}, text("[T=", tokens, "]"));
-    keep_alive = torch::stable::contiguous(*rows);
+    keep_alive = dense(*rows);
     map.rows = static_cast<const int32_t*>(keep_alive.data_ptr());
     for (int64_t t = 0; t < tokens; ++t)
       check.that(map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows, "), got ",
@@ -130,11 +138,16 @@ T* scratch(int slot, int64_t count) {
   return static_cast<T*>(buffer.data);
 }
 
-// f(i) for i in [0, n), spread over torch's threads. What f computes must not depend on which thread runs it.
+// f(i) for i in [0, n), spread over torch's threads; `cost` is about how many multiply-adds one f(i) is, since waking a
+// thread costs as much as some ten thousand. What f computes must not depend on which thread runs it.
 template <class F>
-void parallel(int64_t n, const F& f) {
-  if (n == 1) return f(0);
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+void parallel(int64_t n, int64_t cost, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cost));
+  if (n <= grain) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }

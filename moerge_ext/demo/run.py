@@ -6,18 +6,22 @@ python -m moerge_ext.demo [--samples N] [--out DIR]
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from .._version import __version__
 from ..experts import ExpertBank, load_experts
 from ..patch import patch
 from . import heatmap
@@ -164,14 +168,30 @@ def show_examples(console: Console, model, tokenizer, experts: ExpertBank) -> No
         console.print()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="moerge demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=25, help="conversations per row (default 25)")
+def as_json(results: Results, samples: int, experts: ExpertBank) -> dict[str, Any]:
+    """The measured numbers as plain data, with what they were measured on."""
+    return {
+        "samples": samples,
+        "experts": list(experts.names),
+        "held_in": results.held_in,
+        "held_out": results.held_out,
+        "means": {part: {c: results.mean(c, part) for c in results.held_in} for part in ("held_in", "held_out")},
+        "tokens_per_second": {"plain": results.plain_speed, "patched": results.patched_speed},
+        "versions": {"moerge_ext": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=int, default=25, help="conversations per row (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the heatmap")
-    args = parser.parse_args(argv)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; returns the exit status. ValueError for arguments that make no sense."""
     if args.samples < 1:
-        parser.error(f"--samples must be at least 1, got {args.samples}")
+        raise ValueError(f"--samples must be at least 1, got {args.samples}")
     start = time.perf_counter()
     console = Console()
     model, tokenizer, experts = load_assets()
@@ -181,14 +201,10 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table(results))
     for line in summary(results):
         console.print(line, highlight=False)
-    names = list(experts.names)
-    path = heatmap.draw(
-        args.out / "routing.png",
-        results.panels,
-        results.modules,
-        names,
-        "PHATGOOSE: where the tokens of a skill go",
-    )
+    title = "PHATGOOSE: where the tokens of a skill go"
+    path = heatmap.draw(args.out / "routing.png", results.panels, results.modules, list(experts.names), title)
     console.print(f"routing heatmap: {path.resolve()}", highlight=False, soft_wrap=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(results, args.samples, experts), indent=1) + "\n")
     console.print(f"{time.perf_counter() - start:.0f} seconds", highlight=False)
     return 0
