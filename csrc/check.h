@@ -101,12 +101,6 @@ struct Check {
   void dtype(const Tensor& tensor, const char* name, ScalarType type) const {
     that(tensor.scalar_type() == type, name, " must be ", name_of(type), ", got ", name_of(tensor.scalar_type()));
   }
-
-  void same_device(const Tensor& tensor, const char* name, const Tensor& x) const {
-    that(tensor.is_cuda() == x.is_cuda() && tensor.is_cpu() == x.is_cpu() &&
-             tensor.get_device_index() == x.get_device_index(),
-         name, " must be on the device of x");
-  }
 };
 
 }  // namespace moerge

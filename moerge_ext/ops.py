@@ -28,6 +28,11 @@ def _call(op, *args):
         raise ValueError(
             f"moerge::{name}: forward-mode differentiation (jvp) is not supported; use moerge_ext.reference for it"
         )
+    device = tensors[0].device
+    if any(t.device != device for t in tensors):
+        # a meta tensor among others would select the fake kernel, which returns memory nobody wrote
+        found = ", ".join(sorted({str(t.device) for t in tensors}))
+        raise ValueError(f"moerge::{name}: all tensors must be on one device, got {found}")
     try:
         return op(*args)
     except NotImplementedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -214,12 +215,17 @@ class Handle:
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
 
+    def _check_alive(self) -> None:
+        if not self.modules:
+            raise ValueError("this handle was removed: patch the model again and use the new handle")
+
     @contextmanager
     def record(self, *, tokens: bool = False) -> Iterator[Trace]:
         """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
 
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
+        self._check_alive()
         if self.method.routing is None:
             raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
         if self._state.trace is not None:
@@ -238,6 +244,7 @@ class Handle:
             scores: [N,E], or [E] for one row that serves all. N rows share the tokens of each forward evenly, in order,
                 so under beam search and sampling with several sequences each row covers its own copies.
         """
+        self._check_alive()
         if self.method.bias is None:
             raise ValueError(f"method '{self.method.name}' takes no global affinities; glider and glider_code do")
         scores = torch.as_tensor(scores)
@@ -291,6 +298,8 @@ def patch(
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
+    if not isinstance(experts, ExpertBank):
+        raise ValueError(f"experts must be an ExpertBank, from load_experts(...), got {type(experts).__name__}")
     row = get_method(method)
     routing, aggregation, settings = row.configure(**options)
     if backend not in BACKENDS:
@@ -345,7 +354,10 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
     if not experts.modules:
         problems.append("the experts have no LoRA module")
     if routing is not None and routing.top_k is not None and routing.top_k > len(experts):
-        problems.append(f"top_k={routing.top_k} is more than the number of experts, E={len(experts)}")
+        problems.append(
+            f"top_k={routing.top_k} is more than the number of experts, E={len(experts)}: "
+            f"pass top_k={len(experts)}, or None for all"
+        )
     seen: dict[int, str] = {}
     for name, bank in experts.modules.items():
         layer = layers.get(name)
@@ -387,7 +399,15 @@ def _device_problems(model: nn.Module, plans: dict[str, Plan], backend: str) -> 
 
 
 def _listing(method: str, problems: list[str]) -> str:
-    shown = problems[:_SHOWN]
-    if len(problems) > _SHOWN:
-        shown.append(f"... and {len(problems) - _SHOWN} more")
+    modules: dict[str, list[str]] = {}  # one line for what is wrong in the same way in many modules
+    for problem in problems:
+        name, said = re.fullmatch(r"(?:(module '[^']*'): )?(.*)", problem, re.DOTALL).groups()
+        modules.setdefault(said, []).extend([name] if name else [])
+    lines = []
+    for said, names in modules.items():
+        more = f" and {len(names) - 3} more modules" if len(names) > 3 else ""
+        lines.append(f"{', '.join(names[:3])}{more}: {said}" if names else said)
+    shown = lines[:_SHOWN]
+    if len(lines) > _SHOWN:
+        shown.append(f"... and {len(lines) - _SHOWN} more")
     return f"cannot patch the model with method '{method}':\n" + "\n".join(f"  - {p}" for p in shown)

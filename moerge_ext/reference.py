@@ -74,6 +74,10 @@ def route(
     """See `moerge_ext.ops.route`."""
     tokens, features = x.shape
     experts = gates.shape[0]
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k must be in [1, E={experts}], got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     acc = _accumulator(x)
     scores = _normalized(x.to(acc), normalize) @ gates.to(acc).T
     if absolute:
@@ -81,8 +85,8 @@ def route(
     if scale is None:
         scale = features**-0.5 if normalize == "standardize" else 1.0
     scores = scores * scale
-    n_rows = next((m.shape[0] for m in (bias, mask) if m is not None and m.dim() == 2), 1)
-    row = _row_of_token(tokens, n_rows, rows, x.device)
+    n_rows = next((m.shape[0] for m in (bias, mask) if m is not None and m.dim() == 2), 0)
+    row = _row_of_token(tokens, n_rows or 1, rows if n_rows else None, x.device)
     if bias is not None:
         scores = scores + bias.to(acc)[row]
     eligible = torch.ones_like(scores, dtype=torch.bool)
@@ -133,6 +137,8 @@ def lora_apply(
     packed: Tensor | None = None,
 ) -> Tensor:
     """See `moerge_ext.ops.lora_apply`. `packed` is ignored: it is a copy of lora_a and lora_b."""
+    if base.shape != (x.shape[0], lora_b.shape[1]):
+        raise ValueError(f"base must be [T={x.shape[0]}, O={lora_b.shape[1]}], got {list(base.shape)}")
     acc = _accumulator(base, x, lora_a, lora_b)
     tokens, n_experts = x.shape[0], lora_a.shape[0]
     row = _row_of_token(tokens, weights.shape[0], rows, x.device)

@@ -357,3 +357,10 @@ def test_random_cases(seed):
         assert_as_good(got, near, true, 1e-5)
     for name in names(case):
         assert_as_good(ours[name], theirs[name], truth[name], 5e-5)
+
+
+def test_backward_ops_check_the_ids_they_are_given():
+    x, gates = torch.randn(3, 4), torch.randn(5, 4)
+    weights, experts = ops.route(x, gates)
+    with pytest.raises(RuntimeError, match="experts must hold ids in"):
+        torch.ops.moerge.route_backward(torch.ones_like(weights), weights, experts + 100, x, gates, 7)

@@ -306,3 +306,20 @@ def test_wrong_arguments_of_the_others():
         ops.lora_apply(**{**CASE, "x": x}, packed=packed)
     with pytest.raises(ValueError, match=r"^moerge::routed_lora: packed is for inference"):
         ops.routed_lora(rest[0], x, *rest[2:], packed=packed)
+
+
+def test_a_bank_of_no_experts_is_the_base():
+    base, x = torch.ones(2, 4, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    a, b = torch.ones(0, 2, 3, requires_grad=True), torch.ones(0, 4, 2, requires_grad=True)
+    y = ops.lora_apply(base, x, a, b, torch.ones(2, 0), torch.ones(2, 0, dtype=torch.int32))
+    assert torch.equal(y, base)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(2, 3)) and a.grad.shape == a.shape and b.grad.shape == b.shape
+
+
+def test_the_reference_does_not_broadcast_the_base():
+    with pytest.raises(ValueError, match="base must be"):
+        reference.lora_apply(
+            torch.ones(2, 1), torch.ones(2, 3), torch.ones(1, 2, 3), torch.ones(1, 4, 2), torch.ones(2, 1),
+            torch.zeros(2, 1, dtype=torch.int32),
+        )  # fmt: skip

@@ -264,3 +264,19 @@ def test_no_tokens():
     for options in ({}, {"bias": torch.zeros(3, 5)}, {"bias": torch.zeros(0, 5), "rows": torch.zeros(0).int()}):
         weights, experts = ops.route(X[:0], G, **options)
         assert weights.shape == experts.shape == (0, 2) and experts.dtype == torch.int32
+
+
+def test_rows_do_not_matter_when_nothing_is_per_row():
+    x, gates = rand(6, 8), rand(3, 8, seed=1)
+    rows = torch.arange(6).int()
+    for mask in (None, torch.tensor([True, False, True])):
+        for module in (ops, reference):
+            want, got = module.route(x, gates, mask=mask), module.route(x, gates, mask=mask, rows=rows)
+            assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1])
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 4}, {"top_p": 7.0}, {"normalize": "no"}])
+def test_the_reference_refuses_what_the_op_refuses(options):
+    for module in (ops, reference):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            module.route(rand(6, 8), rand(3, 8, seed=1), **options)

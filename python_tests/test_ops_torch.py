@@ -233,3 +233,9 @@ def test_no_intermediate_is_larger_than_the_contract():
     y = ops.lora_apply(case["base"], x, case["lora_a"], case["lora_b"], weights, ids)
     upstream = rand(T, O)
     assert largest_allocation(lambda: torch.autograd.grad(y, x, upstream)) <= bound
+
+
+def test_a_meta_tensor_among_others_is_refused():
+    x, gates = torch.randn(2, 3), torch.randn(3, 3)
+    with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):
+        ops.route(x, gates, mask=torch.ones(3, dtype=torch.bool, device="meta"))

@@ -56,7 +56,7 @@ def one_module(path: str, d: int, o: int, names=NAMES) -> moerge.ExpertBank:
         ({"aggregation": "sum"}, ["'output' or 'factored'", "'sum'"]),
         ({"backend": "cuda"}, ["'native' or 'reference'", "'cuda'"]),
         ({"method": "arrow"}, ["top_k=4 is more than the number of experts, E=3"]),
-        ({"method": "average_activation"}, [DOWN, "average-activation", "'ant'", "moerge"]),
+        ({"method": "average_activation"}, ["module 'model.layers.0.mlp.down_proj'", "average-activation", "'ant'", "moerge"]),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -181,3 +181,26 @@ def test_rows_must_share_the_tokens_evenly(llama, experts):
     patched = moerge.patch(llama, experts, method="glider")
     with patched as handle, handle.affinities(torch.zeros(3, 3)), pytest.raises(ValueError, match="14"):
         cases.logits(llama, **cases.batch("llama", rows=2))
+
+
+def test_paths_instead_of_a_bank(llama):
+    assert "experts must be an ExpertBank, from load_experts(...), got list" in refused(llama, ["path/a"])
+
+
+def test_a_top_k_beyond_the_experts_says_what_to_pass(llama, experts):
+    assert "pass top_k=3, or None for all" in refused(llama, experts, method="arrow")
+
+
+def test_the_same_problem_in_many_modules_is_one_line(llama, experts):
+    assert refused(llama, experts, method="expert:dog").count("no expert named 'dog'") == 1
+    text = refused(llama, experts, method="average_activation")
+    assert text.count("\n") == 1 and f"and {len(experts.modules) - 3} more modules" in text
+
+
+def test_a_removed_handle_says_so(llama, experts):
+    handle = moerge.patch(llama, experts, method="glider")
+    handle.remove()
+    with pytest.raises(ValueError, match="this handle was removed"), handle.record():
+        pass
+    with pytest.raises(ValueError, match="this handle was removed"), handle.affinities(torch.ones(3)):
+        pass

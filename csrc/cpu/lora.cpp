@@ -62,7 +62,7 @@ template <class Acc>
 Pairs<Acc>::Pairs(const LoraArgs& args, const Acc* weights, int64_t block, bool skip_zero) {
   const int64_t T = args.T, K = args.K, E = args.E;
   order.resize(T * K);
-  std::vector<int32_t> start(E + 1);
+  std::vector<int64_t> start(E + 1);
   int64_t at = 0;
   for (int64_t begin = 0; begin < T; begin += block) {
     const int64_t end = std::min(T, begin + block);
@@ -79,7 +79,7 @@ Pairs<Acc>::Pairs(const LoraArgs& args, const Acc* weights, int64_t block, bool 
       start[e + 1] += start[e];
     }
     const int64_t total = start[E];
-    each([&](int32_t e, int64_t pair) { order[at + start[e]++] = static_cast<int32_t>(pair); });
+    each([&](int32_t e, int64_t pair) { order[at + start[e]++] = pair; });
     at += total;
   }
   first.push_back(static_cast<int64_t>(groups.size()));

@@ -45,7 +45,7 @@ struct Group {
 // never read. `block` is the number of tokens per block.
 template <class Acc>
 struct Pairs {
-  std::vector<int32_t> order;
+  std::vector<int64_t> order;
   std::vector<Group> groups;
   std::vector<int64_t> first;  // first[b]: index of block b's first group
   Pairs(const LoraArgs& args, const Acc* weights, int64_t block, bool skip_zero);

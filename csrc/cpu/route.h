@@ -109,14 +109,14 @@ inline int64_t eligible_experts(const RouteArgs& args, int64_t token, int32_t* i
   return n;
 }
 
-// exp(score - highest), whose sum is `total`: the softmax over ids[0..n).
+// exp(score - highest), whose sum is `total`: the softmax over ids[0..n). A NaN score makes the total NaN.
 template <class Acc>
 struct Softmax {
   Acc highest = -std::numeric_limits<Acc>::infinity(), total = 0;
 
   Softmax(const Acc* scores, const int32_t* ids, int64_t n) {
     for (int64_t i = 0; i < n; ++i)
-      if (!(scores[ids[i]] <= highest)) highest = scores[ids[i]];  // a NaN stays
+      if (!(scores[ids[i]] <= highest)) highest = scores[ids[i]];
     for (int64_t i = 0; i < n; ++i) total += std::exp(scores[ids[i]] - highest);
   }
   Acc of(Acc score) const { return std::exp(score - highest) / total; }

@@ -157,6 +157,10 @@ void run(const RouteArgs& args, const Tensor& grad, const Tensor& weights, const
   const ScalarType type = scalar_type<Acc>;
   const Tensor g = dense(grad, type);
   const Tensor w = dense(weights), ids = dense(experts);
+  for (int64_t i = 0; i < args.T * args.top_k; ++i) {
+    const int32_t id = static_cast<const int32_t*>(ids.data_ptr())[i];
+    args.check.that(id >= 0 && id < args.E, "experts must hold ids in [0, E=", args.E, "), got ", id);
+  }
   const Tensor dz = new_tensor(args.x, {args.T, args.E}, type);
   Backward<Acc> backward{args,
                          static_cast<const Acc*>(g.data_ptr()),

@@ -97,24 +97,26 @@ struct RowMap {
   int64_t operator()(int64_t token) const { return rows ? rows[token] : token / tokens_per_row; }
 };
 
-// Checks `rows` (or that T divides evenly) and builds the map. `n_rows` 0: nothing is per row.
+// Checks `rows` (or that T divides evenly) and builds the map. `n_rows` 0: nothing is per row, and rows do not matter.
 inline RowMap row_map(const Check& check, const std::optional<Tensor>& rows, int64_t tokens, int64_t n_rows,
                       Tensor& keep_alive) {
   RowMap map;
-  if (!n_rows) n_rows = 1;
   if (rows) {
     check.dtype(*rows, "rows", ScalarType::Int);
     check.shape(*rows, "rows", {tokens}, text("[T=", tokens, "]"));
+  }
+  if (rows && n_rows) {
     keep_alive = dense(*rows);
     map.rows = static_cast<const int32_t*>(keep_alive.data_ptr());
     for (int64_t t = 0; t < tokens; ++t)
       check.that(map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows, "), got ",
                  map.rows[t], " for token ", t);
-  } else {
-    check.that(tokens % n_rows == 0, "the number of tokens T=", tokens, " must be a multiple of N=", n_rows,
-               " rows, or rows [T] must say which row each token belongs to");
-    map.tokens_per_row = std::max<int64_t>(1, tokens / n_rows);
+    return map;
   }
+  n_rows = std::max<int64_t>(1, n_rows);
+  check.that(tokens % n_rows == 0, "the number of tokens T=", tokens, " must be a multiple of N=", n_rows,
+             " rows, or rows [T] must say which row each token belongs to");
+  map.tokens_per_row = std::max<int64_t>(1, tokens / n_rows);
   return map;
 }
 
@@ -152,7 +154,8 @@ void parallel(int64_t n, int64_t cost, const F& f) {
   });
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Rounded up; a division by nothing counts as by one (E may be 0).
+inline int64_t ceil_div(int64_t a, int64_t b) { return b > 0 ? (a + b - 1) / b : a; }
 
 template <class Acc>
 constexpr ScalarType scalar_type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
