@@ -7,7 +7,9 @@ because an adapter names it.
 
 from __future__ import annotations
 
+import itertools
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
+MAX_SCANNED, MAX_NAMED = 1000, 10  # entries of a folder without a config, and adapters below it to name
 _UNREADABLE = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
@@ -97,6 +100,7 @@ class AdapterHeader:
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     headers: dict[str, TensorHeader] = field(repr=False)
+    notes: list[str] = field(default_factory=list)  # what is odd about it and no reason to refuse
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
         """(module path, weights) of every module. The tensors may alias the mapped file: copy what you
@@ -115,9 +119,12 @@ class AdapterHeader:
 def read_adapter(name: str, folder: str | os.PathLike) -> Adapter:
     """Read a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`, gates) into memory.
 
-    Tensors keep their stored dtype and are unscaled. Raises AdapterError with every problem found.
+    Tensors keep their stored dtype and are unscaled. Raises AdapterError with every problem found; warns of
+    what the config says of modules that are not in the file.
     """
     header = inspect_adapter(name, folder)
+    for note in header.notes:
+        warnings.warn(f"adapter {name!r} in {header.folder}: {note}", stacklevel=2)
     modules, problems = {}, []
     try:
         for path, weights in header.read():
@@ -145,7 +152,10 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
     """Check a PEFT LoRA folder without reading its tensors.
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
-    agreement with the config, and of the gates.
+    agreement with the config, and of the gates. The config must agree with the file both ways where it can be
+    known without the base model: no weights for a module that `target_modules` (a list, or a regular
+    expression of `patterns`' syntax), `exclude_modules` or `layers_to_transform` leave out; a listed target or
+    a pattern without any module in the file is noted.
     """
     folder = Path(folder)
     try:
@@ -170,7 +180,7 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
         problems += error.problems
     if problems:
         raise AdapterError(problems, _heading(name, folder))
-    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers)
+    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, rules.notes(modules))
 
 
 def _heading(name: str, folder: Path) -> str:
@@ -181,11 +191,30 @@ def _read_rules(folder: Path, problems: list[str]) -> tuple[dict[str, Any], Lora
     try:
         config = read_config(file_inside(folder, CONFIG_FILE))
     except (ValueError, OSError) as error:
-        problems.append(str(error))
+        problems.append(str(error) + _adapters_below(folder))
         return {}, None
     rules, reasons = check_config(config)
     problems += reasons
     return config, rules
+
+
+def _adapters_below(folder: Path) -> str:
+    """A hint when a folder without a config is the parent of adapters."""
+    if os.path.lexists(folder / CONFIG_FILE):
+        return ""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(
+                entry.name
+                for entry in itertools.islice(entries, MAX_SCANNED)
+                if os.path.lexists(os.path.join(entry.path, CONFIG_FILE))
+            )
+    except OSError:  # a hint is not worth an error of its own
+        return ""
+    if not found:
+        return ""
+    more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    return f"; it has adapters in: {', '.join(found[:MAX_NAMED])}{more}. Pass these folders"
 
 
 def _read_parts(
@@ -237,10 +266,13 @@ def _check_modules(
     if rules is not None and (reasons := rules.work_problems(parts)):
         problems += reasons
         rules = None
+    left_out = rules.left_out(parts) if rules is not None else {}
     for path, found in parts.items():
         reasons = _shape_problems(path, found)
         if not reasons and rules is not None:
             reasons = _disagreements(path, found, rules)
+        if path in left_out:
+            reasons.append(f"{path}: the file has weights for it, {left_out[path]}")
         problems += reasons
         if not reasons:
             rank, in_features = found["A"].shape
@@ -304,6 +336,4 @@ def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRule
             f"{path}: the config says lora_bias {str(rules.lora_bias).lower()}, the file "
             f"{'holds' if 'bias' in found else 'lacks'} lora_B.bias"
         )
-    if not rules.targeted(path):
-        problems.append(f"{path}: the file has weights for it, target_modules does not name it")
     return problems

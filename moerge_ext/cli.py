@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser(argv[0] if argv else "doctor").parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: an optional library is missing
         print(f"moerge {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

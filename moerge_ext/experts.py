@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter_files.safefile import FLOATS
 from .adapters import GateSet, write_gates
-from .loading import Source, check_together, collect_sources, stack_modules
+from .loading import MAX_LISTED, Source, check_together, collect_sources, stack_modules
 from .module_bank import ModuleBank
 
 __all__ = ["ExpertBank", "ModuleBank", "load_experts"]
@@ -93,9 +93,11 @@ class ExpertBank:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ExpertBank:
         """A new bank on `device`, its LoRA tensors in `dtype` (gates stay float32).
 
-        ValueError names every expert and module whose values do not fit the new dtype.
+        ValueError names every expert and module whose values do not fit the new dtype, and refuses a device
+        that cannot be used.
         """
         _check_dtype(dtype)
+        device = None if device is None else _usable_device(device, "ExpertBank.to")
         modules = {path: module.to(device, dtype) for path, module in self.modules.items()}
         if dtype is not None:
             problems = [
@@ -121,10 +123,10 @@ class ExpertBank:
         """Set gates of one expert in memory: {module path: [D]}. Modules that are not named keep theirs.
 
         A model that was patched with this bank before keeps the gates it was patched with. Raises ValueError
-        with every problem (unknown module, expert without LoRA there, wrong width, NaN) before anything is
-        set.
+        with every problem (unknown expert, unknown module, expert without LoRA there, wrong width, NaN) before
+        anything is set.
         """
-        e = self._id(expert)
+        e = self._id(expert, "set_gates")
         rows = {path: torch.as_tensor(gate).detach().float() for path, gate in gates.items()}
         problems = []
         for path, row in rows.items():
@@ -146,8 +148,11 @@ class ExpertBank:
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector
 
     def get_gates(self, expert: str | int, kind: str = SIGMOID_GATE) -> dict[str, Tensor]:
-        """{module path: [D] float32} of one expert, the modules that have a gate; may be empty."""
-        e = self._id(expert)
+        """{module path: [D] float32} of one expert, the modules that have a gate; may be empty.
+
+        ValueError for an unknown expert.
+        """
+        e = self._id(expert, "get_gates")
         return {
             path: module.gates[kind][e]
             for path, module in self.modules.items()
@@ -203,7 +208,7 @@ class ExpertBank:
         if folders is None:
             return dict(zip(self.names, self.folders, strict=True))
         if isinstance(folders, Mapping):
-            return {self.names[self._id(name)]: Path(folder) for name, folder in folders.items()}
+            return {self.names[self._id(name, "save_gates")]: Path(folder) for name, folder in folders.items()}
         parent = Path(folders)
         if len(self) == 1:
             return {self.names[0]: parent}
@@ -212,12 +217,13 @@ class ExpertBank:
             raise ValueError(f"save_gates: {unusable} cannot be folder names; pass folders={{name: folder}}")
         return {name: parent / name for name in self.names}
 
-    def _id(self, expert: str | int) -> int:
-        if isinstance(expert, str):
-            return self.index(expert)
-        if not 0 <= expert < len(self):
-            raise IndexError(f"expert {expert} is not in 0 .. {len(self) - 1}")
-        return expert
+    def _id(self, expert: str | int, caller: str) -> int:
+        if expert in self.names:
+            return self.names.index(expert)
+        if isinstance(expert, int) and not isinstance(expert, bool) and 0 <= expert < len(self):
+            return expert
+        known = ", ".join(self.names)
+        raise ValueError(f"{caller}: no expert {expert!r}; expected 0 .. {len(self) - 1} or one of {known}")
 
 
 def load_experts(
@@ -229,22 +235,28 @@ def load_experts(
 
     paths: folders or hub ids (see `moerge_ext.hub`), as a list (names are the folders' names), as {name:
     path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
-    dtype: None keeps the stored dtype, promoted where experts differ. Scaling (alpha/r, or alpha/sqrt(r) with
-    rslora, with the config's patterns) is folded into lora_B and lora_bias in float32 before the cast.
+    dtype: scaling (alpha/r, or alpha/sqrt(r) with rslora, with the config's patterns) is folded into lora_B and
+    lora_bias in float32 before the cast to dtype. None keeps the stored dtype, promoted where experts differ,
+    as long as folding is exact: experts stored in 16 bits become float32 (twice the memory) unless every
+    scaling that is not 0 is a power of two, and at least 1 for float16. Pass torch.float16 or torch.bfloat16
+    to have 16 bits in any case, with lora_B rounded once more.
     device: where the stacked tensors go; None is the CPU.
 
-    Raises ValueError listing every problem of every expert; then nothing was loaded.
+    Raises ValueError listing every problem of every expert, or why the device cannot be used; then nothing was
+    loaded. Warns once, naming the experts, of configs that speak of modules which are not in their files.
     """
     _check_dtype(dtype)
+    device = _usable_device("cpu" if device is None else device, "load_experts")
     sources = collect_sources(paths)
     check_together(sources)
-    modules = stack_modules(sources, dtype, torch.device(device if device is not None else "cpu"))
+    _warn_of_notes(sources)
+    modules = stack_modules(sources, dtype, device)
     _place_gates(sources, modules)
     vectors: dict[str, dict[str, Tensor]] = {}
     for source in sources:
         for kind, gates in source.gates.items():
             if gates.global_vector is not None:
-                vectors.setdefault(kind, {})[source.name] = gates.global_vector.to(device or "cpu")
+                vectors.setdefault(kind, {})[source.name] = gates.global_vector.to(device)
     return ExpertBank(
         [source.name for source in sources],
         modules,
@@ -258,6 +270,26 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in FLOATS.values():
         known = ", ".join(str(known) for known in FLOATS.values())
         raise ValueError(f"dtype must be one of {known} or None, got {dtype!r}")
+
+
+def _usable_device(device: torch.device | str, caller: str) -> torch.device:
+    try:
+        found = torch.device(device)
+        if found.type != "meta":
+            torch.empty(1, device=found)
+            return found
+        reason = "it holds no values"
+    except Exception as error:  # AssertionError, RuntimeError, TypeError, ...: it depends on how torch was built
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    raise ValueError(f"{caller}: device {device!r} cannot be used ({reason}); pass 'cpu' or a device of this machine")
+
+
+def _warn_of_notes(sources: Sequence[Source]) -> None:
+    notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
+    if len(notes) > MAX_LISTED:
+        notes[MAX_LISTED:] = [f"... and {len(notes) - MAX_LISTED} more"]
+    if notes:
+        warnings.warn("load_experts: " + "".join(f"\n  - {note}" for note in notes), stacklevel=3)
 
 
 def _place_gates(sources: Sequence[Source], modules: Mapping[str, ModuleBank]) -> None:

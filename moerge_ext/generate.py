@@ -3,54 +3,66 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
+
+from .methods.base import Method
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
     add = parser.add_argument
-    add("prompt", help="the text to continue; '-' reads standard input")
+    parser.usage = '%(prog)s "prompt" --model DIR --experts DIR [DIR ...] [options]'
+    # optional to argparse: `run` can say what became of it
+    add("prompt", nargs="?", help="the text to continue, not directly after --experts; '-' reads standard input")
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
-    add("--experts", required=True, nargs="+", metavar="DIR", help="PEFT folders or hub ids (user/repo[/sub][@rev])")
+    add(
+        "--experts",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
+    )
     add("--method", default="phatgoose", help="a row of `moerge methods`, or expert:<name> (default: %(default)s)")
     add("--top-k", type=int, help="experts per token (default: the method's)")
     add(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, such as top_p=0.5"
     )
-    add("--max-new-tokens", type=int, default=128)
+    add("--max-new-tokens", type=int, default=128, help="stop after this many (default: %(default)s)")
     add("--sample", action="store_true", help="sample instead of greedy decoding")
     add("--temperature", type=float, help="of --sample")
     add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
-    add("--device", help="such as cpu (default) or cuda:0")
-    add("--backend", choices=("native", "reference"), default="native")
+    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
+    add("--backend", choices=("native", "reference"), default="native", help="kernels or plain torch")
     add("--trace", action="store_true", help="print afterwards which experts were used")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status; ValueError and OSError for what the user can mend."""
-    import sys
+    # all that can be refused is refused before the model is read
+    method, options = check_method(args)
+    check_decoding(args)
+
+    from .pretrained import is_seq2seq, load_model, load_tokenizer, usable_device
+
+    device = usable_device(args.device)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    tokenizer = load_tokenizer(args.model)
+    inputs = encode(tokenizer, prompt, chat=args.chat).to(device)
 
     from transformers import TextStreamer
 
     from . import load_experts, patch
 
-    options = dict(parse_option(text) for text in args.option)
-    if args.top_k is not None:
-        options["top_k"] = args.top_k
-    if args.temperature is not None and not args.sample:
-        raise ValueError("--temperature is for --sample")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
     experts = load_experts(args.experts)
-    handle = patch(model, experts, args.method, backend=args.backend, **options)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    inputs = encode(tokenizer, prompt, chat=args.chat).to(model.device)
+    model = load_model(args.model, dtype=args.dtype, device=device)
+    handle = patch(model, experts, method.name, backend=args.backend, **options)
     kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
-    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-    streamer = TextStreamer(tokenizer, skip_prompt=not seq2seq, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=not is_seq2seq(model.config), skip_special_tokens=True)
     if not args.trace:
         model.generate(**inputs, **kwargs, streamer=streamer)
         return 0
@@ -60,6 +72,39 @@ def run(args: argparse.Namespace) -> int:
     for share, name in sorted(zip(trace.share().tolist(), trace.names, strict=True), reverse=True):
         print(f"  {share:6.1%}  {name}")
     return 0
+
+
+def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
+    """The method and its options, or a ValueError for those that this command cannot run."""
+    from .methods import get_method
+
+    options = dict(parse_option(text) for text in args.option)
+    if args.top_k is not None:
+        options["top_k"] = args.top_k
+    method = get_method(args.method)
+    method.configure(**options)
+    if method.bias is not None:
+        raise ValueError(
+            f"method '{method.name}' needs the affinity of the query to every expert, which this command cannot "
+            "compute; run it from Python inside `with handle.affinities(scores):`, or choose another --method"
+        )
+    if args.trace and method.routing is None:
+        raise ValueError(f"--trace: method '{method.name}' routes nothing; leave --trace out")
+    return method, options
+
+
+def check_decoding(args: argparse.Namespace) -> None:
+    """ValueError for a missing prompt and for sampling options that do not fit."""
+    if args.prompt is None:
+        raise ValueError(
+            "no prompt: put it first, or after another option than --experts, which takes everything up to the next "
+            f"option (its last one is {args.experts[-1]!r}); "
+            'such as: moerge generate "prompt" --model DIR --experts DIR DIR'
+        )
+    if args.temperature is not None and not args.sample:
+        raise ValueError("--temperature is for --sample")
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -78,23 +123,18 @@ def parse_option(text: str) -> tuple[str, Any]:
     return name, value
 
 
-def load_model(path: str, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """The model (causal or encoder-decoder) in eval mode and its tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(path)
-    auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=dtype).eval()
-    return model.to(device or "cpu"), AutoTokenizer.from_pretrained(path)
-
-
 def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """Model inputs for one prompt."""
-    if not chat:
+    """Model inputs for one prompt. ValueError when it has no token."""
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("--chat: this tokenizer has no chat template; leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
         inputs = tokenizer(prompt, return_tensors="pt")
         inputs.pop("token_type_ids", None)
-        return inputs
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("--chat: this tokenizer has no chat template; leave --chat out")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError(f"the prompt {prompt!r} has no token: give the model some text to continue")
+    return inputs

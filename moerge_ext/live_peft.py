@@ -26,6 +26,7 @@ class LiveAdapter:
     layers: dict[str, nn.Module] = field(repr=False)
     gates: dict[str, GateSet] = field(default_factory=dict)
     folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
         """(module path, weights) of every module; the tensors are the model's own: copy, never write."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -35,6 +36,7 @@ class Source(Protocol):
     base_model: str | None
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
+    notes: list[str]
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
 
@@ -166,12 +168,27 @@ def _natural(path: str) -> list[tuple[int, int, str]]:
     ]
 
 
+def exact_dtype(modules: Sequence[ModuleHeader]) -> torch.dtype:
+    """The smallest dtype that holds all weights with their scaling folded in, without rounding.
+
+    16 bits stay 16 bits when every scaling is 0 or a power of two; float16 needs 1 or more, as its small
+    values lose bits when they become smaller.
+    """
+    dtype = common_dtype(module.dtype for module in modules)
+    if dtype.itemsize > 2:
+        return dtype
+    least = 1.0 if dtype == torch.float16 else 0.0
+    scalings = {abs(module.scaling) for module in modules} - {0.0}
+    exact = all(math.frexp(scaling)[0] == 0.5 and scaling >= least for scaling in scalings)
+    return dtype if exact else torch.float32
+
+
 def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device) -> dict[str, ModuleBank]:
     """Allocate every module's stack once, then copy expert by expert. AdapterError for NaN, inf and
     overflow.
     """
     holders = _by_module(sources)
-    target = dtype or common_dtype(m.dtype for source in sources for m in source.modules.values())
+    target = dtype or exact_dtype([m for source in sources for m in source.modules.values()])
     stacks = {path: _allocate(held, len(sources), target, device) for path, held in holders.items()}
     bad: dict[str, list[str]] = {}
     total = sum(module.nbytes for source in sources for module in source.modules.values())
@@ -253,8 +270,9 @@ def _value_problems(stack: _Stack, e: int, path: str, weights: LoraWeights) -> l
     problems = nonfinite_problems(path, weights.lora_A, weights.lora_B, weights.bias)
     if problems:
         return problems
+    hint = "; pass dtype=torch.float32" if stack[0].dtype == torch.float16 else ""
     return [
-        f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into lora_B and bias)"
+        f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into lora_B and bias){hint}"
         for part, tensor in zip(("lora_A", "lora_B", "lora_B.bias"), stack, strict=True)
         if tensor is not None and not torch.isfinite(tensor[e]).all()
     ]

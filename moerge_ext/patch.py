@@ -12,23 +12,13 @@ from torch import Tensor, nn
 
 from . import ops, reference
 from .experts import ExpertBank
+from .layers import execution_device, linear_features, replace_module
 from .methods import get_method
 from .methods.base import Method, Plan, Routing
 from .trace import Trace
 
 BACKENDS = {"native": ops, "reference": reference}
 _SHOWN = 20  # problems listed in full before the rest is only counted
-
-
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features D, out_features O) of anything that acts as a linear layer, else None.
-
-    nn.Linear and what quantizers make of it carry in_features and out_features; transformers' Conv1D carries nx and nf.
-    """
-    for d, o in (("in_features", "out_features"), ("nx", "nf")):
-        if isinstance(getattr(module, d, None), int) and isinstance(getattr(module, o, None), int):
-            return getattr(module, d), getattr(module, o)
-    return None
 
 
 class RoutingState:
@@ -90,7 +80,7 @@ class RoutedLinear(nn.Module):
             }
         weights = None if plan.weights is None else plan.weights.float()[None]
         experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32)[None]
-        device = _execution_device(base_layer)
+        device = execution_device(base_layer)
         for key, tensor in (
             ("lora_A", plan.lora_A),
             ("lora_B", plan.lora_B),
@@ -177,18 +167,6 @@ def _insert_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, *u
         state[inner + key[len(prefix) :]] = state.pop(key)
 
 
-def _execution_device(base: nn.Module) -> torch.device:
-    """Where the base layer computes: the hook's device for a layer that accelerate offloads, else its weight's."""
-    hook = getattr(base, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):
-        if getattr(part, "execution_device", None) is not None:
-            return torch.device(part.execution_device)
-    first = next(base.parameters(), None)
-    if first is None:
-        first = next(base.buffers(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
 class Handle:
     """Controls one patched model. `names` are the experts, `modules` the patched paths, `method` the row in use.
 
@@ -210,7 +188,7 @@ class Handle:
             )
         for name in self.modules:
             routed = self.model.get_submodule(name)
-            _replace(self.model, name, routed.base_layer)
+            replace_module(self.model, name, routed.base_layer)
         self.modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
@@ -274,11 +252,6 @@ class Handle:
         return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules)} modules)"
 
 
-def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
-
-
 def patch(
     model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
 ) -> Handle:
@@ -331,7 +304,7 @@ def patch(
         for name, plan in plans.items()
     }
     for name, layer in routed.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     handle.modules = tuple(routed)
     model._moerge_handle = handle
     return handle
@@ -386,7 +359,7 @@ def _near(name: str, layers: dict[str, nn.Module]) -> str:
 
 
 def _device_problems(model: nn.Module, plans: dict[str, Plan], backend: str) -> list[str]:
-    devices = {_execution_device(model.get_submodule(name)).type for name in plans}
+    devices = {execution_device(model.get_submodule(name)).type for name in plans}
     problems = []
     if "meta" in devices:
         problems.append("the model's weights are on the meta device: load them before the patch")

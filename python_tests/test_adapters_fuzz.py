@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from moerge_ext.adapters import write_gates
 from moerge_ext.experts import load_experts
 
+# a mutated pattern often fits no module
+pytestmark = pytest.mark.filterwarnings("ignore:load_experts:UserWarning")
 Q, UP = "layers.0.q_proj", "layers.0.up_proj"
 WEIGHTS, CONFIG, GATES = "adapter_model.safetensors", "adapter_config.json", "moerge_gates.safetensors"
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

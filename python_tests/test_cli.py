@@ -56,11 +56,75 @@ def test_generate_traces_and_takes_options(folders, capsys):
         (["--option", "bogus=1"], "unknown option(s) bogus"),
         (["--temperature", "2"], "--sample"),
         (["--chat"], "no chat template"),
+        (["--option", "top_p=abc"], "top_p must be a number in (0, 1] or None, got 'abc'"),
+        (["--option", "scale=abc"], "scale must be a finite number"),
+        (["--option", "backend=reference"], "unknown option(s) backend"),
+        (["--option", "self=1"], "unknown option(s) self"),
+        (["--method", "arrow", "--option", "scale_by_width=2"], "scale_by_width must be True or False, got 2"),
+        (["--method", "glider"], "method 'glider' needs the affinity"),
+        (["--method", "glider_code"], "method 'glider_code' needs the affinity"),
+        (["--method", "merged", "--trace"], "routes nothing; leave --trace out"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used here"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--device", "meta"], "device 'meta' cannot be used here"),
     ],
 )
 def test_generate_explains_what_is_wrong(folders, capsys, more, text):
     assert generate(folders, *more) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--option", "top_p=abc"], ["--method", "glider"], ["--device", "meta"], ["--chat"]])
+def test_generate_refuses_before_the_model_is_read(folders, monkeypatch, more):
+    def read(*_args, **_kwargs):
+        pytest.fail("the model was read")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", read)
+    assert generate(folders, *more) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_generate_on_a_device_that_is_not_there(folders, capsys):
+    assert generate(folders, "--device", "cuda") == 2
+    error = capsys.readouterr().err
+    assert "device 'cuda' cannot be used here" in error and "expected a device such as cpu" in error
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_generate_without_a_token(folders, capsys, prompt):
+    assert generate(folders, prompt=prompt) == 2
+    assert f"the prompt {prompt!r} has no token" in capsys.readouterr().err
+
+
+def test_generate_takes_the_prompt_anywhere_and_experts_repeated(folders, capsys):
+    model, (cat, dog) = str(folders[0]), folders[1]
+    assert generate(folders) == 0
+    want = capsys.readouterr().out
+    short = ["--max-new-tokens", "6"]
+    for words in (
+        ["--model", model, "--experts", cat, dog, "--method", "phatgoose", *short, "w5 w6 w7"],
+        ["--model", model, "--experts", cat, "--experts", dog, *short, "w5 w6 w7"],
+        ["--model", model, *short, "--experts", cat, dog, "--", "w5 w6 w7"],
+        ["--model", model, "w5 w6 w7", "--experts", cat, *short, "--experts", dog],
+    ):
+        assert cli.main(["generate", *words]) == 0
+        assert capsys.readouterr().out == want
+
+
+def test_generate_says_where_a_swallowed_prompt_went(folders, capsys):
+    model, experts = folders
+    assert cli.main(["generate", "--model", str(model), "--experts", *experts, "w5 w6 w7"]) == 2
+    error = capsys.readouterr().err
+    assert "no prompt: put it first" in error and "after another option" in error and "'w5 w6 w7'" in error
+
+
+def test_a_missing_library_is_a_message(folders, capsys, monkeypatch):
+    def missing(_args):
+        raise ImportError('the heatmap needs matplotlib: pip install "moerge_ext[plot]"')
+
+    monkeypatch.setattr("moerge_ext.generate.run", missing)
+    assert generate(folders) == 2
+    assert capsys.readouterr().err == 'moerge generate: the heatmap needs matplotlib: pip install "moerge_ext[plot]"\n'
 
 
 def test_parse_option():

@@ -1,27 +1,19 @@
-"""ExpertBank and load_experts: stacking, names, dtypes, PEFT models, hub ids, gates."""
+"""ExpertBank and load_experts: stacking, names, dtypes, devices."""
 
-import os
 import re
 import time
 import warnings
-from pathlib import Path
 
 import builders
-import huggingface_hub
 import pytest
 import torch
-from builders import random_experts, tiny_gpt2, tiny_llama, write_adapter
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapter_cases import factors, two_experts
+from builders import random_experts, write_adapter
 
-from moerge_ext.adapters import AdapterError, read_gates, write_gates
+from moerge_ext.adapters import AdapterError, write_gates
 from moerge_ext.experts import ExpertBank, ModuleBank, load_experts
-from moerge_ext.hub import find_adapter
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
-
-
-def factors(d=8, o=6, r=4, dtype=torch.float32):
-    return torch.randn(r, d).to(dtype), torch.randn(o, r).to(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +23,8 @@ def seeded():
 
 @pytest.fixture
 def two(tmp_path):
-    """Experts a (rank 2; q and k) and b (rank 3; q alone), with the factors they were made of."""
-    made = {"a": {Q: factors(r=2), K: factors(r=2)}, "b": {Q: factors(r=3)}}
-    for name, modules in made.items():
-        rank = next(iter(modules.values()))[0].shape[0]
-        write_adapter(tmp_path / name, modules, r=rank, alpha=2 * rank)
-    return tmp_path, made
+    """(parent folder, factors) of experts a and b of `two_experts`."""
+    return tmp_path, two_experts(tmp_path)
 
 
 def test_stacks_pads_and_scales(two):
@@ -142,8 +130,8 @@ def test_overflow_in_the_cast_names_expert_and_module(two):
 @pytest.mark.parametrize(
     "first, second, common",
     [
-        (torch.float16, torch.float16, torch.float16),
-        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
         (torch.float16, torch.bfloat16, torch.float32),
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float32, torch.float64, torch.float64),
@@ -159,6 +147,52 @@ def test_dtypes(tmp_path, first, second, common):
     wide = pairs["a"][1].to(torch.promote_types(first, torch.float32))
     assert torch.equal(bank.lora_B[0], (wide * 3.0).to(common))
     assert load_experts(paths, dtype=torch.bfloat16).modules[Q].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "dtype, alphas, exact",
+    [
+        (torch.float16, (8, 4), True),
+        (torch.float16, (-16, 0), True),
+        (torch.float16, (8, 2), False),  # halving loses the last bit of subnormal numbers
+        (torch.float16, (8, 7), False),
+        (torch.bfloat16, (1, 64), True),
+        (torch.bfloat16, (4, 12), False),
+    ],
+)
+def test_16_bits_stay_when_folding_is_exact(tmp_path, dtype, alphas, exact):
+    for name, alpha in zip("ab", alphas, strict=True):
+        a, b = factors(dtype=dtype)
+        b[0, 0] = 2.0**-24  # the smallest float16
+        write_adapter(tmp_path / name, {Q: (a, b)}, r=4, alpha=alpha)
+    module = load_experts([tmp_path / "a", tmp_path / "b"]).modules[Q]
+    wide = load_experts([tmp_path / "a", tmp_path / "b"], dtype=torch.float32).modules[Q]
+    assert module.dtype == (dtype if exact else torch.float32)
+    assert torch.equal(module.lora_A.float(), wide.lora_A) and torch.equal(module.lora_B.float(), wide.lora_B)
+    assert load_experts(tmp_path / "a", dtype=dtype).modules[Q].dtype == dtype
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:77", "nonsense", "", 3.5])
+def test_devices_that_cannot_be_used(two, device):
+    with pytest.raises(ValueError, match="load_experts: device .* cannot be used"):
+        load_experts(two[0] / "a", device=device)
+    with pytest.raises(ValueError, match="ExpertBank.to: device .* cannot be used"):
+        load_experts(two[0] / "a", device="cpu").to(device)
+
+
+def test_the_parent_of_adapters(two):
+    folder, _ = two
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("")
+    with pytest.raises(ValueError, match=r"adapter_config.json is missing.*it has adapters in: a, b\. Pass"):
+        load_experts(folder)
+    for i in range(30):
+        write_adapter(folder / f"c{i:02}", {Q: factors()})
+    with pytest.raises(ValueError, match=r"it has adapters in: a, b, c00, .*c07, and 22 more\."):
+        load_experts(folder)
+    with pytest.raises(ValueError) as caught:
+        load_experts(folder / "empty")
+    assert "adapters in" not in str(caught.value)
 
 
 def test_lora_bias_is_scaled(tmp_path):
@@ -232,290 +266,6 @@ def test_module_bank_checks_shapes():
         ExpertBank(["a", "b", "a"], {"m": bank})
 
 
-# --- gates ----------------------------------------------------------------------------------------
-
-
-def test_gates_of_experts_are_stacked(two):
-    folder, _ = two
-    write_gates(folder / "a", {Q: torch.full((8,), 2.0)}, kind="sigmoid-gate")
-    write_gates(folder / "b", {Q: torch.ones(8)}, kind="average-activation", global_vector=torch.arange(3.0))
-    bank = load_experts([folder / "a", folder / "b"])
-    q = bank.modules[Q]
-    assert bank.gate_kinds == ("average-activation", "sigmoid-gate")
-    assert q.gates["sigmoid-gate"][:, 0].tolist() == [2.0, 0.0]
-    assert q.has_gate["sigmoid-gate"].tolist() == [True, False]
-    assert q.has_gate["average-activation"].tolist() == [False, True]
-    assert bank.modules[K].gates == {}
-    assert torch.equal(bank.global_vectors["average-activation"]["b"], torch.arange(3.0))
-    assert bank.get_gates("a").keys() == {Q} and bank.get_gates(1) == {}
-
-
-def test_set_and_save_gates(two):
-    folder, _ = two
-    bank = load_experts([folder / "a", folder / "b"])
-    bank.set_gates("a", {Q: torch.ones(8), K: torch.zeros(8)}, global_vector=torch.ones(2))
-    bank.set_gates(1, {Q: torch.full((8,), 3.0)})
-    assert bank.save_gates() == [(folder / name / "moerge_gates.safetensors").resolve() for name in "ab"]
-    read = read_gates(folder / "a")["sigmoid-gate"]
-    assert read.gates.keys() == {Q, K} and read.metadata["base_model"] == "tiny"
-    assert torch.equal(read.global_vector, torch.ones(2))
-    again = load_experts([folder / "a", folder / "b"])
-    assert torch.equal(again.modules[Q].gates["sigmoid-gate"], bank.modules[Q].gates["sigmoid-gate"])
-    bank.save_gates(folder / "out", metadata={"steps": "3"})
-    assert read_gates(folder / "out" / "b")["sigmoid-gate"].metadata["steps"] == "3"
-    bank.save_gates({"b": folder / "other"}, gates={"b": {Q: torch.zeros(8)}})
-    assert not read_gates(folder / "other")["sigmoid-gate"].gates[Q].any()
-    one = load_experts(folder / "a")
-    assert one.save_gates(folder / "single") == [folder / "single" / "moerge_gates.safetensors"]
-
-
-def test_gates_that_do_not_fit(two):
-    folder, _ = two
-    bank = load_experts([folder / "a", folder / "b"])
-    bad = {"nowhere": torch.ones(8), Q: torch.ones(9), K: torch.ones(8)}
-    with pytest.raises(ValueError) as caught:
-        bank.set_gates("b", bad)
-    for words in ("nowhere is not a module", "[D=8], got [9]", "expert 'b' has no LoRA here"):
-        assert words in str(caught.value)
-    with pytest.raises(ValueError, match="NaN"):
-        bank.set_gates("a", {Q: torch.full((8,), torch.nan)})
-    with pytest.raises(IndexError):
-        bank.set_gates(2, {})
-    assert bank.gate_kinds == ()
-    with pytest.raises(ValueError, match="'a' has no gates of kind 'sigmoid-gate'; expert 'b' has no gates"):
-        bank.save_gates()
-    nameless = ExpertBank(["x/y", "b"], bank.modules)
-    nameless.set_gates(0, {Q: torch.ones(8)})
-    with pytest.raises(ValueError, match="was not loaded from a folder"):
-        nameless.save_gates()
-    with pytest.raises(ValueError, match="cannot be folder names"):
-        nameless.save_gates(folder)
-
-
-# --- PEFT -----------------------------------------------------------------------------------------
-
-VARIANTS = {
-    "plain": {"r": 4, "lora_alpha": 16},
-    "rslora": {"r": 6, "lora_alpha": 5, "use_rslora": True},
-    "patterns": {
-        "r": 4,
-        "rank_pattern": {"k_proj": 2, r"layers.1.*v_proj": 7},
-        "alpha_pattern": {r"^model.layers.0.self_attn.q_proj": 3, "v_proj": 11},
-    },
-    "bias": {"r": 3, "lora_bias": True, "target_modules": ["q_proj", "down_proj"]},
-    "gaussian": {"r": 2, "init_lora_weights": "gaussian", "layers_to_transform": [1]},
-}
-
-
-@pytest.fixture(scope="module")
-def peft_model():
-    """A tiny Llama with five PEFT adapters of random weights."""
-    model = None
-    for name, fields in VARIANTS.items():
-        # lora_bias warns that the base has no bias, which concerns merging alone
-        config = LoraConfig(**{"target_modules": ["q_proj", "k_proj", "v_proj"], "task_type": "CAUSAL_LM"} | fields)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if model is None:
-                model = get_peft_model(tiny_llama(), config, adapter_name=name)
-            else:
-                model.add_adapter(name, config)
-    torch.manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            parameter.data.normal_()
-    return model
-
-
-def assert_equals_peft(bank, model):
-    checked = 0
-    for path, module in bank.modules.items():
-        layer = model.get_submodule("base_model.model." + path)
-        for e, name in enumerate(bank.names):
-            assert bool(module.present[e]) == (name in layer.lora_A)
-            if not module.present[e]:
-                continue
-            delta = layer.get_delta_weight(name)
-            torch.testing.assert_close(module.lora_B[e] @ module.lora_A[e], delta, rtol=1e-6, atol=1e-6)
-            bias = layer.lora_B[name].bias
-            if bias is not None:
-                torch.testing.assert_close(module.lora_bias[e], bias * layer.scaling[name], rtol=1e-6, atol=1e-6)
-            checked += 1
-    assert checked == 3 * 6 + 4 + 3
-
-
-def test_folders_equal_peft(peft_model, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT takes lora_B.bias for a broken matrix
-        peft_model.save_pretrained(tmp_path)
-    bank = load_experts({name: tmp_path / name for name in VARIANTS})
-    assert_equals_peft(bank, peft_model)
-
-
-def test_live_model_equals_peft(peft_model):
-    before = {key: value.clone() for key, value in peft_model.state_dict().items()}
-    bank = load_experts(peft_model)
-    assert bank.names == tuple(VARIANTS) and bank.folders == (None,) * 5
-    assert_equals_peft(bank, peft_model)
-    bank.modules["model.layers.0.self_attn.q_proj"].lora_A.zero_()
-    after = peft_model.state_dict()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-
-
-def test_live_model_refusals():
-    config = {"r": 2, "target_modules": ["q_proj"]}
-    model = get_peft_model(tiny_llama(), LoraConfig(**config), adapter_name="good")
-    model.add_adapter("dora", LoraConfig(**config, use_dora=True))
-    model.add_adapter("saves", LoraConfig(**config, modules_to_save=["lm_head"]))
-    with pytest.raises(AdapterError) as caught:
-        load_experts(model)
-    assert "2 of 3" in str(caught.value) and "DoRA" in str(caught.value) and "'saves'" in str(caught.value)
-    merged = get_peft_model(tiny_llama(), LoraConfig(**config))
-    merged.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge_adapter"):
-        load_experts(merged)
-    embedding = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
-    with pytest.raises(ValueError, match="embed_tokens: LoRA on an embedding"):
-        load_experts(embedding)
-
-
-def test_transformers_model_with_adapters():
-    model = tiny_llama()
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="one")
-    bank = load_experts(model)
-    assert bank.names == ("one",) and "model.layers.0.self_attn.q_proj" in bank.modules
-
-
-def test_conv1d_base_equals_peft(tmp_path):
-    model = tiny_gpt2()
-    folders = random_experts(model, tmp_path, ["a"], ["c_attn", "c_fc", "c_proj"])
-    bank = load_experts(folders)
-    peft = PeftModel.from_pretrained(model, str(folders["a"]), adapter_name="a")
-    for path, module in bank.modules.items():
-        layer = peft.get_submodule("base_model.model." + path)
-        delta = layer.lora_B["a"].weight @ layer.lora_A["a"].weight * layer.scaling["a"]
-        torch.testing.assert_close(module.lora_B[0] @ module.lora_A[0], delta, rtol=1e-6, atol=1e-6)
-    assert bank.modules["transformer.h.0.attn.c_attn"].out_features == 96
-
-
-@pytest.mark.parametrize("name", [name for name in dir(builders) if name.startswith("tiny_")])
-def test_tiny_models(name, tmp_path):
-    model = getattr(builders, name)()
-    assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
-    targets = [path for path, _, _ in builders.linear_sizes(model, ["q_proj", "q", "query", "c_attn"])]
-    assert len(targets) >= 2
-    bank = load_experts(random_experts(model, tmp_path, ["a", "b"], targets, rank={"a": 2, "b": 5}))
-    assert list(bank.modules) == sorted(targets) and bank.modules[targets[0]].ranks == (2, 5)
-    assert bank.modules[targets[0]].has_gate["sigmoid-gate"].all()
-
-
-# --- hub ------------------------------------------------------------------------------------------
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """A hand-made cache of hub repository user/repo, with its adapter at the top and in a folder; no
-    network.
-    """
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    repo = tmp_path / "cache" / "models--user--repo"
-    write_adapter(tmp_path / "source", {Q: factors()})
-    write_gates(tmp_path / "source", {Q: torch.ones(8)}, kind="sigmoid-gate")
-    (repo / "blobs").mkdir(parents=True)
-    for ref in ("main", "v2"):
-        (repo / "refs").mkdir(exist_ok=True)
-        (repo / "refs" / ref).write_text(COMMIT)
-    for inner in ("", "nested/expert"):
-        folder = repo / "snapshots" / COMMIT / inner
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (tmp_path / "source").iterdir():
-            blob = repo / "blobs" / (f"{inner.replace('/', '')}{file.name}".encode().hex())
-            blob.write_bytes(file.read_bytes())
-            (folder / file.name).symlink_to(os.path.relpath(blob, folder))
-    return repo
-
-
-@pytest.mark.parametrize(
-    "source, name",
-    [
-        ("user/repo", "repo"),
-        ("user/repo@v2", "repo"),
-        (f"user/repo@{COMMIT}", "repo"),
-        ("user/repo/nested/expert", "expert"),
-        ("user/repo/nested/expert@main", "expert"),
-    ],
-)
-def test_hub_ids(hub_cache, source, name):
-    bank = load_experts([source])
-    assert bank.names == (name,) and bank.modules[Q].has_gate["sigmoid-gate"].all()
-    assert bank.folders[0].is_relative_to(hub_cache / "snapshots")
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "user/repo@gone",
-        "user/other",
-        "user/repo/missing",
-        "user/../repo",
-        "user",
-        "user/repo@",
-        "/user/repo",
-        "a/b/*",
-    ]
-    + [
-        "user/repo/nested/expert/adapter_config.json",
-        Path("user/repo"),
-        "user/re po",
-        "https://huggingface.co/user",
-    ],
-)
-def test_hub_ids_that_are_not_found(hub_cache, source):
-    with pytest.raises(ValueError, match="hub|not a folder"):
-        load_experts([source])
-
-
-def test_local_folders_win_over_the_hub(hub_cache, tmp_path):
-    write_adapter(tmp_path / "user" / "repo", {K: factors()})
-    assert list(load_experts("user/repo").modules) == [K]
-    assert find_adapter("user/repo")[1] == Path("user/repo")
-
-
-def test_hub_links_to_another_repository_are_refused(hub_cache, tmp_path):
-    other = tmp_path / "cache" / "models--user--other" / "blobs"
-    other.mkdir(parents=True)
-    link = hub_cache / "snapshots" / COMMIT / "adapter_model.safetensors"
-    link.resolve().rename(other / "weights")
-    link.unlink()
-    link.symlink_to(other / "weights")
-    with pytest.raises(ValueError, match="link out of its folder"):
-        load_experts("user/repo")
-
-
-def test_only_the_adapters_files_are_fetched(monkeypatch, tmp_path):
-    asked = {}
-
-    def fake(repo, **options):
-        asked.update(options, repo=repo)
-        return str(write_adapter(tmp_path / "sub", {Q: factors()}).parent)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
-    load_experts("user/repo/sub@refs/pr/3")
-    assert asked["repo"] == "user/repo" and asked["revision"] == "refs/pr/3"
-    assert asked["allow_patterns"] == [
-        "sub/adapter_config.json",
-        "sub/adapter_model.safetensors",
-        "sub/moerge_gates*.safetensors",
-    ]
-
-
-# --- time -----------------------------------------------------------------------------------------
-
-
 def test_time_is_linear_in_the_number_of_experts(tmp_path):
     modules = {f"model.layers.{i}.self_attn.{p}": factors(64, 64) for i in range(12) for p in ("q_proj", "v_proj")}
     folders = [write_adapter(tmp_path / f"e{i}", modules) for i in range(60)]
@@ -530,3 +280,14 @@ def test_time_is_linear_in_the_number_of_experts(tmp_path):
 
     seconds(2)
     assert seconds(60) < 3 * seconds(20) * 2 + 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in dir(builders) if name.startswith("tiny_")])
+def test_tiny_models(name, tmp_path):
+    model = getattr(builders, name)()
+    assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    targets = [path for path, _, _ in builders.linear_sizes(model, ["q_proj", "q", "query", "c_attn"])]
+    assert len(targets) >= 2
+    bank = load_experts(random_experts(model, tmp_path, ["a", "b"], targets, rank={"a": 2, "b": 5}))
+    assert list(bank.modules) == sorted(targets) and bank.modules[targets[0]].ranks == (2, 5)
+    assert bank.modules[targets[0]].has_gate["sigmoid-gate"].all()

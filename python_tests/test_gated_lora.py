@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gate_builders import (
@@ -147,6 +149,40 @@ def test_refuses_an_adapter_that_does_not_fit_with_all_reasons(adapter):
         gated_model(model, adapter),
     ):
         pass
+
+
+def test_the_layer_computes_where_accelerate_says():
+    layer, _ = random_layer()
+    lora = LoraWeights(layer.lora_A, layer.lora_B, 0.7, None)
+    nowhere, there = SimpleNamespace(execution_device=None), SimpleNamespace(execution_device="meta")
+    for hook in (there, SimpleNamespace(hooks=(nowhere, there))):
+        layer.base_layer._hf_hook = hook
+        assert GatedLoRA(layer.base_layer, lora).gate.device.type == "meta"
+    layer.base_layer._hf_hook = SimpleNamespace(hooks=(nowhere,))
+    assert GatedLoRA(layer.base_layer, lora).gate.device.type == "cpu"
+
+
+def test_refuses_a_model_that_was_not_loaded(adapter):
+    with (
+        pytest.raises(ValueError, match="q_proj: its weights are on the meta device"),
+        gated_model(llama().to("meta"), adapter),
+    ):
+        pass
+
+
+def test_layers_of_every_kind():
+    from transformers.pytorch_utils import Conv1D
+
+    from moerge_ext import layers
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.Sequential(Conv1D(7, 5), nn.Identity()))
+    features = [layers.linear_features(model.get_submodule(path)) for path in ("0", "1.0", "1.1")]
+    assert features == [(3, 5), (5, 7), None]
+    new = nn.Linear(5, 7)
+    layers.replace_module(model, "1.0", new)
+    assert model[1][0] is new
+    assert layers.execution_device(nn.Identity()) == torch.device("cpu")
+    assert layers.execution_device(nn.Linear(2, 2, device="meta")) == torch.device("meta")
 
 
 def test_joint_training_leaves_what_was_read(adapter):

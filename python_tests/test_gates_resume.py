@@ -18,7 +18,7 @@ from gate_builders import (
 from safetensors.torch import load_file
 
 from moerge_ext.training.gates import CHECKPOINT_FOLDER, train_gates
-from moerge_ext.training.state import STATE_FILE, write_atomically
+from moerge_ext.training.state import STATE_FILE, TrainingState
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -67,10 +67,11 @@ def test_resume_refuses_another_run(adapter):
     assert not state.parent.exists()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_state(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_atomically(path, b"old")
+    TrainingState({"lr": 1.0}, step=1, losses=[0.5]).write(path)
+    old = path.read_bytes()
     monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+        TrainingState({"lr": 1.0}, step=2, losses=[0.5, 0.25]).write(path)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]

@@ -196,6 +196,13 @@ def test_get_method_lists_what_there_is():
         ("merged", {"top_k": 2}, ["unknown option(s) top_k"]),
         ("glider", {"threshold": "high", "gamma": math.nan}, ["threshold", "'high'", "gamma", "nan"]),
         ("glider_code", {"beta": 3}, ["unknown option(s) beta", "alpha"]),
+        ("phatgoose", {"top_p": "abc", "scale": "abc"}, ["top_p", "scale", "'abc'"]),
+        ("phatgoose", {"top_p": math.nan, "scale": math.inf}, ["top_p", "nan", "scale", "inf"]),
+        ("phatgoose", {"top_p": True, "scale": True, "top_k": True}, ["top_p", "scale", "top_k", "True"]),
+        ("phatgoose", {"absolute": "no", "top_k": "2"}, ["absolute must be True or False, got 'no'", "top_k"]),
+        ("arrow", {"scale_by_width": "abc", "iterations": True}, ["scale_by_width", "'abc'", "iterations"]),
+        ("arrow", {"seed": False}, ["seed must be an integer, got False"]),
+        ("arrow", {"self": 1}, ["unknown option(s) self"]),
     ],
 )
 def test_configure_names_every_bad_option(name, overrides, parts):
@@ -217,6 +224,10 @@ def test_configured_scales():
     assert scale("glider") == pytest.approx(1 / (64 * 3))
     assert scale("glider_code") == pytest.approx(1 / 8)
     assert scale("phatgoose", scale=0.5) == 0.5
+    assert scale("phatgoose", scale=lambda d, e: d / e) == 64 / 9
+    for wrong in (math.nan, "abc", None, True):
+        with pytest.raises(ValueError, match=r"scale\(D=64, E=9\) must be a finite number"):
+            scale("phatgoose", scale=lambda d, e, wrong=wrong: wrong)
 
 
 def test_methods_can_be_pickled():

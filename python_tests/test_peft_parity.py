@@ -114,6 +114,20 @@ def test_forced_expert_equals_set_adapter(family, tmp_path):
     assert torch.equal(logits(model, **batch(family)), plain)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"r": 5, "alpha": 7.0, "use_rslora": True}, {"r": 8, "alpha": 16.0}], ids=str)
+def test_adapters_in_16_bits(llama, tmp_path, stored, options):
+    """PEFT computes with them in float32."""
+    for parameter in (model := peft_model(llama, {"only": lora(**options)})).parameters():
+        parameter.data = parameter.data.to(stored)
+    folder = saved(model, tmp_path)["only"]
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(llama), folder, adapter_name="only").eval()
+    want = logits(theirs, **batch("llama"))
+    assert error(want, logits(llama, **batch("llama"))) > 0.01
+    with moerge.patch(llama, moerge.load_experts({"only": folder}), method="expert:only"):
+        assert error(logits(llama, **batch("llama")), want) < 1e-5
+
+
 def test_generate_equals_peft(llama, tmp_path):
     theirs = peft_model(llama, {"only": lora()})
     ids = batch("llama")

@@ -11,18 +11,15 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .patterns import ModulePattern
+from .patterns import MAX_WORK, LayerNumbers, ModuleNames, ModulePattern
 
 MAX_CONFIG_BYTES = 4 << 20
-# Bounds on matching patterns against modules, each some seconds of work: (characters of all patterns with
-# operators) x (characters of all module paths), and (patterns) x (modules).
-MAX_PATTERN_WORK = 100_000_000
-MAX_PATTERN_PAIRS = 50_000_000
+MAX_PATTERN_PAIRS = 50_000_000  # (patterns) x (modules), some seconds of matching
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
@@ -39,9 +36,6 @@ _INERT = frozenset(
         "fan_in_fan_out",
         "peft_version",
         "revision",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
         "eva_config",
         "corda_config",
         "loftq_config",
@@ -62,6 +56,9 @@ _USED = frozenset(
         "lora_bias",
         "init_lora_weights",
         "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
         "auto_mapping",
         "megatron_core",
         "base_model_name_or_path",
@@ -100,7 +97,9 @@ class LoraRules:
     lora_bias: bool
     rank_pattern: tuple[tuple[ModulePattern, int], ...]
     alpha_pattern: tuple[tuple[ModulePattern, float], ...]
-    targets: frozenset[str] | None  # None: a regular expression or nothing, not used
+    targets: ModuleNames | None
+    excluded: ModuleNames | None
+    layers: LayerNumbers | None
     base_model: str | None
 
     def rank_of(self, path: str) -> tuple[int, str]:
@@ -115,16 +114,40 @@ class LoraRules:
         alpha = next((a for pattern, a in self.alpha_pattern if pattern.matches(path)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def targeted(self, path: str) -> bool:
-        """Whether target_modules (when it is a list) names this module: by its path or by the end of it."""
-        parts = path.split(".")
-        return self.targets is None or any(".".join(parts[i:]) in self.targets for i in range(len(parts)))
+    def left_out(self, paths: Collection[str]) -> dict[str, str]:
+        """{module path: why the config gives it no weights}, for the paths that have weights all the same."""
+        reasons: dict[str, str] = {}
+        if self.layers is not None:
+            whole = self.targets.names if self.targets is not None and self.targets.names else ()
+            # PEFT asks for the layer of modules that are named by their ends, not of whole paths
+            for path in paths:
+                if path not in whole and not self.layers.match(path):
+                    reasons[path] = "layers_to_transform leaves its layer out"
+        if self.excluded is not None and self.excluded.knows(paths):
+            reasons |= {path: "exclude_modules names it" for path in paths if self.excluded.match(path)}
+        if self.targets is not None and self.targets.knows(paths):
+            reasons |= {path: "target_modules does not name it" for path in paths if not self.targets.match(path)}
+        return reasons
+
+    def notes(self, paths: Collection[str]) -> list[str]:
+        """What the config says of modules that are not there: odd, but PEFT itself writes such configs."""
+        found = []
+        names = self.targets.unused(paths) if self.targets is not None else []
+        if self.excluded is not None and self.excluded.knows(names):
+            names = [name for name in names if not self.excluded.match(name)]
+        if names:
+            found.append(f"target_modules names {show(names)}, of which the file has no weights")
+        for field, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            keys = [p.key for p, _ in patterns if not any(p.matches(path) for path in paths)]
+            if keys:
+                found.append(f"{field} has {show(keys)}, which fits none of the file's modules")
+        return found
 
     def work_problems(self, paths: Collection[str]) -> list[str]:
         """A reason to refuse when matching every pattern against every module would take too long."""
         patterns = [p for p, _ in self.rank_pattern] + [p for p, _ in self.alpha_pattern]
         work = sum(len(p.key) for p in patterns if p.is_complex) * sum(len(path) for path in paths)
-        if work > MAX_PATTERN_WORK or len(patterns) * len(paths) > MAX_PATTERN_PAIRS:
+        if work > MAX_WORK or len(patterns) * len(paths) > MAX_PATTERN_PAIRS:
             return [
                 f"rank_pattern and alpha_pattern hold {len(patterns)} patterns for {len(paths)} modules: "
                 "too many to match"
@@ -178,7 +201,9 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
         lora_bias=_flag(config, "lora_bias", problems),
         rank_pattern=_patterns(config, "rank_pattern", _rank, problems),
         alpha_pattern=_patterns(config, "alpha_pattern", _alpha, problems),
-        targets=_targets(config.get("target_modules"), problems),
+        targets=_names(config.get("target_modules"), "target_modules", problems),
+        excluded=_names(config.get("exclude_modules"), "exclude_modules", problems),
+        layers=_layers(config, problems),
         base_model=_base_model(config.get("base_model_name_or_path"), problems),
     )
     return (None if problems else rules), problems
@@ -272,15 +297,26 @@ def _patterns(config: Mapping[str, Any], field: str, check: Any, problems: list[
     return tuple(rows)
 
 
-def _targets(value: Any, problems: list[str]) -> frozenset[str] | None:
+def _names(value: Any, field: str, problems: list[str]) -> ModuleNames | None:
     if value is None or isinstance(value, str):
-        return None
-    if isinstance(value, Iterable) and not isinstance(value, dict):
-        names = tuple(value)
-        if all(isinstance(name, str) for name in names):
-            return frozenset(names) or None
-    problems.append(f"target_modules must be a list of names or a string, got {show(value)}")
+        return ModuleNames(value) if value else None
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return ModuleNames(value) if value else None
+    problems.append(f"{field} must be a list of names or a string, got {show(value)}")
     return None
+
+
+def _layers(config: Mapping[str, Any], problems: list[str]) -> LayerNumbers | None:
+    numbers, names = config.get("layers_to_transform"), config.get("layers_pattern")
+    numbers = [numbers] if isinstance(numbers, int) else [] if numbers is None else numbers
+    names = [names] if isinstance(names, str) and names else names or []
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        problems.append(f"layers_to_transform must be layer numbers, got {show(numbers)}")
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problems.append(f"layers_pattern must be a string or a list of strings, got {show(names)}")
+        return None
+    return LayerNumbers(numbers, names) if numbers else None
 
 
 def _base_model(value: Any, problems: list[str]) -> str | None:

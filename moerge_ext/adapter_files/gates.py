@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic import write_atomically
 from .safefile import FLOATS, AdapterError, file_inside, open_tensors, path_problem, read_headers, read_tensor
 
 GATES_FILE = "moerge_gates.safetensors"
@@ -151,17 +151,7 @@ def write_gates(
     # a clone each: safetensors refuses tensors that share storage
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in tensors.items()}
     path = _file_for(folder, kind)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     return path
 
 
@@ -187,9 +177,3 @@ def _file_for(folder: Path, kind: str) -> Path:
         return own if own.exists() else first
     with open_tensors(file_inside(folder.resolve(), GATES_FILE)) as handle:
         return first if (handle.metadata() or {}).get("kind") == kind else own
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,5 @@
-"""Module patterns of adapter configs (`rank_pattern`, `alpha_pattern`), matched in bounded time.
+"""Module names and patterns of adapter configs (`rank_pattern`, `alpha_pattern`, `target_modules`,
+`exclude_modules`), matched in bounded time.
 
 PEFT matches a pattern `key` against a module path as the regular expression `(.*\\.)?(key)$`, and such keys
 come from a file we do not trust: a backtracking engine can be made to run for years. This module accepts the
@@ -10,10 +11,11 @@ integer, a bit per position, so a match costs (pattern length) x (path length) a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 MAX_PATTERN = 1024  # characters
 MAX_DEPTH = 8  # nested groups
+MAX_WORK = 100_000_000  # (characters of patterns with operators) x (characters of paths), some seconds
 
 _PLAIN = re.compile(r"\^?[A-Za-z0-9_.\-]+\$?")
 # A node maps (path, set of start positions) to the set of positions where a match of it can end.
@@ -36,9 +38,7 @@ class _Path:
 
 
 class ModulePattern:
-    """One key of `rank_pattern` or `alpha_pattern`. Raises ValueError for a key outside the accepted
-    syntax.
-    """
+    """One pattern over module paths. Raises ValueError for a key outside the accepted syntax."""
 
     def __init__(self, key: str):
         if not key or len(key) > MAX_PATTERN:
@@ -61,6 +61,13 @@ class ModulePattern:
         target = _Path(path)
         return bool(self._node(target, starts) & target.end)
 
+    def fits_all_of(self, path: str) -> bool:
+        """Whether the pattern matches the whole path, PEFT's rule for `target_modules` as a string."""
+        if self._plain is not None:
+            return len(path) == len(self._plain) and self._matches_plain(path)
+        target = _Path(path)
+        return bool(self._node(target, 1) & target.end)
+
     def _matches_plain(self, path: str) -> bool:
         key, before = self._plain, len(path) - len(self._plain)
         if before < 0 or (before > 0 and (self._anchored or path[before - 1] != ".")):
@@ -68,6 +75,67 @@ class ModulePattern:
         tail = path[before:]
         # a bare "." is a wildcard, as in PEFT
         return tail == key or all(k in (c, ".") for k, c in zip(key, tail, strict=True))
+
+
+class ModuleNames:
+    """`target_modules` or `exclude_modules`: a list of names (whole paths or ends of them), or one regular
+    expression for whole paths.
+
+    A regular expression outside the accepted syntax, "all-linear", or one that is too much work for the
+    paths says nothing about them: `knows` is False.
+    """
+
+    def __init__(self, value: str | Collection[str]):
+        self.names = None if isinstance(value, str) else frozenset(value)
+        self._pattern: ModulePattern | None = None
+        if isinstance(value, str) and value.lower() != "all-linear":
+            try:
+                self._pattern = ModulePattern(value)
+            except ValueError:  # valid for PEFT all the same
+                self._pattern = None
+
+    def knows(self, paths: Collection[str]) -> bool:
+        """Whether `match` can tell for these paths."""
+        if self._pattern is None:
+            return self.names is not None
+        return len(self._pattern.key) * sum(len(path) for path in paths) <= MAX_WORK
+
+    def match(self, path: str) -> bool:
+        if self._pattern is not None:
+            return self._pattern.fits_all_of(path)
+        return not self.names.isdisjoint(_ends(path))
+
+    def unused(self, paths: Collection[str]) -> list[str]:
+        """The listed names that fit none of the paths."""
+        if self.names is None:
+            return []
+        return sorted(self.names - {end for path in paths for end in _ends(path)})
+
+
+def _ends(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+class LayerNumbers:
+    """`layers_to_transform` with `layers_pattern`: which layers have weights.
+
+    PEFT takes the number after `layers_pattern`, or without one a number that its versions choose
+    differently (the first or the last in the path), so a path is left out only when no such number is listed.
+    """
+
+    def __init__(self, numbers: Collection[int], names: Collection[str] = ()):
+        self.numbers = frozenset(str(number) for number in numbers)
+        # a layers_pattern with operators narrows nothing down
+        plain = bool(names) and all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names)
+        self._names = [name.split(".") for name in names] if plain else [[]]
+
+    def match(self, path: str) -> bool:
+        parts = path.split(".")
+        return any(
+            parts[i] in self.numbers and any(parts[max(0, i - len(name)) : i] == name for name in self._names)
+            for i in range(1, len(parts) - 1)
+        )
 
 
 class _Parser:

@@ -25,14 +25,13 @@ Rows:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ..experts import ExpertBank, ModuleBank
-from .base import Method, Plan, Routing, Taxonomy
+from .base import Method, Plan, Routing, Taxonomy, is_finite_number, is_integer
 from .gating import InverseTemperature, expert_mask
 from .prototypes import power_iteration_prototypes, svd_prototypes
 
@@ -72,23 +71,21 @@ def arrow_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, opti
 def finish_arrow(routing: Routing, options: Mapping[str, Any], *, method: str) -> Routing:
     """Routing with the scale of `temperature` and `scale_by_width`; ValueError lists every bad option."""
     temperature, problems = options["temperature"], []
-    if not _is_number(temperature) or not (math.isfinite(temperature) and temperature > 0):
+    if not (is_finite_number(temperature) and temperature > 0):
         problems.append(f"temperature must be a finite number > 0, got {temperature!r}")
     if routing.scale is not None:
         problems.append(f"give temperature (scores are divided by it) instead of scale={routing.scale!r}")
     if options["prototype"] not in PROTOTYPES:
         problems.append(f"prototype must be one of {', '.join(PROTOTYPES)}, got {options['prototype']!r}")
-    if not isinstance(options["iterations"], int) or options["iterations"] < 1:
+    if not isinstance(options["scale_by_width"], bool):
+        problems.append(f"scale_by_width must be True or False, got {options['scale_by_width']!r}")
+    if not (is_integer(options["iterations"]) and options["iterations"] >= 1):
         problems.append(f"iterations must be a positive integer, got {options['iterations']!r}")
-    if not isinstance(options["seed"], int):
+    if not is_integer(options["seed"]):
         problems.append(f"seed must be an integer, got {options['seed']!r}")
     if problems:
         raise ValueError(f"method '{method}': " + "; ".join(problems))
-    return replace(routing, scale=InverseTemperature(float(temperature), bool(options["scale_by_width"])))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return replace(routing, scale=InverseTemperature(float(temperature), options["scale_by_width"]))
 
 
 def _row(name: str, summary: str, paper: str, *, top_k: int, aggregation: str = "output", **options: Any) -> Method:

@@ -30,8 +30,16 @@ class Routing:
     weighting: str = "softmax"
 
     def resolved_scale(self, in_features: int, num_experts: int) -> float | None:
-        """The number `route` gets for a layer of `in_features` (D) and `num_experts` (E)."""
-        return self.scale(in_features, num_experts) if callable(self.scale) else self.scale
+        """The number `route` gets for a layer of `in_features` (D) and `num_experts` (E).
+
+        ValueError when a function `scale` returns anything but a finite number.
+        """
+        if not callable(self.scale):
+            return self.scale
+        scale = self.scale(in_features, num_experts)
+        if not is_finite_number(scale):
+            raise ValueError(f"scale(D={in_features}, E={num_experts}) must be a finite number, got {scale!r}")
+        return scale
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Method:
     finish: Callable[[Routing, Mapping[str, Any]], Routing] | None = None
     gate_kind: str | None = None  # the kind of gate it reads from the sidecars; None: it needs none
 
-    def configure(self, **overrides: Any) -> tuple[Routing | None, str, dict[str, Any]]:
+    def configure(self, /, **overrides: Any) -> tuple[Routing | None, str, dict[str, Any]]:
         """(routing, aggregation, options) after the caller's overrides. ValueError names every unknown key."""
         routing_names = {f.name for f in fields(Routing)} if self.routing is not None else set()
         known = routing_names | set(self.options) | {"aggregation"}
@@ -114,18 +122,30 @@ class Method:
 def check_routing(name: str, routing: Routing) -> None:
     """ValueError, listing every option of `routing` that `route` would refuse."""
     problems = []
-    if routing.top_k is not None and (not isinstance(routing.top_k, int) or routing.top_k < 1):
+    if routing.top_k is not None and not (is_integer(routing.top_k) and routing.top_k >= 1):
         problems.append(f"top_k must be a positive integer or None (all experts), got {routing.top_k!r}")
     if routing.normalize not in ("standardize", "unit", "none"):
         problems.append(f"normalize must be 'standardize', 'unit' or 'none', got {routing.normalize!r}")
     if routing.weighting not in ("softmax", "softmax_all", "sigmoid", "score"):
         problems.append(f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {routing.weighting!r}")
-    if routing.top_p is not None and not 0 < routing.top_p <= 1:
-        problems.append(f"top_p must be in (0, 1] or None, got {routing.top_p!r}")
-    if isinstance(routing.scale, int | float) and not math.isfinite(routing.scale):
-        problems.append(f"scale must be finite, got {routing.scale!r}")
+    if not isinstance(routing.absolute, bool):
+        problems.append(f"absolute must be True or False, got {routing.absolute!r}")
+    if routing.top_p is not None and not (is_finite_number(routing.top_p) and 0 < routing.top_p <= 1):
+        problems.append(f"top_p must be a number in (0, 1] or None, got {routing.top_p!r}")
+    if routing.scale is not None and not callable(routing.scale) and not is_finite_number(routing.scale):
+        problems.append(f"scale must be a finite number, a function of (D, E), or None, got {routing.scale!r}")
     if problems:
         raise ValueError(f"method '{name}': " + "; ".join(problems))
+
+
+def is_integer(value: Any) -> bool:
+    """True for an int that is not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite_number(value: Any) -> bool:
+    """True for a finite int or float; a bool is no number."""
+    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def standardize(vectors: Tensor, eps: float = GATE_EPS) -> Tensor:

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_files.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
 from ..experts import ExpertBank, ModuleBank
 from .base import Plan, Routing, standardize
-
-SIGMOID_GATE = "sigmoid-gate"
-AVERAGE_ACTIVATION = "average-activation"
 
 MENDS = {
     SIGMOID_GATE: "train it with `moerge train-gates` or moerge_ext.train_gates(model, folder, data)",

@@ -25,8 +25,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Method, Routing
-from .gating import SIGMOID_GATE, InverseTemperature, sigmoid_gate_plan
+from ..adapter_files.kinds import SIGMOID_GATE
+from .base import Method, Routing, is_finite_number
+from .gating import InverseTemperature, sigmoid_gate_plan
 from .phatgoose import TAXONOMY as LOCAL_TAXONOMY
 
 PAPER = "Glider: Global and Local Instruction-Driven Expert Router, arXiv 2410.07172"
@@ -57,7 +58,7 @@ def check_numbers(routing: Routing, options: Mapping[str, Any], *, method: str) 
     bad = [
         f"{name} must be a finite number, got {value!r}"
         for name, value in options.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+        if not is_finite_number(value)
     ]
     if bad:
         raise ValueError(f"method '{method}': " + "; ".join(bad))

@@ -10,8 +10,9 @@ and divides by their sum + 1e-6, which is the same up to 3e-6.
 
 from __future__ import annotations
 
+from ..adapter_files.kinds import SIGMOID_GATE
 from .base import Method, Routing, Taxonomy
-from .gating import SIGMOID_GATE, sigmoid_gate_plan
+from .gating import sigmoid_gate_plan
 
 PAPER = "Learning to Route Among Specialized Experts for Zero-Shot Generalization, arXiv 2402.05859"
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..adapter_files.kinds import AVERAGE_ACTIVATION
 from ..adapters import write_gates
 from .batches import Batch, BatchSource, Collate, run_model
 from .gated_lora import GatedLoRA, gated_model
-
-AVERAGE_ACTIVATION = "average-activation"
 
 
 def average_activation(

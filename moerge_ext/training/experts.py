@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers import replace_module
 from .batches import Collate, as_source
 from .loop import (
     TrainingOptions,
@@ -148,7 +149,7 @@ def _peft_model(
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
             if getattr(model.get_submodule(parent), leaf) is not module:
-                setattr(model.get_submodule(parent), leaf, module)
+                replace_module(model, name, module)
         for module, attributes, hooks in before:
             vars(module).clear()
             vars(module).update(attributes)

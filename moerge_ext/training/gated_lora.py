@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapter_files.atomic import write_atomically
+from ..adapter_files.kinds import SIGMOID_GATE
 from ..adapters import Adapter, LoraWeights, read_adapter, write_gates
-from .state import write_atomically
+from ..layers import execution_device, linear_features, replace_module
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
 
-SIGMOID_GATE = "sigmoid-gate"
 _PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
 
 
@@ -46,7 +47,7 @@ class GatedLoRA(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.scaling = float(lora.scaling)
-        device = _execution_device(base_layer)
+        device = execution_device(base_layer)
         factors = {"lora_A": lora.lora_A, "lora_B": lora.lora_B, "lora_bias": lora.bias}
         for name, value in factors.items():
             if value is not None:
@@ -165,9 +166,9 @@ class GatedModel:
                 if value is not None:
                     tensors[f"base_model.model.{path}.{key}"] = value.detach().cpu().contiguous()
         config = (self.folder / "adapter_config.json").read_bytes()
-        write_atomically(target / "adapter_model.safetensors", save_tensors(tensors, {"format": "pt"}))
+        write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
         # the config last: without it the folder is not yet an adapter
-        write_atomically(target / "adapter_config.json", config)
+        write_atomically(target / "adapter_config.json", lambda file: file.write_bytes(config))
 
     def callback(self, **options: Any) -> GateTrainerCallback:
         """A transformers `TrainerCallback` that keeps the best gates and writes them when training ends."""
@@ -212,14 +213,14 @@ def gated_model(
             p.requires_grad_(False)
         for path, layer in layers.items():
             layer.train(targets[path].training)
-            _replace(model, path, layer)
+            replace_module(model, path, layer)
         hooks = _inputs_require_grad(model)
         yield GatedModel(model, adapter, layers, joint=joint)
     finally:
         for hook in hooks:
             hook.remove()
         for path, base in targets.items():
-            _replace(model, path, base)
+            replace_module(model, path, base)
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:
@@ -239,14 +240,17 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
         if hasattr(layer, "base_layer"):
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
-        sizes = linear_sizes(layer)
-        wanted = (lora.lora_B.shape[0], lora.lora_A.shape[1])
-        if sizes is None:
+        features = linear_features(layer)
+        wanted = (lora.lora_A.shape[1], lora.lora_B.shape[0])
+        if features is None:
             problems.append(f"{path}: {type(layer).__name__} is not a linear layer")
-        elif sizes != wanted:
+        elif features != wanted:
             problems.append(
-                f"{path}: the adapter is for a weight of shape {list(wanted)} [out, in], the model's is {list(sizes)}"
+                f"{path}: the adapter is for a weight of shape {list(wanted[::-1])} [out, in], the model's is "
+                f"{list(features[::-1])}"
             )
+        elif execution_device(layer).type == "meta":
+            problems.append(f"{path}: its weights are on the meta device: load them before training")
         found[path] = layer
     if not adapter.modules:
         problems.append("the adapter has no LoRA module")
@@ -256,20 +260,6 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
             "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(problems)
         )
     return found
-
-
-def linear_sizes(layer: nn.Module) -> tuple[int, int] | None:
-    """(out, in) features of an nn.Linear, a transformers Conv1D or a quantized linear; None for anything
-    else."""
-    for outs, ins in (("out_features", "in_features"), ("nf", "nx")):
-        if hasattr(layer, outs) and hasattr(layer, ins):
-            return int(getattr(layer, outs)), int(getattr(layer, ins))
-    return None
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _inputs_require_grad(model: nn.Module) -> list[Any]:
@@ -284,15 +274,6 @@ def _inputs_require_grad(model: nn.Module) -> list[Any]:
             output.requires_grad_(True)
 
     return [model.get_input_embeddings().register_forward_hook(hook)]
-
-
-def _execution_device(layer: nn.Module) -> torch.device:
-    """Where the layer computes; an offloaded layer's weights are on "meta" between its forwards."""
-    hook_device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    if hook_device is not None:
-        return torch.device(hook_device)
-    tensor = next(layer.parameters(), next(layer.buffers(), None))
-    return tensor.device if tensor is not None and tensor.device.type != "meta" else torch.device("cpu")
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

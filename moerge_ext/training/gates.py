@@ -50,9 +50,8 @@ def train_gates(
         y_t = W u_t + s B A u_t * sigmoid(v . u_t)             PHATGOOSE, arXiv 2402.05859, section 3
 
     W, A and B are frozen, v starts at zero; AdamW without weight decay, linear warmup, then a constant
-    rate. The paper takes 100 steps of 1024 sequences of at most 512 tokens: choose `accumulate` so that
-    batch size * accumulate is the effective batch you want. The gradient of a step is the mean over its
-    micro-batches.
+    rate. A step sees batch size * accumulate sequences, and its gradient is the mean over its micro-batches.
+    The paper takes 100 steps of 1024 sequences of at most 512 tokens: accumulate=128 with batches of 8.
 
     model           the base model the adapter was trained on; `model(**batch).loss` is minimized. It is
                     changed in place while training and as before afterwards (weights, `requires_grad`,

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
+
+from ..adapter_files.atomic import write_atomically
 
 STATE_FILE = "moerge_gates.checkpoint.safetensors"
 _FORMAT = "moerge-training-state"
@@ -59,7 +59,8 @@ class TrainingState:
             "validation": self.validation,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(tensors, {"format": _FORMAT, "version": "1", "state": json.dumps(header)}))
+        metadata = {"format": _FORMAT, "version": "1", "state": json.dumps(header)}
+        write_atomically(path, lambda file: save_file(tensors, file, metadata))
 
     @classmethod
     def read(cls, path: Path, *, settings: dict[str, Any], shapes: dict[str, torch.Size]) -> TrainingState:
@@ -104,22 +105,3 @@ class TrainingState:
             validation={int(step): loss for step, loss in header["validation"].items()},
             **groups,
         )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a kill, sees the old file or the new one and nothing
-    between."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; an adapter is as readable as the umask allows
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

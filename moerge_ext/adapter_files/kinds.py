@@ -1,0 +1,4 @@
+"""The kinds of gate that this package makes; a sidecar file may hold others."""
+
+SIGMOID_GATE = "sigmoid-gate"  # trained: train_gates
+AVERAGE_ACTIVATION = "average-activation"  # the module's mean input: average_activation

@@ -1,0 +1,39 @@
+"""Linear layers of any kind inside a model: their sizes, where they compute, and putting another in their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features D, out_features O) of anything that acts as a linear layer, else None.
+
+    nn.Linear and what quantizers make of it carry in_features and out_features; transformers' Conv1D carries nx and nf.
+    """
+    for d, o in (("in_features", "out_features"), ("nx", "nf")):
+        if isinstance(getattr(module, d, None), int) and isinstance(getattr(module, o, None), int):
+            return getattr(module, d), getattr(module, o)
+    return None
+
+
+def execution_device(layer: nn.Module) -> torch.device:
+    """Where the layer computes: the hook's device for a layer that accelerate offloads, else its weight's.
+
+    "meta" for a layer whose weights were never loaded and that no hook will load.
+    """
+    hook = getattr(layer, "_hf_hook", None)
+    # accelerate's SequentialHook holds several
+    for part in getattr(hook, "hooks", (hook,)):
+        if getattr(part, "execution_device", None) is not None:
+            return torch.device(part.execution_device)
+    first = next(layer.parameters(), None)
+    if first is None:
+        first = next(layer.buffers(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Puts `new` at `path` ("model.layers.0.mlp.up_proj") of `model`."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
