@@ -17,7 +17,7 @@ from .module_bank import ModuleBank
 
 __all__ = ["ExpertBank", "ModuleBank", "load_experts"]
 
-SIGMOID_GATE = "sigmoid-gate"
+from .adapter_files.kinds import SIGMOID_GATE
 
 
 class ExpertBank:

@@ -56,7 +56,10 @@ def one_module(path: str, d: int, o: int, names=NAMES) -> moerge.ExpertBank:
         ({"aggregation": "sum"}, ["'output' or 'factored'", "'sum'"]),
         ({"backend": "cuda"}, ["'native' or 'reference'", "'cuda'"]),
         ({"method": "arrow"}, ["top_k=4 is more than the number of experts, E=3"]),
-        ({"method": "average_activation"}, ["module 'model.layers.0.mlp.down_proj'", "average-activation", "'ant'", "moerge"]),
+        (
+            {"method": "average_activation"},
+            ["module 'model.layers.0.mlp.down_proj'", "average-activation", "'ant'", "moerge"],
+        ),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

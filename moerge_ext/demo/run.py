@@ -1,6 +1,6 @@
 """The demo: one small model, eight experts, and a router that finds the right one for every token.
 
-    moerge demo [--samples N] [--out DIR] [--json FILE]
+moerge demo [--samples N] [--out DIR] [--json FILE]
 """
 
 from __future__ import annotations
