@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .adapter_files.kinds import SIGMOID_GATE
 from .adapter_files.safefile import FLOATS
 from .adapters import GateSet, write_gates
 from .loading import MAX_LISTED, Source, check_together, collect_sources, stack_modules
 from .module_bank import ModuleBank
 
 __all__ = ["ExpertBank", "ModuleBank", "load_experts"]
-
-from .adapter_files.kinds import SIGMOID_GATE
 
 
 class ExpertBank:

@@ -80,6 +80,8 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
 
     options = dict(parse_option(text) for text in args.option)
     if args.top_k is not None:
+        if "top_k" in options:
+            raise ValueError("give --top-k or --option top_k=..., not both")
         options["top_k"] = args.top_k
     method = get_method(args.method)
     method.configure(**options)

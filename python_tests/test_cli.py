@@ -53,6 +53,7 @@ def test_generate_traces_and_takes_options(folders, capsys):
         (["--method", "nonsense"], "phatgoose"),
         (["--top-k", "9"], "top_k=9 is more than the number of experts, E=2"),
         (["--option", "oops"], "NAME=VALUE"),
+        (["--top-k", "1", "--option", "top_k=2"], "not both"),
         (["--option", "bogus=1"], "unknown option(s) bogus"),
         (["--temperature", "2"], "--sample"),
         (["--chat"], "no chat template"),
