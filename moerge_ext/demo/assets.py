@@ -49,11 +49,11 @@ class Recipe:
     intermediate: int = 352
     layers: int = 4
     heads: int = 4
-    base_steps: int = 1300
+    base_steps: int = 1200
     base_batch: int = 24
     base_length: int = 72
     base_lr: float = 3e-3
-    topic_weight: float = 0.5  # of the topic loss (see topic_loss)
+    topic_weight: float = 0.3  # of the topic loss (see topic_loss)
     rank: int = 8
     alpha: float = 16.0
     expert_steps: int = 400
