@@ -57,6 +57,21 @@ def _ranking(scores: Tensor, eligible: Tensor) -> Tensor:
     return order.gather(-1, torch.argsort(kind.gather(-1, order), dim=-1, stable=True))
 
 
+def _slot_weights(weighting: str, scores: Tensor, kept: Tensor, share: Tensor) -> Tensor:
+    """[T,K]: the weight of each slot, 0 where it is not kept; `share` is the softmax over all unmasked experts."""
+    if weighting == "softmax":
+        weights = _softmax(scores, kept)
+    elif weighting == "softmax_all":
+        weights = share
+    elif weighting == "sigmoid":
+        weights = scores.sigmoid()
+    elif weighting == "score":
+        weights = scores
+    else:
+        raise ValueError(f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {weighting!r}")
+    return torch.where(kept, weights, torch.zeros_like(weights))
+
+
 def route(
     x: Tensor,
     gates: Tensor,
@@ -102,18 +117,7 @@ def route(
         before = torch.cat([torch.zeros_like(share[:, :1]), share.cumsum(-1)[:, :-1]], dim=-1)
         kept = kept & ~(before >= top_p)
 
-    chosen = scores.gather(-1, top)
-    if weighting == "softmax":
-        weights = _softmax(chosen, kept)
-    elif weighting == "softmax_all":
-        weights = everyone.gather(-1, top)
-    elif weighting == "sigmoid":
-        weights = chosen.sigmoid()
-    elif weighting == "score":
-        weights = chosen
-    else:
-        raise ValueError(f"weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got {weighting!r}")
-    weights = torch.where(kept, weights, torch.zeros_like(weights))
+    weights = _slot_weights(weighting, scores.gather(-1, top), kept, everyone.gather(-1, top))
 
     # unused slots carry the lowest ids that no kept slot has
     used = torch.zeros_like(eligible).scatter_(-1, top, kept)
