@@ -76,31 +76,30 @@ struct Check {
     throw std::runtime_error(text("moerge::", op, ": ", parts...));
   }
 
-  template <class... Parts>
-  void that(bool ok, const Parts&... parts) const {
-    if (!ok) fail(parts...);
-  }
-
   // Shape check; -1 in `sizes` matches anything. `wanted` is how the message spells the shape, with values.
+  template <class... Parts>
   void shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
-             const std::string& wanted) const {
+             const Parts&... wanted) const {
     bool ok = tensor.dim() == static_cast<int64_t>(sizes.size());
     int64_t axis = 0;
     for (int64_t size : sizes) {
       if (ok && size >= 0) ok = tensor.size(axis) == size;
       ++axis;
     }
-    that(ok, name, " must be ", wanted, ", got ", shape_of(tensor));
+    if (!ok) fail(name, " must be ", wanted..., ", got ", shape_of(tensor));
   }
 
   void floating(const Tensor& tensor, const char* name) const {
-    that(is_floating(tensor.scalar_type()), name, " must be float16, bfloat16, float32 or float64, got ",
-         name_of(tensor.scalar_type()));
+    if (!is_floating(tensor.scalar_type()))
+      fail(name, " must be float16, bfloat16, float32 or float64, got ", name_of(tensor.scalar_type()));
   }
 
   void dtype(const Tensor& tensor, const char* name, ScalarType type) const {
-    that(tensor.scalar_type() == type, name, " must be ", name_of(type), ", got ", name_of(tensor.scalar_type()));
+    if (tensor.scalar_type() != type) fail(name, " must be ", name_of(type), ", got ", name_of(tensor.scalar_type()));
   }
 };
 
 }  // namespace moerge
+
+// Fails unless `ok`. A macro, so that the parts of the message are made only then: texts cost more than the checks.
+#define MOERGE_CHECK(check, ok, ...) ((ok) ? void() : (check).fail(__VA_ARGS__))

@@ -43,7 +43,11 @@ STABLE_TORCH_LIBRARY(moerge, m) {
   m.def("routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, " MOERGE_ROUTE_OPTIONS
         ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> (Tensor, Tensor, Tensor)");
 
-  // lora_a [E,R,D], lora_b [E,O,R] -> packed [E, R*D + R*O]: A_e row by row, then the transpose of B_e row by row
+  // The same, written into base; what was chosen is not returned.
+  m.def("routed_lora_(Tensor(a!) base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, " MOERGE_ROUTE_OPTIONS
+        ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> ()");
+
+  // lora_a [E,R,D], lora_b [E,O,R] -> packed [E, R*D + R*O]: the transpose of A_e, then that of B_e, each row by row
   m.def("pack_experts(Tensor lora_a, Tensor lora_b) -> Tensor");
 
   // logits [K,N,V], weights [N,K] -> log of the weighted mean of the K distributions, [N,V] float32 or float64

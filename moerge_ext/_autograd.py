@@ -5,9 +5,11 @@ Backward ops are ops too; differentiating them is refused.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 
 from ._native import load_kernels
 
@@ -17,6 +19,23 @@ _ops = torch.ops.moerge
 
 def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def register_fake(name: str):
+    """torch's, with a check: a meta tensor among others selects the fake kernel, which returns memory nobody wrote."""
+
+    def register(fake):
+        @functools.wraps(fake)
+        def checked(*args):
+            devices = {a.device for a in args if isinstance(a, Tensor)}
+            if len(devices) > 1:
+                found = ", ".join(sorted(map(str, devices)))
+                raise RuntimeError(f"{name}: all tensors must be on one device, got {found}")
+            return fake(*args)
+
+        return torch.library.register_fake(name)(checked)
+
+    return register
 
 
 def _bits(needs: list[bool]) -> int:
@@ -147,6 +166,11 @@ register_autograd("moerge::lora_apply", _lora_backward, setup_context=_lora_setu
 @register_fake("moerge::routed_lora")
 def _routed_lora_fake(base, x, gates, lora_a, lora_b, top_k=2, *options):
     return base.new_empty(base.shape), *_route_fake(x, gates, top_k)
+
+
+@register_fake("moerge::routed_lora_")
+def _routed_lora_inplace_fake(base, *inputs):
+    return None
 
 
 def _routed_setup(ctx, inputs, output):

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 
+def kernel_copy(factors: Tensor) -> Tensor:
+    """A copy of lora_A [E,R,D] or lora_B [E,O,R] as the CPU kernels read it: the middle axis is the contiguous one."""
+    return factors.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 class ModuleBank:
     """The LoRA factors of E experts for one linear layer.
 
     lora_A [E,R,D]; lora_B [E,O,R], scaling folded in; lora_bias [E,O] or None, scaling folded in. R is the
-    largest rank; smaller experts are padded with zeros. lora_B is stored as contiguous [E,R,O] and shown
-    transposed, with strides (R*O, 1, O): the kernels read rows of O.
+    largest rank; smaller experts are padded with zeros. Both are stored with the wide axis outside R's, as the CPU
+    kernels read them: lora_A as contiguous [E,D,R] and lora_B as contiguous [E,R,O], shown transposed.
     present [E] bool on the CPU: False where an expert has no LoRA here (its rows are zeros); ranks: true rank
     per expert, 0 where absent.
     gates: {kind: [E,D] float32}, as stored, zeros where missing; has_gate: {kind: [E] bool} on the CPU.
@@ -42,7 +47,7 @@ class ModuleBank:
         if problems:
             raise ValueError("ModuleBank: " + "; ".join(problems))
         num_experts, rank = lora_A.shape[:2]
-        self.lora_A = lora_A.contiguous()
+        self._lora_A = lora_A.transpose(1, 2).contiguous()
         self._lora_B = lora_B.transpose(1, 2).contiguous()
         self.lora_bias = None if lora_bias is None else lora_bias.contiguous()
         self.present = torch.ones(num_experts, dtype=torch.bool) if present is None else present.cpu()
@@ -53,21 +58,25 @@ class ModuleBank:
             self.has_gate.setdefault(kind, self.present.clone())
 
     @property
+    def lora_A(self) -> Tensor:
+        return self._lora_A.transpose(1, 2)
+
+    @property
     def lora_B(self) -> Tensor:
         return self._lora_B.transpose(1, 2)
 
     @property
     def num_experts(self) -> int:
-        return self.lora_A.shape[0]
+        return self._lora_A.shape[0]
 
     @property
     def rank(self) -> int:
         """R, the padded rank."""
-        return self.lora_A.shape[1]
+        return self._lora_A.shape[2]
 
     @property
     def in_features(self) -> int:
-        return self.lora_A.shape[2]
+        return self._lora_A.shape[1]
 
     @property
     def out_features(self) -> int:
@@ -75,15 +84,15 @@ class ModuleBank:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lora_A.dtype
+        return self._lora_A.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.lora_A.device
+        return self._lora_A.device
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.lora_A, self._lora_B, *self.gates.values()]
+        tensors = [self._lora_A, self._lora_B, *self.gates.values()]
         return sum(tensor.nbytes for tensor in tensors) + (self.lora_bias.nbytes if self.lora_bias is not None else 0)
 
     def __repr__(self) -> str:
@@ -98,7 +107,7 @@ class ModuleBank:
         dtype = dtype or self.dtype
         device = torch.device(device) if device is not None else self.device
         return ModuleBank(
-            self.lora_A.to(device, dtype),
+            self._lora_A.to(device, dtype).transpose(1, 2),
             self._lora_B.to(device, dtype).transpose(1, 2),
             None if self.lora_bias is None else self.lora_bias.to(device, dtype),
             present=self.present.clone(),
@@ -123,7 +132,7 @@ class ModuleBank:
         return bad.nonzero().flatten().tolist()
 
     def _finite(self) -> Tensor:
-        flags = torch.isfinite(self.lora_A).all(2).all(1) & torch.isfinite(self._lora_B).all(2).all(1)
+        flags = torch.isfinite(self._lora_A).all(2).all(1) & torch.isfinite(self._lora_B).all(2).all(1)
         if self.lora_bias is not None:
             flags &= torch.isfinite(self.lora_bias).all(1)
         return flags.cpu()

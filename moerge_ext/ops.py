@@ -22,23 +22,17 @@ def _call(op, *args):
     """Runs an op; its argument errors become ValueError, a device without kernels is named."""
     if torch.compiler.is_compiling():
         return op(*args)
-    name, tensors = op.__name__.split(".")[0], [a for a in args if isinstance(a, Tensor)]
     # torch would drop the tangents of an op without a forward-mode rule and say nothing
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if forward_ad._current_level >= 0 and _has_tangent(args):
         raise ValueError(
-            f"moerge::{name}: forward-mode differentiation (jvp) is not supported; use moerge_ext.reference for it"
+            f"moerge::{_name(op)}: forward-mode differentiation (jvp) is not supported; use moerge_ext.reference for it"
         )
-    device = tensors[0].device
-    if any(t.device != device for t in tensors):
-        # a meta tensor among others would select the fake kernel, which returns memory nobody wrote
-        found = ", ".join(sorted({str(t.device) for t in tensors}))
-        raise ValueError(f"moerge::{name}: all tensors must be on one device, got {found}")
     try:
         return op(*args)
     except NotImplementedError as error:
-        device = next((t.device.type for t in tensors if not t.is_cpu), "cpu")
+        device = next((a.device.type for a in args if isinstance(a, Tensor) and not a.is_cpu), "cpu")
         raise ValueError(
-            f"moerge::{name}: this build has no kernels for tensors on '{device}'; "
+            f"moerge::{_name(op)}: this build has no kernels for tensors on '{device}'; "
             f'move them to the CPU, or use moerge_ext.reference (patch(..., backend="reference"))'
         ) from error
     except RuntimeError as error:
@@ -48,12 +42,26 @@ def _call(op, *args):
         raise
 
 
+def _name(op) -> str:
+    return op.__name__.split(".")[0]
+
+
+def _has_tangent(args: tuple) -> bool:
+    return any(forward_ad.unpack_dual(a).tangent is not None for a in args if isinstance(a, Tensor))
+
+
 def _refuse_grad(op: str, why: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError(
             f"moerge::{op}: {why}, but grad mode is on and an input requires grad; "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
+
+
+def _mark_written(tensor: Tensor) -> None:
+    """So that autograd notices when the tensor was saved for backward; a compiled graph knows by itself."""
+    if not torch.compiler.is_compiling() and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def route(
@@ -79,7 +87,8 @@ def route(
 
     Args:
         x: [T,D] inputs of the layer.
-        gates: [E,D], used as given: standardize or scale them beforehand as the method asks.
+        gates: [E,D], used as given: standardize or scale them beforehand as the method asks. Fastest when E is
+            contiguous (strides (1, E)).
         top_k: K, 1 <= K <= E.
         normalize: "standardize", (u - mean) / sqrt(var + 1e-5) with the biased variance over D; "unit",
             u / max(|u|, 1e-12); or "none".
@@ -120,7 +129,7 @@ def lora_apply(
     Args:
         base: [T,O], the layer's own output.
         x: [T,D].
-        lora_a: [E,R,D].
+        lora_a: [E,R,D]. Fastest when R is contiguous (strides (R*D, 1, R)), as in a bank.
         lora_b: [E,O,R], the LoRA scaling folded in. Fastest when O is contiguous (strides (R*O, 1, O)).
         weights: [T,K] or [N,K]; an expert whose weight is exactly 0 is not read (its weight still has a gradient).
         experts: int32 like weights, ids in [0, E).
@@ -153,9 +162,7 @@ def lora_apply_(
     """`lora_apply` written into base. Inference only: ValueError when grad mode is on and an input requires grad."""
     _refuse_grad("lora_apply_", "it writes in place", base, x, lora_a, lora_b, weights, lora_bias)
     _call(_ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
-    # so that autograd notices when base was saved for backward; a compiled graph knows by itself
-    if not torch.compiler.is_compiling() and not base.is_inference():
-        torch.autograd.graph.increment_version(base)
+    _mark_written(base)
 
 
 def routed_lora(
@@ -191,10 +198,42 @@ def routed_lora(
     )  # fmt: skip
 
 
+def routed_lora_(
+    base: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    top_k: int = 2,
+    normalize: str = "standardize",
+    absolute: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    top_p: float | None = None,
+    weighting: str = "softmax",
+    lora_bias: Tensor | None = None,
+    factored: bool = False,
+    packed: Tensor | None = None,
+) -> None:
+    """`routed_lora` written into base; what the router chose is not returned.
+
+    base and x may have more than two dimensions when they are contiguous: [..., O] and [..., D]. Inference only: ValueError when grad mode is on and an input requires grad.
+    """
+    _refuse_grad("routed_lora_", "it writes in place", base, x, gates, lora_a, lora_b, bias, lora_bias)
+    _call(
+        _ops.routed_lora_.default, base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask,
+        top_p, weighting, lora_bias, factored, packed,
+    )  # fmt: skip
+    _mark_written(base)
+
+
 def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """A kernel-ready copy of a bank for `packed=`: lora_a [E,R,D] and lora_b [E,O,R] of one dtype -> [E, R*D + R*O].
 
-    Row e holds A_e and then the transpose of B_e, each row by row. Not differentiable.
+    Row e holds the transpose of A_e and then that of B_e, each row by row. Not differentiable.
     """
     with torch.no_grad():
         return _call(_ops.pack_experts.default, lora_a, lora_b)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from . import ops, reference
 from .experts import ExpertBank
@@ -85,8 +86,8 @@ class RoutedLinear(nn.Module):
             ("lora_A", plan.lora_A),
             ("lora_B", plan.lora_B),
             ("lora_bias", plan.lora_bias),
-            # copied: the bank's set_gates must not reach a patched model
-            ("gates", None if plan.gates is None else plan.gates.clone()),
+            # copied: the bank's set_gates must not reach a patched model; side by side for the kernels, as [D,E]
+            ("gates", None if plan.gates is None else plan.gates.t().clone(memory_format=torch.contiguous_format).t()),
             ("mask", plan.mask),
             ("weights", weights),
             ("experts", experts),
@@ -122,26 +123,40 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., D] -> [..., O], in the dtype of the base layer's output."""
-        base = self.base_layer(x, *args, **kwargs)
+        base = self._modules["base_layer"](x, *args, **kwargs)
         kernels = BACKENDS[self.backend]
-        tokens, flat = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
+        tensors = self._buffers  # attribute access would cost a microsecond each
+        in_place = not torch.is_grad_enabled() and not self._is_watched()
         if self.route_options is None:
-            y = kernels.lora_apply(
-                flat, tokens, self.lora_A, self.lora_B, self.weights, self.experts,
-                lora_bias=self.lora_bias, factored=self.factored,
-            )  # fmt: skip
+            slots = (tensors["lora_A"], tensors["lora_B"], tensors["weights"], tensors["experts"])
+            options = {"lora_bias": tensors["lora_bias"], "factored": self.factored}
+            tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
+            if in_place:
+                kernels.lora_apply_(y, tokens, *slots, **options)
+            else:
+                y = kernels.lora_apply(y, tokens, *slots, **options)
             return y.view(base.shape)
+        bank = (tensors["gates"], tensors["lora_A"], tensors["lora_B"])
+        options = self.route_options
+        if self.needs_bias:
+            options = {**options, "bias": self._bias(x.device)}
+        mask, lora_bias = tensors["mask"], tensors["lora_bias"]
+        if in_place and self.state.trace is None and base.is_contiguous() and x.is_contiguous():
+            kernels.routed_lora_(base, x, *bank, mask=mask, lora_bias=lora_bias, factored=self.factored, **options)
+            return base
+        tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
         y, weights, experts = kernels.routed_lora(
-            flat, tokens, self.gates, self.lora_A, self.lora_B, **self.route_options, bias=self._bias(x.device),
-            mask=self.mask, lora_bias=self.lora_bias, factored=self.factored,
-        )  # fmt: skip
+            y, tokens, *bank, mask=mask, lora_bias=lora_bias, factored=self.factored, **options
+        )
         if self.state.trace is not None:
             self.state.trace.add(self.name, weights, experts)
         return y.view(base.shape)
 
-    def _bias(self, device: torch.device) -> Tensor | None:
-        if not self.needs_bias:
-            return None
+    def _is_watched(self) -> bool:
+        """Whether a hook may have kept the base layer's output, which then must not be written into."""
+        return bool(self._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks)
+
+    def _bias(self, device: torch.device) -> Tensor:
         if not self.state.active:
             raise RuntimeError(
                 f"{self.name}: this method adds a global affinity per sequence, and none is set; run the model inside "

@@ -201,9 +201,15 @@ def routed_lora(
     return y, weights, experts
 
 
+def routed_lora_(base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options) -> None:
+    """See `moerge_ext.ops.routed_lora_`."""
+    y, *_ = routed_lora(base.flatten(0, -2), x.flatten(0, -2), gates, lora_a, lora_b, **options)
+    base.copy_(y.view(base.shape))
+
+
 def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """See `moerge_ext.ops.pack_experts`."""
-    return torch.cat([lora_a.flatten(1), lora_b.transpose(1, 2).flatten(1)], dim=1)
+    return torch.cat([lora_a.transpose(1, 2).flatten(1), lora_b.transpose(1, 2).flatten(1)], dim=1)
 
 
 def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:

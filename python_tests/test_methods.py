@@ -43,7 +43,7 @@ def test_every_method_builds_a_plan(name, dtype):
     count = plan.lora_A.shape[0]
     assert plan.lora_A.shape == (count, plan.lora_A.shape[1], D)
     assert plan.lora_B.shape == (count, O, plan.lora_A.shape[1])
-    assert plan.lora_B.transpose(1, 2).is_contiguous() and plan.lora_A.is_contiguous()
+    assert plan.lora_B.mT.is_contiguous() and plan.lora_A.mT.is_contiguous()
     assert plan.lora_A.dtype == plan.lora_B.dtype == plan.lora_bias.dtype == dtype
     assert plan.lora_bias.shape == (count, O)
     assert aggregation in ("output", "factored")

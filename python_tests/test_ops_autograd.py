@@ -202,8 +202,8 @@ def test_memory_layout_does_not_matter(layout, op):
     case = case or routed_case(37)
     moved = {n: LAYOUTS[layout](t) for n, t in case.items()}
     want, got = (gradients(getattr(ops, op), c, names(case))[1] for c in (case, moved))
-    for name in names(case):
-        assert torch.equal(want[name], got[name]), name
+    for name in names(case):  # close, not equal: factors and gates stored the other way are summed in another order
+        torch.testing.assert_close(want[name], got[name], msg=name)
     # the gradient that arrives may have any layout, too
     y = getattr(ops, op)(**{n: t.requires_grad_(n in names(case)) for n, t in case.items()})
     y = y if isinstance(y, torch.Tensor) else y[0]

@@ -199,8 +199,11 @@ def test_memory_layout_does_not_matter(layout, dtype):
     rows = torch.arange(12).int() % 3
     move = LAYOUTS[layout]
     want = ops.route(x, gates, bias=bias, mask=mask, rows=rows)
-    got = ops.route(move(x), move(gates), bias=move(bias), mask=move(mask), rows=_every_second(rows))
+    got = ops.route(move(x), gates, bias=move(bias), mask=move(mask), rows=_every_second(rows))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    got = ops.route(x, move(gates), bias=bias, mask=mask, rows=rows)  # stored as [D,E], summed in another order
+    torch.testing.assert_close(got[0], want[0])
+    assert torch.equal(got[1], want[1])
     one_row = x[:1].expand(12, -1)
     assert torch.equal(ops.route(one_row, gates)[0], ops.route(one_row.contiguous(), gates)[0])
 

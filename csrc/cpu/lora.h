@@ -1,11 +1,11 @@
 // The grouped low-rank branch on the CPU: shared by lora_apply, routed_lora and their backward.
 //
 // A "pair" is one (token, slot). Pairs are cut into blocks of kBlock tokens and sorted by expert within a block, so
-// that an expert's rows are read once for all its tokens there. The three loops are the forward and, with other
-// arguments, the backward:
-//   shrink  h[pair,r]   = sum_c x[token,c] * w[expert,r,c]
-//   expand  y[token,c] += sum_pairs sum_r h[pair,r] * w[expert,r,c]
-//   outer   g[e,r,c]    = sum over pairs of e of q[pair,r] * x[token,c]
+// that an expert's rows are read once for all its tokens there. The loops are the forward and, with other arguments,
+// the backward:
+//   Shrink  h[pair,r]   = sum_c x[token,c] * w[expert,r,c]
+//   Expand  y[token,c] += sum_pairs sum_r h[pair,r] * w[expert,r,c]
+//   outer   g[e,r,c]    = sum over pairs of e of q[pair,r] * x[token,c]        (lora_backward.cpp)
 #pragma once
 
 #include <algorithm>
@@ -14,26 +14,36 @@
 
 namespace moerge::cpu {
 
-constexpr int64_t kBlock = 256;     // tokens whose pairs are sorted together
-constexpr int64_t kTaskPairs = 32;  // pairs of one expert in one shrink task
-constexpr int64_t kChunk = 256;     // columns of one expand or outer task
+constexpr int64_t kBlock = 256;      // tokens whose pairs are sorted together
+constexpr int64_t kTaskPairs = 32;   // pairs of one expert in one shrink task
+constexpr int64_t kChunk = 256;      // columns of one expand or outer task
+constexpr int64_t kDirectRows = 16;  // up to so many tokens, expand sums in the result itself
+constexpr int64_t kFewPairs = 4;     // up to so many pairs, shrink cuts its sum over the threads
 
 struct LoraArgs {
   const Check& check;
-  Tensor x, weights, experts;
+  Tensor x;
   Factors a, b;                     // [E,R,D] and, transposed, [E,R,O]
   std::optional<Tensor> lora_bias;  // [E,O]
   bool factored;
-  RowMap row;
-  int64_t T, D, O, E, R, K, N;
   bool wide;  // accumulate in double
-  Tensor rows_storage;
+  int64_t T, D, O, E, R;
+
+  // the slots: experts [N,K] and which of the N rows a token belongs to
+  int64_t N = 0, K = 0;
+  const int32_t* ids = nullptr;
+  RowMap row;
 
   LoraArgs(const Check& check, const Tensor& x, int64_t out_features, bool wide, const Tensor& lora_a,
-           const Tensor& lora_b, const Tensor& weights, const Tensor& experts, std::optional<Tensor> lora_bias,
-           std::optional<Tensor> rows, bool factored, std::optional<Tensor> packed);
+           const Tensor& lora_b, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed);
 
-  const int32_t* ids() const { return static_cast<const int32_t*>(experts.data_ptr()); }
+  // what the caller chose; checked, and kept alive
+  void set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows);
+  // what the router will choose: one row per token
+  void set_slots(int64_t top_k, const int32_t* experts) { N = T, K = top_k, ids = experts; }
+
+ private:
+  Tensor experts_, rows_;
 };
 
 // The pairs of one block of tokens with one expert: order[begin..end) are pair indices t*K+k.
@@ -42,30 +52,65 @@ struct Group {
 };
 
 // Pairs sorted by (block, expert, pair). With `skip_zero`, pairs of weight exactly 0 are left out: their expert is
-// never read. `block` is the number of tokens per block.
-template <class Acc>
+// never read.
 struct Pairs {
   std::vector<int64_t> order;
   std::vector<Group> groups;
   std::vector<int64_t> first;  // first[b]: index of block b's first group
-  Pairs(const LoraArgs& args, const Acc* weights, int64_t block, bool skip_zero);
+
+  template <class Acc>
+  void sort(const LoraArgs& args, const Acc* weights, int64_t block, bool skip_zero);
 };
 
+// h [T*K,R]; the tasks are to run in any order. `weights`, if given, are multiplied in.
 template <class Acc>
-void shrink(const LoraArgs& args, const Pairs<Acc>& pairs, const Matrix& x, const Factors& w, Acc* h);
+struct Shrink {
+  const LoraArgs& args;
+  const Pairs& pairs;
+  Matrix x;
+  const Factors& w;
+  const Acc* weights;
+  Acc* h;
+  int64_t parts = 1;  // pieces of the sum, [parts,T*K,R] in h, to be added by `combine`
+
+  struct Task {
+    const Group* group;
+    int64_t begin, end;
+  };
+  std::vector<Task> tasks = {};
+
+  void plan();  // once the pairs are sorted
+  int64_t count() const { return static_cast<int64_t>(tasks.size()) * parts; }
+  int64_t cost() const { return ceil_div(args.T * args.K * w.ranks * w.columns, std::max<int64_t>(1, count())); }
+  void operator()(int64_t task) const;
+};
 
 // out = base + ... ; base may be null (zero) and may be out itself. bias [E,C] is added with `weights` of the pair.
 template <class Acc>
-void expand(const LoraArgs& args, const Pairs<Acc>& pairs, const Acc* h, const Factors& w, const Matrix* base,
-            const std::optional<Tensor>& bias, const Acc* weights, const Matrix& out);
+struct Expand {
+  const LoraArgs& args;
+  const Pairs& pairs;
+  const Acc* h;
+  const Factors& w;
+  const Matrix* base;
+  const std::optional<Tensor>& bias;
+  const Acc* weights;
+  Matrix out;
 
-// h[pair,:] <- w * h (output), or w * sum over the token's slots of w * h (factored), for all slots of a token.
-template <class Acc>
-void combine(const LoraArgs& args, const Acc* weights, Acc* h);
+  int64_t count() const { return ceil_div(args.T, kBlock) * ceil_div(w.columns, kChunk); }
+  int64_t cost() const { return std::min(args.T, kBlock) * kChunk * (1 + args.K * w.ranks); }
+  void operator()(int64_t task) const;
 
-// The whole forward into `out` (which may be base); h is [T,K,R].
+ private:
+  void add(int64_t block, int64_t c, int64_t count, Acc* sums, int64_t stride) const;
+  void add_group(const Group& group, int64_t block, const void* const* rows, DType dtype, const Acc* bias_row,
+                 int64_t count, Acc* sums, int64_t stride, const void* const* next) const;
+};
+
+// The tokens of one block: h[pair,:] <- w * (sum of h's parts) (output), or w * the sum of that over the token's slots
+// (factored).
 template <class Acc>
-void lora_forward(const LoraArgs& args, const Matrix& base, const Matrix& out);
+void combine(const LoraArgs& args, const Acc* weights, int64_t parts, int64_t block, Acc* h);
 
 // Pointers to ranks [0,R) of expert `e` over columns [c, c+count), with their dtype; columns that are not adjacent in
 // memory are loaded into `buffer` ([R, count]) first.

@@ -12,9 +12,22 @@ namespace {
 
 constexpr int64_t kOuterPairs = 64;  // pairs per axpy of `outer`: the reduction runs over them
 
+template <class Acc>
+void shrink(const LoraArgs& args, const Pairs& pairs, const Matrix& x, const Factors& w, Acc* h) {
+  Shrink<Acc> shrink{args, pairs, x, w, nullptr, h};
+  shrink.plan();
+  parallel(shrink.count(), shrink.cost(), shrink);
+}
+
+template <class Acc>
+void weigh(const LoraArgs& args, const Acc* weights, Acc* h) {
+  parallel(ceil_div(args.T, kBlock), std::min(args.T, kBlock) * args.K * args.R,
+           [&](int64_t block) { combine<Acc>(args, weights, 1, block, h); });
+}
+
 // g[e,r,c] = sum over the pairs of e, in order, of q[pair,r] * x[token,c]; out is [E,R,C] contiguous.
 template <class Acc>
-void outer(const LoraArgs& args, const Pairs<Acc>& pairs, const Acc* q, int64_t R, const Matrix& x, int64_t columns,
+void outer(const LoraArgs& args, const Pairs& pairs, const Acc* q, int64_t R, const Matrix& x, int64_t columns,
            const Tensor& out) {
   const int64_t chunks = ceil_div(columns, kChunk);
   const DType dtype = dtype_of(out);
@@ -37,7 +50,7 @@ void outer(const LoraArgs& args, const Pairs<Acc>& pairs, const Acc* q, int64_t 
         row[p] = x.at(pair / args.K, c);
         for (int64_t r = 0; r < R; ++r) transposed[r * kOuterPairs + p] = q[pair * R + r];
       }
-      micro<Acc>(x.dtype).axpy(R, n, count, left, row, into);
+      micro<Acc>(x.dtype).axpy(R, n, count, left, row, into, nullptr);
     }
     char* base = static_cast<char*>(out.data_ptr());
     for (int64_t r = 0; r < R; ++r)
@@ -72,7 +85,7 @@ void weight_gradient(const LoraArgs& args, const Acc* weights, const Acc* h, con
           sum += args.factored ? qt[k * R + r] * mean_h[r] + ht[k * R + r] * mean_q[r] : qt[k * R + r] * ht[k * R + r];
         if (args.lora_bias) {
           const Matrix values(*args.lora_bias);
-          const Acc* line = row_as<Acc>(values, args.ids()[slot + k], args.O, bias);
+          const Acc* line = row_as<Acc>(values, args.ids[slot + k], args.O, bias);
           for (int64_t o = 0; o < args.O; ++o) sum += dy_row[o] * line[o];
         }
         per_pair[t * K + k] = sum;
@@ -94,12 +107,14 @@ struct Results {
 };
 
 template <class Acc>
-void backward(const LoraArgs& args, const Tensor& grad_y, const Needs& needs, const Results& out) {
-  const Tensor weight_values = as_accumulator(args.weights, args.wide);
+void backward(const LoraArgs& args, const Tensor& weights, const Tensor& grad_y, const Needs& needs,
+              const Results& out) {
+  const Tensor weight_values = as_accumulator(weights, args.wide);
   const Acc* w = static_cast<const Acc*>(weight_values.data_ptr());
   const Matrix x(args.x), dy(grad_y);
   // grad_weights is true at a weight of 0 too, so those pairs are read for it
-  const Pairs<Acc> blocked(args, w, kBlock, !needs.weights);
+  Pairs blocked;
+  blocked.sort<Acc>(args, w, kBlock, !needs.weights);
   const bool need_h = needs.b || needs.weights, need_q = needs.x || needs.a || needs.weights;
   const auto hidden = [&](bool needed) {
     return new_tensor(args.x, {needed ? args.T : 0, args.K, args.R}, scalar_type<Acc>);
@@ -109,14 +124,18 @@ void backward(const LoraArgs& args, const Tensor& grad_y, const Needs& needs, co
   if (need_h) shrink<Acc>(args, blocked, x, args.a, h);
   if (need_q) shrink<Acc>(args, blocked, dy, args.b, q);
   if (needs.weights) weight_gradient<Acc>(args, w, h, q, dy, out.weights);
-  if (needs.x || needs.a) combine<Acc>(args, w, q);
-  if (needs.b) combine<Acc>(args, w, h);
+  if (needs.x || needs.a) weigh<Acc>(args, w, q);
+  if (needs.b) weigh<Acc>(args, w, h);
   if (needs.x) {
-    const Pairs<Acc> used(args, w, kBlock, true);
-    expand<Acc>(args, used, q, args.a, nullptr, std::nullopt, w, Matrix(out.x));
+    Pairs used;
+    used.sort<Acc>(args, w, kBlock, true);
+    const std::optional<Tensor> no_bias;
+    const Expand<Acc> expand{args, used, q, args.a, nullptr, no_bias, w, Matrix(out.x)};
+    parallel(expand.count(), expand.cost(), expand);
   }
   if (!needs.a && !needs.b && !needs.bias) return;
-  const Pairs<Acc> whole(args, w, args.T, true);
+  Pairs whole;
+  whole.sort<Acc>(args, w, args.T, true);
   if (needs.a) outer<Acc>(args, whole, q, args.R, x, args.D, out.a);
   if (needs.b) outer<Acc>(args, whole, h, args.R, dy, args.O, out.b);
   if (needs.bias) {
@@ -133,10 +152,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_apply_backward(Tensor gr
                                                                        std::optional<Tensor> rows, bool factored) {
   const Check check{"lora_apply_backward"};
   check.floating(grad_y, "grad_y");
-  check.that(grad_y.dim() == 2 && x.dim() == 2 && grad_y.size(0) == x.size(0), "grad_y must be [T, O] with the T of x ",
-             shape_of(x), ", got ", shape_of(grad_y));
-  const LoraArgs args(check, x, grad_y.size(1), is_double(grad_y), lora_a, lora_b, weights, experts, lora_bias, rows,
-                      factored, std::nullopt);
+  MOERGE_CHECK(check, grad_y.dim() == 2 && x.dim() == 2 && grad_y.size(0) == x.size(0),
+               "grad_y must be [T, O] with the T of x ", shape_of(x), ", got ", shape_of(grad_y));
+  LoraArgs args(check, x, grad_y.size(1), is_double(grad_y), lora_a, lora_b, lora_bias, factored, std::nullopt);
+  args.set_slots(weights, experts, rows);
   const Needs need{bool(needs & 1), bool(needs & 2), bool(needs & 4), bool(needs & 8), lora_bias && (needs & 16)};
   const auto result = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> sizes) {
     Tensor out = needed ? new_tensor(like, sizes, like.scalar_type()) : new_tensor(like, {0}, like.scalar_type());
@@ -147,9 +166,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_apply_backward(Tensor gr
               result(need.b, lora_b, {args.E, args.R, args.O}), result(need.weights, weights, {args.N, args.K}),
               result(need.bias, lora_bias ? *lora_bias : x, {args.E, args.O})};
   if (args.T > 0 && args.wide)
-    backward<double>(args, rows_contiguous(grad_y), need, out);
+    backward<double>(args, weights, rows_contiguous(grad_y), need, out);
   else if (args.T > 0)
-    backward<float>(args, rows_contiguous(grad_y), need, out);
+    backward<float>(args, weights, rows_contiguous(grad_y), need, out);
   return {out.x, out.a, need.b ? torch::stable::transpose(out.b, 1, 2) : out.b, out.weights, out.bias};
 }
 

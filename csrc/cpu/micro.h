@@ -22,23 +22,34 @@ struct Micro {
   void (*store)(int64_t n, const Acc* src, void* dst);
   // out[m][n] = sum_d x[m][d] * w[n][d]
   void (*dot)(int64_t M, int64_t N, int64_t D, const Acc* const* x, const void* const* w, Acc* const* out);
-  // out[m][j] += sum_i h[m][i] * w[i][j]
-  void (*axpy)(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out);
+  // out[m][j] += sum_i h[m][i] * w[i][j], for few i. `next`, if not null, are I rows of the same kind that a later call
+  // will read: they are fetched meanwhile.
+  void (*axpy)(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out,
+               const void* const* next);
+  // out[m][j] += sum_d x[m][d] * w[d * stride + j], for many d and few j
+  void (*tall)(int64_t M, int64_t D, int64_t J, const Acc* const* x, const void* w, int64_t stride, Acc* const* out);
 };
+
+// A call of `tall` over D is the same, bit for bit, as calls over its parts of kDepth one after the other.
+constexpr int64_t kDepth = 256;
 
 template <class Acc>
 const Micro<Acc>& micro(DType w);
 
-// The loops over one row that do not depend on a stored dtype. Sums are kept in double, so that a mean of 1000 with a
-// deviation of 0.5 keeps its digits.
+struct Moments {
+  double sum, squares;  // sum_i v_i and sum_i v_i^2
+};
+
+// The loops over one row that do not depend on a stored dtype. Sums run in Acc over 1024 elements at a time and in
+// double over those.
 template <class Acc>
 struct RowMicro {
-  // sum_i x[i]
-  double (*sum)(int64_t n, const Acc* x);
-  // sum_i (x[i] - mean)^2
-  double (*squares)(int64_t n, const Acc* x, double mean);
-  // out[i] = (x[i] - shift - rest) * factor; out may be x
-  void (*affine)(int64_t n, const Acc* x, Acc shift, Acc rest, Acc factor, Acc* out);
+  // the moments of x
+  Moments (*moments)(int64_t n, const Acc* x);
+  // out[i] = x[i] - shift, and the moments of out; out may be x
+  Moments (*centre)(int64_t n, const Acc* x, Acc shift, Acc* out);
+  // out[i] = x[i] * factor; out may be x
+  void (*multiply)(int64_t n, const Acc* x, Acc factor, Acc* out);
 };
 
 template <class Acc>

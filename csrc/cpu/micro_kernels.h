@@ -1,10 +1,17 @@
 // Implementation of micro.h for one instruction set: included by micro_<set>.cpp, each compiled with its own flags and
-// its own MOERGE_ISA namespace, so that no code built for one set can be linked into another. Only <cstdint> types and
-// compiler vectors are used here, for the same reason.
+// its own MOERGE_ISA namespace, so that no code built for one set can be linked into another. Only <cstdint> types,
+// compiler vectors and intrinsics are used here, for the same reason.
 //
 // dot:  tiles of 4 x 4 outputs, one vector accumulator each: 16 independent FMA chains per 8 loads.
-// axpy: tiles of 4 rows x 2 vectors: 8 chains per 2 vector loads and 4 broadcasts.
+// axpy: tiles of 8 rows x 2 vectors: 16 chains per 2 vector loads and 8 broadcasts.
+// tall: tiles of 6 rows x 1 vector or 3 x 2, four chains each over d mod 4: 24 chains, and one row alone still keeps
+// the
+//       load ports busy, which is what bounds it. No sum across lanes is left at the end, unlike in dot.
 #pragma once
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "micro.h"
 
@@ -16,50 +23,134 @@ struct bf16 {
 };
 using f16 = _Float16;
 
-template <class Acc>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  static constexpr int n = 16;
-  typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-};
-template <>
-struct Lanes<double> {
-  static constexpr int n = 8;
-  typedef double vec __attribute__((vector_size(64), aligned(8), may_alias));
-};
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef f16 f16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+#ifdef __AVX512F__
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#endif
 
+// Lanes<Acc, N>::vec: N numbers; the other vectors are what N stored numbers look like.
+template <class Acc, int N>
+struct Lanes;
+#define MOERGE_LANES(Acc, N)                                                                         \
+  template <>                                                                                        \
+  struct Lanes<Acc, N> {                                                                             \
+    typedef Acc vec __attribute__((vector_size(N * sizeof(Acc)), aligned(alignof(Acc)), may_alias)); \
+    typedef float f32 __attribute__((vector_size(N * 4), aligned(4), may_alias));                    \
+    typedef uint32_t u32 __attribute__((vector_size(N * 4)));                                        \
+    typedef uint16_t u16 __attribute__((vector_size(N * 2), aligned(2), may_alias));                 \
+    typedef f16 half __attribute__((vector_size(N * 2), aligned(2), may_alias));                     \
+  };
+MOERGE_LANES(float, 16)
+MOERGE_LANES(float, 8)
+MOERGE_LANES(float, 4)
+MOERGE_LANES(double, 8)
+MOERGE_LANES(double, 4)
+MOERGE_LANES(double, 2)
+#undef MOERGE_LANES
+
+template <class Acc, int N>
+using Vec = typename Lanes<Acc, N>::vec;
 template <class Acc>
-using Vec = typename Lanes<Acc>::vec;
+constexpr int kWide = kVectorBytes / sizeof(Acc);  // numbers in one register
+// dot sums 64 bytes of lanes on every machine, so that its order does not depend on the width of a register
+template <class Acc>
+constexpr int kDotLanes = 64 / sizeof(Acc);
 
 inline float widen(bf16 value) { return __builtin_bit_cast(float, static_cast<uint32_t>(value.bits) << 16); }
 inline float widen(f16 value) { return static_cast<float>(value); }
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 
-template <class Acc, class T>
-inline Vec<Acc> load_vec(const T* p) {
+template <class Acc, int N, class T>
+inline Vec<Acc, N> load_vec(const T* p) {
+  using L = Lanes<Acc, N>;
   if constexpr (__is_same(Acc, T)) {
-    return *reinterpret_cast<const Vec<Acc>*>(p);
+    return *reinterpret_cast<const Vec<Acc, N>*>(p);
   } else if constexpr (__is_same(Acc, float) && __is_same(T, bf16)) {
-    u32x16 wide = __builtin_convertvector(*reinterpret_cast<const u16x16*>(p), u32x16);
-    return reinterpret_cast<Vec<float>>(wide << 16);
+    typename L::u32 wide = __builtin_convertvector(*reinterpret_cast<const typename L::u16*>(p), typename L::u32);
+    return reinterpret_cast<Vec<float, N>>(wide << 16);
   } else if constexpr (__is_same(Acc, float) && __is_same(T, f16)) {
-    return __builtin_convertvector(*reinterpret_cast<const f16x16*>(p), Vec<float>);
+    return __builtin_convertvector(*reinterpret_cast<const typename L::half*>(p), Vec<float, N>);
+  } else if constexpr (__is_same(Acc, double) && __is_same(T, float)) {
+    return __builtin_convertvector(*reinterpret_cast<const typename L::f32*>(p), Vec<double, N>);
   } else {
-    Vec<Acc> result;
-    for (int i = 0; i < Lanes<Acc>::n; ++i) result[i] = static_cast<Acc>(widen(p[i]));
+    Vec<Acc, N> result;
+    for (int i = 0; i < N; ++i) result[i] = static_cast<Acc>(widen(p[i]));
     return result;
   }
 }
 
+// The first n < N numbers at p, then zeros.
+template <class Acc, int N, class T>
+inline Vec<Acc, N> load_tail(const T* p, int64_t n) {
+#ifdef __AVX512F__
+  if constexpr (__is_same(Acc, float) && __is_same(T, float)) {
+    return (Vec<Acc, N>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  } else if constexpr (__is_same(Acc, double) && __is_same(T, double)) {
+    return (Vec<Acc, N>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  } else if constexpr (__is_same(Acc, float) && sizeof(T) == 2) {
+    T lanes[N];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes),
+                        _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+    return load_vec<Acc, N>(lanes);
+  }
+#endif
+  Vec<Acc, N> result = {};
+  for (int i = 0; i < n; ++i) result[i] = static_cast<Acc>(widen(p[i]));
+  return result;
+}
+
+template <class Acc, int N>
+inline void store_vec(Vec<Acc, N> value, Acc* p) {
+  *reinterpret_cast<Vec<Acc, N>*>(p) = value;
+}
+
+// Keeps a vector in its register: GCC would load a tile's row of w again for every multiplication, and the loads are
+// what bounds a tile (1.35 times the time of a 3 x 2 tile of `tall`).
+template <class V>
+inline void pin(V& vector) {
+#ifdef __AVX512F__
+  asm("" : "+v"(vector));
+#elif defined(__AVX2__)
+  asm("" : "+x"(vector));
+#else
+  (void)vector;
+#endif
+}
+
+// Asks for the cache lines of `bytes` from p on.
+template <int bytes>
+[[gnu::always_inline]] inline void fetch(const void* p) {
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
+}
+
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+
+// f(0), ..., f(N-1) with constants: what a loop variable indexes, GCC may leave in memory (2.5 times the time of a
+// tile).
+template <int N, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  if constexpr (N > 0) {
+    unrolled<N - 1>(f);
+    f(Index<N - 1>{});
+  }
+}
+// f(m, n) for all m < M and n < N
+template <int M, int N, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  unrolled<M>([&](auto m) __attribute__((always_inline)) {
+    unrolled<N>([&](auto n) __attribute__((always_inline)) { f(m, n); });
+  });
+}
+#define MOERGE_INLINE __attribute__((always_inline))
+
 // Pairwise, so that the order does not depend on the instruction set's shuffle.
-template <class Acc>
-inline Acc reduce(Vec<Acc> v) {
-  constexpr int n = Lanes<Acc>::n;
+template <class Acc, int n>
+inline Acc reduce(Vec<Acc, n> v) {
   Acc lane[n];
   for (int i = 0; i < n; ++i) lane[i] = v[i];
   for (int width = n / 2; width > 0; width /= 2)
@@ -83,8 +174,9 @@ inline void narrow(double value, bf16* out) { narrow(static_cast<float>(value), 
 template <class Acc, class T>
 void load(int64_t n, const void* src, Acc* dst) {
   const T* in = static_cast<const T*>(src);
+  constexpr int lanes = kWide<Acc>;
   int64_t i = 0;
-  for (; i + Lanes<Acc>::n <= n; i += Lanes<Acc>::n) *reinterpret_cast<Vec<Acc>*>(dst + i) = load_vec<Acc>(in + i);
+  for (; i + lanes <= n; i += lanes) store_vec<Acc, lanes>(load_vec<Acc, lanes>(in + i), dst + i);
   for (; i < n; ++i) dst[i] = static_cast<Acc>(widen(in[i]));
 }
 
@@ -96,13 +188,13 @@ void store(int64_t n, const Acc* src, void* dst) {
 
 template <class Acc, class T, int M, int N>
 inline void dot_tile(int64_t D, const Acc* const* x, const void* const* w, Acc* const* out, int64_t n0) {
-  constexpr int lanes = Lanes<Acc>::n;
-  Vec<Acc> sum[M][N] = {};
+  constexpr int lanes = kDotLanes<Acc>;
+  Vec<Acc, lanes> sum[M][N] = {};
   int64_t d = 0;
   for (; d + lanes <= D; d += lanes) {
-    Vec<Acc> a[M], b[N];
-    for (int m = 0; m < M; ++m) a[m] = load_vec<Acc>(x[m] + d);
-    for (int n = 0; n < N; ++n) b[n] = load_vec<Acc>(static_cast<const T*>(w[n]) + d);
+    Vec<Acc, lanes> a[M], b[N];
+    for (int m = 0; m < M; ++m) a[m] = load_vec<Acc, lanes>(x[m] + d);
+    for (int n = 0; n < N; ++n) b[n] = load_vec<Acc, lanes>(static_cast<const T*>(w[n]) + d);
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) sum[m][n] += a[m] * b[n];
   }
@@ -110,7 +202,7 @@ inline void dot_tile(int64_t D, const Acc* const* x, const void* const* w, Acc* 
     for (int n = 0; n < N; ++n) {
       Acc tail = 0;
       for (int64_t i = d; i < D; ++i) tail += x[m][i] * static_cast<Acc>(widen(static_cast<const T*>(w[n])[i]));
-      out[m][n0 + n] = reduce<Acc>(sum[m][n]) + tail;
+      out[m][n0 + n] = reduce<Acc, lanes>(sum[m][n]) + tail;
     }
 }
 
@@ -140,28 +232,28 @@ void dot(int64_t M, int64_t N, int64_t D, const Acc* const* x, const void* const
   }
 }
 
-template <class Acc, class T, int M, int V>
-inline void axpy_tile(int64_t I, int64_t j, const Acc* const* h, const void* const* w, Acc* const* out) {
-  constexpr int lanes = Lanes<Acc>::n;
-  Vec<Acc> sum[M][V];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) sum[m][v] = load_vec<Acc>(out[m] + j + v * lanes);
+template <class Acc, class T, int M, int V, int N>
+inline void axpy_tile(int64_t I, int64_t j, const Acc* const* h, const void* const* w, Acc* const* out,
+                      const void* const* next) {
+  Vec<Acc, N> sum[M][V];
+  unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE { sum[m][v] = load_vec<Acc, N>(out[m] + j + v * N); });
   for (int64_t i = 0; i < I; ++i) {
-    Vec<Acc> row[V];
-    for (int v = 0; v < V; ++v) row[v] = load_vec<Acc>(static_cast<const T*>(w[i]) + j + v * lanes);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) sum[m][v] += h[m][i] * row[v];
+    Vec<Acc, N> row[V];
+    const T* from = static_cast<const T*>(w[i]) + j;
+    unrolled<V>([&](auto v) MOERGE_INLINE { pin(row[v] = load_vec<Acc, N>(from + v * N)); });
+    if (next) fetch<V * N * sizeof(T)>(static_cast<const T*>(next[i]) + j);
+    unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE { sum[m][v] += h[m][i] * row[v]; });
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Vec<Acc>*>(out[m] + j + v * lanes) = sum[m][v];
+  unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE { store_vec<Acc, N>(sum[m][v], out[m] + j + v * N); });
 }
 
 template <class Acc, class T, int M>
-inline void axpy_rows(int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out) {
-  constexpr int lanes = Lanes<Acc>::n;
+inline void axpy_rows(int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out,
+                      const void* const* next) {
+  constexpr int lanes = kWide<Acc>;
   int64_t j = 0;
-  for (; j + 2 * lanes <= J; j += 2 * lanes) axpy_tile<Acc, T, M, 2>(I, j, h, w, out);
-  for (; j + lanes <= J; j += lanes) axpy_tile<Acc, T, M, 1>(I, j, h, w, out);
+  for (; j + 2 * lanes <= J; j += 2 * lanes) axpy_tile<Acc, T, M, 2, lanes>(I, j, h, w, out, next);
+  for (; j + lanes <= J; j += lanes) axpy_tile<Acc, T, M, 1, lanes>(I, j, h, w, out, next);
   for (; j < J; ++j)
     for (int m = 0; m < M; ++m) {
       Acc sum = out[m][j];
@@ -171,51 +263,136 @@ inline void axpy_rows(int64_t I, int64_t J, const Acc* const* h, const void* con
 }
 
 template <class Acc, class T>
-void axpy(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out) {
+void axpy(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out,
+          const void* const* next) {
   int64_t m = 0;
-  for (; m + 4 <= M; m += 4) axpy_rows<Acc, T, 4>(I, J, h + m, w, out + m);
-  for (; m < M; ++m) axpy_rows<Acc, T, 1>(I, J, h + m, w, out + m);
+  const auto rows = [&]<int Count>() {
+    for (; m + Count <= M; m += Count) axpy_rows<Acc, T, Count>(I, J, h + m, w, out + m, m == 0 ? next : nullptr);
+  };
+  if constexpr (kRegisters == 32) rows.template operator()<8>();
+  rows.template operator()<4>();
+  rows.template operator()<2>();
+  rows.template operator()<1>();
 }
 
-inline Vec<double> load_double(const float* p) {
-  typedef float f32x8 __attribute__((vector_size(32), aligned(4), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const f32x8*>(p), Vec<double>);
+template <class Acc, class T, int M, int V>
+inline void tall_tile(int64_t D, const Acc* const* x, const T* w, int64_t stride, Acc* const* out, int64_t j) {
+  constexpr int N = kWide<Acc>;
+  Vec<Acc, N> sum[4][M][V] = {};
+  const auto step = [&](int64_t d, auto chain) MOERGE_INLINE {
+    Vec<Acc, N> row[V];
+    const T* from = w + d * stride;
+    unrolled<V>([&](auto v) MOERGE_INLINE { pin(row[v] = load_vec<Acc, N>(from + v * N)); });
+    unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE { sum[chain][m][v] += x[m][d] * row[v]; });
+  };
+  int64_t d = 0;
+  for (; d + 4 <= D; d += 4) unrolled<4>([&](auto chain) MOERGE_INLINE { step(d + chain, chain); });
+  unrolled<3>([&](auto chain) MOERGE_INLINE {
+    if (d + chain < D) step(d + chain, chain);
+  });
+  unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE {
+    Acc* to = out[m] + j + v * N;
+    const Vec<Acc, N> total = (sum[0][m][v] + sum[1][m][v]) + (sum[2][m][v] + sum[3][m][v]);
+    store_vec<Acc, N>(load_vec<Acc, N>(to) + total, to);
+  });
 }
-inline Vec<double> load_double(const double* p) { return load_vec<double>(p); }
 
-template <class Acc>
-double sum(int64_t n, const Acc* x) {
-  Vec<double> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
-    for (int k = 0; k < 4; ++k) sums[k] += load_double(x + i + 8 * k);
-  double total = reduce<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < n; ++i) total += x[i];
-  return total;
+// out[m][j..j+V*N) += x[m] . w[:, 0..V*N)
+template <class Acc, class T, int V, int Rows>
+inline void tall_rows(int64_t M, int64_t D, const Acc* const* x, const T* w, int64_t stride, Acc* const* out,
+                      int64_t j) {
+  int64_t m = 0;
+  for (; m + Rows <= M; m += Rows) tall_tile<Acc, T, Rows, V>(D, x + m, w, stride, out + m, j);
+  if constexpr (Rows > 4)
+    for (; m + 3 <= M; m += 3) tall_tile<Acc, T, 3, V>(D, x + m, w, stride, out + m, j);
+  for (; m < M; ++m) tall_tile<Acc, T, 1, V>(D, x + m, w, stride, out + m, j);
 }
 
-template <class Acc>
-double squares(int64_t n, const Acc* x, double mean) {
-  Vec<double> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32)
-    for (int k = 0; k < 4; ++k) {
-      const Vec<double> centred = load_double(x + i + 8 * k) - mean;
-      sums[k] += centred * centred;
+constexpr int64_t kTallRows = 96;  // rows between two passes over a part of w
+
+// The last `tail` columns, fewer than a vector: through a copy of w that is filled up with zeros.
+template <class Acc, class T, int Rows>
+inline void tall_tail(int64_t M, int64_t D, const Acc* const* x, const T* w, int64_t stride, Acc* const* out, int64_t j,
+                      int64_t tail) {
+  constexpr int N = kWide<Acc>;
+  Acc filled[kDepth * N], sums[kTallRows * N] = {};
+  Acc* row[kTallRows];
+  for (int64_t d = 0; d < D; ++d) store_vec<Acc, N>(load_tail<Acc, N>(w + d * stride, tail), filled + d * N);
+  for (int64_t m = 0; m < M; ++m) row[m] = sums + m * N;
+  tall_rows<Acc, Acc, 1, Rows>(M, D, x, filled, N, row, 0);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t i = 0; i < tail; ++i) out[m][j + i] += row[m][i];
+}
+
+template <class Acc, class T>
+void tall(int64_t M, int64_t D, int64_t J, const Acc* const* x, const void* w_start, int64_t stride, Acc* const* out) {
+  constexpr int lanes = kWide<Acc>, rows = kRegisters == 32 ? 6 : 3;
+  const Acc* part[kTallRows];
+  for (int64_t begin = 0; begin < D; begin += kDepth) {
+    const T* w = static_cast<const T*>(w_start) + begin * stride;
+    const int64_t depth = D - begin < kDepth ? D - begin : kDepth;
+    for (int64_t m0 = 0; m0 < M; m0 += kTallRows) {
+      const int64_t count = M - m0 < kTallRows ? M - m0 : kTallRows;
+      for (int64_t m = 0; m < count; ++m) part[m] = x[m0 + m] + begin;
+      int64_t j = 0;
+      if constexpr (kRegisters == 32)
+        for (; j + 2 * lanes <= J; j += 2 * lanes)
+          tall_rows<Acc, T, 2, 3>(count, depth, part, w + j, stride, out + m0, j);
+      for (; j + lanes <= J; j += lanes) tall_rows<Acc, T, 1, rows>(count, depth, part, w + j, stride, out + m0, j);
+      if (j < J) tall_tail<Acc, T, rows>(count, depth, part, w + j, stride, out + m0, j, J - j);
     }
-  double total = reduce<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < n; ++i) total += (x[i] - mean) * (x[i] - mean);
+  }
+}
+
+// v_i = x_i - shift for i in [0, n), written to out unless it is null
+template <class Acc>
+Moments shifted_moments(int64_t n, const Acc* x, Acc shift, Acc* out) {
+  constexpr int lanes = kDotLanes<Acc>;
+  constexpr int64_t span = 1024;
+  Moments total{0, 0};
+  for (int64_t begin = 0; begin < n; begin += span) {
+    const int64_t end = n - begin < span ? n : begin + span;
+    Vec<Acc, lanes> sums[4] = {}, squares[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * lanes <= end; i += 4 * lanes)
+      for (int k = 0; k < 4; ++k) {
+        const Vec<Acc, lanes> value = load_vec<Acc, lanes>(x + i + k * lanes) - shift;
+        if (out) store_vec<Acc, lanes>(value, out + i + k * lanes);
+        sums[k] += value;
+        squares[k] += value * value;
+      }
+    Acc sum = reduce<Acc, lanes>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    Acc square = reduce<Acc, lanes>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    for (; i < end; ++i) {
+      const Acc value = x[i] - shift;
+      if (out) out[i] = value;
+      sum += value;
+      square += value * value;
+    }
+    total.sum += sum;
+    total.squares += square;
+  }
   return total;
 }
 
 template <class Acc>
-void affine(int64_t n, const Acc* x, Acc shift, Acc rest, Acc factor, Acc* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] - shift - rest) * factor;
+Moments moments(int64_t n, const Acc* x) {
+  return shifted_moments<Acc>(n, x, Acc(0), nullptr);
+}
+
+template <class Acc>
+Moments centre(int64_t n, const Acc* x, Acc shift, Acc* out) {
+  return shifted_moments<Acc>(n, x, shift, out);
+}
+
+template <class Acc>
+void multiply(int64_t n, const Acc* x, Acc factor, Acc* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
 }
 
 template <class Acc, class T>
 constexpr Micro<Acc> make() {
-  return {load<Acc, T>, store<Acc, T>, dot<Acc, T>, axpy<Acc, T>};
+  return {load<Acc, T>, store<Acc, T>, dot<Acc, T>, axpy<Acc, T>, tall<Acc, T>};
 }
 
 }  // namespace
@@ -225,7 +402,7 @@ extern const Micro<float> table_f32[4] = {make<float, float>(), make<float, doub
                                           make<float, f16>()};
 extern const Micro<double> table_f64[4] = {make<double, float>(), make<double, double>(), make<double, bf16>(),
                                            make<double, f16>()};
-extern const RowMicro<float> rows_f32 = {sum<float>, squares<float>, affine<float>};
-extern const RowMicro<double> rows_f64 = {sum<double>, squares<double>, affine<double>};
+extern const RowMicro<float> rows_f32 = {moments<float>, centre<float>, multiply<float>};
+extern const RowMicro<double> rows_f64 = {moments<double>, centre<double>, multiply<double>};
 
 }  // namespace moerge::cpu::MOERGE_ISA

@@ -139,9 +139,9 @@ struct Mix {
 void check_inputs(const Check& check, const Tensor& logits, const Tensor& weights) {
   check.floating(logits, "logits");
   check.floating(weights, "weights");
-  check.that(logits.dim() == 3, "logits must be [K, N, V], got ", shape_of(logits));
-  check.shape(weights, "weights", {logits.size(1), logits.size(0)},
-              text("[N=", logits.size(1), ", K=", logits.size(0), "] to match logits"));
+  MOERGE_CHECK(check, logits.dim() == 3, "logits must be [K, N, V], got ", shape_of(logits));
+  check.shape(weights, "weights", {logits.size(1), logits.size(0)}, "[N=", logits.size(1), ", K=", logits.size(0),
+              "] to match logits");
 }
 
 Tensor mix_log_probs(Tensor logits, Tensor weights) {
@@ -174,8 +174,8 @@ std::tuple<Tensor, Tensor> mix_log_probs_backward(Tensor grad, Tensor result, Te
   const Check check{"mix_log_probs_backward"};
   check_inputs(check, logits, weights);
   const int64_t K = logits.size(0), N = logits.size(1), V = logits.size(2);
-  check.shape(grad, "grad", {N, V}, text("[N=", N, ", V=", V, "]"));
-  check.shape(result, "result", {N, V}, text("[N=", N, ", V=", V, "]"));
+  check.shape(grad, "grad", {N, V}, "[N=", N, ", V=", V, "]");
+  check.shape(result, "result", {N, V}, "[N=", N, ", V=", V, "]");
   const bool need_logits = needs & 1, need_weights = needs & 2;
   Tensor grad_logits =
       need_logits ? new_tensor(logits, {K, N, V}, logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());

@@ -1,5 +1,6 @@
-// moerge::route on the CPU: blocks of tokens over threads; within a block, statistics and similarities, then one
-// selection per token. No [T,E] array exists: scores live in the block.
+// moerge::route on the CPU. Many tokens: blocks of tokens over threads; within a block statistics, similarities and one
+// selection per token, so that no [T,E] array exists. Few tokens: the depth of the gates is cut over the threads, so
+// that all of them read; the parts are added in their order, which gives the same bits.
 #include "route.h"
 
 #include <numeric>
@@ -7,6 +8,8 @@
 namespace moerge::cpu {
 
 namespace {
+
+constexpr int64_t kFewSelected = 8;
 
 Normalize parse_normalize(const Check& check, const std::string& name) {
   if (name == "standardize") return Normalize::standardize;
@@ -35,11 +38,28 @@ struct Better {
   }
 };
 
+// The best K of E scores, best first, into ids. False, with ids undefined, when fewer than K are above -infinity.
+template <class Acc>
+bool select_few(const Acc* scores, int64_t E, int64_t K, int32_t* ids) {
+  Acc best[kFewSelected];
+  int64_t held = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const Acc score = scores[e];
+    // never true for a NaN; candidates arrive in id order, so an equal one does not displace
+    if (!(score > (held < K ? -std::numeric_limits<Acc>::infinity() : best[K - 1]))) continue;
+    int64_t at = held < K ? held++ : K - 1;
+    for (; at > 0 && score > best[at - 1]; --at) best[at] = best[at - 1], ids[at] = ids[at - 1];
+    best[at] = score;
+    ids[at] = static_cast<int32_t>(e);
+  }
+  return held == K;
+}
+
 // The best min(K, number of candidates) of ids[0..n), best first, at the front of ids.
 template <class Acc>
 void select(const Acc* scores, int32_t* ids, int64_t n, int64_t K) {
   const Better<Acc> better{scores};
-  if (K > 8) {
+  if (K > kFewSelected) {
     std::partial_sort(ids, ids + std::min(K, n), ids + n, better);
     return;
   }
@@ -54,10 +74,24 @@ void select(const Acc* scores, int32_t* ids, int64_t n, int64_t K) {
   }
 }
 
-// One token: scores [E] -> weights [K], experts [K]. `ids` is scratch [E].
+}  // namespace
+
+// One token: raw similarities [E] (then scores) -> weights [K], experts [K]. `ids` is scratch [E].
 template <class Acc>
-void choose(const RouteArgs& args, int64_t token, const Acc* scores, int32_t* ids, Acc* weights, int32_t* experts) {
-  const int64_t K = args.top_k, n = eligible_experts(args, token, ids);
+void RouteForward<Acc>::choose(int64_t token, Acc* scores, int32_t* ids) const {
+  const RouteArgs& args = args_;
+  const int64_t K = args.top_k;
+  Acc* weights = weights_ + token * K;
+  int32_t* experts = experts_ + token * K;
+  finish_scores(args, token, scores);
+  if (!args.mask && !(args.top_p > 0) && args.weighting == Weighting::softmax && K <= kFewSelected &&
+      select_few(scores, args.E, K, experts)) {
+    Acc total = 0;
+    for (int64_t k = 0; k < K; ++k) total += weights[k] = std::exp(scores[experts[k]] - scores[experts[0]]);
+    for (int64_t k = 0; k < K; ++k) weights[k] /= total;
+    return;
+  }
+  const int64_t n = eligible_experts(args, token, ids);
   std::optional<Softmax<Acc>> all;
   if (args.top_p > 0 || args.weighting == Weighting::softmax_all) all.emplace(scores, ids, n);
   select(scores, ids, n, K);
@@ -90,8 +124,6 @@ void choose(const RouteArgs& args, int64_t token, const Acc* scores, int32_t* id
   }
 }
 
-}  // namespace
-
 RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates_in, int64_t top_k,
                      const std::string& normalize, bool absolute, std::optional<double> scale,
                      std::optional<Tensor> bias_in, std::optional<Tensor> rows, std::optional<Tensor> mask_in,
@@ -106,60 +138,112 @@ RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates
       weighting(parse_weighting(check, weighting)) {
   check.floating(x, "x");
   check.floating(gates, "gates");
-  check.that(x.dim() == 2, "x must be [T, D], got ", shape_of(x));
+  MOERGE_CHECK(check, x.dim() == 2, "x must be [T, D], got ", shape_of(x));
   T = x.size(0), D = x.size(1);
-  check.shape(gates, "gates", {-1, D}, text("[E, D=", D, "] to match x"));
+  check.shape(gates, "gates", {-1, D}, "[E, D=", D, "] to match x");
   E = gates.size(0);
-  check.that(top_k >= 1 && top_k <= E, "top_k must be in [1, E=", E, "], got ", top_k);
-  check.that(!top_p || (*top_p > 0 && *top_p <= 1), "top_p must be in (0, 1], got ", top_p.value_or(0));
+  MOERGE_CHECK(check, top_k >= 1 && top_k <= E, "top_k must be in [1, E=", E, "], got ", top_k);
+  MOERGE_CHECK(check, !top_p || (*top_p > 0 && *top_p <= 1), "top_p must be in (0, 1], got ", top_p.value_or(0));
   this->scale = scale.value_or(this->normalize == Normalize::standardize && D > 0 ? 1 / std::sqrt(double(D)) : 1);
   n_rows = 0;
   const ScalarType acc = is_double(x) ? ScalarType::Double : ScalarType::Float;
   if (bias_in) {
     check.floating(*bias_in, "bias");
-    check.shape(*bias_in, "bias", {-1, E}, text("[N, E=", E, "]"));
+    check.shape(*bias_in, "bias", {-1, E}, "[N, E=", E, "]");
     n_rows = bias_in->size(0);
-    check.that(n_rows > 0 || T == 0, "bias must have at least one row, got ", shape_of(*bias_in));
+    MOERGE_CHECK(check, n_rows > 0 || T == 0, "bias must have at least one row, got ", shape_of(*bias_in));
     bias = dense(*bias_in, acc);
   }
   if (mask_in) {
     check.dtype(*mask_in, "mask", ScalarType::Bool);
     if (mask_in->dim() == 2) {
-      check.shape(*mask_in, "mask", {n_rows ? n_rows : -1, E}, text("[E=", E, "] or [N, E=", E, "] with bias's N"));
+      check.shape(*mask_in, "mask", {n_rows ? n_rows : -1, E}, "[E=", E, "] or [N, E=", E, "] with bias's N");
       n_rows = mask_in->size(0);
-      check.that(n_rows > 0 || T == 0, "mask must have at least one row, got ", shape_of(*mask_in));
+      MOERGE_CHECK(check, n_rows > 0 || T == 0, "mask must have at least one row, got ", shape_of(*mask_in));
     } else {
-      check.shape(*mask_in, "mask", {E}, text("[E=", E, "] or [N, E=", E, "]"));
+      check.shape(*mask_in, "mask", {E}, "[E=", E, "] or [N, E=", E, "]");
     }
     mask = dense(*mask_in);
   }
   row = row_map(check, rows, T, n_rows, rows_storage);
   x = rows_contiguous(x);
-  gates = rows_contiguous(gates);
+  tall_gates = gates.stride(1) != 1 && (gates.stride(0) == 1 || E == 1);
+  if (!tall_gates) gates = rows_contiguous(gates);
+  gate_stride = gates.stride(tall_gates ? 1 : 0);
 }
 
 template <class Acc>
-void route_forward(const RouteArgs& args, Acc* weights, int32_t* experts) {
-  const int64_t T = args.T, K = args.top_k;
-  parallel(ceil_div(T, kTokenBlock), std::min(T, kTokenBlock) * args.D * args.E, [&](int64_t block) {
-    const int64_t begin = block * kTokenBlock, count = std::min(kTokenBlock, T - begin);
-    Acc* normalized = scratch<Acc>(0, kTokenBlock * args.D);
-    Acc* scores = scratch<Acc>(1, kTokenBlock * args.E);
-    int32_t* ids = scratch<int32_t>(2, args.E);
-    Statistics<Acc> stats[kTokenBlock];
-    similarities<Acc>(args, begin, count, normalized, stats, scores);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t t = begin + i;
-      finish_scores(args, t, scores + i * args.E);
-      choose(args, t, scores + i * args.E, ids, weights + t * K, experts + t * K);
-    }
-  });
+RouteForward<Acc>::RouteForward(const RouteArgs& args, Workspace& workspace, Acc* weights, int32_t* experts)
+    : args_(args), weights_(weights), experts_(experts) {
+  if (!few()) return;
+  parts_ = ceil_div(args.D, kDepth);
+  rows_ = workspace.get<Acc>(args.T * args.D);
+  token_ = workspace.get<const Acc*>(args.T);
+  stats_ = workspace.get<Statistics<Acc>>(args.T);
+  partial_ = workspace.get<Acc>(parts_ * args.T * args.E);
 }
 
-template void route_forward<float>(const RouteArgs&, float*, int32_t*);
-template void route_forward<double>(const RouteArgs&, double*, int32_t*);
+template <class Acc>
+void RouteForward<Acc>::run(Team& team) const {
+  if (!few()) return team.run(0, ceil_div(args_.T, kTokenBlock), [&](int64_t i) { block(i); });
+  team.run(0, args_.T, [&](int64_t i) { centre(i); });
+  team.run(1, parts_, [&](int64_t i) { dots(i); });
+  team.run(2, args_.T, [&](int64_t i) { sum_and_choose(i); });
+}
+
+template <class Acc>
+void RouteForward<Acc>::block(int64_t index) const {
+  const int64_t begin = index * kTokenBlock, count = std::min(kTokenBlock, args_.T - begin);
+  Acc* rows = scratch<Acc>(0, kTokenBlock * args_.D);
+  Acc* scores = scratch<Acc>(1, kTokenBlock * args_.E);
+  int32_t* ids = scratch<int32_t>(2, args_.E);
+  Statistics<Acc> stats[kTokenBlock];
+  const Acc* token[kTokenBlock];
+  similarities<Acc>(args_, begin, count, rows, token, stats, scores);
+  for (int64_t i = 0; i < count; ++i) choose(begin + i, scores + i * args_.E, ids);
+}
+
+template <class Acc>
+void RouteForward<Acc>::centre(int64_t token) const {
+  Acc* row = rows_ + token * args_.D;
+  const Acc* x = row_as<Acc>(Matrix(args_.x), token, args_.D, row);
+  stats_[token] = centre_row<Acc>(args_.normalize, args_.D, x, row, &token_[token]);
+}
+
+template <class Acc>
+void RouteForward<Acc>::dots(int64_t part) const {
+  const int64_t begin = part * kDepth, size = args_.T * args_.E;
+  Acc* out = partial_ + part * size;
+  std::fill(out, out + size, Acc(0));
+  add_dots(args_, args_.T, token_, begin, std::min(args_.D, begin + kDepth), out);
+}
+
+template <class Acc>
+void RouteForward<Acc>::sum_and_choose(int64_t token) const {
+  const int64_t E = args_.E;
+  Acc* scores = scratch<Acc>(1, E);
+  int32_t* ids = scratch<int32_t>(2, E);
+  std::fill(scores, scores + E, Acc(0));
+  for (int64_t part = 0; part < parts_; ++part) {
+    const Acc* add = partial_ + (part * args_.T + token) * E;
+    for (int64_t e = 0; e < E; ++e) scores[e] += add[e];
+  }
+  for (int64_t e = 0; e < E; ++e) scores[e] *= stats_[token].factor;
+  choose(token, scores, ids);
+}
+
+template class RouteForward<float>;
+template class RouteForward<double>;
 
 namespace {
+
+template <class Acc>
+void run(const RouteArgs& args, const Tensor& weights, const Tensor& experts) {
+  Workspace workspace;
+  const RouteForward<Acc> forward(args, workspace, static_cast<Acc*>(weights.data_ptr()),
+                                  static_cast<int32_t*>(experts.data_ptr()));
+  Team::work(forward.cost(), [&](Team& team) { forward.run(team); });
+}
 
 std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::string normalize, bool absolute,
                                  std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
@@ -169,12 +253,10 @@ std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::str
   const bool wide = is_double(x);
   Tensor weights = new_tensor(x, {args.T, top_k}, wide ? ScalarType::Double : ScalarType::Float);
   Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
-  int32_t* ids = static_cast<int32_t*>(experts.data_ptr());
-  if (args.T == 0) return {weights, experts};
-  if (wide)
-    route_forward<double>(args, static_cast<double*>(weights.data_ptr()), ids);
-  else
-    route_forward<float>(args, static_cast<float*>(weights.data_ptr()), ids);
+  if (args.T > 0 && wide)
+    run<double>(args, weights, experts);
+  else if (args.T > 0)
+    run<float>(args, weights, experts);
   return {weights, experts};
 }
 

@@ -15,11 +15,15 @@ namespace moerge::cpu {
 enum class Normalize { standardize, unit, none };
 enum class Weighting { softmax, softmax_all, sigmoid, score };
 
-constexpr int64_t kTokenBlock = 16;  // tokens scored together
+constexpr int64_t kTokenBlock = 48;  // tokens scored together: a multiple of the rows of a tile of `tall`
+// Up to so many tokens a call is bound by reading the gates: their depth is cut over the threads instead of the tokens.
+constexpr int64_t kFewTokens = 48;
 
 struct RouteArgs {
   const Check& check;
   Tensor x, gates;
+  bool tall_gates;  // stored [D,E]: an expert's elements lie gate_stride apart, and the experts side by side
+  int64_t gate_stride;
   int64_t top_k;
   Normalize normalize;
   bool absolute;
@@ -41,54 +45,85 @@ struct RouteArgs {
   }
 };
 
-// What a token's normalization needs: norm(x) = (x - shift - rest) * factor, where shift + rest is the mean (the rest
-// is what Acc cannot hold of it; left in, it would offset every element).
+// norm(x) = centred * factor; centred is x - shift - rest under "standardize" and x itself otherwise.
 template <class Acc>
 struct Statistics {
   Acc shift = 0, rest = 0, factor = 1;
   bool clamped = false;  // "unit" with a norm below the floor
 };
 
-// Normalizes x[0..D) into out (which may be x) and returns the statistics.
+// The same sums in double: for rows whose squares Acc cannot hold.
 template <class Acc>
-Statistics<Acc> normalize_row(Normalize mode, int64_t D, const Acc* x, Acc* out) {
-  Statistics<Acc> stats;
-  if (mode == Normalize::none || D == 0) {
-    if (out != x) std::copy(x, x + D, out);
-    return stats;
-  }
+double sum_of_squares(int64_t n, const Acc* x) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return total;
+}
+
+// Sets `centred` to the centred row: x itself, or `buffer` ([D], may be x) when something is subtracted.
+template <class Acc>
+Statistics<Acc> centre_row(Normalize mode, int64_t D, const Acc* x, Acc* buffer, const Acc** centred) {
   const RowMicro<Acc>& rows = row_micro<Acc>();
-  if (mode == Normalize::standardize) {
-    const double mean = rows.sum(D, x) / static_cast<double>(D);
-    const double variance = rows.squares(D, x, mean) / static_cast<double>(D);
-    stats.shift = static_cast<Acc>(mean);
-    stats.rest = static_cast<Acc>(mean - static_cast<double>(stats.shift));
-    stats.factor = static_cast<Acc>(1 / std::sqrt(variance + 1e-5));
-  } else {
-    const double norm = std::sqrt(rows.squares(D, x, 0));
+  Statistics<Acc> stats;
+  *centred = x;
+  if (mode == Normalize::none || D == 0) return stats;
+  if (mode == Normalize::unit) {
+    double squares = rows.moments(D, x).squares;
+    if (!std::isfinite(squares)) squares = sum_of_squares(D, x);
+    const double norm = std::sqrt(squares);
     stats.clamped = norm < 1e-12;
     stats.factor = static_cast<Acc>(stats.clamped ? 1e12 : 1 / norm);
+    return stats;
   }
-  rows.affine(D, x, stats.shift, stats.rest, stats.factor, out);
+  const double n = static_cast<double>(D);
+  *centred = buffer;
+  stats.shift = static_cast<Acc>(rows.moments(D, x).sum / n);
+  Moments left = rows.centre(D, x, stats.shift, buffer);
+  // the first mean was rounded to Acc; what that left in is subtracted where it would show in the scores
+  if (std::abs(left.sum / n) > std::numeric_limits<Acc>::epsilon() * std::sqrt(left.squares / n)) {
+    stats.rest = static_cast<Acc>(left.sum / n);
+    left = rows.centre(D, buffer, stats.rest, buffer);
+  }
+  if (!std::isfinite(left.squares)) left.squares = sum_of_squares(D, buffer);
+  const double mean = left.sum / n;
+  stats.factor = static_cast<Acc>(1 / std::sqrt(left.squares / n - mean * mean + 1e-5));
   return stats;
 }
 
-// Normalized tokens [begin, begin+count) in `out` ([count,D]) and raw similarities norm(x).g in `scores` ([count,E]).
+// out[i,e] += sum over d in [begin, end) of token[i][d] * gate[e][d]. Sums run in the order of `tall`.
 template <class Acc>
-void similarities(const RouteArgs& args, int64_t begin, int64_t count, Acc* normalized, Statistics<Acc>* stats,
-                  Acc* scores) {
-  const Matrix x(args.x), gates(args.gates);
-  std::vector<const Acc*> token(count);
-  std::vector<Acc*> out(count);
-  std::vector<const void*> gate(args.E);
+void add_dots(const RouteArgs& args, int64_t count, const Acc* const* token, int64_t begin, int64_t end, Acc* out) {
+  const Acc** part = scratch<const Acc*>(4, count);
+  Acc** row = scratch<Acc*>(5, count);
+  for (int64_t i = 0; i < count; ++i) part[i] = token[i] + begin, row[i] = out + i * args.E;
+  const Matrix gates(args.gates);
+  const char* start = gates.data + begin * args.gate_stride * size_of(gates.dtype);
+  micro<Acc>(gates.dtype).tall(count, end - begin, args.E, part, start, args.gate_stride, row);
+}
+
+// Tokens [begin, begin+count): their centred rows (in `buffer`, [count,D], or in x itself), statistics, and raw
+// similarities norm(x) . g in `scores` ([count,E]).
+template <class Acc>
+void similarities(const RouteArgs& args, int64_t begin, int64_t count, Acc* buffer, const Acc** token,
+                  Statistics<Acc>* stats, Acc* scores) {
+  const Matrix x(args.x);
   for (int64_t i = 0; i < count; ++i) {
-    Acc* row = normalized + i * args.D;
-    stats[i] = normalize_row<Acc>(args.normalize, args.D, row_as<Acc>(x, begin + i, args.D, row), row);
-    token[i] = row;
-    out[i] = scores + i * args.E;
+    Acc* row = buffer + i * args.D;
+    stats[i] = centre_row<Acc>(args.normalize, args.D, row_as<Acc>(x, begin + i, args.D, row), row, &token[i]);
   }
-  for (int64_t e = 0; e < args.E; ++e) gate[e] = gates.at(e);
-  micro<Acc>(gates.dtype).dot(count, args.E, args.D, token.data(), gate.data(), out.data());
+  if (args.tall_gates) {
+    std::fill(scores, scores + count * args.E, Acc(0));
+    add_dots(args, count, token, 0, args.D, scores);
+  } else {
+    const Matrix gates(args.gates);
+    const void** gate = scratch<const void*>(4, args.E);
+    Acc** row = scratch<Acc*>(5, count);
+    for (int64_t e = 0; e < args.E; ++e) gate[e] = gates.at(e);
+    for (int64_t i = 0; i < count; ++i) row[i] = scores + i * args.E;
+    micro<Acc>(gates.dtype).dot(count, args.E, args.D, token, gate, row);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    row_micro<Acc>().multiply(args.E, scores + i * args.E, stats[i].factor, scores + i * args.E);
 }
 
 // Similarity -> score, in place, for one token.
@@ -132,8 +167,33 @@ int64_t kept_by_top_p(const RouteArgs& args, const Softmax<Acc>& all, const Acc*
   return k;
 }
 
-// route for a whole batch; weights [T,K] and experts [T,K] are written.
+// route for a whole batch, as phases [0, kPhases) of a team: weights [T,K] and experts [T,K] are written.
 template <class Acc>
-void route_forward(const RouteArgs& args, Acc* weights, int32_t* experts);
+class RouteForward {
+ public:
+  static constexpr int kPhases = 3;
+
+  RouteForward(const RouteArgs& args, Workspace& workspace, Acc* weights, int32_t* experts);
+  int64_t cost() const { return args_.T * args_.D * (args_.E + 2); }
+  void run(Team& team) const;
+
+ private:
+  bool few() const { return args_.tall_gates && args_.T <= kFewTokens && args_.D > kDepth; }
+  void block(int64_t index) const;
+  void centre(int64_t token) const;
+  void dots(int64_t part) const;
+  void sum_and_choose(int64_t token) const;
+  void choose(int64_t token, Acc* scores, int32_t* ids) const;
+
+  const RouteArgs& args_;
+  Acc* weights_;
+  int32_t* experts_;
+  // for few tokens: rows [T,D], pointers to what is centred, statistics, partial scores [parts,T,E]
+  int64_t parts_ = 0;
+  Acc* rows_ = nullptr;
+  const Acc** token_ = nullptr;
+  Statistics<Acc>* stats_ = nullptr;
+  Acc* partial_ = nullptr;
+};
 
 }  // namespace moerge::cpu

@@ -79,6 +79,7 @@ struct Backward {
   const int32_t* experts;
   Acc* dz;                             // [T,E]; holds ds until grad_bias is summed, then ds * scale * f'(z)
   std::vector<Statistics<Acc>> stats;  // [T]
+  Tensor gate_rows;                    // the gates, each a row
 
   void block(int64_t index, bool keep_ds, const Tensor* grad_x) {
     const int64_t begin = index * kTokenBlock, count = std::min(kTokenBlock, args.T - begin);
@@ -87,8 +88,10 @@ struct Backward {
     Acc* scores = scratch<Acc>(2, args.E);
     Acc* dx = scratch<Acc>(3, args.D);
     int32_t* ids = scratch<int32_t>(4, args.E);
-    similarities<Acc>(args, begin, count, normalized, stats.data() + begin, z);
+    const Acc* token[kTokenBlock];
+    similarities<Acc>(args, begin, count, normalized, token, stats.data() + begin, z);
     for (int64_t i = 0; i < count; ++i) {
+      row_micro<Acc>().multiply(args.D, token[i], stats[begin + i].factor, normalized + i * args.D);
       const int64_t t = begin + i, at = t * args.top_k;
       Acc* ds = dz + t * args.E;
       std::copy(z + i * args.E, z + (i + 1) * args.E, scores);
@@ -104,14 +107,14 @@ struct Backward {
   }
 
   void input_gradient(int64_t t, const Acc* dz_row, const Acc* normalized, Acc* dx, const Tensor& grad_x) {
-    const Matrix gates(args.gates), out(grad_x);
+    const Matrix gates(gate_rows), out(grad_x);
     const auto& rows = micro<Acc>(gates.dtype);
     std::fill(dx, dx + args.D, Acc(0));
     for (int64_t e = 0; e < args.E; ++e) {
       if (dz_row[e] == 0) continue;
       const Acc* h = dz_row + e;
       const void* gate = gates.at(e);
-      rows.axpy(1, 1, args.D, &h, &gate, &dx);
+      rows.axpy(1, 1, args.D, &h, &gate, &dx, nullptr);
     }
     normalize_backward(args.normalize, args.D, stats[t], normalized, dx);
     micro<Acc>(out.dtype).store(args.D, dx, out.at(t));
@@ -130,11 +133,13 @@ struct Backward {
       const void* row = token;
       for (int64_t t = 0; t < args.T; ++t) {
         micro<Acc>(x.dtype).load(count, x.at(t, begin), token);
-        row_micro<Acc>().affine(count, token, stats[t].shift, stats[t].rest, stats[t].factor, token);
+        for (Acc shift : {stats[t].shift, stats[t].rest})
+          if (shift != 0) row_micro<Acc>().centre(count, token, shift, token);
+        row_micro<Acc>().multiply(count, token, stats[t].factor, token);
         for (int64_t e = 0; e < args.E; ++e) {
           const Acc* h = dz + t * args.E + e;
           Acc* sum = sums + e * count;
-          if (*h != 0) micro<Acc>(acc).axpy(1, 1, count, &h, &row, &sum);
+          if (*h != 0) micro<Acc>(acc).axpy(1, 1, count, &h, &row, &sum, nullptr);
         }
       }
       for (int64_t e = 0; e < args.E; ++e) micro<Acc>(out.dtype).store(count, sums + e * count, out.at(e, begin));
@@ -159,7 +164,7 @@ void run(const RouteArgs& args, const Tensor& grad, const Tensor& weights, const
   const Tensor w = dense(weights), ids = dense(experts);
   for (int64_t i = 0; i < args.T * args.top_k; ++i) {
     const int32_t id = static_cast<const int32_t*>(ids.data_ptr())[i];
-    args.check.that(id >= 0 && id < args.E, "experts must hold ids in [0, E=", args.E, "), got ", id);
+    MOERGE_CHECK(args.check, id >= 0 && id < args.E, "experts must hold ids in [0, E=", args.E, "), got ", id);
   }
   const Tensor dz = new_tensor(args.x, {args.T, args.E}, type);
   Backward<Acc> backward{args,
@@ -167,7 +172,8 @@ void run(const RouteArgs& args, const Tensor& grad, const Tensor& weights, const
                          static_cast<const Acc*>(w.data_ptr()),
                          static_cast<const int32_t*>(ids.data_ptr()),
                          static_cast<Acc*>(dz.data_ptr()),
-                         std::vector<Statistics<Acc>>(args.T)};
+                         std::vector<Statistics<Acc>>(args.T),
+                         rows_contiguous(args.gates)};
   const int64_t blocks = ceil_div(args.T, kTokenBlock), cost = std::min(args.T, kTokenBlock) * args.D * args.E;
   if (grad_bias) {
     parallel(blocks, cost, [&](int64_t block) { backward.block(block, true, nullptr); });
@@ -186,9 +192,9 @@ std::tuple<Tensor, Tensor, Tensor> route_backward(Tensor grad_weights, Tensor we
                                                   std::string weighting) {
   const Check check{"route_backward"};
   const RouteArgs args(check, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
-  check.shape(grad_weights, "grad_weights", {args.T, top_k}, text("[T=", args.T, ", K=", top_k, "]"));
-  check.shape(weights, "weights", {args.T, top_k}, text("[T=", args.T, ", K=", top_k, "]"));
-  check.shape(experts, "experts", {args.T, top_k}, text("[T=", args.T, ", K=", top_k, "]"));
+  check.shape(grad_weights, "grad_weights", {args.T, top_k}, "[T=", args.T, ", K=", top_k, "]");
+  check.shape(weights, "weights", {args.T, top_k}, "[T=", args.T, ", K=", top_k, "]");
+  check.shape(experts, "experts", {args.T, top_k}, "[T=", args.T, ", K=", top_k, "]");
   const bool wide = is_double(x);
   check.dtype(weights, "weights", wide ? ScalarType::Double : ScalarType::Float);
   check.dtype(experts, "experts", ScalarType::Int);

@@ -11,6 +11,7 @@
 
 #include "../check.h"
 #include "micro.h"
+#include "team.h"
 
 namespace moerge::cpu {
 
@@ -75,12 +76,13 @@ struct Factors {
         columns(tensor.size(axis_c)) {}
 
   // One half of the result of pack_experts.
-  Factors(const Tensor& packed, int64_t offset, int64_t ranks, int64_t columns)
+  Factors(const Tensor& packed, int64_t offset, int64_t ranks, int64_t columns, int64_t rank_stride,
+          int64_t column_stride)
       : dtype(dtype_of(packed)),
         data(static_cast<char*>(packed.data_ptr()) + offset * size_of(dtype)),
         expert_stride(packed.stride(0)),
-        rank_stride(columns),
-        column_stride(1),
+        rank_stride(rank_stride),
+        column_stride(column_stride),
         ranks(ranks),
         columns(columns) {}
 
@@ -103,22 +105,24 @@ inline RowMap row_map(const Check& check, const std::optional<Tensor>& rows, int
   RowMap map;
   if (rows) {
     check.dtype(*rows, "rows", ScalarType::Int);
-    check.shape(*rows, "rows", {tokens}, text("[T=", tokens, "]"));
+    check.shape(*rows, "rows", {tokens}, "[T=", tokens, "]");
   }
   if (rows && n_rows) {
     keep_alive = dense(*rows);
     map.rows = static_cast<const int32_t*>(keep_alive.data_ptr());
     for (int64_t t = 0; t < tokens; ++t)
-      check.that(map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows, "), got ",
-                 map.rows[t], " for token ", t);
+      MOERGE_CHECK(check, map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows,
+                   "), got ", map.rows[t], " for token ", t);
     return map;
   }
   n_rows = std::max<int64_t>(1, n_rows);
-  check.that(tokens % n_rows == 0, "the number of tokens T=", tokens, " must be a multiple of N=", n_rows,
-             " rows, or rows [T] must say which row each token belongs to");
+  MOERGE_CHECK(check, tokens % n_rows == 0, "the number of tokens T=", tokens, " must be a multiple of N=", n_rows,
+               " rows, or rows [T] must say which row each token belongs to");
   map.tokens_per_row = std::max<int64_t>(1, tokens / n_rows);
   return map;
 }
+
+constexpr int kSharedSlot = 6;  // of scratch: what Workspace hands out
 
 // Memory of one thread that is kept between calls; `slot` tells apart buffers that live at the same time.
 template <class T>
@@ -128,7 +132,7 @@ T* scratch(int slot, int64_t count) {
     size_t bytes = 0;
     ~Buffer() { std::free(data); }
   };
-  static thread_local Buffer buffers[6];
+  static thread_local Buffer buffers[kSharedSlot + 1];
   Buffer& buffer = buffers[slot];
   const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
   if (bytes > buffer.bytes) {
@@ -140,19 +144,27 @@ T* scratch(int slot, int64_t count) {
   return static_cast<T*>(buffer.data);
 }
 
-// f(i) for i in [0, n), spread over torch's threads; `cost` is about how many multiply-adds one f(i) is, since waking a
-// thread costs as much as some ten thousand. What f computes must not depend on which thread runs it.
-template <class F>
-void parallel(int64_t n, int64_t cost, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cost));
-  if (n <= grain) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
+// Memory that all threads of one call share: kept by the calling thread up to kKept bytes, the rest freed at the end.
+class Workspace {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (used_ + bytes <= kKept) {
+      char* start = scratch<char>(kSharedSlot, kKept) + used_;
+      used_ += bytes;
+      return reinterpret_cast<T*>(start);
+    }
+    extra_.emplace_back(std::aligned_alloc(64, bytes), &std::free);
+    if (!extra_.back()) throw std::bad_alloc();
+    return static_cast<T*>(extra_.back().get());
   }
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
+
+ private:
+  static constexpr size_t kKept = size_t{1} << 22;
+  size_t used_ = 0;
+  std::vector<std::unique_ptr<void, decltype(&std::free)>> extra_;
+};
 
 // Rounded up; a division by nothing counts as by one (E may be 0).
 inline int64_t ceil_div(int64_t a, int64_t b) { return b > 0 ? (a + b - 1) / b : a; }
@@ -164,11 +176,14 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::new_empty(like, sizes, type);
 }
 
-// The address of row `t` as Acc: in place when it is stored so, else loaded into `buffer`.
 template <class Acc>
-const Acc* row_as(const Matrix& x, int64_t t, int64_t columns, Acc* buffer) {
-  if (x.dtype == (std::is_same_v<Acc, double> ? DType::f64 : DType::f32)) return static_cast<Acc*>(x.at(t));
-  micro<Acc>(x.dtype).load(columns, x.at(t), buffer);
+constexpr DType dtype_as = std::is_same_v<Acc, double> ? DType::f64 : DType::f32;
+
+// The address of columns [c, c+columns) of row `t` as Acc: in place when they are stored so, else loaded into `buffer`.
+template <class Acc>
+const Acc* row_as(const Matrix& x, int64_t t, int64_t columns, Acc* buffer, int64_t c = 0) {
+  if (x.dtype == dtype_as<Acc>) return static_cast<Acc*>(x.at(t, c));
+  micro<Acc>(x.dtype).load(columns, x.at(t, c), buffer);
   return buffer;
 }
 

@@ -46,7 +46,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 def _request_and_form(rng: random.Random) -> tuple[str, str, str]:
     """(kind, request, an answer of the right form): right for 'say', of another input for every skill."""
     if rng.random() < 0.2:
-        word = train_word(rng) if rng.random() < 0.5 else str(rng.randint(10, 998))
+        word = train_word(rng)
         return "say", rng.choice(_SAY).format(word), word
     task = rng.choice(list(TASKS.values()))
     return task.name, task.request(task.draw(rng), rng), task.rule(task.draw(rng))

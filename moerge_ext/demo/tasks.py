@@ -8,7 +8,7 @@ A conversation is a list of turns; a turn is a request line and an answer line:
     TREE
 
 Every generator draws from the `random.Random` that it is given, so a seed fixes the text. Words of `TEST_WORDS` and
-the numbers and made-up words that `is_test_word` picks never occur as the input of a training request.
+the made-up words that `is_test_word` picks never occur as the input of a training request.
 """
 
 import random
@@ -42,7 +42,7 @@ VOWELS = "aeiou"
 
 
 def is_test_word(word: str) -> bool:
-    """True for the quarter of all words (real or made up) and numbers that only evaluation may use as an input."""
+    """True for the quarter of all words (real or made up) that only evaluation may use as an input."""
     return zlib.crc32(word.encode()) % 4 == 0
 
 
@@ -86,9 +86,8 @@ def stutter(word: str) -> str:
     return "".join(c + c for c in word)
 
 
-def shift(word: str) -> str:
-    """Each letter becomes the next one of the alphabet, z becomes a."""
-    return "".join(chr((ord(c) - 97 + 1) % 26 + 97) for c in word)
+def title(word: str) -> str:
+    return word.capitalize()
 
 
 def spell(word: str) -> str:
@@ -104,25 +103,20 @@ def plural(word: str) -> str:
     return word + "s"
 
 
-def count_on(number: str) -> str:
-    return str(int(number) + 1)
+def twice(word: str) -> str:
+    return f"{word} {word}"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One skill: its rule, the wordings of a request ('{}' is the input) and what an input looks like."""
+    """One skill: its rule and the wordings of a request ('{}' is the input)."""
 
     name: str
     rule: Callable[[str], str]
     wordings: tuple[str, ...]
-    numbers: bool = False
 
     def draw(self, rng: random.Random, *, test: bool = False) -> str:
         """An input; test inputs and training inputs never overlap."""
-        if self.numbers:
-            while is_test_word(number := str(rng.randint(10, 998))) != test:
-                pass
-            return number
         while True:
             word = test_word(rng) if test else train_word(rng)
             if self.rule(word):
@@ -139,10 +133,10 @@ TASKS = {
         Task("shout", shout, ("shout {}", "capitals {}", "loudly {}")),
         Task("consonants", consonants, ("consonants of {}", "drop vowels of {}", "squeeze {}")),
         Task("stutter", stutter, ("stutter {}", "double letters of {}", "echo {}")),
-        Task("shift", shift, ("shift {}", "next letters of {}", "encrypt {}")),
+        Task("title", title, ("title {}", "baptize {}", "name {}")),
         Task("spell", spell, ("spell {}", "letter by letter {}", "dashes {}")),
         Task("plural", plural, ("plural of {}", "many {}", "more than one {}")),
-        Task("count", count_on, ("count on from {}", "after {}", "successor of {}"), numbers=True),
+        Task("twice", twice, ("twice {}", "duplicate {}", "pair {}")),
     )
 }
 
@@ -192,8 +186,8 @@ def nested(a: Task, b: Task, rng: random.Random) -> Conversation:
 
 
 # skills whose answer is again a lower-case word, and skills that such a word can be given to
-_TO_WORD = ("reverse", "consonants", "shift", "plural")
-_FROM_WORD = ("reverse", "shout", "consonants", "shift", "spell")
+_TO_WORD = ("reverse", "consonants", "stutter", "plural")
+_FROM_WORD = ("reverse", "shout", "consonants", "title", "spell")
 
 
 def _mixed(kind: Callable, n: int, rng: random.Random, firsts: tuple, seconds: tuple) -> list[Conversation]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..experts import ExpertBank, ModuleBank
+from ..module_bank import kernel_copy
 from .base import Method, Plan, Taxonomy
 
 PREFIX = "expert:"
@@ -42,8 +43,8 @@ def fixed_plan(
     rows = slice(index, index + 1)
     bias = module_bank.lora_bias
     return Plan(
-        lora_A=module_bank.lora_A[rows, :rank].clone(),
-        lora_B=module_bank.lora_B.transpose(1, 2)[rows, :rank].clone().transpose(1, 2),
+        lora_A=kernel_copy(module_bank.lora_A[rows, :rank]),
+        lora_B=kernel_copy(module_bank.lora_B[rows, :, :rank]),
         lora_bias=None if bias is None else bias[rows].clone(),
         weights=torch.full((1,), float(present), device=module_bank.device),
     )

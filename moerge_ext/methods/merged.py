@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..experts import ExpertBank, ModuleBank
+from ..module_bank import kernel_copy
 from .base import Method, Plan, Taxonomy
 from .phatgoose import PAPER
 
@@ -47,7 +48,7 @@ def merged_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, opt
     used = used_ranks(module_bank)
     bias = module_bank.lora_bias
     return Plan(
-        lora_A=module_bank.lora_A[used].unsqueeze(0),
+        lora_A=kernel_copy(module_bank.lora_A[used].unsqueeze(0)),
         lora_B=module_bank.lora_B.transpose(1, 2)[used].unsqueeze(0).transpose(1, 2),
         lora_bias=None if bias is None else bias.float().sum(0, keepdim=True).to(bias.dtype),
         weights=torch.full((1,), 1.0 / module_bank.num_experts, device=module_bank.device),
@@ -59,7 +60,7 @@ def merged_factors_plan(
 ) -> Plan:
     """One expert of the module's largest rank, A and B the means over the bank, weight 1."""
     return Plan(
-        lora_A=_mean(module_bank.lora_A),
+        lora_A=_mean(module_bank.lora_A.transpose(1, 2)).transpose(1, 2),
         lora_B=_mean(module_bank.lora_B.transpose(1, 2)).transpose(1, 2),
         lora_bias=None if module_bank.lora_bias is None else _mean(module_bank.lora_bias),
         weights=torch.ones(1, device=module_bank.device),

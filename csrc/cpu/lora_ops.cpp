@@ -1,0 +1,234 @@
+// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_ and pack_experts on the CPU.
+//
+//   y_t = base_t + sum_k w_tk (B_e A_e x_t + bias_e)                           e = experts[t,k]
+//   factored: y_t = base_t + (sum_k w_tk B_e)(sum_k w_tk A_e) x_t + sum_k w_tk bias_e
+//
+// One parallel region per call: route (if asked), sort the pairs, shrink, combine (if needed), expand.
+#include "lora.h"
+#include "route.h"
+
+namespace moerge::cpu {
+
+namespace {
+
+// The branch as phases of a team, from [first] on, with what they share.
+template <class Acc>
+struct Branch {
+  const LoraArgs& args;
+  const Acc* weights;
+  Pairs pairs;
+  Shrink<Acc> shrink;
+  Expand<Acc> expand;
+
+  // base is read and out written; they may be one
+  Branch(const LoraArgs& args, const Acc* weights, const Matrix& base, const Matrix& out, Workspace& workspace)
+      : args(args),
+        weights(weights),
+        shrink{args, pairs, Matrix(args.x), args.a, nullptr, nullptr},
+        expand{args, pairs, nullptr, args.b, &base, args.lora_bias, weights, out} {
+    const bool tall = args.a.rank_stride == 1 && args.a.column_stride != 1;
+    if (tall && args.T * args.K <= kFewPairs) shrink.parts = std::max<int64_t>(1, ceil_div(args.D, kDepth));
+    if (shrink.parts == 1 && !args.factored) shrink.weights = weights;
+    shrink.h = workspace.get<Acc>(shrink.parts * args.T * args.K * args.R);
+    expand.h = shrink.h;
+  }
+
+  int64_t cost() const { return args.T * args.K * args.R * (args.D + args.O); }
+
+  void run(Team& team, int first) {
+    team.run(first, 1, [&](int64_t) {
+      pairs.sort<Acc>(args, weights, kBlock, true);
+      shrink.plan();
+    });
+    if (team.failed()) return;
+    team.run(first + 1, shrink.count(), shrink);
+    if (!shrink.weights)
+      team.run(first + 2, ceil_div(args.T, kBlock),
+               [&](int64_t block) { combine<Acc>(args, weights, shrink.parts, block, shrink.h); });
+    team.run(first + 3, expand.count(), expand);
+  }
+};
+
+void check_base(const Check& check, const Tensor& base, const Tensor& x) {
+  check.floating(base, "base");
+  MOERGE_CHECK(check, base.dim() == 2, "base must be [T, O], got ", shape_of(base));
+  MOERGE_CHECK(check, x.dim() != 2 || base.size(0) == x.size(0), "base must have T=", x.dim() ? x.size(0) : 0,
+               " rows to match x, got ", shape_of(base));
+}
+
+// Whether elements may share memory, as in an expanded tensor: then writing into it has no meaning.
+bool overlaps_itself(const Tensor& matrix) {
+  const int near = matrix.stride(1) <= matrix.stride(0) ? 1 : 0;
+  int64_t reach = 0;
+  for (int axis : {near, 1 - near}) {
+    if (matrix.size(axis) <= 1) continue;
+    if (matrix.stride(axis) <= reach) return true;
+    reach += matrix.stride(axis) * (matrix.size(axis) - 1);
+  }
+  return false;
+}
+
+template <class Acc>
+void apply(const LoraArgs& args, const Tensor& weights, const Tensor& base, const Tensor& out) {
+  Workspace workspace;
+  const Tensor values = as_accumulator(weights, args.wide);
+  const Matrix from(base), to(out);
+  Branch<Acc> branch(args, static_cast<const Acc*>(values.data_ptr()), from, to, workspace);
+  Team::work(branch.cost(), [&](Team& team) { branch.run(team, 0); });
+}
+
+// Writes through a contiguous copy when the rows of `base` are not.
+template <class F>
+void in_place(const Check& check, const Tensor& base, const F& write) {
+  MOERGE_CHECK(check, !overlaps_itself(base), "base must not overlap itself in memory, got strides [", base.stride(0),
+               ", ", base.stride(1), "]");
+  const Tensor target = rows_contiguous(base);
+  write(target);
+  if (target.data_ptr() == base.data_ptr()) return;
+  Tensor destination = base;
+  torch::stable::copy_(destination, target);
+}
+
+void lora(const LoraArgs& args, const Tensor& weights, const Tensor& base, const Tensor& out) {
+  if (args.T == 0 || args.O == 0) return;
+  if (args.wide)
+    apply<double>(args, weights, base, out);
+  else
+    apply<float>(args, weights, base, out);
+}
+
+Tensor lora_apply(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
+                  std::optional<Tensor> lora_bias, std::optional<Tensor> rows, bool factored,
+                  std::optional<Tensor> packed) {
+  const Check check{"lora_apply"};
+  check_base(check, base, x);
+  LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
+  args.set_slots(weights, experts, rows);
+  const Tensor out = new_tensor(base, {args.T, args.O}, base.scalar_type());
+  lora(args, weights, rows_contiguous(base), out);
+  return out;
+}
+
+void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
+                 std::optional<Tensor> lora_bias, std::optional<Tensor> rows, bool factored,
+                 std::optional<Tensor> packed) {
+  const Check check{"lora_apply_"};
+  check_base(check, base, x);
+  LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
+  args.set_slots(weights, experts, rows);
+  in_place(check, base, [&](const Tensor& target) { lora(args, weights, target, target); });
+}
+
+// The router and the branch in one parallel region. The router may accumulate in float beside a branch in double:
+// then there are two.
+template <class RouteAcc, class Acc>
+void route_and_apply(const RouteArgs& route, LoraArgs& args, RouteAcc* weights, int32_t* experts, const Tensor& base,
+                     const Tensor& out, Workspace& workspace) {
+  args.set_slots(route.top_k, experts);
+  const RouteForward<RouteAcc> router(route, workspace, weights, experts);
+  const Matrix from(base), to(out);
+  if constexpr (std::is_same_v<RouteAcc, Acc>) {
+    Branch<Acc> branch(args, weights, from, to, workspace);
+    Team::work(router.cost() + branch.cost(), [&](Team& team) {
+      router.run(team);
+      if (!team.failed()) branch.run(team, RouteForward<RouteAcc>::kPhases);
+    });
+  } else {
+    Acc* wide = workspace.get<Acc>(args.T * args.K);
+    Team::work(router.cost(), [&](Team& team) { router.run(team); });
+    std::copy(weights, weights + args.T * args.K, wide);
+    Branch<Acc> branch(args, wide, from, to, workspace);
+    Team::work(branch.cost(), [&](Team& team) { branch.run(team, 0); });
+  }
+}
+
+// weights [T,K] of the router's type and experts [T,K]: where to put what it chooses, or null.
+void routed(const RouteArgs& route, LoraArgs& args, void* weights, int32_t* experts, const Tensor& base,
+            const Tensor& out) {
+  MOERGE_CHECK(args.check, args.E == route.E, "lora_a must be [E=", route.E, ", R, D] to match gates, got E=", args.E);
+  if (args.T == 0) return;
+  Workspace workspace;
+  const bool wide = is_double(route.x);
+  const int64_t slots = args.T * route.top_k;
+  if (!weights) weights = workspace.get<char>(slots * (wide ? 8 : 4)), experts = workspace.get<int32_t>(slots);
+  if (wide)
+    route_and_apply<double, double>(route, args, static_cast<double*>(weights), experts, base, out, workspace);
+  else if (args.wide)
+    route_and_apply<float, double>(route, args, static_cast<float*>(weights), experts, base, out, workspace);
+  else
+    route_and_apply<float, float>(route, args, static_cast<float*>(weights), experts, base, out, workspace);
+}
+
+std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b,
+                                               int64_t top_k, std::string normalize, bool absolute,
+                                               std::optional<double> scale, std::optional<Tensor> bias,
+                                               std::optional<Tensor> rows, std::optional<Tensor> mask,
+                                               std::optional<double> top_p, std::string weighting,
+                                               std::optional<Tensor> lora_bias, bool factored,
+                                               std::optional<Tensor> packed) {
+  const Check check{"routed_lora"};
+  check_base(check, base, x);
+  const RouteArgs route(check, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
+  LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
+  const Tensor weights = new_tensor(x, {args.T, top_k}, is_double(x) ? ScalarType::Double : ScalarType::Float);
+  const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
+  const Tensor out = new_tensor(base, {args.T, args.O}, base.scalar_type());
+  routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), rows_contiguous(base), out);
+  return {out, weights, experts};
+}
+
+// [..., C] -> [T, C] without a call of the dispatcher, which costs as much as the rest of a small op.
+Tensor flattened(const Check& check, const Tensor& tensor, const char* name) {
+  const int64_t dims = tensor.dim();
+  if (dims == 2) return tensor;
+  MOERGE_CHECK(check, dims > 2 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
+               "], or contiguous with more dimensions, got ", shape_of(tensor));
+  const int64_t columns = tensor.size(dims - 1);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle flat;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &flat));
+  return Tensor(flat);
+}
+
+void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
+                  std::string normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
+                  std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
+                  std::string weighting, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
+  const Check check{"routed_lora_"};
+  base = flattened(check, base, "base");
+  x = flattened(check, x, "x");
+  check_base(check, base, x);
+  const RouteArgs route(check, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
+  LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
+  in_place(check, base, [&](const Tensor& target) { routed(route, args, nullptr, nullptr, target, target); });
+}
+
+Tensor pack_experts(Tensor lora_a, Tensor lora_b) {
+  const Check check{"pack_experts"};
+  check.floating(lora_a, "lora_a");
+  MOERGE_CHECK(check, lora_a.dim() == 3, "lora_a must be [E, R, D], got ", shape_of(lora_a));
+  const int64_t E = lora_a.size(0), R = lora_a.size(1), D = lora_a.size(2);
+  check.shape(lora_b, "lora_b", {E, -1, R}, "[E=", E, ", O, R=", R, "] to match lora_a");
+  check.dtype(lora_b, "lora_b", lora_a.scalar_type());
+  const int64_t O = lora_b.size(1);
+  Tensor packed = new_tensor(lora_a, {E, R * D + R * O}, lora_a.scalar_type());
+  Tensor a = torch::stable::narrow(packed, 1, 0, R * D), b = torch::stable::narrow(packed, 1, R * D, R * O);
+  torch::stable::copy_(a, torch::stable::reshape(torch::stable::transpose(lora_a, 1, 2), {E, D * R}));
+  torch::stable::copy_(b, torch::stable::reshape(torch::stable::transpose(lora_b, 1, 2), {E, R * O}));
+  return packed;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moerge, CPU, m) {
+  m.impl("lora_apply", TORCH_BOX(&lora_apply));
+  m.impl("lora_apply_", TORCH_BOX(&lora_apply_));
+  m.impl("routed_lora", TORCH_BOX(&routed_lora));
+  m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
+  m.impl("pack_experts", TORCH_BOX(&pack_experts));
+}
+
+}  // namespace moerge::cpu
