@@ -49,8 +49,8 @@ def copies_needed(cell: Cell, device: torch.device, settings: Settings) -> int:
 
 
 def weights_bytes(cell: Cell, copies: int) -> int:
-    """Bytes of all copies: the layer, the bank, and the second layout of B that PEFT wants."""
-    per_expert = cell.R * (cell.D + 2 * cell.O)
+    """Bytes of all copies: the layer, the experts, our layout of A, and the second layout of B that PEFT wants."""
+    per_expert = cell.R * (2 * cell.D + 2 * cell.O)
     return copies * ((cell.D * cell.O + cell.E * per_expert) * cell.torch_dtype.itemsize + 8 * cell.E * cell.D)
 
 
@@ -73,7 +73,8 @@ def bare_linear(weight: Tensor) -> nn.Linear:
 class Weights:
     """Copies of one linear layer and of its experts: equal values in separate memory.
 
-    W [O,D] per copy; A [E,R,D]; Bt [E,R,O] contiguous (the layout of our bank, and the best for the peers' GEMMs);
+    W [O,D] per copy; A [E,R,D] and Bt [E,R,O] contiguous, the best for the peers' GEMMs (our bank shares Bt and has
+    its own layout of A);
     gates [E,D] float32 as the router uses them; fast_gates [E,D]: 1/sqrt(D) folded in, in the dtype of x.
     """
 

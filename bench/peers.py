@@ -1,8 +1,8 @@
 """One patched linear, and every way a user could do the same today. Each is written as its best user would.
 
 A peer's apply(base, x, i, weights [T,K], experts [T,K] int64) adds the experts of copy i to base [T,O], in place where
-that is the fastest. Routed, it first runs `fast_route`. All share one layout: A [E,R,D] and Bt [E,R,O], contiguous, so
-that no peer copies or transposes a weight.
+that is the fastest. Routed, it first runs `fast_route`. A [E,R,D] and Bt [E,R,O] are contiguous: no peer
+copies a weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Peers:
     """The peers' functions over one set of weights."""
 
     def __init__(self, weights: Weights):
-        self.A, self.Bt = weights.A, weights.Bt
+        self.weights, self.A, self.Bt = weights, weights.A, weights.Bt
         self.E, self.R = weights.cell.E, weights.cell.R
         self._gathered: dict[str, Tensor] = {}
 
@@ -89,7 +89,9 @@ class Peers:
         return reference.lora_apply(base, x, self.A[i], self.Bt[i].transpose(1, 2), w, experts)
 
     def ours(self, base: Tensor, x: Tensor, i: int, w: Tensor, experts: Tensor) -> Tensor:
-        ops.lora_apply_(base, x, self.A[i], self.Bt[i].transpose(1, 2), w, experts)
+        """Our op on our bank."""
+        bank = self.weights.phatgoose_layers[i]
+        ops.lora_apply_(base, x, bank.lora_A, bank.lora_B, w, experts)
         return base
 
 
@@ -183,8 +185,8 @@ def _reference_call(cell: Cell, weights: Weights, tokens: Tokens) -> Callable[[i
 
 def _route_candidates(cell: Cell, weights: Weights, tokens: Tokens) -> list[Candidate]:
     """Routing alone; each returns (weights [T,K], experts [T,K])."""
-    x = tokens.x
+    x, layers = tokens.x, weights.phatgoose_layers
     return [
-        Candidate("ours", lambda i: ops.route(x, weights.gates[i], top_k=cell.K), own=True, truth="routing"),
+        Candidate("ours", lambda i: ops.route(x, layers[i].gates, top_k=cell.K), own=True, truth="routing"),
         Candidate("fast_route", lambda i: fast_route(x, weights.fast_gates[i], cell.K), truth="routing"),
     ]
