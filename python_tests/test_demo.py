@@ -137,7 +137,7 @@ def test_every_expert_knows_its_skill_and_the_router_finds_it(assets):
     mean = {k: sum(v.values()) / len(v) for k, v in dict(b=base, m=merged, r=routed, o=oracle).items()}
     assert mean["b"] < 0.1
     assert mean["o"] > 0.85
-    assert mean["r"] > 0.65 * mean["o"]
+    assert mean["r"] > 0.75 * mean["o"]
     assert mean["r"] > mean["m"] + 0.15
     assert torch.equal(model(torch.tensor([[1, 5, 9, 40]])).logits, before)
 
