@@ -18,6 +18,11 @@ if not _diagnosing():
     from .experts import ExpertBank, ModuleBank, load_experts
     from .methods import METHODS, get_method
     from .patch import Handle, RoutedLinear, get_handle, patch
+    from .query.calibration import calibrate_threshold
+    from .query.describe import describe
+    from .query.embedder import Embedder
+    from .query.router import QueryRouter
+    from .query.writer import InstructionWriter
     from .trace import Trace
     from .training.activation import average_activation
     from .training.experts import train_expert
@@ -25,14 +30,19 @@ if not _diagnosing():
 
 __all__ = [
     "METHODS",
+    "Embedder",
     "ExpertBank",
     "Handle",
+    "InstructionWriter",
     "ModuleBank",
+    "QueryRouter",
     "RoutedLinear",
     "Trace",
     "__version__",
     "average_activation",
     "build_info",
+    "calibrate_threshold",
+    "describe",
     "get_handle",
     "get_method",
     "load_experts",

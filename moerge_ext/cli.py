@@ -36,6 +36,12 @@ def _train_gates(args: argparse.Namespace) -> int:
     return cli.run(args)
 
 
+def _describe(args: argparse.Namespace) -> int:
+    from .query import cli
+
+    return cli.run(args)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from .demo import run
 
@@ -52,6 +58,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         "methods": (_methods, "the routing methods, their options and their papers"),
         "generate": (_generate, "one prompt through your model and experts"),
         "train-gates": (_train_gates, "train the routing gates of one expert"),
+        "describe": (_describe, "write down what an expert is for, for methods that route by the query's text"),
         "demo": (_demo, "the embedded model and experts: a table and a routing heatmap"),
     }
     for name, (run, text) in about.items():
@@ -69,6 +76,10 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
             add_arguments(sub)
         elif name == "train-gates":
             from .training.cli import add_arguments
+
+            add_arguments(sub)
+        elif name == "describe":
+            from .query.cli import add_arguments
 
             add_arguments(sub)
         elif name == "demo":
