@@ -17,6 +17,8 @@ COMMANDS = {
     "describe": (".query.cli", "write down what an expert is for, for methods that route by the query's text"),
     "eval": (".evaluation.cli", "methods on tasks: a table with intervals"),
     "inspect": (".evaluation.inspect_cli", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
+    "train-router": (".ensemble.train_cli", "train the router of a prompt ensemble on its experts' answers"),
+    "ensemble": (".ensemble.cli", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo.run", "the embedded model and experts: a table and a routing heatmap"),
 }
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from .methods.base import Method
-from .query.options import add_embedder, add_writer, build_embedder, build_writer, check_writer
+from .query.options import add_embedder, add_writer, build_routers, check_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,15 +58,14 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers import TextStreamer
 
-    from . import QueryRouter, load_experts, patch
+    from . import load_experts, patch
 
     experts = load_experts(args.experts)
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **options)
     rows = nullcontext()
     if method.source is not None:
-        router = QueryRouter(experts, build_embedder(args, args.device), build_writer(args, args.device))
-        rows = handle.queries(prompt, router)
+        rows = handle.queries(prompt, build_routers(args, experts, [method.name])[method.source])
     kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
@@ -95,10 +94,10 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
     method = get_method(args.method)
     method.configure(**options)
     check_writer(args)
-    if method.bias is not None and (method.source != "instruction" or not args.embedder):
+    if method.bias is not None and (method.source is None or not args.embedder):
         raise ValueError(
             f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
-            "experts were described with, or run it from Python inside `with handle.affinities(scores):`"
+            "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"
         )
     if args.trace and method.routing is None:
         raise ValueError(f"--trace: method '{method.name}' routes nothing; leave --trace out")

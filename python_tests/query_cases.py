@@ -78,3 +78,16 @@ def server(*answers):
 
 def completion(text):
     return 200, {"choices": [{"message": {"content": text}}]}
+
+
+def wide_tokenizer(folder):
+    """One character per id of the tiny models (96), so that whatever they write can be read."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .:=", *(chr(0x4E00 + i) for i in range(63))]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return fast

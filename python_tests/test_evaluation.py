@@ -269,7 +269,7 @@ def test_eval_command(setup, tmp_path, capsys):
 def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     from query_cases import fake_embedder
 
-    monkeypatch.setattr("moerge_ext.evaluation.cli.build_embedder", lambda *_: fake_embedder())
+    monkeypatch.setattr("moerge_ext.query.options.build_embedder", lambda *_: fake_embedder())
     tasks = setup[4]
     more = ["--ablation", "glider", "--calibrate", tasks[0], "--limit", 2]
     assert command(setup, tmp_path, *more) == 0

@@ -52,8 +52,8 @@ class Answerer:
             )
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy answers [N], in one batch."""
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:
+        """Answers [N] in one batch, greedy unless `options` (of transformers' generate) say otherwise."""
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._padded(rows, left=not self.seq2seq)
         self.check_length(ids.shape[1] + (0 if self.seq2seq else max_new_tokens))
@@ -61,9 +61,7 @@ class Answerer:
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.pad,
+            **{"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options},
         )
         start = 0 if self.seq2seq else ids.shape[1]
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]

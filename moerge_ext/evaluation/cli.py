@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..query.options import add_embedder, add_writer, build_embedder, build_writer, check_writer
+from ..query.options import add_embedder, add_writer, build_routers, check_writer
 from .runs import DERIVED, ablation, parse_runs
 from .tasks import METRICS, Task, load_task
 
@@ -129,21 +129,6 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
     device = usable_device(args.device)
     return load_model(args.model, dtype=args.dtype, device=device), load_tokenizer(args.model)
-
-
-def build_routers(args: argparse.Namespace, experts: Any, methods: list[str | None]) -> dict[str, Any]:
-    """The routers that the methods ask for, {source: router}."""
-    from ..methods import get_method
-    from ..query.router import QueryRouter
-
-    sources = {get_method(name).source for name in methods if name is not None} - {None}
-    if not sources:
-        return {}
-    embedder = build_embedder(args, args.device)
-    routers = {}
-    if "instruction" in sources:
-        routers["instruction"] = QueryRouter(experts, embedder, build_writer(args, args.device))
-    return routers
 
 
 def calibrate(args: argparse.Namespace, routers: dict[str, Any]) -> None:

@@ -211,6 +211,10 @@ def row_queries(handle: Handle | None, task: Task, rows: Sequence[dict], setting
         return nullcontext()
     if not handle.method.per_task:
         return handle.queries([row["input"] for row in rows])
+    if router.source == "examples":
+        known = task.examples()
+        chosen = draw(known, min(router.task_examples, len(known)), settings.seed)
+        return handle.queries([row["input"] for row in chosen])
     examples = draw(task.examples(), EXAMPLES, settings.seed)
     return handle.affinities(router.task_affinities(examples))
 

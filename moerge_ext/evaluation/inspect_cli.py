@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..adapter_files.atomic import write_atomically
 from ..methods.fixed import PREFIX
-from ..query.options import check_writer
-from .cli import add_model, build_routers, load, read_tasks
+from ..query.options import build_routers, check_writer
+from .cli import add_model, load, read_tasks
 from .runs import parse_runs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from .embedder import Embedder
 from .writer import InstructionWriter
@@ -68,3 +69,21 @@ def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWr
             args.writer_url, args.writer, api_key=os.environ.get(KEY), timeout=args.writer_timeout
         )
     return InstructionWriter.from_transformers(args.writer, device=device)
+
+
+def build_routers(args: argparse.Namespace, experts: Any, methods: list[str | None]) -> dict[str, Any]:
+    """The routers that the methods ask for, {source: router}."""
+    from ..methods import get_method
+    from .example_router import ExampleRouter
+    from .router import QueryRouter
+
+    sources = {get_method(name).source for name in methods if name is not None} - {None}
+    if not sources:
+        return {}
+    embedder = build_embedder(args, args.device)
+    routers = {}
+    if "instruction" in sources:
+        routers["instruction"] = QueryRouter(experts, embedder, build_writer(args, args.device))
+    if "examples" in sources:
+        routers["examples"] = ExampleRouter(experts, embedder)
+    return routers

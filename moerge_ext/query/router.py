@@ -25,8 +25,8 @@ class Router:
     source: str
     names: tuple[str, ...]
 
-    def affinities(self, texts: Sequence[str]) -> Tensor:
-        """texts (N) -> [N,E] float32."""
+    def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
+        """texts (N) -> affinities [N,E] float32 under a method's options."""
         raise NotImplementedError
 
     def settings(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,14 +36,14 @@ class Router:
     def bias(self, texts: Sequence[str], method: Method, options: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
         """The score bias [N,E] of `texts` under `method`; ValueError when the router does not fit method or experts."""
         if method.source is None:
-            raise ValueError(f"method '{method.name}' does not route by the query's text; glider does")
+            raise ValueError(f"method '{method.name}' does not route by the query's text; glider and retrieval do")
         if self.source != method.source or tuple(self.names) != tuple(names):
             raise ValueError(
                 f"method '{method.name}' takes a router by {method.source} over the experts {', '.join(names)}; "
                 f"got one by {self.source} over {', '.join(self.names)}"
             )
         settings = self.settings(method.name, options)
-        return method.bias(self.affinities(texts).float(), settings)
+        return method.bias(self.scores(texts, settings), settings)
 
 
 class QueryRouter(Router):
@@ -96,6 +96,10 @@ class QueryRouter(Router):
         if self.writer is None:
             return texts
         return [self.writer.query(text, self.similar(text) if self.similar else ()) for text in texts]
+
+    def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
+        """As `affinities`; no option changes them."""
+        return self.affinities(texts)
 
     def affinities(self, texts: Sequence[str]) -> Tensor:
         """texts (N) -> cosines [N,E] float32."""
