@@ -87,7 +87,8 @@ def test_experts_without_the_module_are_masked(name):
     bank = random_bank(kind=kind, present=[1, 0, 1, 1, 0], has_gate=[True, False, True, True, False])
     plan, routing, *_ = build(name, bank)
     assert plan.mask.tolist() == [True, False, True, True, False]
-    bias = torch.full((1, E), 1 / 3) if routing.weighting == "score" else None
+    # where the weights are given, three experts of 1/3 or one of 1
+    bias = torch.full((1, E), 1 if routing.top_k == 1 else 1 / 3) if routing.weighting == "score" else None
     weights, experts = route(plan, routing, randn(33, D, seed=7), bias)
     assert dense(weights, experts, E)[:, [1, 4]].eq(0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(33), rtol=1e-6, atol=1e-6)

@@ -116,8 +116,11 @@ def plot_top_k(scores: Sequence[Score], names: Sequence[str], path: Path) -> Pat
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axis = figure.subplots()
     ks, values = [int(s.method.removeprefix("top-")) for s in mixed], [100 * s.value for s in mixed]
-    errors = [[v - 100 * s.interval[0] for v, s in zip(values, mixed, strict=True)]]
-    errors.append([100 * s.interval[1] - v for v, s in zip(values, mixed, strict=True)])
+    # not below 0 by rounding
+    errors = [
+        [max(0.0, v - 100 * s.interval[0]) for v, s in zip(values, mixed, strict=True)],
+        [max(0.0, 100 * s.interval[1] - v) for v, s in zip(values, mixed, strict=True)],
+    ]
     axis.errorbar(ks, values, yerr=errors, marker="o", capsize=3, label="ensemble")
     best = max((s for s in scores if s.method in names), key=lambda s: s.value)
     axis.axhline(100 * best.value, ls="--", color="gray", label=f"best expert: {best.method}")

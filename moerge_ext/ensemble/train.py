@@ -67,25 +67,8 @@ def train_router(
         if other != kind:
             raise ValueError(f"training labels are {kind}, validation labels {other}: pass the same kind")
         held_out = (list(validation[0]), held_targets)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("max_length", max_length)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 < lr < 1:
-        raise ValueError(f"lr must be in (0, 1), got {lr}")
-    try:
-        import accelerate  # noqa: F401
-    except ImportError as error:
-        raise ImportError('training a router needs accelerate: pip install "moerge_ext[train]"') from error
-
-    from transformers import AutoModelForSequenceClassification, set_seed
-
-    from ..pretrained import load_tokenizer
-
-    set_seed(seed)
-    tokenizer = load_tokenizer(base)
-    problem = "multi_label_classification" if kind == MULTI else "single_label_classification"
-    sizes = {"num_labels": len(names), "problem_type": problem, "ignore_mismatched_sizes": True}
-    model = AutoModelForSequenceClassification.from_pretrained(base, **sizes)
+    _check(lr, epochs=epochs, batch_size=batch_size, max_length=max_length)
+    model, tokenizer = _classifier(base, names, kind, seed)
     target = Path(output_dir)
     checkpoints = target / CHECKPOINT_FOLDER
     if not resume:
@@ -98,6 +81,36 @@ def train_router(
     _save(model, tokenizer, facts, target)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return RouterResult(target, history)
+
+
+def _check(lr: float, **counts: int) -> None:
+    problems = [f"{name} must be at least 1, got {value}" for name, value in counts.items() if value < 1]
+    if not 0 < lr < 1:
+        problems.append(f"lr must be in (0, 1), got {lr}")
+    if problems:
+        raise ValueError("a router cannot be trained: " + "; ".join(problems))
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise ImportError('training a router needs accelerate: pip install "moerge_ext[train]"') from error
+
+
+def _classifier(base: str, names: Sequence[str], kind: str, seed: int) -> tuple[Any, Any]:
+    """(the encoder with a new head for the experts, its tokenizer)."""
+    from transformers import AutoModelForSequenceClassification
+
+    from ..pretrained import load_tokenizer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base,
+            problem_type="multi_label_classification" if kind == MULTI else "single_label_classification",
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            ignore_mismatched_sizes=True,
+        )
+    return model, load_tokenizer(base)
 
 
 def _targets(questions: Sequence[str], labels: Any, names: Sequence[str]) -> tuple[str, Tensor]:
@@ -135,7 +148,7 @@ class _Encoded(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"input_ids": self.rows[i], "labels": self.labels[i]}
+        return {"input_ids": self.rows[i], "labels": self.labels[i].tolist()}
 
 
 def _top1(prediction: Any) -> dict[str, float]:

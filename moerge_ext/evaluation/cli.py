@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..methods.fixed import PREFIX
 from ..query.options import add_embedder, add_writer, build_routers, check_writer
-from .runs import DERIVED, ablation, parse_runs
+from .runs import DERIVED, MULTITASK, Run, ablation, parse_runs
 from .tasks import METRICS, Task, load_task
 
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(DERIVED),
     )
     add("--ablation", choices=("glider", "glider_code"), help="add the rows of GLIDER's ablations of this method")
+    add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
     add("--metric", choices=METRICS, help="of all tasks (default: what their meta.json says)")
     add("--sum-log-likelihood", action="store_true", help="rank by the sum over an answer's tokens, not their mean")
     add("--batch-size", type=int, default=16, help="sequences per forward (default: %(default)s)")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     check_writer(args)
     tasks = read_tasks(args, metric=args.metric)
     texts = [text for text in args.methods.split(",") if text.strip()]
-    if not texts and not args.ablation:
+    if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
 
     from rich.console import Console
@@ -101,6 +103,12 @@ def run(args: argparse.Namespace) -> int:
         progress=not args.no_progress,
     )
     scores += derive(scores, derived)
+    if args.multitask:
+        one = load_experts({MULTITASK: args.multitask})
+        alone = [Run(MULTITASK, PREFIX + MULTITASK)]
+        facts = {"model": args.model, "experts": [args.multitask]}
+        options = {"facts": facts, "output": args.output, "progress": not args.no_progress}
+        scores += evaluate(model, tokenizer, one, alone, tasks, settings, **options)
     paths = write(scores, args.output)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(terminal(scores))

@@ -11,6 +11,7 @@ from ..methods import get_method
 from ..methods.fixed import PREFIX
 
 BASE = "base"  # the model without experts
+MULTITASK = "multitask"  # one LoRA, trained on the data of all experts
 DERIVED = {
     "oracle_dataset": "the best expert of every evaluation set, chosen on that set: an upper bound",
     "best_individual": "the one expert with the best mean over all evaluation sets, chosen on them",

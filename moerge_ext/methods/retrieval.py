@@ -53,7 +53,7 @@ def weigh(affinities: Tensor, options: Mapping[str, Any]) -> Tensor:
     if options["pool"] is not None:
         scores = scores.mean(0, keepdim=True)
     keep = count if options["keep"] is None else min(options["keep"], count)
-    values, ids = scores.sort(1, descending=True, stable=True)
+    values, ids = scores.sort(dim=1, descending=True, stable=True)
     values, ids = values[:, :keep], ids[:, :keep]
     if options["weights"] == "uniform":
         weights = torch.full_like(values, 1 / keep)
