@@ -27,7 +27,7 @@ if not _diagnosing():
     from .query.embedder import Embedder
     from .query.example_router import ExampleRouter
     from .query.index import index_examples
-    from .query.router import QueryRouter
+    from .query.router import AskRouter, QueryRouter, similar_examples
     from .query.writer import InstructionWriter
     from .trace import Trace
     from .training.activation import average_activation
@@ -37,6 +37,7 @@ if not _diagnosing():
 
 __all__ = [
     "METHODS",
+    "AskRouter",
     "Embedder",
     "ExampleRouter",
     "ExpertBank",
@@ -62,6 +63,7 @@ __all__ = [
     "ops",
     "patch",
     "reference",
+    "similar_examples",
     "train_expert",
     "train_gates",
     "train_router",

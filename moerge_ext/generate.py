@@ -94,7 +94,7 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
     method = get_method(args.method)
     method.configure(**options)
     check_writer(args)
-    if method.bias is not None and (method.source is None or not args.embedder):
+    if method.bias is not None and (method.source is None or not (args.embedder or args.writer)):
         raise ValueError(
             f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
             "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"

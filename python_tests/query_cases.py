@@ -59,6 +59,8 @@ def server(*answers):
             status, answer = left.pop(0) if len(left) > 1 else left[0]
             answer = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "/other")
             self.end_headers()
             self.wfile.write(answer)
 

@@ -134,6 +134,8 @@ def test_tables(tmp_path):
     assert again == scores
     with pytest.raises(ValueError, match="a router for a cannot serve one, two"):
         measure(mix, questions, golds, exact, router=Fixed(("a",), None))
+    with pytest.raises(ValueError, match="number of experts, 2; got 3"):
+        measure(mix, questions, golds, exact, router=router, top_ks=(1, 3))
     with pytest.raises(ValueError, match="got 1 and 3"):
         measure(mix, questions, ["x"], exact, router=router)
 

@@ -9,7 +9,7 @@ import builders
 import patch_cases as cases
 import pytest
 import torch
-from query_cases import described
+from query_cases import described, fake_embedder
 from test_gates_cli import make_tokenizer
 
 import moerge_ext as moerge
@@ -251,7 +251,8 @@ def command(setup, tmp_path, *more):
 
 def test_eval_command(setup, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert command(setup, tmp_path, "--methods", "base,phatgoose,oracle_dataset") == 0
+    multitask = ["--multitask", setup[3]["cat"]]
+    assert command(setup, tmp_path, "--methods", "base,phatgoose,oracle_dataset", *multitask) == 0
     out = capsys.readouterr().out
     assert "oracle_dataset" in out and "chosen on that set" in out and "chance" in out
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
@@ -260,15 +261,14 @@ def test_eval_command(setup, tmp_path, capsys):
         "phatgoose",
         *(f"expert:{n}" for n in cases.NAMES),
         "oracle_dataset",
+        "multitask",
     }
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(rows) == 18
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(rows) == 21
     assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in | mean held-out |")
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
 
 
 def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
-    from query_cases import fake_embedder
-
     monkeypatch.setattr("moerge_ext.query.options.build_embedder", lambda *_: fake_embedder())
     tasks = setup[4]
     more = ["--ablation", "glider", "--calibrate", tasks[0], "--limit", 2]
@@ -277,7 +277,19 @@ def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     labels = [row["method"] for row in rows if row["task"] == "ant"]
     assert len(labels) == 12 and "glider/gamma=0/beta=3000 (no writer)" in labels
-    assert command(setup, tmp_path, "--methods", "glider_code", "--limit", 2) == 0
+
+
+def test_glider_is_zero_shot_unless_it_sees_similar_examples(setup):
+    _, model, tokenizer, folders, tasks = setup
+    experts, task = moerge.load_experts(folders), load_task(tasks[0], limit=3)
+    prompts = []
+    writer = moerge.InstructionWriter(lambda prompt: prompts.append(prompt) or "please do flying", name="spy")
+    routers = {"instruction": moerge.QueryRouter(experts, fake_embedder(), writer, threshold=0.5)}
+    run = [parse_run("glider")]
+    for similar, variant in ((0, "zero-shot"), (3, "few-shot")):
+        settings = Settings(max_new_tokens=2, similar=similar)
+        (got,) = evaluate(model, tokenizer, experts, run, [task], settings, routers=routers, progress=False)
+        assert got.method == f"glider ({variant})" and prompts[-1].count("Output:") == similar
 
 
 @pytest.mark.parametrize(
@@ -285,6 +297,7 @@ def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     [
         ([], "nothing to evaluate: pass --methods"),
         (["--methods", "glider"], "--embedder is needed"),
+        (["--methods", "ask_llm"], "ask_llm needs --writer"),
         (["--methods", "base", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--methods", "base", "--calibrate", "x"], "--calibrate is for glider"),
         (["--methods", "base", "--template", "Q"], "must contain {input}"),

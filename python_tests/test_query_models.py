@@ -53,6 +53,7 @@ def test_endpoint_tries_again(cache):
     [
         ((500, b"on fire"), "answered 500: on fire (3 attempts)", 3),
         ((401, b"no key"), "answered 401: no key", 1),
+        ((302, b"elsewhere"), "answered 302: elsewhere", 1),
         (completion("!"), "expected one sentence of at most 600 characters, got '!'", 3),
         ((200, b"<html>"), "did not answer with a chat completion but with: <html>", 3),
         ((200, {"choices": []}), "did not answer with a chat completion", 3),

@@ -193,6 +193,45 @@ def test_nested_queries_come_back(experts):
         assert torch.equal(cases.logits(model, **inputs), before) and not torch.equal(inner, before)
 
 
+# ---- a language model picks the expert -------------------------------------------------------------------------------
+
+
+def test_ask_llm_routes_by_the_picked_number(experts):
+    prompts = []
+
+    def pick(prompt):
+        prompts.append(prompt)
+        return "<think>1?</think> Task 2." if "flying" in prompt.split("\n")[0] else "1"
+
+    asked = moerge.AskRouter(experts, moerge.InstructionWriter(pick, name="picker"))
+    model = cases.build("llama")
+    handle = moerge.patch(model, experts, "ask_llm")
+    inputs = cases.batch("llama", rows=3)
+    with handle.queries([*QUERIES, "flying"], asked):
+        got = cases.logits(model, **inputs)
+    assert len(prompts) == 2 and "2. please do flying\n3. please do purring" in prompts[0]
+    handle.remove()
+    for row, expert in enumerate(("bee", "ant", "bee")):
+        with moerge.patch(model, experts, f"expert:{expert}"):
+            want = cases.logits(model, **{key: value[row : row + 1] for key, value in inputs.items()})
+        assert cases.error(got[row : row + 1], want) < 1e-5
+    for nonsense in ("none of them", "7", None):
+        asked.writer = moerge.InstructionWriter(lambda _, said=nonsense: said, name="picker")
+        with pytest.raises(ValueError, match="writer 'picker': expected a number from 1 to 3, got"):
+            asked.scores(["x"], {})
+    experts.global_metadata[KIND]["ant"] = {}
+    with pytest.raises(ValueError, match="no instruction for ant: write it with `moerge describe"):
+        moerge.AskRouter(experts, asked.writer)
+
+
+def test_similar_examples_are_the_nearest_others():
+    rows = [{"input": text, "target": "x"} for text in ("a b", "a c", "d e", "a b c")]
+    nearest = moerge.similar_examples(fake_embedder(), rows, 2)
+    assert [row["input"] for row in nearest("a b")] == ["a b c", "a c"]
+    with pytest.raises(ValueError, match="at least 3 solved examples, got 2"):
+        moerge.similar_examples(fake_embedder(), rows[:2])
+
+
 # ---- the threshold ---------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,9 @@ def measure(
             raise ValueError(f"a router for {', '.join(other.names)} cannot serve {', '.join(ensemble.names)}")
     if len(questions) != len(golds) or not questions:
         raise ValueError(f"expected as many golds as questions, at least one; got {len(golds)} and {len(questions)}")
+    wrong = [k for k in top_ks if not 1 <= k <= len(ensemble.names)]
+    if wrong:
+        raise ValueError(f"top_k must be between 1 and the number of experts, {len(ensemble.names)}; got {wrong[0]}")
     answered = {}
     by_expert = answers_by_experts(ensemble, questions, **options)
     for e, name in enumerate(ensemble.names):

@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
     add("--metric", choices=METRICS, help="of all tasks (default: what their meta.json says)")
     add("--sum-log-likelihood", action="store_true", help="rank by the sum over an answer's tokens, not their mean")
+    add(
+        "--similar",
+        type=int,
+        default=0,
+        metavar="N",
+        help="solved examples of the task that --writer sees with a query; 3 is GLIDER, 0 its zero-shot variant",
+    )
     add("--batch-size", type=int, default=16, help="sequences per forward (default: %(default)s)")
     add("--max-new-tokens", type=int, help="of generated answers (default: the longest target of the task)")
     add(
@@ -80,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         length_norm=not args.sum_log_likelihood,
+        similar=args.similar,
     )
     experts = load_experts(args.experts)
     if args.ablation:

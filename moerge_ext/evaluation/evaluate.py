@@ -16,6 +16,7 @@ from ..methods import get_method
 from ..methods.fixed import PREFIX
 from ..patch import Handle, patch
 from ..query.describe import EXAMPLES, draw
+from ..query.router import QueryRouter, similar_examples
 from .answers import Answerer
 from .metrics import accuracy, exact_match, wilson
 from .runs import Run
@@ -51,7 +52,8 @@ class Settings:
 
     template: the prompt, with {input}; batch_size in items; max_new_tokens: None takes the longest target of the task
     plus its end; length_norm: rank classification by the mean log-likelihood per token (PHATGOOSE's code) or, when
-    False, by the sum (T0).
+    False, by the sum (T0); similar: solved examples, most similar to the query, that a QueryRouter's writer sees with
+    it, from the task's train.jsonl (GLIDER: 3; 0 is the zero-shot variant).
     """
 
     template: str = "{input}"
@@ -59,6 +61,7 @@ class Settings:
     max_new_tokens: int | None = None
     length_norm: bool = True
     seed: int = 0
+    similar: int = 0
 
     def __post_init__(self) -> None:
         if "{input}" not in self.template:
@@ -109,6 +112,7 @@ def evaluate(
             with patched(model, experts, run, routers) as handle:
                 for task in tasks:
                     bar.set_description(f"{run.label}: {task.name}")
+                    show_similar(handle, task, settings)
                     path = output / "answers" / task.name / file_name(run.label) if output is not None else None
                     stored = Answers(path, _header(run, task, settings, handle, facts))
                     bar.update(len(stored.items))
@@ -165,7 +169,8 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None, fac
     router = getattr(handle, "router", None)
     if router is not None:
         options = router.settings(run.method, handle.options)
-        header |= {"options": {key: str(value) for key, value in options.items()}, "embedder": router.embedder.name}
+        header |= {"options": {key: str(value) for key, value in options.items()}, "similar": settings.similar}
+        header |= {part: getattr(getattr(router, part, None), "name", None) for part in ("embedder", "writer")}
     return header
 
 
@@ -202,6 +207,13 @@ def _ranked(answerer, handle, task: Task, rows: Sequence[dict], settings: Settin
         best = max(scores, key=scores.get)
         items.append({"answer": best, "right": best == row["target"]})
     return items
+
+
+def show_similar(handle: Handle | None, task: Task, settings: Settings) -> None:
+    """Let the run's QueryRouter write from solved examples of the task as well, when the settings ask for it."""
+    router = getattr(handle, "router", None)
+    if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
+        router.similar = similar_examples(router.embedder, task.examples(), settings.similar)
 
 
 def row_queries(handle: Handle | None, task: Task, rows: Sequence[dict], settings: Settings):

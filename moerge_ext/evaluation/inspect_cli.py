@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from ..adapter_files.atomic import write_atomically
 from ..methods.fixed import PREFIX
 from ..query.options import build_routers, check_writer
 from .cli import add_model, load, read_tasks
 from .runs import parse_runs
+
+COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,33 +69,33 @@ def run(args: argparse.Namespace) -> int:
     )
     shares = {(row["method"], row["task"]): row["score"] for row in results}
     related = correlations(found, shares)
-    rows = [
-        {
-            "method": i.method,
-            "task": i.task,
-            "oracle": i.oracle,
-            "entropy": i.entropy,
-            "kl_oracle_routing": i.divergence,
-            "weight_of_oracle": i.to_oracle,
-            "score": shares.get((i.method, i.task)),
-            "modules": {name: (m.distribution / m.tokens).tolist() for name, m in i.modules.items()},
-        }
-        for i in found
-    ]
+    rows = [_record(i, shares.get((i.method, i.task))) for i in found]
     args.output.mkdir(parents=True, exist_ok=True)
     report = {"experts": list(experts.names), "rows": rows, "pearson_kl_score": related}
     path = args.output / "inspect.json"
     write_atomically(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
-    columns = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
-    table = Table(*columns)
+    table = Table(*COLUMNS)
     for row in rows:
-        table.add_row(*(_text(row[column]) for column in columns))
+        table.add_row(*(_text(row[column]) for column in COLUMNS))
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     for method, value in related.items():
         console.print(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}", highlight=False)
     console.print("wrote " + ", ".join(map(str, [path, *draw(found, args.output)])), highlight=False, soft_wrap=True)
     return 0
+
+
+def _record(i: Any, score: float | None) -> dict[str, Any]:
+    return {
+        "method": i.method,
+        "task": i.task,
+        "oracle": i.oracle,
+        "entropy": i.entropy,
+        "kl_oracle_routing": i.divergence,
+        "weight_of_oracle": i.to_oracle,
+        "score": score,
+        "modules": {name: (m.distribution / m.tokens).tolist() for name, m in i.modules.items()},
+    }
 
 
 def _text(value: str | float | None) -> str:

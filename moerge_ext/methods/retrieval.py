@@ -16,13 +16,15 @@ uniform, by softmax(s / temperature), or by s / sum(s) with negative s as 0 ("pl
     centroid          "centroid"   query            all    softmax, T = 0.1  output
     centroid_factors  "centroid"   query            all    plain             factored
     adapter_soup      "all"        task (mean)      5      uniform           output
+    ask_llm           (none)       query            1      1                 output
 
 `retrieval` is the baseline of PHATGOOSE, which embeds 1000 examples per expert with MiniLM-L6; the embedder and the
 number of examples are those of the index. `knn` is called nearest-neighbour in the MoErging survey, while Airoboros'
 code averages over 50 neighbours; the row does the latter, `neighbours=1` the former. The survey's centroid methods
 differ in their embedder (DAM takes the base model's own hidden states: make the index with
 `Embedder.from_transformers(base)`) and in merging outputs or factors. AdapterSoup embeds 100 examples per expert; its
-number of adapters is a choice of its user, here 5 or as many as there are.
+number of adapters is a choice of its user, here 5 or as many as there are. `ask_llm` has a language model pick the
+expert from their instructions (`AskRouter`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from .base import Method, Routing, is_finite_number, is_integer
 from .given import TAXONOMY as GIVEN_TAXONOMY
-from .given import WEIGHTS, ungated_plan
+from .given import WEIGHTS, as_given, ungated_plan
 from .phatgoose import PAPER as PHATGOOSE_PAPER
 
 SURVEY = "A Survey on Model MoErging, arXiv 2408.07057"
@@ -111,7 +113,19 @@ def _row(name: str, summary: str, paper: str, *, aggregation: str = "output", **
     )
 
 
+ASK_LLM = Method(
+    name="ask_llm",
+    summary="the expert that a language model picks from their instructions",
+    paper=f"Airoboros and LlamaIndex, in {SURVEY}",
+    taxonomy=replace(GIVEN_TAXONOMY, input_granularity="Example", selection="Sparse", user_dataset="Zero-Shot"),
+    plan=ungated_plan,
+    routing=replace(WEIGHTS, top_k=1),
+    bias=as_given,
+    source="ask",
+)
+
 ROWS = (
+    ASK_LLM,
     _row(
         "retrieval",
         "the expert with the example most similar to the query",

@@ -21,6 +21,16 @@ class EndpointError(ConnectionError):
         self.transient = transient
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key and the examples to another server."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """prompt -> text by POST `base_url`/chat/completions at temperature 0.
@@ -52,7 +62,7 @@ class Endpoint:
         url = self.base_url.rstrip("/") + "/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with _OPENER.open(request, timeout=self.timeout) as response:
                 answer = response.read(MAX_ANSWER)
         except urllib.error.HTTPError as error:
             said = error.read(500).decode(errors="replace").strip()

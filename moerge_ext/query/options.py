@@ -75,15 +75,22 @@ def build_routers(args: argparse.Namespace, experts: Any, methods: list[str | No
     """The routers that the methods ask for, {source: router}."""
     from ..methods import get_method
     from .example_router import ExampleRouter
-    from .router import QueryRouter
+    from .router import AskRouter, QueryRouter
 
     sources = {get_method(name).source for name in methods if name is not None} - {None}
     if not sources:
         return {}
+    routers: dict[str, Any] = {}
+    writer = build_writer(args, args.device) if sources & {"instruction", "ask"} else None
+    if "ask" in sources:
+        if writer is None:
+            raise ValueError("ask_llm needs --writer, the language model that picks the expert")
+        routers["ask"] = AskRouter(experts, writer)
+    if sources == {"ask"}:
+        return routers
     embedder = build_embedder(args, args.device)
-    routers = {}
     if "instruction" in sources:
-        routers["instruction"] = QueryRouter(experts, embedder, build_writer(args, args.device))
+        routers["instruction"] = QueryRouter(experts, embedder, writer)
     if "examples" in sources:
         routers["examples"] = ExampleRouter(experts, embedder)
     return routers

@@ -95,7 +95,10 @@ class QueryRouter(Router):
         texts = [texts] if isinstance(texts, str) else list(texts)
         if self.writer is None:
             return texts
-        return [self.writer.query(text, self.similar(text) if self.similar else ()) for text in texts]
+        written = {
+            text: self.writer.query(text, self.similar(text) if self.similar else ()) for text in dict.fromkeys(texts)
+        }
+        return [written[text] for text in texts]
 
     def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
         """As `affinities`; no option changes them."""
@@ -170,3 +173,44 @@ def _check_experts(experts: ExpertBank, embedder: Embedder) -> dict[str, str]:
     if problems:
         raise ValueError("the experts cannot be routed by their instructions:\n- " + "\n- ".join(problems))
     return {name: facts.get(name, {}).get("instruction", "") for name in experts.names}
+
+
+class AskRouter(Router):
+    """A language model picks the expert from the list of their instructions (Airoboros, LlamaIndex).
+
+    writer: the model; experts: each needs the instruction that `moerge describe` stores.
+    """
+
+    source = "ask"
+
+    def __init__(self, experts: ExpertBank, writer: InstructionWriter):
+        facts = experts.global_metadata.get(INSTRUCTION, {})
+        missing = [name for name in experts.names if not facts.get(name, {}).get("instruction")]
+        if missing:
+            raise ValueError(
+                f"no instruction for {', '.join(missing)}: write it with `moerge describe --adapter DIR ...`"
+            )
+        self.names, self.writer = experts.names, writer
+        self.instructions = [facts[name]["instruction"] for name in experts.names]
+
+    def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
+        """texts (N) -> [N,E] float32: 1 for the expert that was picked."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        picked = {text: self.writer.choose(text, self.instructions) for text in dict.fromkeys(texts)}
+        return torch.nn.functional.one_hot(torch.tensor([picked[t] for t in texts]), len(self.names)).float()
+
+
+def similar_examples(embedder: Embedder, rows: Sequence[Example], count: int = 3) -> SimilarExamples:
+    """query -> the `count` rows whose inputs are most similar to it, for `QueryRouter(similar=...)`.
+
+    A row with the query's own input is left out. ValueError for fewer than `count` rows.
+    """
+    if len(rows) < count:
+        raise ValueError(f"expected at least {count} solved examples, got {len(rows)}")
+    vectors = unit(embedder([row["input"] for row in rows]))
+
+    def nearest(query: str) -> list[Example]:
+        order = (vectors @ unit(embedder([query]))[0]).argsort(descending=True, stable=True).tolist()
+        return [rows[i] for i in order if rows[i]["input"] != query][:count]
+
+    return nearest

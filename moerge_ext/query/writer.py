@@ -105,12 +105,24 @@ class InstructionWriter:
         head = f"Here are {len(examples)} solved inputs of one task and a new one." if examples else "Here is an input."
         return self._write(f"{head}\n\n{solved}Input: {text.strip()}\n\n{_ASK}")
 
-    def _write(self, prompt: str) -> str:
+    def choose(self, text: str, instructions: Sequence[str]) -> int:
+        """The number (from 0) of the instruction that fits a query, as the model picks it from a list."""
+        if not text.strip():
+            raise ValueError("an empty query fits no task: expected some text")
+        shown = "\n".join(f"{i}. {instruction}" for i, instruction in enumerate(instructions, 1))
+        prompt = (
+            f"Input: {text.strip()}\n\nWhich of these tasks does the input belong to?\n{shown}\n\n"
+            f"Answer with one number from 1 to {len(instructions)}.\nNumber:"
+        )
+        return self._write(prompt, lambda answer: parse_choice(answer, len(instructions)))
+
+    def _write(self, prompt: str, parse: Callable[[Any], Any] | None = None) -> Any:
+        """What `parse` (default: `clean`) finds in the model's answer."""
         if self.cache is not None and (known := self.cache.get("instruction", self.identity, prompt)) is not None:
             return known
         for attempt in range(1, self.attempts + 1):
             try:
-                instruction = clean(self.generate(prompt))
+                instruction = (parse or clean)(self.generate(prompt))
                 break
             except (EndpointError, WriterError) as error:
                 if attempt == self.attempts or not getattr(error, "transient", True):
@@ -142,6 +154,20 @@ def clean(answer: Any) -> str:
             "use a larger language model, or give the instruction yourself"
         )
     return line
+
+
+def parse_choice(answer: Any, count: int) -> int:
+    """The first whole number of an answer, from 0; WriterError when it has none in 1 .. count."""
+    found = (
+        re.search(r"\d+", re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL))
+        if isinstance(answer, str)
+        else None
+    )
+    if found is None or not 1 <= int(found[0]) <= count:
+        raise WriterError(
+            f"expected a number from 1 to {count}, got {str(answer)[:120]!r}; use a larger language model"
+        )
+    return int(found[0]) - 1
 
 
 class TransformersGenerator:

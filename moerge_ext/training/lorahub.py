@@ -47,29 +47,23 @@ def lorahub(
 
         loss(data; (sum_e w_e B_e)(sum_e w_e A_e)) + l1 * mean |w|          LoraHub, section 3, with its code's numbers
 
-    by nevergrad's NGOpt, as the authors do, or by scipy's COBYLA ("cobyla", our alternative; deterministic). At most
-    `budget` evaluations, the first at w = 0 (the base). Use the result with
+    by nevergrad's NGOpt, as the authors do, or by scipy's COBYLA ("cobyla", our alternative). At most `budget`
+    evaluations, the first at w = 0 (the base). Use the result with
     `patch(model, experts, "given", aggregation="factored")` and `handle.affinities(result.weights)`.
 
     `data`, `collate_fn` and `batch_size` are as in `train_gates`. The model is as before afterwards. Errors:
     ImportError with the install line; ValueError for arguments out of range, empty data, and what `patch` refuses.
     """
     _check(count=count, budget=budget, bound=bound, batch_size=batch_size, l1=l1, optimizer=optimizer)
-    search = _nevergrad if optimizer == "nevergrad" else _cobyla
     batches = list(BatchSource(data, collate_fn=collate_fn, batch_size=batch_size).epoch())
     if not batches:
         raise ValueError("lorahub: data is empty: a few examples of the task are needed")
     drawn = sorted(random.Random(seed).sample(range(len(experts)), min(count, len(experts))))
-    history: list[float] = []
-    best = (float("inf"), torch.zeros(len(experts)))
-    was_training = model.training
+    history, best, was_training = [], (float("inf"), torch.zeros(len(experts))), model.training
     model.eval()
     try:
-        with (
-            patch(model, experts, "given", aggregation="factored") as handle,
-            tqdm(total=budget, desc="lorahub", disable=not progress) as bar,
-            torch.no_grad(),
-        ):
+        patched = patch(model, experts, "given", aggregation="factored")
+        with patched as handle, tqdm(total=budget, desc="lorahub", disable=not progress) as bar, torch.no_grad():
 
             def objective(values: Any) -> float:
                 nonlocal best
@@ -86,6 +80,7 @@ def lorahub(
 
             objective([0.0] * len(drawn))
             if budget > 1:
+                search = _nevergrad if optimizer == "nevergrad" else _cobyla
                 search(objective, len(drawn), bound, budget - 1, seed)
     finally:
         model.train(was_training)
