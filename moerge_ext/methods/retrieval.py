@@ -5,6 +5,7 @@ Affinities s [N,E] come from an `ExampleRouter`; option `neighbours` says what t
     n (a number)   mean cosine of the query to the n most similar examples of an expert
     "all"          mean cosine to all its examples
     "centroid"     cosine to the mean of its examples
+    "mixture"      probability of the expert under a Gaussian mixture of all experts' examples (scikit-learn)
 
 and `weigh` makes the weights of a sequence from them: pooled over the queries of a task or not, the `keep` best,
 uniform, by softmax(s / temperature), or by s / sum(s) with negative s as 0 ("plain"). Weights are used as they are.
@@ -22,9 +23,9 @@ uniform, by softmax(s / temperature), or by s / sum(s) with negative s as 0 ("pl
 number of examples are those of the index. `knn` is called nearest-neighbour in the MoErging survey, while Airoboros'
 code averages over 50 neighbours; the row does the latter, `neighbours=1` the former. The survey's centroid methods
 differ in their embedder (DAM takes the base model's own hidden states: make the index with
-`Embedder.from_transformers(base)`) and in merging outputs or factors. AdapterSoup embeds 100 examples per expert; its
-number of adapters is a choice of its user, here 5 or as many as there are. `ask_llm` has a language model pick the
-expert from their instructions (`AskRouter`).
+`Embedder.from_transformers(base)`) and in merging outputs or factors. AdapterSoup embeds 100 examples per expert and
+compares means or a Gaussian mixture (`neighbours="mixture"`); its number of adapters is a choice of its user, here 5 or
+as many as there are. `ask_llm` has a language model pick the expert from their instructions (`AskRouter`).
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def weigh(affinities: Tensor, options: Mapping[str, Any]) -> Tensor:
 def check(routing: Routing, options: Mapping[str, Any], *, method: str) -> Routing:
     """`Method.finish`: ValueError listing every option that is out of range; top_k follows `keep`."""
     near, keep, problems = options["neighbours"], options["keep"], []
-    if near not in ("all", "centroid") and not (is_integer(near) and near >= 1):
-        problems.append(f"neighbours must be a positive integer, 'all' or 'centroid', got {near!r}")
+    if near not in ("all", "centroid", "mixture") and not (is_integer(near) and near >= 1):
+        problems.append(f"neighbours must be a positive integer, 'all', 'centroid' or 'mixture', got {near!r}")
     if keep is not None and not (is_integer(keep) and keep >= 1):
         problems.append(f"keep must be a positive integer or None (all experts), got {keep!r}")
     if options["pool"] not in POOLS:

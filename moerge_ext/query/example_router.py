@@ -26,6 +26,7 @@ class ExampleRouter(Router):
 
     def __init__(self, experts: ExpertBank, embedder: Embedder):
         self.names, self.embedder = experts.names, embedder
+        self._mixture: tuple[Any, Tensor] | None = None
         self.indices: list[Tensor] = []  # per expert [M,G], unit length
         problems = []
         for name, folder in zip(experts.names, experts.folders, strict=True):
@@ -56,7 +57,31 @@ class ExampleRouter(Router):
                 f"embedder '{self.embedder.name}' gives vectors of {queries.shape[1]} numbers, the indices have "
                 f"{self.indices[0].shape[1]}: it is not the model they were made with"
             )
+        if options["neighbours"] == "mixture":
+            return self._by_mixture(queries)
         return torch.stack([_similarity(queries, index, options["neighbours"]) for index in self.indices], 1)
+
+    def _by_mixture(self, queries: Tensor) -> Tensor:
+        """[N,G] -> [N,E]: sum over the components c of a Gaussian mixture of p(c | query) p(expert | c).
+
+        One component per expert, fitted to all examples together; p(expert | c) is the expert's part in what c
+        explains, each expert counting the same however many examples it has.
+        """
+        if self._mixture is None:
+            try:
+                from sklearn.mixture import GaussianMixture
+            except ImportError as error:
+                raise ImportError(
+                    'neighbours="mixture" needs scikit-learn: pip install "moerge_ext[mixture]"'
+                ) from error
+            every = torch.cat(self.indices).double().numpy()
+            count = min(len(self.indices), len(every))
+            model = GaussianMixture(count, covariance_type="diag", reg_covar=1e-4, random_state=0).fit(every)
+            shares = [torch.from_numpy(model.predict_proba(index.double().numpy())).mean(0) for index in self.indices]
+            parts = torch.stack(shares, 1)  # [C,E]
+            self._mixture = (model, parts / parts.sum(1, keepdim=True).clamp_min(1e-12))
+        model, parts = self._mixture
+        return (torch.from_numpy(model.predict_proba(queries.double().numpy())) @ parts).float()
 
 
 def _similarity(queries: Tensor, index: Tensor, neighbours: int | str) -> Tensor:
