@@ -287,12 +287,15 @@ def test_describe_and_generate_commands(folders, encoder, tmp_path, capsys):
     data.write_text("\n".join(json.dumps({"input": f"a {i}", "target": "b"}) for i in "xyz"))
     for name, folder in folders.items():
         words = ["--adapter", str(folder), "--instruction", f"please do {WORDS[name]}", *encoder]
-        assert cli.main(["describe", *words]) == 0
+        assert cli.main(["describe", *words, "--examples", str(data), "--index", "2"]) == 0
     assert "instruction: please do purring" in capsys.readouterr().out
     words = ["generate", "abc", "--model", str(writer), "--method", "glider", "--max-new-tokens", "3", "--trace"]
     words += ["--experts", *map(str, folders.values())]
     assert cli.main([*words, "--option", "threshold=0.5", *encoder]) == 0
     assert "share of the routing weight" in capsys.readouterr().out
+    as_nearest = ["retrieval" if word == "glider" else word for word in words]
+    assert cli.main([*as_nearest, *encoder]) == 0
+    assert "100.0%" in capsys.readouterr().out
     assert cli.main([*words, *encoder]) == 2
     assert "belongs to nomic-embed-text-v1.5" in capsys.readouterr().err
     before = read_gates(folders["ant"])[KIND].metadata
@@ -306,7 +309,8 @@ def test_describe_and_generate_commands(folders, encoder, tmp_path, capsys):
     ("words", "text"),
     [
         ([], "pass --examples FILE and --writer MODEL, or --instruction TEXT"),
-        (["--instruction", "x", "--writer", "y"], "leave --examples and --writer out"),
+        (["--instruction", "x", "--writer", "y"], "leave --writer out"),
+        (["--instruction", "x", "--index", "5"], "--index takes the number of --examples to embed"),
         (["--instruction", "x", "--writer-url", "http://y"], "--writer-url needs --writer MODEL"),
         (["--instruction", "x", "--writer-timeout", "0"], "--writer-timeout must be positive, got 0"),
     ],

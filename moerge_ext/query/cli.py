@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .describe import EXAMPLES, describe
+from .index import index_examples
 from .options import add_embedder, add_writer, build_embedder, build_writer, check_writer
 
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", type=Path, required=True, metavar="DIR", help="the expert's PEFT LoRA folder")
     add("--examples", type=Path, metavar="FILE", help='JSON lines {"input": ..., "target": ...} of its training data')
     add("--instruction", metavar="TEXT", help="the task in one sentence, instead of --examples and --writer")
+    add("--index", type=int, metavar="N", help="also embed up to N of --examples, for the retrieval methods (1000)")
     add("--count", type=int, default=EXAMPLES, help="examples shown to the language model (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="where to write (default: the adapter's folder)")
@@ -30,13 +32,16 @@ def run(args: argparse.Namespace) -> int:
     check_writer(args)
     if args.instruction is None and (args.examples is None or not args.writer):
         raise ValueError("pass --examples FILE and --writer MODEL, or --instruction TEXT")
-    if args.instruction is not None and (args.examples is not None or args.writer):
-        raise ValueError("--instruction is used as it is: leave --examples and --writer out")
+    if args.instruction is not None and (args.writer or (args.examples is not None and args.index is None)):
+        raise ValueError("--instruction is used as it is: leave --writer out, and --examples unless there is --index")
+    if args.index is not None and (args.index < 1 or args.examples is None):
+        raise ValueError(f"--index takes the number of --examples to embed, at least 1; got {args.index}")
     rows = read_rows(args.examples) if args.examples is not None else []
+    embedder = build_embedder(args, args.device)
     made = describe(
         args.adapter,
         rows,
-        build_embedder(args, args.device),
+        embedder,
         build_writer(args, args.device),
         instruction=args.instruction,
         count=args.count,
@@ -44,4 +49,6 @@ def run(args: argparse.Namespace) -> int:
         output_dir=args.output,
     )
     print(f"instruction: {made.instruction}\nwrote {made.path}")
+    if args.index is not None:
+        print(f"wrote {index_examples(args.adapter, rows, embedder, samples=args.index, seed=args.seed)}")
     return 0
