@@ -49,13 +49,27 @@ def run(*words: object) -> None:
         raise SystemExit(status)
 
 
+def table(result: dict) -> str:
+    """Markdown: every row with its 95 % interval, and the paired difference."""
+    lines = ["| row | % right | 95 % |", "| --- | ---: | ---: |"]
+    for row in result["rows"]:
+        low, high = 100 * row["low"], 100 * row["high"]
+        lines.append(f"| {row['method']} | {100 * row['score']:.1f} | {low:.1f} to {high:.1f} |")
+    pair = result["paired"]
+    mean, low, high = (100 * pair[key] for key in ("mean", "low", "high"))
+    return "\n".join(lines) + (
+        f"\n\n{pair['n']} questions; {pair['ensemble']} minus {pair['expert']}, the best of each on them: {mean:+.1f} "
+        f"points, paired 95 % interval {low:+.1f} to {high:+.1f}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with base_lm/ and tasks/")
     parser.add_argument("--cache", type=Path, required=True, help="experts of train.py, and this run")
     parser.add_argument("--router", required=True, help="encoder to fine-tune: hub id or folder")
     parser.add_argument("--theta", default="0.7", help="for all-MiniLM-L6-v2")
-    parser.add_argument("--epochs", default="4")
+    parser.add_argument("--epochs", default="2")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = args.cache / "ensemble"
@@ -72,7 +86,9 @@ def main() -> None:
     run("ensemble", *shared, "--data", folder / "test.jsonl", *routers, "--batch-size", 64, "--output", folder / "out")
     rows = json.loads((folder / "out" / "results.json").read_text())
     paired = json.loads((folder / "out" / "paired.json").read_text())
-    RESULT.write_text(json.dumps({"domains": DOMAINS, "train": TRAIN, "rows": rows, "paired": paired}, indent=1) + "\n")
+    result = {"domains": DOMAINS, "train": TRAIN, "epochs": int(args.epochs), "rows": rows, "paired": paired}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    tasks.fill("ensemble", table(result))
 
 
 if __name__ == "__main__":

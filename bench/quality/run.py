@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -31,7 +30,6 @@ METHODS = (
     "centroid,centroid_factors,adapter_soup,oracle_dataset,best_individual"
 )
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
-README = Path(__file__).parent / "README.md"
 EMBEDDER = "all-MiniLM-L6-v2"
 
 
@@ -91,9 +89,7 @@ def main() -> None:
     rows = evaluate(args.data, args.cache, args.embedder, args.limit, args.methods)
     facts = {"recipe": RECIPE, "limit": args.limit}
     RESULTS.write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
-    text = README.read_text(encoding="utf-8")
-    block = re.compile(r"(<!-- table -->\n).*?(<!-- /table -->)", re.DOTALL)
-    README.write_text(block.sub(lambda m: f"{m[1]}{table(rows)}\n\n{m[2]}", text), encoding="utf-8")
+    tasks.fill("table", table(rows))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 TEMPLATE = "{input}\n"
@@ -35,3 +36,13 @@ def folders(data: Path) -> list[Path]:
     return [data / "tasks" / "train" / name for name in HELD_IN] + [
         data / "tasks" / "heldout" / name for name in HELD_OUT
     ]
+
+
+def fill(name: str, text: str) -> None:
+    """Replace the block `name` of this folder's README.md."""
+    readme = Path(__file__).parent / "README.md"
+    block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    whole, count = block.subn(lambda m: f"{m[1]}{text}\n\n{m[2]}", readme.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f"{readme} must have one block '{name}', it has {count}")
+    readme.write_text(whole, encoding="utf-8")

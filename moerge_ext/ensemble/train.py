@@ -159,7 +159,7 @@ def _top1(prediction: Any) -> dict[str, float]:
 
 
 def _fit(model, tokenizer, train, evaluated, checkpoints: Path, *, keep_best: bool, progress: bool, **options):
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -188,6 +188,7 @@ def _fit(model, tokenizer, train, evaluated, checkpoints: Path, *, keep_best: bo
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_top1,
     )
+    trainer.remove_callback(PrinterCallback)  # it prints every record; the result holds the epochs
     saved = sorted(checkpoints.glob("checkpoint-*")) if checkpoints.is_dir() else []
     trainer.train(resume_from_checkpoint=bool(saved))
     return [

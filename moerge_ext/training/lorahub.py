@@ -118,13 +118,13 @@ def _cobyla(objective: Callable[[Any], float], size: int, bound: float, budget: 
 
     def limited(values: Any) -> float:
         nonlocal left
-        if left == 0:  # COBYLA takes more than maxiter when there are many unknowns
+        if left == 0:  # COBYLA insists on as many evaluations as there are unknowns, and two
             raise _BudgetSpent
         left -= 1
         return objective(values.clip(-bound, bound))
 
     try:
-        options = {"maxiter": budget, "rhobeg": bound / 3}
+        options = {"maxiter": max(budget, size + 2), "rhobeg": bound / 3}
         minimize(limited, [0.0] * size, method="COBYLA", bounds=[(-bound, bound)] * size, options=options)
     except _BudgetSpent:
         pass
