@@ -15,30 +15,56 @@ if not _diagnosing():
 
     from . import ops, reference
     from ._native import build_info
+    from .ensemble.mixture import PromptEnsemble
+    from .ensemble.prompts import PromptExpert
+    from .ensemble.router import PromptRouter
+    from .ensemble.train import train_router
     from .experts import ExpertBank, ModuleBank, load_experts
     from .methods import METHODS, get_method
     from .patch import Handle, RoutedLinear, get_handle, patch
+    from .query.calibration import calibrate_threshold
+    from .query.describe import describe
+    from .query.embedder import Embedder
+    from .query.example_router import ExampleRouter
+    from .query.index import index_examples
+    from .query.router import AskRouter, QueryRouter, similar_examples
+    from .query.writer import InstructionWriter
     from .trace import Trace
     from .training.activation import average_activation
     from .training.experts import train_expert
     from .training.gates import train_gates
+    from .training.lorahub import lorahub
 
 __all__ = [
     "METHODS",
+    "AskRouter",
+    "Embedder",
+    "ExampleRouter",
     "ExpertBank",
     "Handle",
+    "InstructionWriter",
     "ModuleBank",
+    "PromptEnsemble",
+    "PromptExpert",
+    "PromptRouter",
+    "QueryRouter",
     "RoutedLinear",
     "Trace",
     "__version__",
     "average_activation",
     "build_info",
+    "calibrate_threshold",
+    "describe",
     "get_handle",
     "get_method",
+    "index_examples",
     "load_experts",
+    "lorahub",
     "ops",
     "patch",
     "reference",
+    "similar_examples",
     "train_expert",
     "train_gates",
+    "train_router",
 ]

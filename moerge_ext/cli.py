@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
 from ._version import __version__
+
+# command: (the module with its `add_arguments` and `run`, what it does); imported when it is called
+COMMANDS = {
+    "doctor": (None, "what was built, what this machine has, whether they fit"),
+    "methods": (None, "the routing methods, their options and their papers"),
+    "generate": (".generate", "one prompt through your model and experts"),
+    "train-gates": (".training.cli", "train the routing gates of one expert"),
+    "describe": (".query.cli", "write down what an expert is for, for methods that route by the query's text"),
+    "eval": (".evaluation.cli", "methods on tasks: a table with intervals"),
+    "inspect": (".evaluation.inspect_cli", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
+    "train-router": (".ensemble.train_cli", "train the router of a prompt ensemble on its experts' answers"),
+    "ensemble": (".ensemble.cli", "prompt experts, alone and mixed, on questions: a table with intervals"),
+    "demo": (".demo.run", "the embedded model and experts: a table and a routing heatmap"),
+}
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -24,22 +39,12 @@ def _methods(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(args: argparse.Namespace) -> int:
-    from . import generate
-
-    return generate.run(args)
-
-
-def _train_gates(args: argparse.Namespace) -> int:
-    from .training import cli
-
-    return cli.run(args)
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from .demo import run
-
-    return run.run(args)
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "doctor":
+        return _doctor(args)
+    if args.command == "methods":
+        return _methods(args)
+    return import_module(COMMANDS[args.command][0], __package__).run(args)
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -47,34 +52,16 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="moerge", description="Route among LoRA experts, per token and per layer.")
     root.add_argument("--version", action="version", version=f"moerge_ext {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = {
-        "doctor": (_doctor, "what was built, what this machine has, whether they fit"),
-        "methods": (_methods, "the routing methods, their options and their papers"),
-        "generate": (_generate, "one prompt through your model and experts"),
-        "train-gates": (_train_gates, "train the routing gates of one expert"),
-        "demo": (_demo, "the embedded model and experts: a table and a routing heatmap"),
-    }
-    for name, (run, text) in about.items():
+    for name, (module, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(run=run)
         if command not in (name, None):
             continue
         if name == "methods":
             sub.add_argument(
                 "-v", "--verbose", action="store_true", help="also the survey's taxonomy, options and papers"
             )
-        elif name == "generate":
-            from .generate import add_arguments
-
-            add_arguments(sub)
-        elif name == "train-gates":
-            from .training.cli import add_arguments
-
-            add_arguments(sub)
-        elif name == "demo":
-            from .demo.run import add_arguments
-
-            add_arguments(sub)
+        elif module is not None:
+            import_module(module, __package__).add_arguments(sub)
     return root
 
 
@@ -83,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser(argv[0] if argv else "doctor").parse_args(argv)
     try:
-        return args.run(args)
+        return _run(args)
     except (ValueError, OSError, ImportError) as error:  # ImportError: an optional library is missing
         print(f"moerge {args.command}: {error}", file=sys.stderr)
         return 2

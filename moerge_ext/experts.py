@@ -24,7 +24,7 @@ class ExpertBank:
 
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
-    float32}}.
+    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them.
     """
 
     def __init__(
@@ -35,12 +35,14 @@ class ExpertBank:
         base_model: str | None = None,
         folders: Sequence[Path | None] | None = None,
         global_vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        global_metadata: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
     ):
         self.names = tuple(names)
         self.modules = dict(modules)
         self.base_model = base_model
         self.folders = tuple(folders) if folders is not None else (None,) * len(self.names)
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
+        self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
         problems = []
         if len(set(self.names)) != len(self.names):
             problems.append(f"expert names must be distinct, got {list(self.names)}")
@@ -110,7 +112,14 @@ class ExpertBank:
             kind: {name: vector.to(device) for name, vector in rows.items()}
             for kind, rows in self.global_vectors.items()
         }
-        return ExpertBank(self.names, modules, base_model=self.base_model, folders=self.folders, global_vectors=vectors)
+        return ExpertBank(
+            self.names,
+            modules,
+            base_model=self.base_model,
+            folders=self.folders,
+            global_vectors=vectors,
+            global_metadata=self.global_metadata,
+        )
 
     def set_gates(
         self,
@@ -118,8 +127,11 @@ class ExpertBank:
         gates: Mapping[str, Tensor],
         kind: str = SIGMOID_GATE,
         global_vector: Tensor | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Set gates of one expert in memory: {module path: [D]}. Modules that are not named keep theirs.
+
+        `metadata` says of `global_vector` what its file would ("instruction", "embedder", ...).
 
         A model that was patched with this bank before keeps the gates it was patched with. Raises ValueError
         with every problem (unknown expert, unknown module, expert without LoRA there, wrong width, NaN) before
@@ -145,6 +157,7 @@ class ExpertBank:
         if global_vector is not None:
             vector = torch.as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector
+            self.global_metadata.setdefault(kind, {})[self.names[e]] = dict(metadata or {})
 
     def get_gates(self, expert: str | int, kind: str = SIGMOID_GATE) -> dict[str, Tensor]:
         """{module path: [D] float32} of one expert, the modules that have a gate; may be empty.
@@ -196,7 +209,7 @@ class ExpertBank:
                     kind=kind,
                     base_model=self.base_model,
                     global_vector=vector,
-                    metadata=metadata,
+                    metadata={**self.global_metadata.get(kind, {}).get(name, {}), **(metadata or {})},
                 )
             )
         return written
@@ -252,16 +265,19 @@ def load_experts(
     modules = stack_modules(sources, dtype, device)
     _place_gates(sources, modules)
     vectors: dict[str, dict[str, Tensor]] = {}
+    facts: dict[str, dict[str, dict[str, str]]] = {}
     for source in sources:
         for kind, gates in source.gates.items():
             if gates.global_vector is not None:
                 vectors.setdefault(kind, {})[source.name] = gates.global_vector.to(device)
+                facts.setdefault(kind, {})[source.name] = dict(gates.metadata)
     return ExpertBank(
         [source.name for source in sources],
         modules,
         base_model=_common_base_model(sources),
         folders=[source.folder for source in sources],
         global_vectors=vectors,
+        global_metadata=facts,
     )
 
 

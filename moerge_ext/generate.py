@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from .methods.base import Method
+from .query.options import add_embedder, add_writer, build_routers, check_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add("--backend", choices=("native", "reference"), default="native", help="kernels or plain torch")
     add("--trace", action="store_true", help="print afterwards which experts were used")
+    add_embedder(parser)
+    add_writer(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,14 +63,18 @@ def run(args: argparse.Namespace) -> int:
     experts = load_experts(args.experts)
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **options)
+    rows = nullcontext()
+    if method.source is not None:
+        rows = handle.queries(prompt, build_routers(args, experts, [method.name])[method.source])
     kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
     streamer = TextStreamer(tokenizer, skip_prompt=not is_seq2seq(model.config), skip_special_tokens=True)
     if not args.trace:
-        model.generate(**inputs, **kwargs, streamer=streamer)
+        with rows:
+            model.generate(**inputs, **kwargs, streamer=streamer)
         return 0
-    with handle.record() as trace:
+    with rows, handle.record() as trace:
         model.generate(**inputs, **kwargs, streamer=streamer)
     print("\nshare of the routing weight:")
     for share, name in sorted(zip(trace.share().tolist(), trace.names, strict=True), reverse=True):
@@ -85,10 +93,11 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
         options["top_k"] = args.top_k
     method = get_method(args.method)
     method.configure(**options)
-    if method.bias is not None:
+    check_writer(args)
+    if method.bias is not None and (method.source is None or not (args.embedder or args.writer)):
         raise ValueError(
-            f"method '{method.name}' needs the affinity of the query to every expert, which this command cannot "
-            "compute; run it from Python inside `with handle.affinities(scores):`, or choose another --method"
+            f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
+            "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"
         )
     if args.trace and method.routing is None:
         raise ValueError(f"--trace: method '{method.name}' routes nothing; leave --trace out")

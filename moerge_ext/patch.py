@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.modules import module as module_hooks
 
 from . import ops, reference
 from .experts import ExpertBank
-from .layers import execution_device, linear_features, replace_module
+from .layers import execution_device, linear_features, replace_module, watch_batch
 from .methods import get_method
 from .methods.base import Method, Plan, Routing
 from .trace import Trace
@@ -160,7 +160,7 @@ class RoutedLinear(nn.Module):
         if not self.state.active:
             raise RuntimeError(
                 f"{self.name}: this method adds a global affinity per sequence, and none is set; run the model inside "
-                "`with handle.affinities(s):`, s [N, E]"
+                "`with handle.queries(texts):` or `with handle.affinities(s):`, s [N, E]"
             )
         return self.state.bias.to(device)
 
@@ -191,6 +191,7 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
+        self.router: Any = None  # a QueryRouter or ExampleRouter: what `queries` asks
         self._state = state
 
     def remove(self) -> None:
@@ -248,11 +249,39 @@ class Handle:
             )
         if not rows.isfinite().all():
             raise ValueError("affinities must be finite")
+        with self._rows(self.method.bias(rows.float(), self.options)):
+            yield
+
+    @contextmanager
+    def queries(self, texts: str | Sequence[str], router: Any = None) -> Iterator[None]:
+        """Routes the sequences of the forwards inside the block by their texts.
+
+        Args:
+            texts: N queries, in the order of the batch's rows (one text serves all rows).
+            router: what scores them, a `QueryRouter` or `ExampleRouter`; default `handle.router`, set once.
+
+        ValueError for a method without a global part, a router of another kind or of other experts, and a batch that
+        does not hold the same number of rows per query.
+        """
+        self._check_alive()
+        router = self.router if router is None else router
+        if router is None:
+            raise ValueError(
+                "queries() needs a router: set handle.router = moerge_ext.QueryRouter(experts, embedder, ...) first"
+            )
+        with self._rows(router.bias(texts, self.method, self.options, self.names)):
+            yield
+
+    @contextmanager
+    def _rows(self, bias: Tensor) -> Iterator[None]:
+        """bias [N,E] added to the scores of the forwards inside the block."""
         before = self._state.bias.clone() if self._state.active else None
-        self._state.set_bias(self.method.bias(rows.float(), self.options))
+        self._state.set_bias(bias)
+        watch = watch_batch(self.model, bias.shape[0])
         try:
             yield
         finally:
+            watch.remove()
             if before is not None:
                 self._state.set_bias(before)
             self._state.active = before is not None

@@ -146,5 +146,5 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    for command in ("doctor", "methods", "generate", "train-gates", "demo"):
+    for command in ("doctor", "methods", "generate", "train-gates", "describe", "demo"):
         assert command in out

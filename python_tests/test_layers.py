@@ -105,7 +105,9 @@ def test_reference_is_torch_alone():
     assert outside <= {"math", "typing", "collections.abc"}, outside
 
 
-@pytest.mark.parametrize("library", ["peft", "accelerate", "matplotlib"])
+@pytest.mark.parametrize(
+    "library", ["peft", "accelerate", "matplotlib", "sentence_transformers", "nevergrad", "scipy", "sklearn"]
+)
 def test_optional_libraries_are_imported_late(library):
     """`import moerge_ext` works without them."""
     for module in {name for name in FILES if "demo" not in name}:

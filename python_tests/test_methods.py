@@ -87,7 +87,9 @@ def test_experts_without_the_module_are_masked(name):
     bank = random_bank(kind=kind, present=[1, 0, 1, 1, 0], has_gate=[True, False, True, True, False])
     plan, routing, *_ = build(name, bank)
     assert plan.mask.tolist() == [True, False, True, True, False]
-    weights, experts = route(plan, routing, randn(33, D, seed=7))
+    # where the weights are given, three experts of 1/3 or one of 1
+    bias = torch.full((1, E), 1 if routing.top_k == 1 else 1 / 3) if routing.weighting == "score" else None
+    weights, experts = route(plan, routing, randn(33, D, seed=7), bias)
     assert dense(weights, experts, E)[:, [1, 4]].eq(0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(33), rtol=1e-6, atol=1e-6)
 
@@ -268,6 +270,21 @@ def test_glider_score_is_alpha_affinity_plus_cosine():
     alpha = (affinities.amax(-1, keepdim=True) > 0.8) * 100 + 3
     want = cosine / math.sqrt(E) + (alpha * affinities).repeat_interleave(4, 0)
     torch.testing.assert_close(dense(weights, experts, E), want, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- given weights
+
+
+def test_given_weights_are_used_as_they_are():
+    bank, x = random_bank(bias=randn(E, O, seed=9)), randn(6, D, seed=7)
+    weights = torch.tensor([[0.0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0.5, 0, -1.5, 0, 0.25]])
+    got, module = branch("given", bank, x, affinities=weights), bank.modules[MODULE]
+    each = torch.einsum("eod,td->teo", deltas(bank), x.double()) + module.lora_bias.double()
+    want = torch.einsum("te,teo->to", weights.double().repeat_interleave(2, 0), each)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert got[:2].eq(0).all()
+    alone = branch("given", bank, x, affinities=weights[1:2], top_k=1)
+    torch.testing.assert_close(alone.double(), each[:, 1], rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- the table

@@ -2,3 +2,4 @@
 
 SIGMOID_GATE = "sigmoid-gate"  # trained: train_gates
 AVERAGE_ACTIVATION = "average-activation"  # the module's mean input: average_activation
+INSTRUCTION = "instruction-embedding"  # the embedded task instruction, under __global__: describe

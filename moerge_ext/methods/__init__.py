@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from . import arrow, average_activation, glider, merged, phatgoose
+from . import arrow, average_activation, given, glider, merged, phatgoose, retrieval
 from .base import Method, Plan, Routing, Taxonomy
 from .fixed import PREFIX, fixed_expert
 
 __all__ = ["METHODS", "Method", "Plan", "Routing", "Taxonomy", "get_method"]
 
 METHODS: dict[str, Method] = {
-    row.name: row for family in (phatgoose, arrow, average_activation, merged, glider) for row in family.ROWS
+    row.name: row
+    for family in (phatgoose, arrow, average_activation, merged, glider, given, retrieval)
+    for row in family.ROWS
 }
 
 

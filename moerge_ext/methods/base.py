@@ -96,6 +96,9 @@ class Method:
     # (routing, options) -> routing: for options that change the route's numbers, such as a temperature
     finish: Callable[[Routing, Mapping[str, Any]], Routing] | None = None
     gate_kind: str | None = None  # the kind of gate it reads from the sidecars; None: it needs none
+    # what `handle.queries` takes the affinities from: "instruction" (QueryRouter), "examples" (ExampleRouter)
+    source: str | None = None
+    per_task: bool = False  # one row of affinities for all queries of a task
 
     def configure(self, /, **overrides: Any) -> tuple[Routing | None, str, dict[str, Any]]:
         """(routing, aggregation, options) after the caller's overrides. ValueError names every unknown key."""

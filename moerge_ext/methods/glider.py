@@ -6,13 +6,17 @@ sequence; u_bar and v_bar are the standardized token and gate.
     glider        (paper, section 4.2)   s_e = alpha * s_glob_e + cos(v_bar_e, u_bar) / sqrt(E)
                                              = alpha * s_glob_e + (v_bar_e . u_bar) / (D sqrt(E))
                   alpha = gamma * 1{max_e s_glob_e > threshold} + beta, per row
-                  threshold 0.8, gamma 100, beta 3
+                  threshold 0.8 (chosen for the embedder nomic-embed-text-v1.5), gamma 100, beta 3
     glider_code   (published code)       s_e = alpha * s_glob_e + (v_bar_e . u_bar) / sqrt(D), alpha constant
 
 then top-2 and a softmax over the two. The paper's local term is sqrt(D E) times smaller than the code's.
 
 alpha of `glider_code`: the published evaluation script sets 3 for held-out tasks and BIG-bench, 100 for
-held-in tasks and 1000 once; its configuration's default is 0, no global term. Here 3, the paper's beta.
+held-in tasks and 1000 once; its configuration's default is 0, no global term. Here 3, the paper's beta. That
+code has one affinity vector per task, and by its default drops the last number of every embedding before the
+cosine; the row takes one vector per task as well and whole embeddings.
+
+Option `threshold` of `glider`: None is the paper's 0.8 for affinities given as a tensor; for texts see `QueryRouter`.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from .phatgoose import TAXONOMY as LOCAL_TAXONOMY
 
 PAPER = "Glider: Global and Local Instruction-Driven Expert Router, arXiv 2410.07172"
 
+PAPER_THRESHOLD = 0.8
+
 # By the survey's definitions: token and query both steer; held-in and held-out tasks are evaluated.
 TAXONOMY = replace(LOCAL_TAXONOMY, input_granularity="Multiple", generalization="Multiple")
 
@@ -44,7 +50,8 @@ def local_scale(in_features: int, num_experts: int) -> float:
 def threshold_bias(affinities: Tensor, options: Mapping[str, Any]) -> Tensor:
     """s_glob [N, E] -> alpha * s_glob [N, E] float32, alpha per row (the paper's indicator)."""
     affinities = affinities.float()
-    sure = affinities.amax(-1, keepdim=True) > options["threshold"]
+    threshold = PAPER_THRESHOLD if options["threshold"] is None else options["threshold"]
+    sure = affinities.amax(-1, keepdim=True) > threshold
     return affinities * (sure * options["gamma"] + options["beta"])
 
 
@@ -54,11 +61,13 @@ def constant_bias(affinities: Tensor, options: Mapping[str, Any]) -> Tensor:
 
 
 def check_numbers(routing: Routing, options: Mapping[str, Any], *, method: str) -> Routing:
-    """`Method.finish`: every option is a finite number, or a ValueError that lists those that are not."""
+    """`Method.finish`: every option is a finite number (a threshold may be None), or a ValueError that lists those
+    that are not.
+    """
     bad = [
         f"{name} must be a finite number, got {value!r}"
         for name, value in options.items()
-        if not is_finite_number(value)
+        if not is_finite_number(value) and not (name == "threshold" and value is None)
     ]
     if bad:
         raise ValueError(f"method '{method}': " + "; ".join(bad))
@@ -73,9 +82,10 @@ GLIDER = Method(
     plan=sigmoid_gate_plan,
     routing=Routing(top_k=2, normalize="standardize", scale=local_scale, weighting="softmax"),
     bias=threshold_bias,
-    options={"threshold": 0.8, "gamma": 100.0, "beta": 3.0},
+    options={"threshold": None, "gamma": 100.0, "beta": 3.0},
     finish=partial(check_numbers, method="glider"),
     gate_kind=SIGMOID_GATE,
+    source="instruction",
 )
 
 GLIDER_CODE = Method(
@@ -89,6 +99,8 @@ GLIDER_CODE = Method(
     options={"alpha": 3.0},
     finish=partial(check_numbers, method="glider_code"),
     gate_kind=SIGMOID_GATE,
+    source="instruction",
+    per_task=True,
 )
 
 ROWS = (GLIDER, GLIDER_CODE)

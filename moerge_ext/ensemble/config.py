@@ -1,0 +1,99 @@
+"""Prompt experts from a JSON file, for the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.tasks import read_rows
+from ..query.embedder import Embedder, unit
+from .prompts import (
+    DEMONSTRATIONS,
+    PromptExpert,
+    Retriever,
+    Template,
+    answer_prompting,
+    chain_of_thought,
+    check_experts,
+    few_shot,
+    retrieval_augmented,
+)
+
+KINDS = ("few-shot", "chain-of-thought", "retrieval", "answer-prompting")
+_KEYS = {"name", "kind", "demonstrations", "count", "template", "lora", "passages", "passage_count", "samples"}
+
+
+def read_experts(path: Path, make_embedder: Callable[[], Embedder]) -> tuple[list[PromptExpert], dict[str, Path]]:
+    """(experts, {LoRA name: folder}) of a file that holds a list of objects:
+
+        {"name": ..., "kind": "few-shot" | "chain-of-thought" | "retrieval" | "answer-prompting",
+         "demonstrations": "rows.jsonl", "count": 16, "lora": "adapters/sql", "template": {"question": ..., ...},
+         "passages": "passages.txt", "passage_count": 10, "samples": 10}
+
+    Only the name is needed (few-shot; count 0 without demonstrations). Paths are relative to the file; passages are
+    one per line, searched with `make_embedder()`. ValueError lists every problem of every expert.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} must hold a list of objects, one per prompt expert")
+    experts, loras, problems = [], {}, []
+    for i, entry in enumerate(entries):
+        try:
+            experts.append(_expert(entry, path.parent, loras, make_embedder))
+        except ValueError as error:
+            problems.append(f"expert {entry.get('name', i)!r}: {error}")
+    if problems:
+        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems))
+    check_experts(experts)
+    return experts, loras
+
+
+def _expert(entry: dict[str, Any], root: Path, loras: dict[str, Path], make_embedder) -> PromptExpert:
+    unknown = sorted(set(entry) - _KEYS)
+    if unknown:
+        raise ValueError(f"unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(_KEYS))}")
+    name, kind = entry.get("name"), entry.get("kind", KINDS[0])
+    if not isinstance(name, str) or not name:
+        raise ValueError('expected a "name"')
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    rows = read_rows(root / entry["demonstrations"]) if "demonstrations" in entry else []
+    words = entry.get("template", {})
+    known = {f.name for f in fields(Template)}
+    if not isinstance(words, dict) or set(words) - known:
+        raise ValueError(f"template takes {', '.join(sorted(known))}, got {words!r}")
+    common: dict[str, Any] = {"count": entry.get("count", DEMONSTRATIONS if rows else 0), "template": Template(**words)}
+    if "lora" in entry:
+        folder = root / entry["lora"]
+        common["lora"] = folder.name
+        loras[folder.name] = folder
+    if kind == "chain-of-thought":
+        return chain_of_thought(name, rows, **common)
+    if kind == "answer-prompting":
+        return answer_prompting(name, rows, samples=entry.get("samples", 10), **common)
+    if kind == "retrieval":
+        if "passages" not in entry:
+            raise ValueError('kind "retrieval" needs "passages", a text file with one passage per line')
+        lines = (root / entry["passages"]).read_text(encoding="utf-8").splitlines()
+        retriever = nearest_passages(make_embedder(), [line for line in lines if line.strip()])
+        return retrieval_augmented(name, retriever, rows, passages=entry.get("passage_count", 10), **common)
+    return few_shot(name, rows, **common)
+
+
+def nearest_passages(embedder: Embedder, passages: list[str]) -> Retriever:
+    """A retriever: all `passages`, those most similar to the question first. ValueError when there are none."""
+    if not passages:
+        raise ValueError("no passages to retrieve from")
+    index = unit(embedder(passages))
+
+    def retrieve(question: str) -> list[str]:
+        order = (index @ unit(embedder([question]))[0]).argsort(descending=True)
+        return [passages[i] for i in order.tolist()]
+
+    return retrieve

@@ -1,0 +1,229 @@
+"""One answer from several prompts: their next-token probabilities mixed at every step (PELMo, ICIC 2024, eq. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..evaluation.answers import Answerer
+from ..patch import Handle
+from .prompts import PromptExpert, check_experts
+from .router import PromptRouter
+
+
+class MixProbabilities:
+    """A logits processor: K prompts of each of N questions, scores [K*N,V] -> the same mixture for all K [K*N,V].
+
+        p(v | question) = sum_k w_nk softmax(scores_kn)_v          weights [N,K], fixed over the steps
+
+    With `warpers` one token is drawn from the mixture and all others are excluded, so that the K rows of a question
+    go on with the same token.
+    """
+
+    def __init__(self, weights: Tensor, warpers: Any = None, seed: int | None = None):
+        self.weights, self.warpers = weights, warpers
+        self.generator = torch.Generator()
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        count = self.weights.shape[1]
+        mixed = ops.mix_log_probs(scores.view(count, -1, scores.shape[1]).contiguous(), self.weights)
+        if self.warpers is not None:
+            chances = self.warpers(input_ids[: len(mixed)], mixed).softmax(-1)
+            token = torch.multinomial(chances.cpu(), 1, generator=self.generator).to(mixed.device)
+            mixed = torch.full_like(mixed, -torch.inf).scatter(1, token, 0.0)
+        return mixed.repeat(count, 1).to(scores.dtype)
+
+
+class _FirstRow:
+    """A streamer that hands on the first of the K rows, which all go the same way."""
+
+    def __init__(self, streamer: Any):
+        self.streamer = streamer
+
+    def put(self, value: Tensor) -> None:
+        self.streamer.put(value[:1])
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+class _StopTexts:
+    """A stopping criterion: rows whose answer holds one of the texts are done.
+
+    The answer is decoded anew at every step, which works with every tokenizer; transformers' own stop strings need one
+    whose tokens are pieces of text.
+    """
+
+    def __init__(self, asked: Answerer, stop: Sequence[str]):
+        self.asked, self.stop, self.start = asked, tuple(stop), None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if self.start is None:  # called first after one new token
+            self.start = input_ids.shape[1] - 1
+        texts = self.asked.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        done = [any(end in text for end in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class PromptEnsemble:
+    """Prompt experts over one model, and the router that weighs them.
+
+    Args:
+        model, tokenizer: the backbone, causal or seq2seq. For experts with a `lora`, patched with method "given"
+            (`handle` is its handle): each prompt then runs with its own LoRA in the same batch.
+        experts: the prompt experts, in the order of the router's outputs.
+        router: a `PromptRouter`; None leaves `answer` to `select=`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        experts: Sequence[PromptExpert],
+        router: PromptRouter | None = None,
+        *,
+        handle: Handle | None = None,
+    ):
+        self.names, self.experts, self.router, self.handle = check_experts(experts), tuple(experts), router, handle
+        if router is not None and router.names != self.names:
+            raise ValueError(
+                f"the router was trained for the experts {', '.join(router.names)}, got {', '.join(self.names)}"
+            )
+        loras = {expert.lora for expert in experts} - {None}
+        if loras and (handle is None or handle.method.name != "given"):
+            raise ValueError(
+                f"experts with a LoRA ({', '.join(sorted(loras))}) need handle=patch(model, experts, method='given')"
+            )
+        unknown = sorted(loras - set(handle.names if handle is not None else ()))
+        if unknown:
+            raise ValueError(f"no LoRA expert named {', '.join(unknown)}; there are: {', '.join(handle.names)}")
+        self.asked = Answerer(model, tokenizer)
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        *,
+        top_k: int = 2,
+        select: tuple[Tensor, Tensor] | None = None,
+        max_new_tokens: int = 64,
+        sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k_tokens: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        streamer: Any = None,
+    ) -> list[str]:
+        """Answers [N], greedy unless `sample`.
+
+        Args:
+            top_k: experts per question, chosen and weighed by the router once, before the first token.
+            select: (ids [N,k], weights [N,k]) instead of the router's choice.
+            temperature, top_p, top_k_tokens, seed: of sampling, applied to the mixed distribution.
+            stop: texts that end the answer; they are cut off.
+            streamer: of transformers, for one question: gets the tokens as they are chosen.
+
+        ValueError for no question, weights that do not fit, and a prompt that does not fit the context.
+        """
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        if not questions:
+            raise ValueError("no questions to answer: expected at least one")
+        if streamer is not None and len(questions) > 1:
+            raise ValueError(f"a streamer follows one question, got {len(questions)}")
+        if not sample and (temperature != 1.0 or top_p is not None or top_k_tokens is not None):
+            raise ValueError("temperature, top_p and top_k_tokens are for sample=True")
+        # imported here: `import moerge_ext` needs nothing of transformers' generation, which takes a while
+        from transformers import LogitsProcessorList
+
+        ids, weights = self._selected(questions, top_k, select)
+        ask = partial(self._ask, limit=max_new_tokens)
+        prompts = [
+            self.experts[e].prompt(question, ask)
+            for column in ids.T.tolist()
+            for e, question in zip(column, questions, strict=True)
+        ]
+        warpers = _warpers(temperature, top_p, top_k_tokens) if sample else None
+        device = next(self.asked.model.parameters()).device
+        processor = MixProbabilities(weights.float().to(device), warpers, seed)
+        with self._loras(ids.T.flatten().tolist()):
+            texts = self.asked.generate(
+                prompts,
+                max_new_tokens,
+                logits_processor=LogitsProcessorList([processor]),
+                **self._stopping(stop),
+                **({"streamer": _FirstRow(streamer)} if streamer is not None else {}),
+            )
+        return [_cut(text, stop) for text in texts[: len(questions)]]
+
+    def answer_by(self, name: str, questions: Sequence[str], **options: Any) -> list[str]:
+        """Answers [N] of one expert alone."""
+        if name not in self.names:
+            raise ValueError(f"no prompt expert named '{name}'; there are: {', '.join(self.names)}")
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        ids = torch.full((len(questions), 1), self.names.index(name))
+        return self.answer(questions, select=(ids, torch.ones(len(questions), 1)), **options)
+
+    def _selected(self, questions: list[str], top_k: int, select: tuple[Tensor, Tensor] | None):
+        if select is None:
+            if self.router is None:
+                raise ValueError("this ensemble has no router: pass one, or select=(ids, weights)")
+            return self.router.select(questions, top_k)
+        ids, weights = (torch.as_tensor(part) for part in select)
+        fits = ids.dim() == 2 and ids.shape == weights.shape and len(ids) == len(questions) and ids.shape[1] > 0
+        if not fits or ids.min() < 0 or ids.max() >= len(self.names):
+            raise ValueError(
+                f"select must be expert ids in 0 .. {len(self.names) - 1} and weights, both [N={len(questions)}, k], "
+                f"got {list(ids.shape)} and {list(weights.shape)}"
+            )
+        if (weights < 0).any() or not weights.isfinite().all() or (weights.sum(1) <= 0).any():
+            raise ValueError("weights must be finite and not negative, with a positive one for every question")
+        return ids, weights
+
+    def _ask(self, prompt: str, count: int, *, limit: int) -> list[str]:
+        """`count` sampled answers to one prompt by the base model."""
+        base = self.handle.affinities(torch.zeros(len(self.handle.names))) if self.handle is not None else nullcontext()
+        with base:
+            return self.asked.generate([prompt], limit, do_sample=True, num_return_sequences=count)
+
+    def _loras(self, order: Sequence[int]):
+        """A context in which row i of the batch runs with the LoRA of expert order[i]."""
+        if self.handle is None:
+            return nullcontext()
+        rows = torch.zeros(len(order), len(self.handle.names))
+        for row, e in zip(rows, order, strict=True):
+            if self.experts[e].lora is not None:
+                row[self.handle.names.index(self.experts[e].lora)] = 1.0
+        return self.handle.affinities(rows)
+
+    def _stopping(self, stop: Sequence[str]) -> dict[str, Any]:
+        from transformers import StoppingCriteriaList
+
+        return {"stopping_criteria": StoppingCriteriaList([_StopTexts(self.asked, stop)])} if stop else {}
+
+
+def _warpers(temperature: float, top_p: float | None, top_k: int | None) -> Any:
+    from transformers import LogitsProcessorList
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    ends = [text.index(end) for end in stop if end in text]
+    return text[: min(ends)].strip() if ends else text

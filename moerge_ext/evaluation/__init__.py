@@ -1,0 +1,1 @@
+"""Scores of routing methods on tasks, and what their routers did."""

@@ -1,0 +1,101 @@
+"""Answers of a language model to a batch of prompts: generated, or chosen by log-likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pretrained import is_seq2seq
+from ..training.batches import model_device
+
+
+class Answerer:
+    """A model and its tokenizer.
+
+    Prompts are encoded as `moerge train-gates` encodes inputs: the tokenizer's own special tokens in front, none
+    behind for a decoder.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        self.model, self.tokenizer = model, tokenizer
+        self.seq2seq = is_seq2seq(model.config)
+        config = getattr(model, "generation_config", None)
+        end = getattr(config, "eos_token_id", None)
+        end = tokenizer.eos_token_id if end is None else end
+        self.ends = () if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,)
+        pad = (tokenizer.pad_token_id, *self.ends, 0)
+        self.pad = next(token for token in pad if token is not None)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer(text).input_ids
+        if not self.seq2seq and len(ids) > 1 and ids[-1] in self.ends:
+            ids = ids[:-1]
+        if not ids:
+            raise ValueError(f"the prompt {text!r} has no token")
+        return ids
+
+    def target_ids(self, text: str) -> list[int]:
+        if self.seq2seq:
+            return self.tokenizer(text_target=text).input_ids
+        return self.tokenizer(text, add_special_tokens=False).input_ids + list(self.ends[:1])
+
+    def check_length(self, length: int) -> None:
+        """ValueError when `length` tokens do not fit the model's context."""
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context is not None and length > context:
+            raise ValueError(
+                f"a prompt with its answer has {length} tokens, more than the context of {context}: shorten the "
+                "inputs or the template, lower --max-new-tokens, or leave the task out"
+            )
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:
+        """Answers [N] in one batch, greedy unless `options` (of transformers' generate) say otherwise."""
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        ids, mask = self._padded(rows, left=not self.seq2seq)
+        self.check_length(ids.shape[1] + (0 if self.seq2seq else max_new_tokens))
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            **{"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options},
+        )
+        start = 0 if self.seq2seq else ids.shape[1]
+        return [text.strip() for text in self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def log_likelihoods(self, prompts: Sequence[str], answers: Sequence[str], *, length_norm: bool) -> Tensor:
+        """log p(answer | prompt) [N] float64, the sum over the answer's tokens (with its end), or their mean."""
+        starts, ends = [self.prompt_ids(p) for p in prompts], [self.target_ids(a) for a in answers]
+        device = model_device(self.model)
+        labels = nn.utils.rnn.pad_sequence([torch.tensor(e) for e in ends], batch_first=True, padding_value=-100)
+        labels = labels.to(device)
+        if self.seq2seq:
+            ids, mask = self._padded(starts, left=False)
+            logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits
+        else:
+            # prompts end and answers begin in one column
+            ids, mask = self._padded(starts, left=True)
+            answer, answer_mask = self._padded(ends, left=False)
+            width = ids.shape[1]
+            ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, answer_mask], 1)
+            self.check_length(ids.shape[1])
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+            logits = logits[:, width - 1 : -1]
+        real = labels != -100
+        chosen = logits.double().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+        total = (chosen * real).sum(1)
+        return total / real.sum(1) if length_norm else total
+
+    def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+        width = max(map(len, rows))
+        ids, mask = torch.full((len(rows), width), self.pad), torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            where = slice(width - len(row), None) if left else slice(len(row))
+            ids[i, where], mask[i, where] = torch.tensor(row), 1
+        device = model_device(self.model)
+        return ids.to(device), mask.to(device)

@@ -1,0 +1,254 @@
+"""Every run on every task: batched, resumable, one score with its interval each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..experts import ExpertBank
+from ..methods import get_method
+from ..methods.fixed import PREFIX
+from ..patch import Handle, patch
+from ..query.describe import EXAMPLES, draw
+from ..query.router import QueryRouter, similar_examples
+from .answers import Answerer
+from .metrics import accuracy, exact_match, wilson
+from .runs import Run
+from .store import Answers, file_name
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class Score:
+    """`right` of `n` items; low and high: the 95 % Wilson interval of the share."""
+
+    method: str
+    task: str
+    part: str
+    metric: str
+    n: int
+    right: int
+    chance: float
+    items: tuple[bool, ...]
+
+    @property
+    def value(self) -> float:
+        return self.right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.right, self.n)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is asked.
+
+    template: the prompt, with {input}; batch_size in items; max_new_tokens: None takes the longest target of the task
+    plus its end; length_norm: rank classification by the mean log-likelihood per token (PHATGOOSE's code) or, when
+    False, by the sum (T0); similar: solved examples, most similar to the query, that a QueryRouter's writer sees with
+    it, from the task's train.jsonl (GLIDER: 3; 0 is the zero-shot variant).
+    """
+
+    template: str = "{input}"
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    length_norm: bool = True
+    seed: int = 0
+    similar: int = 0
+
+    def __post_init__(self) -> None:
+        if "{input}" not in self.template:
+            raise ValueError(f"the template must contain {{input}}, got {self.template!r}")
+        for name in ("batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        return self.template.replace("{input}", row["input"])
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    experts: ExpertBank,
+    runs: Sequence[Run],
+    tasks: Sequence[Task],
+    settings: Settings | None = None,
+    *,
+    routers: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    output: Path | None = None,
+    progress: bool = True,
+) -> list[Score]:
+    """Scores of every run on every task, runs outermost.
+
+    Args:
+        runs: from `parse_run`; all of them are checked against the model before the first answer.
+        routers: {"instruction": QueryRouter, ...} for the runs that route by the query's text.
+        facts: what the answers depend on besides the settings and the tasks (the model's and experts' names), kept
+            beside them; a difference is an error when an evaluation is resumed.
+        output: folder of the answers, `<output>/answers/<task>/<run>.jsonl`; what is there is not computed again.
+    """
+    settings = settings or Settings()
+    if not runs or not tasks:
+        raise ValueError(f"expected at least one method and one task, got {len(runs)} and {len(tasks)}")
+    twice = {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}
+    if twice:
+        raise ValueError(f"tasks must have distinct names; several are called {', '.join(sorted(twice))}")
+    check_runs(model, experts, runs, routers)
+    answerer = Answerer(model, tokenizer)
+    scores = []
+    total = len(runs) * sum(len(task.rows) for task in tasks)
+    with tqdm(total=total, unit="item", disable=not progress) as bar:
+        for run in runs:
+            with patched(model, experts, run, routers) as handle:
+                for task in tasks:
+                    bar.set_description(f"{run.label}: {task.name}")
+                    show_similar(handle, task, settings)
+                    path = output / "answers" / task.name / file_name(run.label) if output is not None else None
+                    stored = Answers(path, _header(run, task, settings, handle, facts))
+                    bar.update(len(stored.items))
+                    _complete(stored, answerer, handle, task, settings, bar)
+                    scores.append(_score(label(run, handle), task, stored))
+    return scores
+
+
+def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
+    """ValueError for the first run that cannot patch the model or lacks a router; the model is as before."""
+    for run in runs:
+        with patched(model, experts, run, routers):
+            pass
+
+
+def label(run: Run, handle: Handle | None) -> str:
+    """The row's name in the table, with the variant of the router it was run with."""
+    variant = getattr(getattr(handle, "router", None), "variant", None)
+    return f"{run.label} ({variant})" if variant else run.label
+
+
+def patched(model: nn.Module, experts: ExpertBank, run: Run, routers: Mapping[str, Any] | None):
+    """A context with the run's handle, None for the base."""
+    if run.method is None:
+        return nullcontext()
+    method = get_method(run.method)
+    handle = patch(model, experts, run.method, **run.options)
+    if method.bias is None:
+        return handle
+    router = (routers or {}).get(method.source)
+    try:
+        if router is None:
+            raise ValueError(f"method '{run.label}' routes by the query's text: it needs a router by {method.source}")
+        router.settings(run.method, handle.options)
+    except ValueError:
+        handle.remove()
+        raise
+    handle.router = router
+    return handle
+
+
+def _header(run: Run, task: Task, settings: Settings, handle: Handle | None, facts) -> dict[str, Any]:
+    header = {
+        "run": label(run, handle),
+        "task": task.name,
+        "metric": task.metric,
+        "rows": task.digest,
+        "template": settings.template,
+        "max_new_tokens": settings.max_new_tokens,
+        **(facts or {}),
+    }
+    if task.metric == "rank":
+        header["length_norm"] = settings.length_norm
+    router = getattr(handle, "router", None)
+    if router is not None:
+        options = router.settings(run.method, handle.options)
+        header |= {"options": {key: str(value) for key, value in options.items()}, "similar": settings.similar}
+        header |= {part: getattr(getattr(router, part, None), "name", None) for part in ("embedder", "writer")}
+    return header
+
+
+def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: Task, settings: Settings, bar) -> None:
+    limit = settings.max_new_tokens
+    if limit is None and task.metric != "rank":
+        limit = max(len(answerer.target_ids(row["target"])) for row in task.rows)
+    while len(stored.items) < len(task.rows):
+        start = len(stored.items)
+        rows = task.rows[start : start + settings.batch_size]
+        if task.metric == "rank":
+            items = _ranked(answerer, handle, task, rows, settings)
+        else:
+            right = exact_match if task.metric == "exact_match" else accuracy
+            with row_queries(handle, task, rows, settings):
+                answers = answerer.generate([settings.prompt(row) for row in rows], limit)
+            items = [{"answer": a, "right": right(a, row["target"])} for a, row in zip(answers, rows, strict=True)]
+        stored.add(items)
+        bar.update(len(items))
+
+
+def _ranked(answerer, handle, task: Task, rows: Sequence[dict], settings: Settings) -> list[dict[str, Any]]:
+    """Each row's choices side by side, `batch_size` sequences at a time."""
+    flat = [(row, choice) for row in rows for choice in task.choices_of(row)]
+    values = []
+    for start in range(0, len(flat), settings.batch_size):
+        part = flat[start : start + settings.batch_size]
+        with row_queries(handle, task, [row for row, _ in part], settings):
+            prompts, choices = [settings.prompt(row) for row, _ in part], [choice for _, choice in part]
+            values += answerer.log_likelihoods(prompts, choices, length_norm=settings.length_norm).tolist()
+    items, values = [], iter(values)
+    for row in rows:
+        scores = {choice: next(values) for choice in task.choices_of(row)}
+        best = max(scores, key=scores.get)
+        items.append({"answer": best, "right": best == row["target"]})
+    return items
+
+
+def show_similar(handle: Handle | None, task: Task, settings: Settings) -> None:
+    """Let the run's QueryRouter write from solved examples of the task as well, when the settings ask for it."""
+    router = getattr(handle, "router", None)
+    if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
+        router.similar = similar_examples(router.embedder, task.examples(), settings.similar)
+
+
+def row_queries(handle: Handle | None, task: Task, rows: Sequence[dict], settings: Settings):
+    """A context in which the run's router, if it has one, has seen the rows (or examples of their task)."""
+    router = getattr(handle, "router", None)
+    if router is None:
+        return nullcontext()
+    if not handle.method.per_task:
+        return handle.queries([row["input"] for row in rows])
+    if router.source == "examples":
+        known = task.examples()
+        chosen = draw(known, min(router.task_examples, len(known)), settings.seed)
+        return handle.queries([row["input"] for row in chosen])
+    examples = draw(task.examples(), EXAMPLES, settings.seed)
+    return handle.affinities(router.task_affinities(examples))
+
+
+def _score(name: str, task: Task, stored: Answers) -> Score:
+    items = tuple(bool(item["right"]) for item in stored.items)
+    return Score(name, task.name, task.part, task.metric, len(items), sum(items), task.chance, items)
+
+
+def derive(scores: Sequence[Score], baselines: Sequence[str]) -> list[Score]:
+    """The scores of `oracle_dataset` and `best_individual`, from those of every `expert:<name>`."""
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    by_expert: dict[str, dict[str, Score]] = {}
+    for score in scores:
+        if score.method.startswith(PREFIX):
+            by_expert.setdefault(score.method, {})[score.task] = score
+    made = []
+    for name in baselines:
+        if name == "oracle_dataset":
+            best = [max((s[task] for s in by_expert.values()), key=lambda s: s.value) for task in tasks]
+        else:
+            means = {e: sum(s.value for s in rows.values()) / len(rows) for e, rows in by_expert.items()}
+            best = list(by_expert[max(means, key=means.get)].values())
+        made += [replace(score, method=name) for score in best]
+    return made

@@ -1,0 +1,132 @@
+"""Where the tokens of tasks go, and how far that is from the best expert (PHATGOOSE, arXiv 2402.05859, section 4.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..experts import ExpertBank
+from .answers import Answerer
+from .evaluate import Settings, check_runs, label, patched, row_queries
+from .probe import ModuleSums, probe
+from .runs import Run
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One run on one task.
+
+    modules: sums of every routed module; experts: their names; oracle: the best expert of the task, or None.
+    """
+
+    method: str
+    task: str
+    experts: tuple[str, ...]
+    oracle: str | None
+    modules: dict[str, ModuleSums]
+
+    def shares(self, part: str | None = None) -> tuple[list[str], Tensor]:
+        """(module paths, their mean distributions [modules,E]); only those of `part` ("encoder", ...) if given."""
+        names = [name for name in self.modules if part is None or part_of(name) == part]
+        return names, torch.stack([self.modules[n].distribution / self.modules[n].tokens for n in names])
+
+    @property
+    def entropy(self) -> float:
+        """Nats, averaged over tokens and modules; log E is uniform."""
+        return _mean([m.entropy / m.tokens for m in self.modules.values()])
+
+    @property
+    def divergence(self) -> float | None:
+        """KL(oracle || routing), nats, averaged over tokens and modules; log E for uniform routing."""
+        if self.oracle is None:
+            return None
+        index = self.experts.index(self.oracle)
+        return _mean([m.divergence(index) for m in self.modules.values()])
+
+    @property
+    def to_oracle(self) -> float | None:
+        """The part of the applied weight that the oracle gets."""
+        if self.oracle is None:
+            return None
+        total = sum(m.weight.abs() for m in self.modules.values())
+        return (total[self.experts.index(self.oracle)] / total.sum().clamp_min(1e-30)).item()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def part_of(module: str) -> str:
+    """ "encoder" or "decoder" for the modules of an encoder-decoder, "" for those of other models."""
+    parts = module.split(".")
+    return next((part for part in parts if part in ("encoder", "decoder")), "")
+
+
+def inspect(
+    model: nn.Module,
+    tokenizer: Any,
+    experts: ExpertBank,
+    runs: Sequence[Run],
+    tasks: Sequence[Task],
+    settings: Settings | None = None,
+    *,
+    oracles: Mapping[str, str] | None = None,
+    routers: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> list[Inspection]:
+    """Every run on the rows of every task, prompt and target together, one sequence at a time (no padding).
+
+    oracles: {task: expert}; default the expert of the task's name, if there is one. ValueError for an oracle that is no
+    expert, and for a run that routes nothing.
+    """
+    settings = settings or Settings()
+    oracles = dict(oracles or {})
+    unknown = sorted(set(oracles.values()) - set(experts.names))
+    if unknown:
+        raise ValueError(f"oracles must be experts; there is no {', '.join(unknown)} among {', '.join(experts.names)}")
+    for task in tasks:
+        if task.name in experts.names:
+            oracles.setdefault(task.name, task.name)
+    check_runs(model, experts, runs, routers)
+    answerer, found = Answerer(model, tokenizer), []
+    total = len(runs) * sum(len(task.rows) for task in tasks)
+    with tqdm(total=total, unit="item", disable=not progress) as bar:
+        for run in runs:
+            with patched(model, experts, run, routers) as handle:
+                for task in tasks:
+                    bar.set_description(f"{run.label}: {task.name}")
+                    with probe(model) as sums:
+                        for row in task.rows:
+                            with row_queries(handle, task, [row], settings):
+                                answerer.log_likelihoods([settings.prompt(row)], [row["target"]], length_norm=True)
+                            bar.update()
+                    name = label(run, handle)
+                    found.append(Inspection(name, task.name, experts.names, oracles.get(task.name), dict(sums)))
+    return found
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's correlation; None for fewer than three pairs or a constant side."""
+    if len(x) != len(y):
+        raise ValueError(f"expected pairs, got {len(x)} and {len(y)} values")
+    mean_x, mean_y = sum(x) / max(1, len(x)), sum(y) / max(1, len(y))
+    xx, yy = sum((a - mean_x) ** 2 for a in x), sum((b - mean_y) ** 2 for b in y)
+    if len(x) < 3 or xx == 0 or yy == 0:
+        return None
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / math.sqrt(xx * yy)
+
+
+def correlations(found: Sequence[Inspection], scores: Mapping[tuple[str, str], float]) -> dict[str, float | None]:
+    """{method: Pearson's correlation over tasks of KL(oracle || routing) with `scores` {(method, task): share}}."""
+    made = {}
+    for method in dict.fromkeys(i.method for i in found):
+        mine = [i for i in found if i.method == method and i.oracle and (method, i.task) in scores]
+        made[method] = pearson([i.divergence for i in mine], [scores[method, i.task] for i in mine])
+    return made

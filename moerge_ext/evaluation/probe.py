@@ -1,0 +1,82 @@
+"""The whole routing distribution of every token, beside the forward pass: what top-k hides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..patch import BACKENDS, RoutedLinear
+
+
+@dataclass
+class ModuleSums:
+    """Sums over the tokens that passed one module, float64.
+
+    distribution [E]: p_t, softmax over all experts of the routing scores (for a method whose scores are weights: the
+    weights, normalized); weight [E]: the weights applied after top-k or top-p; log [E]: log p_t; entropy: of p_t, nats.
+    """
+
+    distribution: Tensor
+    weight: Tensor
+    log: Tensor
+    entropy: float = 0.0
+    tokens: int = 0
+
+    def divergence(self, oracle: int) -> float:
+        """KL(oracle || routing) in nats, averaged over tokens: -log p_t[oracle], as the oracle always picks one."""
+        return -self.log[oracle].item() / self.tokens
+
+
+@contextmanager
+def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
+    """Collects {module: ModuleSums} from every routed layer of a patched model; padding tokens count, so give none.
+
+    The layers compute what they compute without it. ValueError when nothing is routed.
+    """
+    layers = {m.name: m for m in model.modules() if isinstance(m, RoutedLinear) and m.route_options is not None}
+    if not layers:
+        raise ValueError("this model routes nothing: patch it with a method that does (not merged, not one expert)")
+    sums: dict[str, ModuleSums] = {}
+
+    def before(layer: RoutedLinear, args: tuple) -> None:
+        tokens = args[0].detach().reshape(-1, layer.in_features)
+        applied, p = distributions(layer, tokens)
+        if layer.name not in sums:
+            sums[layer.name] = ModuleSums(*(torch.zeros(p.shape[1], dtype=torch.float64) for _ in range(3)))
+        mine = sums[layer.name]
+        log = p.clamp_min(torch.finfo(torch.float32).tiny).log()
+        mine.distribution += p.sum(0)
+        mine.weight += applied.sum(0)
+        mine.log += log.sum(0)
+        mine.entropy -= (p * log).sum().item()
+        mine.tokens += p.shape[0]
+
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers.values()]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def distributions(layer: RoutedLinear, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens [T,D] -> (weights applied [T,E], distribution over all experts [T,E]), float64 on the CPU."""
+    count = layer.lora_A.shape[0]
+    route, options = BACKENDS[layer.backend].route, layer.route_options
+    common = {"bias": layer._bias(tokens.device), "mask": layer.mask}
+    applied = _dense(*route(tokens, layer.gates, **options, **common), count)
+    if options["weighting"] == "score":
+        size = applied.abs()
+        return applied, size / size.sum(1, keepdim=True).clamp_min(1e-30)
+    whole = {**options, "top_k": count, "top_p": None, "weighting": "softmax_all"}
+    return applied, _dense(*route(tokens, layer.gates, **whole, **common), count)
+
+
+def _dense(weights: Tensor, experts: Tensor, count: int) -> Tensor:
+    zeros = torch.zeros(weights.shape[0], count, dtype=torch.float64)
+    return zeros.scatter_add(1, experts.long().cpu(), weights.double().cpu())

@@ -1,0 +1,146 @@
+"""Scores as markdown, CSV, JSON, a table on the terminal, and a bar chart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..adapter_files.atomic import write_atomically
+from .evaluate import Score
+from .metrics import Z
+
+CHANCE = "chance"
+
+
+def grid(scores: Sequence[Score]) -> tuple[list[str], list[str], dict[tuple[str, str], Score]]:
+    """(methods, tasks, {(method, task): score}), both in the order of the scores."""
+    methods = list(dict.fromkeys(score.method for score in scores))
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    return methods, tasks, {(score.method, score.task): score for score in scores}
+
+
+def mean(scores: Sequence[Score]) -> tuple[float, float]:
+    """(mean of the tasks' scores, half its 95 % interval): normal, the tasks fixed and their items a sample."""
+    variance = sum(s.value * (1 - s.value) / s.n for s in scores) / len(scores) ** 2
+    return sum(s.value for s in scores) / len(scores), Z * math.sqrt(variance)
+
+
+def cells(scores: Sequence[Score]) -> list[list[str]]:
+    """The table as text: a header, the chance row, one row per method; means over the tasks of every part first."""
+    methods, tasks, at = grid(scores)
+    first = {task: at[methods[0], task] for task in tasks}
+    parts: dict[str, list[str]] = {}
+    for task in tasks:
+        parts.setdefault(first[task].part, []).append(task)
+    names = {"train": "held-in", "heldout": "held-out"}
+    header = ["", *(f"mean {names.get(part, part)}".strip() for part in parts)]
+    header += [f"{task} (n={first[task].n})" for task in tasks]
+    chance = [sum(first[t].chance for t in group) / len(group) for group in parts.values()]
+    rows = [header, [CHANCE, *(f"{100 * c:.1f}" for c in [*chance, *(first[t].chance for t in tasks)])]]
+    for method in methods:
+        row = [method]
+        for group in parts.values():
+            value, half = mean([at[method, task] for task in group])
+            row.append(f"{100 * value:.1f} ± {100 * half:.1f}")
+        for task in tasks:
+            low, high = at[method, task].interval
+            row.append(f"{100 * at[method, task].value:.1f} ({100 * low:.0f}-{100 * high:.0f})")
+        rows.append(row)
+    return rows
+
+
+def markdown(scores: Sequence[Score]) -> str:
+    """A markdown table, in percent: score and 95 % interval of every task, mean and its interval of every part."""
+    header, *rows = cells(scores)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def terminal(scores: Sequence[Score]) -> Table:
+    """The same table for rich: tasks as rows when there are many."""
+    rows = cells(scores)
+    if len(rows[0]) > 6:
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    table = Table(title="% right, with 95 % intervals", title_justify="left")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left", no_wrap=not i)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def records(scores: Sequence[Score]) -> list[dict]:
+    """One plain dict per method and task."""
+    return [
+        {
+            "method": s.method,
+            "task": s.task,
+            "part": s.part,
+            "metric": s.metric,
+            "n": s.n,
+            "score": s.value,
+            "low": s.interval[0],
+            "high": s.interval[1],
+            "chance": s.chance,
+        }
+        for s in scores
+    ]
+
+
+def write(scores: Sequence[Score], folder: Path) -> list[Path]:
+    """Write results.md, results.csv, results.json and, with matplotlib, results.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = records(scores)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    contents = {
+        "results.md": markdown(scores),
+        "results.csv": text.getvalue(),
+        "results.json": json.dumps(rows, indent=1) + "\n",
+    }
+    paths = []
+    for name, content in contents.items():
+        paths.append(folder / name)
+        write_atomically(paths[-1], lambda file, content=content: file.write_text(content, encoding="utf-8"))
+    try:
+        paths.append(bars(scores, folder / "results.png"))
+    except ImportError as error:
+        Console(stderr=True).print(f"no bar chart: {error}", highlight=False)
+    return paths
+
+
+def bars(scores: Sequence[Score], path: Path) -> Path:
+    """Write a PNG: the mean score of every method over the tasks of every part, with 95 % intervals, chance dotted.
+
+    Errors: ImportError, with the install line, without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the chart needs matplotlib: pip install "moerge_ext[plot]"') from error
+    methods, _, _ = grid(scores)
+    parts = list(dict.fromkeys(score.part for score in scores))
+    figure = Figure(figsize=(5 * len(parts), 1 + 0.34 * len(methods)), layout="constrained")
+    axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    for axis, part in zip(axes, parts, strict=True):
+        values = [mean([s for s in scores if s.part == part and s.method == method]) for method in methods]
+        axis.barh(methods, [100 * v for v, _ in values], xerr=[100 * half for _, half in values], color="tab:blue")
+        mine = {s.task: s.chance for s in scores if s.part == part}
+        axis.axvline(100 * sum(mine.values()) / len(mine), ls=":", color="black", label=CHANCE)
+        title = {"train": "held-in tasks", "heldout": "held-out tasks"}.get(part, part or "tasks")
+        axis.set_title(f"{title}: mean of {len(mine)}", fontsize=10)
+        axis.set_xlabel("% right")
+        axis.set_xlim(0, 100)
+        axis.legend(fontsize=8)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    return path

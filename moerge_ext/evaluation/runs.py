@@ -1,0 +1,66 @@
+"""What is compared: a method with its options, the base alone, or a baseline made from other runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..generate import parse_option
+from ..methods import get_method
+from ..methods.fixed import PREFIX
+
+BASE = "base"  # the model without experts
+MULTITASK = "multitask"  # one LoRA, trained on the data of all experts
+DERIVED = {
+    "oracle_dataset": "the best expert of every evaluation set, chosen on that set: an upper bound",
+    "best_individual": "the one expert with the best mean over all evaluation sets, chosen on them",
+}
+
+# GLIDER, arXiv 2410.07172, the paper's ablations: a constant alpha, top-k, and top-p instead of top-k
+ALPHAS, TOP_KS, TOP_PS = (1, 3, 10, 100, 1000, 3000), (1, 2, 3), (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table. `method` is None for the base."""
+
+    label: str
+    method: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_run(text: str) -> Run:
+    """ "glider_code/alpha=10/top_k=1" -> the method with those options; "base" -> the model alone."""
+    name, *options = text.strip().split("/")
+    if name == BASE:
+        if options:
+            raise ValueError(f"'{BASE}' takes no options, got {text!r}")
+        return Run(BASE, None)
+    given = dict(parse_option(option) for option in options)
+    get_method(name).configure(**given)
+    return Run(text.strip(), name, given)
+
+
+def parse_runs(texts: Sequence[str], names: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """(runs, derived baselines) of `--methods`; derived ones bring `expert:<name>` runs of every expert with them."""
+    runs: dict[str, Run] = {}
+    derived = [text for text in texts if text in DERIVED]
+    wanted = [text for text in texts if text not in DERIVED]
+    wanted += [PREFIX + name for name in names] if derived else []
+    for text in wanted:
+        run = parse_run(text)
+        if run.method is not None and run.method.startswith(PREFIX) and run.method[len(PREFIX) :] not in names:
+            raise ValueError(f"no expert named '{run.method[len(PREFIX) :]}'; there are: {', '.join(names)}")
+        runs.setdefault(run.label, run)
+    return list(runs.values()), derived
+
+
+def ablation(method: str, num_experts: int) -> list[str]:
+    """The rows of GLIDER's ablations for `glider` or `glider_code`: alpha, top-k (up to E), top-p."""
+    if method not in ("glider", "glider_code"):
+        raise ValueError(f"--ablation is for glider and glider_code, got {method!r}")
+    alpha = "glider/gamma=0/beta={}" if method == "glider" else "glider_code/alpha={}"
+    rows = [alpha.format(value) for value in ALPHAS]
+    rows += [f"{method}/top_k={k}" for k in TOP_KS if k <= num_experts]
+    return rows + [f"{method}/top_k=none/top_p={p}" for p in TOP_PS]

@@ -1,0 +1,121 @@
+"""Tasks on disk: a folder with JSON lines per split and a meta.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+METRICS = ("exact_match", "accuracy", "rank")
+MAX_CHOICES = 32  # distinct training targets that still count as a closed set of answers
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation set.
+
+    rows: {"input", "target"} and perhaps "choices"; metric: one of METRICS; choices: the closed set of answers, or
+    None; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows.
+    """
+
+    name: str
+    rows: tuple[dict, ...]
+    metric: str
+    choices: tuple[str, ...] | None
+    part: str
+    folder: Path
+    digest: str
+
+    def choices_of(self, row: dict) -> tuple[str, ...]:
+        """The answers that rank classification compares for one row."""
+        return tuple(row["choices"]) if "choices" in row else self.choices or ()
+
+    @property
+    def chance(self) -> float:
+        """Expected score of a uniform guess among the choices; 0 for open answers."""
+        sizes = [len(self.choices_of(row)) for row in self.rows]
+        return sum(1 / size for size in sizes if size) / len(self.rows)
+
+    def examples(self, split: str = "train") -> list[dict]:
+        """The rows of another split; ValueError when there is none."""
+        return read_rows(self.folder / f"{split}.jsonl")
+
+
+def load_task(
+    folder: str | os.PathLike, *, split: str = "test", limit: int | None = None, metric: str | None = None
+) -> Task:
+    """Read `folder`/<split>.jsonl; metric and choices come from meta.json unless given.
+
+    Choices: meta's "choices", else the distinct targets of train.jsonl when they are at most 32 and every row's target
+    is one of them. ValueError lists what is wrong.
+    """
+    folder = Path(folder)
+    rows = read_rows(folder / f"{split}.jsonl")
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
+        rows = rows[:limit]
+    meta_file = folder / "meta.json"
+    meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
+    metric = metric or meta.get("metric", "exact_match")
+    if metric not in METRICS:
+        raise ValueError(
+            f"task {folder.name}: metric must be one of {', '.join(METRICS)}, got {metric!r}; pass --metric"
+        )
+    choices = _choices(meta, folder, rows)
+    task = Task(
+        name=meta.get("task", folder.name),
+        rows=tuple(rows),
+        metric=metric,
+        choices=choices,
+        part=meta.get("split", ""),
+        folder=folder,
+        digest=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
+    )
+    if metric == "rank":
+        bad = [i for i, row in enumerate(rows) if row["target"] not in task.choices_of(row)]
+        if bad:
+            raise ValueError(
+                f"task {task.name}: rank classification needs the choices of every row, its target among them; row "
+                f'{bad[0]} (from 0) has none: give rows "choices", or meta.json a list "choices"'
+            )
+    return task
+
+
+def _choices(meta: dict, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] | None:
+    if "choices" in meta:
+        return tuple(meta["choices"])
+    train = folder / "train.jsonl"
+    if not train.is_file() or not train.stat().st_size:
+        return None
+    found = sorted({row["target"] for row in read_rows(train)})
+    closed = len(found) <= MAX_CHOICES and {row["target"] for row in rows} <= set(found)
+    return tuple(found) if closed else None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows {"input": str, "target": str, ...} of a JSON lines file; one ValueError with every bad line."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: a task is a folder with test.jsonl, train.jsonl, ... and meta.json")
+    rows, problems = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"line {number}: not JSON ({error.msg})")
+            continue
+        if isinstance(row, dict) and isinstance(row.get("input"), str) and isinstance(row.get("target"), str):
+            rows.append(row)
+        else:
+            problems.append(f'line {number}: expected {{"input": str, "target": str}}')
+    if not rows and not problems:
+        problems.append("the file has no rows")
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems[:20] + more))
+    return rows

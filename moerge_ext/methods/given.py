@@ -1,0 +1,65 @@
+"""`given`: weights that are known before the forward pass, one row per sequence: nothing is scored.
+
+    y_t = W u_t + sum_e w[row(t),e] B_e A_e u_t          w given by `with handle.affinities(w):`, used as it is
+
+Weights may have any sign. A row of zeros is the base alone, a one-hot row one expert alone, so the sequences of one
+batch can use different experts. Lower `top_k` when rows have few weights above zero: an expert that is not among the
+top_k is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..experts import ExpertBank, ModuleBank
+from .base import Method, Plan, Routing, Taxonomy
+from .gating import expert_mask
+
+TAXONOMY = Taxonomy(
+    expert_training="Standard",
+    expert_data="Private",
+    routing_dataset="Target",
+    input_granularity="Multiple",  # whatever the weights were made for
+    depth="Model",
+    selection="Dense",
+    aggregation="Output",
+    generalization="Multiple",
+    user_dataset="Few-Shot",
+)
+
+# the score is the row's weight and nothing else: gates of zero, weighting by score
+WEIGHTS = Routing(top_k=None, normalize="none", scale=1.0, weighting="score")
+
+
+def ungated_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]) -> Plan:
+    """The whole bank with gates of zero; an expert without a LoRA here is masked, its weight adds nothing."""
+    shape = (module_bank.num_experts, module_bank.in_features)
+    return Plan(
+        lora_A=module_bank.lora_A,
+        lora_B=module_bank.lora_B,
+        lora_bias=module_bank.lora_bias,
+        gates=torch.zeros(shape, device=module_bank.device),
+        mask=expert_mask(module_bank.present, module_bank.device),
+    )
+
+
+def as_given(weights: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """w [N,E] -> w float32."""
+    return weights.float()
+
+
+GIVEN = Method(
+    name="given",
+    summary="the weights you give for every sequence",
+    paper="weights fixed beforehand, as LoRAHub's (arXiv 2307.13269) with aggregation='factored'",
+    taxonomy=TAXONOMY,
+    plan=ungated_plan,
+    routing=WEIGHTS,
+    bias=as_given,
+)
+
+ROWS = (GIVEN,)

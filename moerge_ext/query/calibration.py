@@ -1,0 +1,86 @@
+"""The threshold of GLIDER for an embedder other than the paper's, and the plot that shows where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .router import QueryRouter
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """threshold; held_in and held_out: {task: max over the experts of s_glob, [N]}."""
+
+    threshold: float
+    held_in: dict[str, Tensor]
+    held_out: dict[str, Tensor]
+
+    def above(self) -> dict[str, float]:
+        """{task: share of its queries above the threshold}."""
+        scores = {**self.held_in, **self.held_out}
+        return {task: (s > self.threshold).double().mean().item() for task, s in scores.items()}
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a PNG: the global scores of every task against the threshold (the paper's Figure 3).
+
+        Errors: ImportError, with the install line, without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError('the plot needs matplotlib: pip install "moerge_ext[plot]"') from error
+        scores = {**self.held_in, **self.held_out}
+        figure = Figure(figsize=(7, 1.2 + 0.34 * len(scores)), layout="constrained")
+        axis = figure.subplots()
+        colors = ["tab:blue"] * len(self.held_in) + ["tab:orange"] * len(self.held_out)
+        boxes = axis.boxplot(
+            [s.tolist() for s in scores.values()],
+            orientation="horizontal",
+            tick_labels=list(scores),
+            patch_artist=True,
+            widths=0.6,
+        )
+        for box, color in zip(boxes["boxes"], colors, strict=True):
+            box.set_facecolor(color)
+        axis.axvline(self.threshold, ls="--", color="red")
+        axis.invert_yaxis()
+        axis.set_xlabel(f"largest global score of a query (threshold {self.threshold:.3f}, dashed)")
+        axis.set_title("blue: held-in tasks" + (", orange: held-out tasks" if self.held_out else ""), fontsize=10)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+        return path
+
+
+def calibrate_threshold(
+    router: QueryRouter,
+    held_in: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[str]] | None = None,
+    *,
+    keep: float = 0.9,
+) -> Calibration:
+    """The threshold that sends the share `keep` of held-in queries to their experts by the global score.
+
+    GLIDER trusts the global affinity of a query (alpha = gamma + beta) when its largest s_glob exceeds the threshold.
+    Held-in queries are of tasks that have an expert, so the threshold is put just below the (1 - keep) quantile of
+    their largest scores. `held_out` tasks decide nothing; they are scored for the plot. The threshold is also set on
+    `router`.
+
+    ValueError for no queries, or keep outside (0, 1).
+    """
+    if not 0 < keep < 1:
+        raise ValueError(f"keep must be in (0, 1), got {keep}")
+    if not held_in or not all(held_in.values()):
+        empty = [task for task, texts in held_in.items() if not texts]
+        raise ValueError(f"expected held-in queries of at least one task, got none for {', '.join(empty) or 'any'}")
+    inside = {task: router.affinities(texts).amax(1) for task, texts in held_in.items()}
+    outside = {task: router.affinities(texts).amax(1) for task, texts in (held_out or {}).items()}
+    limit = torch.quantile(torch.cat(list(inside.values())), 1 - keep, interpolation="lower")
+    threshold = torch.nextafter(limit, limit - 1).item()  # the rule asks for more than the threshold
+    router.threshold = threshold
+    return Calibration(threshold, inside, outside)

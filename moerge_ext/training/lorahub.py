@@ -1,0 +1,134 @@
+"""LoraHub (arXiv 2307.13269): fixed weights for one task, found without gradients from a few of its examples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..experts import ExpertBank
+from ..patch import patch
+from .batches import BatchSource, Collate
+from .loop import batch_loss
+
+OPTIMIZERS = ("nevergrad", "cobyla")
+
+
+@dataclass(frozen=True)
+class LoraHubResult:
+    """weights [E] float32 (0 for experts that were not drawn), their objective, and that of every evaluation."""
+
+    weights: Tensor
+    objective: float
+    history: list[float]
+
+
+def lorahub(
+    model: nn.Module,
+    experts: ExpertBank,
+    data: Iterable[Any],
+    *,
+    count: int = 20,
+    budget: int = 40,
+    bound: float = 1.5,
+    l1: float = 0.05,
+    optimizer: str = "nevergrad",
+    collate_fn: Collate | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> LoraHubResult:
+    """Weights w for `count` random experts that minimize, within +-bound,
+
+        loss(data; (sum_e w_e B_e)(sum_e w_e A_e)) + l1 * mean |w|          LoraHub, section 3, with its code's numbers
+
+    by nevergrad's NGOpt, as the authors do, or by scipy's COBYLA ("cobyla", our alternative). At most `budget`
+    evaluations, the first at w = 0 (the base). Use the result with
+    `patch(model, experts, "given", aggregation="factored")` and `handle.affinities(result.weights)`.
+
+    `data`, `collate_fn` and `batch_size` are as in `train_gates`. The model is as before afterwards. Errors:
+    ImportError with the install line; ValueError for arguments out of range, empty data, and what `patch` refuses.
+    """
+    _check(count=count, budget=budget, bound=bound, batch_size=batch_size, l1=l1, optimizer=optimizer)
+    batches = list(BatchSource(data, collate_fn=collate_fn, batch_size=batch_size).epoch())
+    if not batches:
+        raise ValueError("lorahub: data is empty: a few examples of the task are needed")
+    drawn = sorted(random.Random(seed).sample(range(len(experts)), min(count, len(experts))))
+    history, best, was_training = [], (float("inf"), torch.zeros(len(experts))), model.training
+    model.eval()
+    try:
+        patched = patch(model, experts, "given", aggregation="factored")
+        with patched as handle, tqdm(total=budget, desc="lorahub", disable=not progress) as bar, torch.no_grad():
+
+            def objective(values: Any) -> float:
+                nonlocal best
+                chosen = torch.as_tensor(values, dtype=torch.float32)
+                weights = torch.zeros(len(experts))
+                weights[drawn] = chosen
+                with handle.affinities(weights):
+                    loss = sum(batch_loss(model, batch).item() for batch in batches) / len(batches)
+                history.append(loss + l1 * chosen.abs().mean().item())
+                if history[-1] < best[0]:
+                    best = (history[-1], weights)
+                bar.update()
+                return history[-1]
+
+            objective([0.0] * len(drawn))
+            if budget > 1:
+                search = _nevergrad if optimizer == "nevergrad" else _cobyla
+                search(objective, len(drawn), bound, budget - 1, seed)
+    finally:
+        model.train(was_training)
+    return LoraHubResult(best[1], best[0], history)
+
+
+def _check(*, l1: float, optimizer: str, **positive: float) -> None:
+    problems = [f"{name} must be positive, got {value}" for name, value in positive.items() if not value > 0]
+    if not l1 >= 0:
+        problems.append(f"l1 must not be negative, got {l1}")
+    if optimizer not in OPTIMIZERS:
+        problems.append(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    if problems:
+        raise ValueError("lorahub: " + "; ".join(problems))
+
+
+def _nevergrad(objective: Callable[[Any], float], size: int, bound: float, budget: int, seed: int) -> None:
+    try:
+        import nevergrad
+    except ImportError as error:
+        raise ImportError(
+            'lorahub needs nevergrad: pip install "moerge_ext[lorahub]", or pass optimizer="cobyla"'
+        ) from error
+    space = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
+    space.random_state.seed(seed)
+    nevergrad.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective)
+
+
+def _cobyla(objective: Callable[[Any], float], size: int, bound: float, budget: int, seed: int) -> None:
+    try:
+        from scipy.optimize import minimize
+    except ImportError as error:
+        raise ImportError('optimizer="cobyla" needs scipy: pip install "moerge_ext[lorahub]"') from error
+    left = budget
+
+    def limited(values: Any) -> float:
+        nonlocal left
+        if left == 0:  # COBYLA insists on as many evaluations as there are unknowns, and two
+            raise _BudgetSpent
+        left -= 1
+        return objective(values.clip(-bound, bound))
+
+    try:
+        options = {"maxiter": max(budget, size + 2), "rhobeg": bound / 3}
+        minimize(limited, [0.0] * size, method="COBYLA", bounds=[(-bound, bound)] * size, options=options)
+    except _BudgetSpent:
+        pass
+
+
+class _BudgetSpent(Exception):
+    pass

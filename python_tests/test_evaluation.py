@@ -1,0 +1,309 @@
+"""Tasks, answers, metrics and `moerge eval`."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import builders
+import patch_cases as cases
+import pytest
+import torch
+from query_cases import described, fake_embedder
+from test_gates_cli import make_tokenizer
+
+import moerge_ext as moerge
+from moerge_ext import cli
+from moerge_ext.evaluation.answers import Answerer
+from moerge_ext.evaluation.evaluate import Score, Settings, derive, evaluate
+from moerge_ext.evaluation.metrics import accuracy, exact_match, paired_difference, wilson
+from moerge_ext.evaluation.report import cells, markdown, mean
+from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs
+from moerge_ext.evaluation.tasks import load_task
+
+TARGETS = ("ab", "cde", "f")
+
+
+def make_task(root, name, part="train", metric="exact_match", rows=7, **meta):
+    folder = root / name
+    folder.mkdir(parents=True)
+    for split, count in (("train", 6), ("validation", 4), ("test", rows)):
+        lines = [{"input": f"{name} {'xyz'[i % 3] * (i + 1)}", "target": TARGETS[i % 3]} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "meta.json").write_text(json.dumps({"task": name, "split": part, "metric": metric, **meta}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A tiny Llama with a tokenizer of letters, three described experts, three tasks; all on disk."""
+    root = tmp_path_factory.mktemp("eval")
+    model = cases.build("llama")
+    model.save_pretrained(root / "model")
+    tokenizer = make_tokenizer(root / "model")
+    folders = builders.random_experts(model, root / "experts", cases.NAMES, cases.DECODER)
+    described(folders)
+    tasks = [
+        make_task(root, "ant"),
+        make_task(root, "bee", metric="rank"),
+        make_task(root, "new", "heldout", "accuracy"),
+    ]
+    return root, model, tokenizer, folders, tasks
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_wilson_interval():
+    low, high = wilson(8, 10)  # Newcombe 1998 gives 0.490 to 0.943
+    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+    assert wilson(0, 20)[0] == 0 and wilson(20, 20)[1] == 1 and wilson(0, 0) == (0, 1)
+
+
+def test_right_answers():
+    assert exact_match(" A b ", "A b") and not exact_match("a b", "A b")
+    assert accuracy("Yes.", "yes") and not accuracy("yes it is", "yes")
+
+
+def test_paired_difference():
+    got = paired_difference([1, 1, 0, 1], [0, 1, 0, 1])
+    assert got == pytest.approx((0.25, 0.25 - 1.95996 * 0.25, 0.25 + 1.95996 * 0.25), abs=1e-4)
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        paired_difference([1, 0], [1])
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_know_choices_and_chance(tmp_path):
+    task = load_task(make_task(tmp_path, "a", metric="rank"), limit=4)
+    assert task.choices == ("ab", "cde", "f") and task.chance == pytest.approx(1 / 3) and len(task.rows) == 4
+    folder = make_task(tmp_path, "b")
+    (folder / "test.jsonl").write_text('{"input": "q", "target": "unseen"}\n')
+    assert load_task(folder).choices is None and load_task(folder).chance == 0
+    with pytest.raises(ValueError, match="rank classification needs the choices of every row"):
+        load_task(folder, metric="rank")
+    (folder / "test.jsonl").write_text('{"input": "q", "target": "b", "choices": ["a", "b"]}\n')
+    assert load_task(folder, metric="rank").chance == 0.5
+
+
+def test_tasks_explain_what_is_wrong(tmp_path):
+    folder = make_task(tmp_path, "a", metric="rougeL")
+    with pytest.raises(ValueError, match="task a: metric must be one of .*got 'rougeL'; pass --metric"):
+        load_task(folder)
+    with pytest.raises(ValueError, match="there is no .*nowhere"):
+        load_task(tmp_path / "nowhere")
+    (folder / "test.jsonl").write_text('{"input": "q"}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"line 1: expected(.|\n)*line 2: not JSON"):
+        load_task(folder)
+    (folder / "test.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no rows"):
+        load_task(folder)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_batch_answers_as_one_by_one(family, tmp_path):
+    model = cases.build(family)
+    asked = Answerer(model, make_tokenizer(tmp_path))
+    prompts, answers = ["abc", "a", "hello there"], ["de", "xyz uvw", "f"]
+    together = asked.log_likelihoods(prompts, answers, length_norm=False)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        start, end = asked.prompt_ids(prompt), asked.target_ids(answer)
+        if family == "t5":
+            out = model(input_ids=torch.tensor([start]), labels=torch.tensor([end])).logits[0]
+        else:
+            out = model(input_ids=torch.tensor([start + end])).logits[0, len(start) - 1 : -1]
+        want = out.detach().double().log_softmax(-1)[range(len(end)), end].sum()
+        torch.testing.assert_close(together[i], want, rtol=1e-4, atol=1e-4)
+        alone = asked.log_likelihoods([prompt], [answer], length_norm=True)
+        torch.testing.assert_close(alone[0], want / len(end), rtol=1e-4, atol=1e-4)
+    assert asked.generate(prompts, 6) == [asked.generate([prompt], 6)[0] for prompt in prompts]
+
+
+def test_a_prompt_beyond_the_context_is_refused(setup):
+    _, model, tokenizer, _, _ = setup
+    with pytest.raises(ValueError, match=r"has 13\d tokens, more than the context of 128: shorten"):
+        Answerer(model, tokenizer).generate(["a" * 120], 12)
+    with pytest.raises(ValueError, match="more than the context of 128"):
+        Answerer(model, tokenizer).log_likelihoods(["a" * 120], ["b" * 10], length_norm=True)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_parsed_and_checked():
+    run = parse_run("glider_code/alpha=10/top_k=1")
+    assert run.method == "glider_code" and run.options == {"alpha": 10, "top_k": 1}
+    runs, derived = parse_runs(["base", "merged", "oracle_dataset"], ("a", "b"))
+    assert [r.label for r in runs] == ["base", "merged", "expert:a", "expert:b"] and derived == ["oracle_dataset"]
+    for texts, text in (
+        (["nonsense"], "unknown method 'nonsense'"),
+        (["arrow/bogus=1"], "unknown option"),
+        (["expert:c"], "no expert named 'c'; there are: a, b"),
+        (["base/top_k=1"], "takes no options"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            parse_runs(texts, ("a", "b"))
+
+
+def test_ablation_is_the_papers():
+    rows = ablation("glider", 2)
+    assert len(rows) == 6 + 2 + 3 and rows[2] == "glider/gamma=0/beta=10" and rows[-1] == "glider/top_k=none/top_p=0.75"
+    assert all(parse_run(row) for row in rows + ablation("glider_code", 5))
+    with pytest.raises(ValueError, match="got 'arrow'"):
+        ablation("arrow", 2)
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def score(method, task, right, n=10, part="train"):
+    return Score(method, task, part, "exact_match", n, right, 0.5, tuple(i < right for i in range(n)))
+
+
+def test_evaluate_goes_on_where_it_stopped(setup, tmp_path, monkeypatch):
+    _, model, tokenizer, folders, tasks = setup
+    experts, loaded = moerge.load_experts(folders), [load_task(task) for task in tasks]
+    runs, _ = parse_runs(["base", "phatgoose", "expert:ant"], experts.names)
+    options = {"settings": Settings(batch_size=3, max_new_tokens=3), "progress": False, "output": tmp_path}
+    first = evaluate(model, tokenizer, experts, runs, loaded, **options)
+    assert [(s.method, s.task, s.n) for s in first] == [(r.label, t.name, 7) for r in runs for t in loaded]
+    assert not any(isinstance(m, moerge.RoutedLinear) for m in model.modules())
+    again = evaluate(model, tokenizer, experts, runs, loaded, **{**options, "output": None})
+    assert again == first
+    path = tmp_path / "answers" / "ant" / "phatgoose.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:9])  # killed in the middle of a line
+    asked = []
+    real = Answerer.generate
+    monkeypatch.setattr(Answerer, "generate", lambda self, p, limit: asked.append(len(p)) or real(self, p, limit))
+    assert evaluate(model, tokenizer, experts, runs, loaded, **options) == first
+    assert asked == [3, 1] and path.read_text() == "".join(lines)
+    with pytest.raises(ValueError, match="belongs to another evaluation(.|\n)*choose another output folder"):
+        evaluate(model, tokenizer, experts, runs, loaded, **{**options, "settings": Settings("Q: {input}")})
+
+
+def test_rank_classification(setup):
+    _, model, tokenizer, folders, tasks = setup
+    task = load_task(tasks[1])
+    run = [parse_run("base")]
+    asked = Answerer(model, tokenizer)
+    for norm in (True, False):
+        (got,) = evaluate(model, tokenizer, moerge.load_experts(folders), run, [task], Settings(length_norm=norm))
+        for row, right in zip(task.rows, got.items, strict=True):
+            values = asked.log_likelihoods([row["input"]] * 3, TARGETS, length_norm=norm)
+            assert right == (TARGETS[int(values.argmax())] == row["target"])
+
+
+def test_evaluate_refuses_before_the_first_answer(setup, monkeypatch):
+    _, model, tokenizer, folders, tasks = setup
+    experts, task = moerge.load_experts(folders), load_task(tasks[0])
+    monkeypatch.setattr(Answerer, "generate", lambda *_: pytest.fail("an answer was asked for"))
+    for runs, loaded, text in (
+        (["base", "glider_code"], [task], "needs a router by instruction"),
+        (["base", "average_activation"], [task], "expected a gate of kind"),
+        ([], [task], "at least one method"),
+        (["base"], [task, task], "distinct names; several are called ant"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            evaluate(model, tokenizer, experts, [parse_run(r) for r in runs], loaded)
+        assert not any(isinstance(m, moerge.RoutedLinear) for m in model.modules())
+    for wrong in ({"template": "x"}, {"batch_size": 0}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**wrong)
+
+
+def test_derived_baselines():
+    scores = [
+        score("expert:a", "s", 9),
+        score("expert:a", "t", 1),
+        score("expert:b", "s", 2),
+        score("expert:b", "t", 7),
+    ]
+    made = {(s.method, s.task): s.right for s in derive(scores, ["oracle_dataset", "best_individual"])}
+    assert made == {
+        ("oracle_dataset", "s"): 9,
+        ("oracle_dataset", "t"): 7,
+        ("best_individual", "s"): 9,
+        ("best_individual", "t"): 1,
+    }
+
+
+def test_table():
+    rows = cells([score("m", "s", 9), score("m", "t", 1), score("m", "u", 5, part="heldout")])
+    assert rows[0] == ["", "mean held-in", "mean held-out", "s (n=10)", "t (n=10)", "u (n=10)"]
+    assert rows[1] == ["chance", "50.0", "50.0", "50.0", "50.0", "50.0"]
+    assert rows[2][:2] == ["m", "50.0 ± 13.1"] and rows[2][3] == "90.0 (60-98)"
+    assert mean([score("m", "s", 5)])[1] == pytest.approx(1.96 * (0.25 / 10) ** 0.5, abs=1e-4)
+    assert markdown([score("m", "s", 9)]).splitlines()[1] == "| --- | ---: | ---: |"
+
+
+def command(setup, tmp_path, *more):
+    root, _, _, folders, tasks = setup
+    words = ["eval", "--model", root / "model", "--experts", *folders.values(), "--tasks", *tasks]
+    return cli.main(
+        [str(w) for w in [*words, "--output", tmp_path / "out", "--no-progress", "--max-new-tokens", 3, *more]]
+    )
+
+
+def test_eval_command(setup, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    multitask = ["--multitask", setup[3]["cat"]]
+    assert command(setup, tmp_path, "--methods", "base,phatgoose,oracle_dataset", *multitask) == 0
+    out = capsys.readouterr().out
+    assert "oracle_dataset" in out and "chosen on that set" in out and "chance" in out
+    rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert {row["method"] for row in rows} == {
+        "base",
+        "phatgoose",
+        *(f"expert:{n}" for n in cases.NAMES),
+        "oracle_dataset",
+        "multitask",
+    }
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(rows) == 21
+    assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in | mean held-out |")
+    assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+
+
+def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moerge_ext.query.options.build_embedder", lambda *_: fake_embedder())
+    tasks = setup[4]
+    more = ["--ablation", "glider", "--calibrate", tasks[0], "--limit", 2]
+    assert command(setup, tmp_path, *more) == 0
+    assert "threshold" in capsys.readouterr().out and (tmp_path / "out" / "threshold.png").is_file()
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    labels = [row["method"] for row in rows if row["task"] == "ant"]
+    assert len(labels) == 12 and "glider/gamma=0/beta=3000 (no writer)" in labels
+
+
+def test_glider_is_zero_shot_unless_it_sees_similar_examples(setup):
+    _, model, tokenizer, folders, tasks = setup
+    experts, task = moerge.load_experts(folders), load_task(tasks[0], limit=3)
+    prompts = []
+    writer = moerge.InstructionWriter(lambda prompt: prompts.append(prompt) or "please do flying", name="spy")
+    routers = {"instruction": moerge.QueryRouter(experts, fake_embedder(), writer, threshold=0.5)}
+    run = [parse_run("glider")]
+    for similar, variant in ((0, "zero-shot"), (3, "few-shot")):
+        settings = Settings(max_new_tokens=2, similar=similar)
+        (got,) = evaluate(model, tokenizer, experts, run, [task], settings, routers=routers, progress=False)
+        assert got.method == f"glider ({variant})" and prompts[-1].count("Output:") == similar
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ([], "nothing to evaluate: pass --methods"),
+        (["--methods", "glider"], "--embedder is needed"),
+        (["--methods", "ask_llm"], "ask_llm needs --writer"),
+        (["--methods", "base", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["--methods", "base", "--calibrate", "x"], "--calibrate is for glider"),
+        (["--methods", "base", "--template", "Q"], "must contain {input}"),
+        (["--methods", "base", "--split", "dev"], "dev.jsonl"),
+    ],
+)
+def test_eval_command_explains(setup, tmp_path, capsys, more, text):
+    assert command(setup, tmp_path, *more) == 2
+    assert text in capsys.readouterr().err and not (tmp_path / "out").exists()
