@@ -1,0 +1,59 @@
+// h[pair,r] = sum_c x[token,c] w[expert,r,c]: one warp per pair and rank.
+//
+// Good for few tokens, where every factor is read about once anyway; correct for anything. Variants: 16-byte loads for
+// x and w of one known type whose columns are adjacent; any types and strides, one element at a time.
+#include "lora.cuh"
+
+namespace moerge::cuda {
+
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+template <class Acc, class X, int V>
+struct LoraShrink {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr const char* kName = "lora_shrink";
+  Lora p;
+  Matrix x;
+  Factors w;
+  bool skip_zero;
+  void* h;
+
+  MOERGE_DEVICE void operator()() const {
+    const int64_t pair = block_x(), t = pair / p.K, k = pair % p.K, r = block_y() * kWarps + warp();
+    const Slots<Acc> slots(p, t);
+    if (r >= p.R || !(skip_zero ? slots.used(k) : slots.named(k))) return;
+    const int64_t from = slots.experts[k] * w.expert + r * w.rank;
+    Acc a[V], b[V], sum = 0;
+    for (int64_t c = lane() * V; c < w.columns; c += 32 * V) {
+      load_vector<X>(x.data, x.dtype, t * x.stride + c, a);
+      load_vector<X>(w.data, w.dtype, from + c * w.column, b);
+      for (int i = 0; i < V; ++i) sum += a[i] * b[i];
+    }
+    sum = warp_sum(sum);
+    if (lane() == 0) static_cast<Acc*>(h)[pair * p.R + r] = sum;
+  }
+};
+
+template <class Acc, class X, int V>
+void run_shrink(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, void* h, Stream stream) {
+  launch({p.T * p.K, ceil_div(p.R, kWarps)}, 0, stream, LoraShrink<Acc, X, V>{p, x, w, skip_zero, h});
+}
+
+}  // namespace
+
+void lora_shrink(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, void* h, Stream stream) {
+  if (p.T * p.K * p.R == 0) return;
+  if (p.wide) return run_shrink<double, Any, 1>(p, x, w, skip_zero, h, stream);
+  const int64_t size = x.dtype == DType::f32 ? 4 : 2;
+  const bool vectors = x.dtype == w.dtype && w.column == 1 && w.columns % 8 == 0 &&
+                       aligned16(x.data, x.stride * size) && aligned16(w.data, w.expert * size) &&
+                       w.rank * size % 16 == 0;
+  if (vectors && x.dtype == DType::f32) return run_shrink<float, float, 8>(p, x, w, skip_zero, h, stream);
+  if (vectors && x.dtype == DType::bf16) return run_shrink<float, bf16, 8>(p, x, w, skip_zero, h, stream);
+  if (vectors && x.dtype == DType::f16) return run_shrink<float, f16, 8>(p, x, w, skip_zero, h, stream);
+  run_shrink<float, Any, 1>(p, x, w, skip_zero, h, stream);
+}
+
+}  // namespace moerge::cuda
