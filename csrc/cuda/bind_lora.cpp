@@ -61,8 +61,6 @@ struct LoraArguments {
     lora.experts = static_cast<const int32_t*>(call.read(dense(experts)));
   }
 
-  int64_t hidden_bytes() const { return lora.T * lora.K * lora.R * accumulator_size(lora.wide); }
-
  private:
   void check_shapes(const Check& check, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
                     const Tensor& weights, const Tensor& experts) {
@@ -111,9 +109,32 @@ bool overlaps_itself(const Tensor& matrix) {
   return false;
 }
 
+// Runs lora_shrink, which may need the pairs sorted by expert; they are sorted once per skip_zero.
+struct Shrink {
+  const Lora& p;
+  Call& call;
+  std::optional<Groups> sorted[2];
+
+  const Groups& groups(bool skip_zero) {
+    std::optional<Groups>& found = sorted[skip_zero];
+    if (!found) {
+      const auto ids = [&](int64_t count) { return static_cast<int32_t*>(call.workspace(count * 4)); };
+      found = Groups{ids(p.T * p.K), ids(p.E), ids(p.E + 1), ids(p.E + 1), ids(most_tiles(p))};
+      group_pairs(p, skip_zero, *found, call.stream());
+    }
+    return *found;
+  }
+
+  void* operator()(const Matrix& x, const Factors& w, bool skip_zero) {
+    void* h = call.workspace(p.T * p.K * p.R * accumulator_size(p.wide));
+    const Groups& used = shrink_uses_groups(p, x, w) ? groups(skip_zero) : Groups{};
+    lora_shrink(p, x, w, skip_zero, used, h, call.stream());
+    return h;
+  }
+};
+
 void run_forward(const LoraArguments& args, Call& call, const Matrix& base, const Matrix& out) {
-  void* h = call.workspace(args.hidden_bytes());
-  lora_shrink(args.lora, args.x_rows, args.a, true, h, call.stream());
+  const void* h = Shrink{args.lora, call, {}}(args.x_rows, args.a, true);
   lora_expand(args.lora, h, args.b, base, args.bias, out, call.stream());
   call.finish();
 }
@@ -201,25 +222,17 @@ struct Gradients {
 void run_backward(const LoraArguments& args, Call& call, const Matrix& dy, const Gradients& g) {
   const Lora& p = args.lora;
   const Stream stream = call.stream();
-  void *h = nullptr, *q = nullptr;
+  Shrink shrink{p, call, {}};
   // a weight's gradient is true at a weight of 0 too, so those pairs are read for it
   const bool skip_zero = !g.to_weights;
-  if (g.to_b || g.to_weights) {
-    h = call.workspace(args.hidden_bytes());
-    lora_shrink(p, args.x_rows, args.a, skip_zero, h, stream);
-  }
-  if (g.to_x || g.to_a || g.to_weights) {
-    q = call.workspace(args.hidden_bytes());
-    lora_shrink(p, dy, args.b, skip_zero, q, stream);
-  }
+  void* h = g.to_b || g.to_weights ? shrink(args.x_rows, args.a, skip_zero) : nullptr;
+  void* q = g.to_x || g.to_a || g.to_weights ? shrink(dy, args.b, skip_zero) : nullptr;
   if (g.to_weights)
     lora_weight_gradient(p, h, q, dy, args.O, args.bias, call.workspace(p.T * p.K * accumulator_size(p.wide)),
                          g.to_weights, dtype_of(g.weights), stream);
   if (g.to_x) lora_expand(p, q, args.a, {}, {}, matrix(g.x, g.to_x), stream);
   if (!g.to_a && !g.to_b && !g.to_bias) return;
-  const auto ids = [&](int64_t count) { return static_cast<int32_t*>(call.workspace(count * 4)); };
-  const Groups groups{ids(p.T * p.K), ids(p.E), ids(p.E + 1)};
-  group_pairs(p, true, groups, stream);
+  const Groups& groups = shrink.groups(true);
   if (g.to_a) lora_outer(p, groups, q, p.R, args.x_rows, args.D, g.to_a, dtype_of(g.a), stream);
   if (g.to_b) lora_outer(p, groups, h, p.R, dy, args.O, g.to_b, dtype_of(g.b), stream);
   if (g.to_bias) lora_outer(p, groups, nullptr, 1, dy, args.O, g.to_bias, dtype_of(g.bias), stream);

@@ -96,6 +96,11 @@ MOERGE_DEVICE uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint16_t&>(a) | uint32_t(reinterpret_cast<const uint16_t&>(b)) << 16;
 }
 
+template <class T>
+MOERGE_DEVICE uint32_t load_pair(const T* from) {  // from: a multiple of 4
+  return *reinterpret_cast<const uint32_t*>(from);
+}
+
 // ---- 16 bytes at once ---------------------------------------------------------------------------------------------
 
 // Addresses are multiples of 16.

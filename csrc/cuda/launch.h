@@ -88,16 +88,22 @@ struct Lora {
   bool wide;  // the accumulator is double
 };
 
-// The pairs t*K+k of each expert in ascending order: those of e are order[offsets[e] .. offsets[e+1]).
+// The pairs t*K+k of each expert in ascending order: those of e are order[offsets[e] .. offsets[e+1]). They are cut
+// into tiles of kTilePairs, which never hold two experts: tile i belongs to tile_expert[i], whose first is tiles[e].
+constexpr int64_t kTilePairs = 64;
 struct Groups {
   int32_t *order, *counts, *offsets;  // [T*K], [E], [E+1]
+  int32_t *tiles, *tile_expert;       // [E+1], [most_tiles]
 };
+inline int64_t most_tiles(const Lora& p) { return (p.T * p.K + kTilePairs - 1) / kTilePairs + p.E; }
 
 // Pairs of weight 0 are left out when skip_zero.
 void group_pairs(const Lora&, bool skip_zero, const Groups&, Stream);
 
 // h[pair,r] = sum_c x[token,c] w[expert,r,c] in the accumulator; a pair that is left out (see above) is not written.
-void lora_shrink(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, void* h, Stream);
+// Where shrink_uses_groups, `groups` must be those of the same skip_zero; else it is not looked at.
+bool shrink_uses_groups(const Lora&, const Matrix& x, const Factors& w);
+void lora_shrink(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h, Stream);
 
 // out[t,c] = base[t,c] + sum_k H[t,k,:] . w[e,:,c] + sum_k w_tk bias[e,c]; base and bias may be absent (null data),
 // base may be out. H = w_tk h[t,k] , or w_tk sum_j w_tj h[t,j] when factored.

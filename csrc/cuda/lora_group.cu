@@ -16,6 +16,10 @@ MOERGE_DEVICE bool belongs(const Lora& p, bool skip_zero, int64_t pair, int64_t 
   return (skip_zero ? slots.used(k) : slots.named(k)) && slots.experts[k] == expert;
 }
 
+MOERGE_DEVICE int tiles_of(int count) {
+  return (count + static_cast<int>(kTilePairs) - 1) / static_cast<int>(kTilePairs);
+}
+
 template <class Acc>
 struct GroupCount {
   static constexpr int kThreads = cuda::kThreads;
@@ -47,13 +51,19 @@ struct GroupFill {
     Shared shared;
     int* slots = shared.take<int>(kWarps);
     const int64_t expert = block_x();
-    int at = 0;
-    for (int64_t e = thread(); e < expert; e += kThreads) at += g.counts[e];
-    at = block_sum<kThreads>(at, slots);
-    if (thread() == 0) {
-      g.offsets[expert] = at;
-      if (expert == p.E - 1) g.offsets[p.E] = at + g.counts[expert];
+    int at = 0, tile = 0;
+    for (int64_t e = thread(); e < expert; e += kThreads) {
+      at += g.counts[e];
+      tile += tiles_of(g.counts[e]);
     }
+    at = block_sum<kThreads>(at, slots);
+    tile = block_sum<kThreads>(tile, slots);
+    const int count = g.counts[expert];
+    if (thread() == 0) {
+      g.offsets[expert] = at, g.tiles[expert] = tile;
+      if (expert == p.E - 1) g.offsets[p.E] = at + count, g.tiles[p.E] = tile + tiles_of(count);
+    }
+    for (int i = thread(); i < tiles_of(count); i += kThreads) g.tile_expert[tile + i] = static_cast<int32_t>(expert);
     for (int64_t first = 0; first < p.T * p.K; first += kThreads) {
       const int64_t pair = first + thread();
       const bool mine = belongs<Acc>(p, skip_zero, pair, expert);

@@ -2,7 +2,9 @@
 //
 // Good for few tokens, where every factor is read about once anyway; correct for anything. Variants: 16-byte loads for
 // x and w of one known type whose columns are adjacent; any types and strides, one element at a time.
+// lora_shrink_mma.cu has the one for many tokens.
 #include "lora.cuh"
+#include "lora_mma.cuh"
 
 namespace moerge::cuda {
 
@@ -43,8 +45,10 @@ void run_shrink(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero
 
 }  // namespace
 
-void lora_shrink(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, void* h, Stream stream) {
+void lora_shrink(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h,
+                 Stream stream) {
   if (p.T * p.K * p.R == 0) return;
+  if (shrink_uses_groups(p, x, w)) return lora_shrink_mma(p, x, w, groups, h, stream);
   if (p.wide) return run_shrink<double, Any, 1>(p, x, w, skip_zero, h, stream);
   const int64_t size = x.dtype == DType::f32 ? 4 : 2;
   const bool vectors = x.dtype == w.dtype && w.column == 1 && w.columns % 8 == 0 &&

@@ -113,6 +113,11 @@ uint32_t pack(float low, float high) {
   return a.bits | uint32_t(b.bits) << 16;
 }
 
+template <class T>
+inline uint32_t load_pair(const T* from) {  // from: a multiple of 4
+  return uint32_t(from[0].bits) | uint32_t(from[1].bits) << 16;
+}
+
 // ---- 16 bytes at once ---------------------------------------------------------------------------------------------
 
 struct alignas(16) Bytes16 {
