@@ -1,4 +1,7 @@
-"""Fixtures for every test, and `--simt LIBRARY`: the op tests over the CUDA kernels in the emulator of csrc/simt."""
+"""Fixtures for every test, and two ways to run the op tests over the CUDA kernels.
+
+`--simt LIBRARY` runs them in the emulator of csrc/simt, `--cuda` on a GPU.
+"""
 
 import os
 from pathlib import Path
@@ -22,9 +25,17 @@ NOT_ON_CUDA = {
 
 def pytest_addoption(parser):
     parser.addoption("--simt", metavar="LIBRARY", help="run the ops of this build of csrc/simt in place of the CPU's")
+    parser.addoption("--cuda", action="store_true", help="run the ops on the GPU in place of the CPU's")
 
 
 def pytest_configure(config):
+    if config.getoption("--cuda"):
+        import cuda_roundtrip
+        import torch
+
+        import moerge_ext  # noqa: F401
+
+        cuda_roundtrip.install(torch.device("cuda"))
     library = config.getoption("--simt")
     if library:
         import torch
@@ -35,7 +46,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--simt"):
+    if not config.getoption("--simt") and not config.getoption("--cuda"):
         return
     for item in items:
         for name, reason in NOT_ON_CUDA.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = ("route", "lora", "mix", "autograd", "torch")
+OP_TESTS = ("route", "lora", "16bit", "mix", "autograd", "torch")
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,7 @@ MOERGE_DEVICE void atomic_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
+MOERGE_DEVICE float to_float(float value) { return value; }
 MOERGE_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
 MOERGE_DEVICE float to_float(f16 value) { return __half2float(value); }
 MOERGE_DEVICE void from_float(float value, bf16& out) { out = __float2bfloat16_rn(value); }

@@ -2,8 +2,10 @@
 //
 // A block has one token and some experts, a warp one expert at a time. With few tokens the experts are spread over many
 // blocks, each of which finds the token's statistics again (x is small beside the gates). Variants: 16-byte loads for
-// one known type of x and float32 gates; any types, one element at a time.
+// one known type of x and float32 gates; any types, one element at a time. route_scores_mma.cu has the one
+// for many tokens.
 #include "route.cuh"
+#include "route_mma.cuh"
 
 namespace moerge::cuda {
 
@@ -57,6 +59,7 @@ void route_scores(const Route& p, Stream stream) {
                        aligned16(p.x.data, p.x.stride * (p.x.dtype == DType::f32 ? 4 : 2)) &&
                        aligned16(p.gates.data, p.gates.stride * 4);
   if (p.wide) return run_scores<double, Any, Any, 1>(p, stream);
+  if (vectors && p.T >= kTensorCoreTokens) return route_scores_mma(p, stream);
   if (vectors && p.x.dtype == DType::f32) return run_scores<float, float, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::bf16) return run_scores<float, bf16, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::f16) return run_scores<float, f16, float, 8>(p, stream);

@@ -88,6 +88,7 @@ struct f16 {
   uint16_t bits;
 };
 
+inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
 inline float to_float(f16 value) { return static_cast<float>(std::bit_cast<_Float16>(value.bits)); }
 

@@ -1,0 +1,61 @@
+"""The CUDA kernels under nvcc, which needs no GPU: every source for every architecture, and what each kernel takes.
+
+The committed table cuda_resources.json says what to expect; `python python_tests/cuda_resources.py` renews it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import cuda_resources
+import pytest
+
+needs_nvcc = pytest.mark.skipif(cuda_resources.nvcc() is None, reason="needs nvcc")
+TABLE = json.loads(cuda_resources.TABLE.read_text())
+KERNELS = TABLE["kernels"]
+
+
+def of(*parts: str) -> list[str]:
+    return [name for name in KERNELS if any(part in name for part in parts)]
+
+
+def test_the_table_covers_every_source_and_architecture():
+    assert all(tuple(per) == cuda_resources.ARCHITECTURES for per in KERNELS.values())
+    text = "".join(source.read_text() for source in cuda_resources.sources())
+    for name in KERNELS:
+        assert f"struct {name.partition('<')[0]} {{" in text, f"{name} is in the table and in no source"
+    structs = {name.partition("<")[0] for name in KERNELS}
+    for source in cuda_resources.sources():
+        assert any(f"struct {name} {{" in source.read_text() for name in structs), f"{source.name} is not in the table"
+
+
+@pytest.mark.parametrize("name", of("Mma<"))
+def test_tensor_core_kernels(name):
+    """Tensor cores, asynchronous 16-byte copies, no spills, at least two blocks of registers per multiprocessor."""
+    for architecture, found in KERNELS[name].items():
+        assert found["spills"] == 0 and found["registers"] <= 255, (architecture, found)
+        assert found["mma"] > 0 and found["copy16"] > 0, (architecture, found)
+
+
+@pytest.mark.parametrize("name", of(", 8>"))
+def test_vector_kernels(name):
+    """16-byte loads and no spills."""
+    for architecture, found in KERNELS[name].items():
+        assert found["spills"] == 0 and found["load16"] > 0, (architecture, found)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("source", cuda_resources.sources(), ids=lambda s: s.stem)
+def test_every_source_compiles_for_every_architecture(source, tmp_path):
+    target, said = cuda_resources.compile_source(source, tmp_path)
+    found = cuda_resources.read_ptxas(said)
+    assert set(found) <= set(KERNELS), "kernels that the table lacks: renew it"
+    if cuda_resources.nvcc_version() != TABLE["nvcc"]:
+        pytest.skip(f"it compiles; the table is for nvcc {TABLE['nvcc']}")
+    if cuda_resources.cuobjdump():
+        cuda_resources.add_instructions(target, found)
+    for name, per in found.items():
+        for architecture, numbers in per.items():
+            expected = KERNELS[name][architecture]
+            assert {k: expected[k] for k in numbers} == numbers, f"{name} for sm_{architecture}: renew the table"
