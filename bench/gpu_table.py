@@ -34,7 +34,9 @@ def lines(rows: list[Row]) -> list[str]:
         dtype, D, O, E, K, R, T, popularity, mode, cache, run = key
         name = f"{dtype} {D}x{O} E={E} K={K} R={R} T={T} {popularity} {mode} {cache} {run}"
         peer = f"{best} {peers[best]['ratio']:.2f}" if best else "none"
-        out.append(f"{name:<64} {found['plain']['us']:>9.1f} {ours['ratio']:>10.2f} {ours['over_floor']:>10.1f}  {peer}")
+        out.append(
+            f"{name:<64} {found['plain']['us']:>9.1f} {ours['ratio']:>10.2f} {ours['over_floor']:>10.1f}  {peer}"
+        )
     return out
 
 

@@ -89,9 +89,7 @@ def measure_cell(
 ) -> list[dict[str, Any]]:
     """The rows of one cell. RuntimeError when even the plain layer cannot be timed."""
     tokens = Tokens(cell, weights)
-    good, rows = admit(
-        peers_of(cell, weights, tokens), cell, tokens, ability, settings, clock, weights.copies
-    )
+    good, rows = admit(peers_of(cell, weights, tokens), cell, tokens, ability, settings, clock, weights.copies)
     if [c.label for c in good[:2]] != [PLAIN, PLAIN_AGAIN]:
         raise RuntimeError(f"{cell}: the plain layer disagrees with the reference: {rows}")
     times = interleave(good, clock, settings, weights.copies)

@@ -53,7 +53,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "rounds": args.rounds,
     }
     graphs = args.graphs and args.device == "cuda"
-    return replace(settings, cold=not args.warm, graphs=graphs, **{key: value for key, value in given.items() if value is not None})
+    return replace(
+        settings, cold=not args.warm, graphs=graphs, **{key: value for key, value in given.items() if value is not None}
+    )
 
 
 def cells_of(suite: str, args: argparse.Namespace) -> list[cells.Cell]:

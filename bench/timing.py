@@ -47,7 +47,9 @@ class Clock:
     def __init__(self, device: torch.device, graphs: bool = False):
         self.device = device
         self.graphs = graphs and device.type == "cuda"
-        self._captured: dict[tuple, Any] = {}  # (call, first, calls) -> (graph, the call: its identity must not be reused)
+        self._captured: dict[
+            tuple, Any
+        ] = {}  # (call, first, calls) -> (graph, the call: its identity must not be reused)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":

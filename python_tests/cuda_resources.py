@@ -1,7 +1,8 @@
 """What nvcc makes of every kernel: registers, spills, shared memory, and the instructions that matter.
 
 `python python_tests/cuda_resources.py` compiles csrc/cuda for every architecture (minutes) and writes the table that
-test_cuda_build.py holds: cuda_resources.json. Instructions need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
+test_cuda_build.py holds: cuda_resources.json; with names of sources (`lora_shrink mix`) only their lines. Instructions
+need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
 """
 
 from __future__ import annotations
@@ -98,17 +99,17 @@ def add_instructions(target: Path, kernels: Kernels) -> None:
                 counts[what] += bool(re.search(pattern, line))
 
 
-def measure() -> Kernels:
-    kernels: Kernels = {}
+def measure(source: Path) -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
-        for source in sources():
-            target, said = compile_source(source, Path(folder))
-            here = read_ptxas(said)
-            if cuobjdump():
-                add_instructions(target, here)
-            kernels.update(here)
-            print(f"{source.name}: {len(here)} kernels", file=sys.stderr)
+        target, said = compile_source(source, Path(folder))
+        kernels = read_ptxas(said)
+        if cuobjdump():
+            add_instructions(target, kernels)
     return kernels
+
+
+def in_source(name: str, source: Path) -> bool:
+    return f"struct {name.partition('<')[0]} {{" in source.read_text()
 
 
 def write(kernels: Kernels) -> None:
@@ -121,5 +122,17 @@ def write(kernels: Kernels) -> None:
     TABLE.write_text(head + ",\n".join(lines) + "\n}}\n")
 
 
+def main(stems: list[str]) -> None:
+    table = json.loads(TABLE.read_text())["kernels"] if TABLE.exists() else {}
+    table = {name: per for name, per in table.items() if any(in_source(name, source) for source in sources())}
+    for source in sources():
+        if stems and source.stem not in stems:
+            continue
+        table = {name: per for name, per in table.items() if not in_source(name, source)}
+        table.update(measure(source))
+        write(table)
+        print(source.name, file=sys.stderr)
+
+
 if __name__ == "__main__":
-    write(measure())
+    main(sys.argv[1:])

@@ -6,6 +6,7 @@ By hand, for every op test: `cmake -S . -B build/simt -DMOERGE_SIMT=ON ...` (as 
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = ("route", "lora", "16bit", "mix", "autograd", "torch")
+OP_TESTS = ("route", "lora", "16bit", "mix", "autograd", "torch", "cuda")
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +60,16 @@ def test_op_tests_over_the_emulator(simt_build, op):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "registered at" in done.stderr + done.stdout and "csrc/cuda/bind_" in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0", "7"])
+def test_another_order_of_threads_and_early_copies(simt_build, seed):
+    """The kernels that copy asynchronously, in order and in another order, with copies that land at once."""
+    library = simt_build("_simt") / "_simt.so"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--simt", library, "python_tests/test_ops_16bit.py", "-k", "shapes"],
+        capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"MOERGE_SIMT_SEED": seed, "MOERGE_SIMT_COPIES": "early"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -15,6 +15,8 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 64;              // of a block; each warp owns 16 of them
 constexpr int kSumStride = kColumns + 4;  // floats
 constexpr int64_t kMostExperts = 1024;
+constexpr int64_t kMostSlots = 8;     // experts per token
+constexpr int64_t kManyTokens = 512;  // from here on blocks have 64 tokens, not 16; a guess, not measured on a GPU yet
 
 template <class T, int ranks, bool kRanksAdjacent, int kTiles>
 struct LoraExpandMma {
@@ -181,22 +183,23 @@ struct LoraExpandMma {
   }
 };
 
-template <class T, int ranks, bool kRanksAdjacent, int kTiles>
-bool run(const Lora& p, const void* h, const Factors& w, const Matrix& base, const Matrix& bias, const Matrix& out,
+template <class Kernel>
+void run(const Lora& p, const void* h, const Factors& w, const Matrix& base, const Matrix& bias, const Matrix& out,
          Stream stream) {
-  using Kernel = LoraExpandMma<T, ranks, kRanksAdjacent, kTiles>;
-  if (Kernel::shared(p.K) > kMostShared) return false;
   launch({ceil_div(p.T, Kernel::kTokens), ceil_div(w.columns, kColumns)}, Kernel::shared(p.K), stream,
          Kernel{p, static_cast<const float*>(h), w, base, bias, out});
-  return true;
 }
 
-// More tokens in a block share what is read of the experts; fewer give more blocks.
+// More tokens in a block share what is read of the experts; fewer give more blocks, and always fit (K <= kMostSlots).
 template <class T, int ranks, bool kRanksAdjacent>
 void run_tiles(const Lora& p, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
                const Matrix& out, Stream stream) {
-  if (p.T > 512 && run<T, ranks, kRanksAdjacent, 4>(p, h, w, base, bias, out, stream)) return;
-  run<T, ranks, kRanksAdjacent, 1>(p, h, w, base, bias, out, stream);
+  using Large = LoraExpandMma<T, ranks, kRanksAdjacent, 4>;
+  using Small = LoraExpandMma<T, ranks, kRanksAdjacent, 1>;
+  if (p.T >= kManyTokens && Large::shared(p.K) <= kMostShared)
+    run<Large>(p, h, w, base, bias, out, stream);
+  else
+    run<Small>(p, h, w, base, bias, out, stream);
 }
 
 template <class T, int ranks>
@@ -226,7 +229,7 @@ void run_ranks(const Lora& p, const void* h, const Factors& w, const Matrix& bas
 }  // namespace
 
 bool expand_uses_tensor_cores(const Lora& p, const Factors& w, const Matrix& base, const Matrix& out) {
-  return p.T >= kTensorCoreTokens && p.K > 0 && p.K <= 8 && p.R > 0 && p.E <= kMostExperts && !p.wide &&
+  return p.T >= kTensorCoreTokens && p.K > 0 && p.K <= kMostSlots && p.R > 0 && p.E <= kMostExperts && !p.wide &&
          factors_fit(w) && out.dtype == w.dtype && aligned16(out.data, out.stride * 2) &&
          (!base.data || (base.dtype == w.dtype && aligned16(base.data, base.stride * 2)));
 }

@@ -3,12 +3,14 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "fiber.h"
@@ -195,7 +197,12 @@ void run_grid() {
 }  // namespace
 
 Settings& settings() {
-  static Settings chosen;
+  static Settings chosen = [] {
+    Settings given;
+    if (const char* seed = std::getenv("MOERGE_SIMT_SEED")) given.seed = std::strtoull(seed, nullptr, 10);
+    if (const char* copies = std::getenv("MOERGE_SIMT_COPIES")) given.late_copies = std::string(copies) != "early";
+    return given;
+  }();
   return chosen;
 }
 

@@ -16,6 +16,7 @@ namespace moerge::simt {
 
 using Place = std::source_location;
 
+// At first from the environment: MOERGE_SIMT_SEED, and MOERGE_SIMT_COPIES=early.
 struct Settings {
   uint64_t seed = 1;        // of the order of threads; 0: in order
   bool late_copies = true;  // asynchronous copies land when waited for, else at once
