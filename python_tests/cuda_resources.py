@@ -1,8 +1,8 @@
 """What nvcc makes of every kernel: registers, spills, shared memory, and the instructions that matter.
 
 `python python_tests/cuda_resources.py` compiles csrc/cuda for every architecture (minutes) and writes the table that
-test_cuda_build.py holds: cuda_resources.json; with names of sources (`lora_shrink mix`) only their lines. Instructions
-need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
+test_cuda_build.py holds: cuda_resources.json; with names of sources (`lora_shrink mix`) only their lines, with architectures (`80 90`) only
+for those. Instructions need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def add_instructions(target: Path, kernels: Kernels) -> None:
                 counts[what] += bool(re.search(pattern, line))
 
 
-def measure(source: Path) -> Kernels:
+def measure(source: Path, architectures: tuple[str, ...]) -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
-        target, said = compile_source(source, Path(folder))
+        target, said = compile_source(source, Path(folder), architectures)
         kernels = read_ptxas(said)
         if cuobjdump():
             add_instructions(target, kernels)
@@ -122,14 +122,16 @@ def write(kernels: Kernels) -> None:
     TABLE.write_text(head + ",\n".join(lines) + "\n}}\n")
 
 
-def main(stems: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    architectures = tuple(a for a in ARCHITECTURES if a in arguments) or ARCHITECTURES
+    stems = [name for name in arguments if name not in ARCHITECTURES]
     table = json.loads(TABLE.read_text())["kernels"] if TABLE.exists() else {}
     table = {name: per for name, per in table.items() if any(in_source(name, source) for source in sources())}
     for source in sources():
         if stems and source.stem not in stems:
             continue
         table = {name: per for name, per in table.items() if not in_source(name, source)}
-        table.update(measure(source))
+        table.update(measure(source, architectures))
         write(table)
         print(source.name, file=sys.stderr)
 

@@ -60,6 +60,14 @@ def test_gradients(shape, factored, order):
         assert_as_good(ours[name], plain[name], truth[name], 4e-3)
 
 
+@pytest.mark.parametrize(
+    "shape", [(3, 200, 5, 2, 8, 40), (2, 64, 3, 3, 24, 64), (1, 8, 2, 1, 128, 8), (9, 37, 4, 2, 16, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_few_tokens_with_adjacent_ranks(shape, dtype):
+    check(stored(bank(*shape, dtype), "ab"), 2e-6 if dtype == torch.float32 else 2e-3)
+
+
 def test_one_expert_named_often():
     case = bank(70, 64, 6, 4, 16, 64)
     for ids in (torch.full((70, 4), 3), torch.tensor([1, 1, 4, 1]).expand(70, 4)):
@@ -116,3 +124,10 @@ def test_routed(T):
     rest = {n: case[n] for n in ("base", "x", "lora_a", "lora_b")}
     assert torch.equal(experts, e) and torch.equal(weights, w)
     assert torch.equal(y, ops.lora_apply(**rest, weights=w, experts=e))
+
+
+def test_a_bank_of_no_experts_is_the_base():
+    case = bank(40, 64, 1, 1, 16, 64)
+    none = {n: case[n][:0] for n in ("lora_a", "lora_b")}
+    none |= {n: case[n][:, :0] for n in ("weights", "experts")}
+    assert torch.equal(ops.lora_apply(**{**case, **none}), case["base"])

@@ -113,8 +113,11 @@ MOERGE_DEVICE Bytes16 load16(const void* from) {
   const uint4 value = *static_cast<const uint4*>(from);
   return {{value.x, value.y, value.z, value.w}};
 }
+// To global memory. In PTX, since the compiler may take a store of four words apart.
 MOERGE_DEVICE void store16(void* to, Bytes16 value) {
-  *static_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.word[0]), "r"(value.word[1]),
+               "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
 }
 
 MOERGE_DEVICE uint32_t shared_address(const void* pointer) {

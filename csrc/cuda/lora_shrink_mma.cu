@@ -123,7 +123,8 @@ void run_ranks(const Lora& p, const Matrix& x, const Factors& w, const Groups& g
 }  // namespace
 
 bool shrink_uses_groups(const Lora& p, const Matrix& x, const Factors& w) {
-  return p.T >= kTensorCoreTokens && !p.wide && x.dtype == w.dtype && factors_fit(w) && aligned16(x.data, x.stride * 2);
+  return p.T >= kTensorCoreTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
+         aligned16(x.data, x.stride * 2);
 }
 
 void lora_shrink_mma(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
