@@ -1,8 +1,8 @@
 """What nvcc makes of every kernel: registers, spills, shared memory, and the instructions that matter.
 
 `python python_tests/cuda_resources.py` compiles csrc/cuda for every architecture (minutes) and writes the table that
-test_cuda_build.py holds: cuda_resources.json; with names of sources (`lora_shrink mix`) only their lines, with architectures (`80 90`) only
-for those. Instructions need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
+test_cuda_build.py holds: cuda_resources.json; with names of sources (`lora_shrink mix`) only their lines, with
+architectures (`80 90`) only for those. Instructions need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
 """
 
 from __future__ import annotations

@@ -73,19 +73,3 @@ def test_another_order_of_threads_and_early_copies(simt_build, seed):
         env=os.environ | {"MOERGE_SIMT_SEED": seed, "MOERGE_SIMT_COPIES": "early"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-
-
-@pytest.mark.slow
-def test_kernels_under_sanitizers(simt_build):
-    """Address and undefined-behaviour sanitizer see every access and every shift of the kernels."""
-    library = simt_build("_simt", "address,undefined") / "_simt.so"
-    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(runtime).exists():
-        pytest.skip("needs gcc's libasan.so")
-    tests = [f"python_tests/test_ops_{name}.py" for name in ("16bit", "route", "mix", "cuda")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--simt", library, *tests, "-k", "shapes and 33 or range or gradients and 41"],
-        capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
