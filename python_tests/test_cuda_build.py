@@ -33,10 +33,10 @@ def test_the_table_covers_every_source_and_architecture():
 
 @pytest.mark.parametrize("name", of("Mma<"))
 def test_tensor_core_kernels(name):
-    """Tensor cores, asynchronous 16-byte copies, no spills (but see SPILLS_LEFT), registers for four blocks."""
+    """Tensor cores, asynchronous 16-byte copies, no spills (but see SPILLS_LEFT), registers for three blocks."""
     for architecture, found in KERNELS[name].items():
         assert found["spills"] <= SPILLS_LEFT.get(name.partition("<")[0], 0), (architecture, found)
-        assert found["registers"] <= 128, (architecture, found)
+        assert found["registers"] <= 168, (architecture, found)
         assert found["mma"] > 0 and found["copy16"] > 0, (architecture, found)
 
 
