@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,20 +32,25 @@ def require_torch():
     return torch
 
 
-def announce_device(torch) -> None:
-    """One line that says which kernels are built, and why; MOERGE_CUDA=1 must not be ignored."""
+def wants_cuda(torch) -> bool:
+    """Whether to build CUDA kernels: when torch has CUDA and nvcc is found, whether a GPU is visible or not.
+
+    MOERGE_CUDA=0 or 1 decides instead; 1 ends with the reason where it cannot be done.
+    """
     wish = os.environ.get("MOERGE_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"moerge_ext: MOERGE_CUDA must be 0, 1 or unset, got {wish!r}")
-    if wish == "1":
-        sys.exit(
-            "moerge_ext: MOERGE_CUDA=1 asks for CUDA kernels, and this version contains CPU kernels only. "
-            "Unset MOERGE_CUDA to build those."
-        )
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    print(
-        f"moerge_ext: building the CPU kernels (this version has no CUDA ones) for torch {torch.__version__} ({cuda})"
-    )
+    lacking = None
+    if not torch.version.cuda:
+        lacking = f"torch {torch.__version__} has no CUDA"
+    elif not (os.environ.get("CUDACXX") or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        lacking = "nvcc was not found (put it on PATH, or set CUDACXX)"
+    if wish == "1" and lacking:
+        sys.exit(f"moerge_ext: MOERGE_CUDA=1 asks for CUDA kernels, and {lacking}.")
+    build = wish != "0" and not lacking
+    why = "" if build else f" ({'MOERGE_CUDA=0' if wish == '0' else lacking})"
+    print(f"moerge_ext: building {'CPU and CUDA' if build else 'CPU'} kernels for torch {torch.__version__}{why}")
+    return build
 
 
 class CMakeBuild(build_ext):
@@ -52,7 +58,7 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         torch = require_torch()
-        announce_device(torch)
+        cuda = wants_cuda(torch)
         cmake = shutil.which("cmake")
         if cmake is None:
             sys.exit(f"moerge_ext: cmake was not found on PATH.\n{MEND}")
@@ -68,6 +74,8 @@ class CMakeBuild(build_ext):
                 str(build_dir),
                 *generator,
                 f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DMOERGE_CUDA={'ON' if cuda else 'OFF'}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ],
             check=True,
         )

@@ -104,6 +104,13 @@ def full_cells() -> list[Cell]:
 DTYPES_FULL = ("float32", "bfloat16")
 
 
+def gpu_cells() -> list[Cell]:
+    """What a GPU is judged by: one width, every regime of T, three numbers of experts."""
+    return _by_weights(
+        Cell(4096, 4096, e, 2, 16, t, "bfloat16") for e, t in product((8, 36, 166), (1, 8, 64, 512, 4096))
+    )
+
+
 def tiny_cells() -> list[Cell]:
     """Seconds in total: for the tests and for a look at the output."""
     return [

@@ -42,7 +42,13 @@ def check(candidate: Candidate, result: Any, cell: Cell, tokens: Tokens) -> str:
 
 
 def admit(
-    found: Iterable[Candidate], cell: Cell, tokens: Tokens, ability: dict[str, float], settings: Settings
+    found: Iterable[Candidate],
+    cell: Cell,
+    tokens: Tokens,
+    ability: dict[str, float],
+    settings: Settings,
+    clock: Clock,
+    copies: int,
 ) -> tuple[list[Candidate], list[dict[str, Any]]]:
     """Runs every candidate once: (those to time, rows of those that are wrong or not run)."""
     good, rows = [], []
@@ -61,6 +67,8 @@ def admit(
                 took = time.perf_counter() - begin
                 wrong = check(candidate, result, cell, tokens)
                 del result
+                if clock.graphs and not wrong:
+                    clock.capture(candidate.call, 0, 1, copies)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 status, why = "failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             else:
@@ -81,10 +89,11 @@ def measure_cell(
 ) -> list[dict[str, Any]]:
     """The rows of one cell. RuntimeError when even the plain layer cannot be timed."""
     tokens = Tokens(cell, weights)
-    good, rows = admit(peers_of(cell, weights, tokens), cell, tokens, ability, settings)
+    good, rows = admit(peers_of(cell, weights, tokens), cell, tokens, ability, settings, clock, weights.copies)
     if [c.label for c in good[:2]] != [PLAIN, PLAIN_AGAIN]:
         raise RuntimeError(f"{cell}: the plain layer disagrees with the reference: {rows}")
     times = interleave(good, clock, settings, weights.copies)
+    clock.forget()
     # plain's time is part of a candidate's in the suite linear only; elsewhere the branch is all there is
     whole = cell.mode in ("apply", "routed")
     noise = summarize(times[PLAIN_AGAIN], times[PLAIN])
@@ -117,7 +126,7 @@ def run(
     settings: Settings,
 ) -> list[str]:
     """Measures what is not recorded yet; returns the complaints about wrong results of our own."""
-    clock = Clock(device)
+    clock = Clock(device, settings.graphs)
     weights: Weights | None = None
     problems = []
     for number, cell in enumerate(cells, 1):

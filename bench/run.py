@@ -31,8 +31,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="the whole grid (days), or the larger model; resumable")
+    size.add_argument("--gpu", action="store_true", help="the few cells that a GPU is judged by")
     size.add_argument("--tiny", action="store_true", help="seconds; to see that it works")
     parser.add_argument("--warm", action="store_true", help="one copy of the weights, so that they stay in the cache")
+    parser.add_argument("--graphs", action="store_true", help="on CUDA: time the replay of captured graphs")
     parser.add_argument("--filter", action="append", default=[], metavar="NAME=VALUE", help="e.g. T=16, dtype=float32")
     parser.add_argument("--seconds", type=float, help="start no further round of a cell after this")
     parser.add_argument("--call-seconds", type=float, help="do not time a candidate whose call takes longer")
@@ -50,12 +52,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "memory_gib": args.memory,
         "rounds": args.rounds,
     }
-    return replace(settings, cold=not args.warm, **{key: value for key, value in given.items() if value is not None})
+    graphs = args.graphs and args.device == "cuda"
+    return replace(
+        settings, cold=not args.warm, graphs=graphs, **{key: value for key, value in given.items() if value is not None}
+    )
 
 
 def cells_of(suite: str, args: argparse.Namespace) -> list[cells.Cell]:
     """The suite's cells after --filter. ValueError for a filter that names no field."""
-    chosen = cells.tiny_cells() if args.tiny else cells.full_cells() if args.full else cells.default_cells()
+    sizes = {"tiny": cells.tiny_cells, "gpu": cells.gpu_cells, "full": cells.full_cells}
+    chosen = next((make for name, make in sizes.items() if getattr(args, name)), cells.default_cells)()
     if suite != "linear":
         chosen = cells.op_cells(chosen, suite)
     for text in args.filter:

@@ -30,17 +30,26 @@ class Settings:
     memory_gib: float = 6.0  # a candidate or cell that needs more is not run
     cold: bool = True  # rotate over copies of the weights that exceed the last-level cache together
     max_copies: int = 64
+    graphs: bool = False  # on CUDA: time the replay of captured graphs instead of eager calls
 
     def identity(self) -> list[Any]:
         """What must agree for an earlier result to stand for a new one."""
-        return [self.rounds, self.min_sample, self.candidate_seconds, self.main_seconds, self.cold]
+        graphs = ["graphs"] if self.graphs else []
+        return [self.rounds, self.min_sample, self.candidate_seconds, self.main_seconds, self.cold, *graphs]
 
 
 class Clock:
-    """Times a batch of calls on one device: wall time on the CPU, events around the queue on CUDA."""
+    """Times a batch of calls on one device: wall time on the CPU, events around the queue on CUDA.
 
-    def __init__(self, device: torch.device):
+    With `graphs`, a batch on CUDA is one replay of a graph of that many calls, captured when it is first asked for.
+    """
+
+    def __init__(self, device: torch.device, graphs: bool = False):
         self.device = device
+        self.graphs = graphs and device.type == "cuda"
+        self._captured: dict[
+            tuple, Any
+        ] = {}  # (call, first, calls) -> (graph, the call: its identity must not be reused)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -56,14 +65,39 @@ class Clock:
         return (time.perf_counter() - begin) / calls
 
     def _cuda_batch(self, call: Callable[[int], Any], first: int, calls: int, copies: int) -> float:
+        graph = self.capture(call, first % copies, calls, copies) if self.graphs else None
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
         begin.record()
-        for i in range(first, first + calls):
-            call(i % copies)
+        if graph is not None:
+            graph.replay()
+        else:
+            for i in range(first, first + calls):
+                call(i % copies)
         end.record()
         torch.cuda.synchronize(self.device)
         return begin.elapsed_time(end) / 1e3 / calls
+
+    def capture(self, call: Callable[[int], Any], first: int, calls: int, copies: int) -> torch.cuda.CUDAGraph:
+        """The graph of `calls` calls. RuntimeError where the call cannot be captured."""
+        key = (id(call), first, calls)
+        if key not in self._captured:
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                call(first)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for i in range(first, first + calls):
+                    call(i % copies)
+            graph.replay()
+            self._captured[key] = (graph, call)
+        return self._captured[key][0]
+
+    def forget(self) -> None:
+        """Frees the graphs: they hold memory, and the weights of one cell."""
+        self._captured.clear()
 
 
 @dataclass
@@ -93,7 +127,7 @@ def interleave(
     for candidate in candidates:
         once = candidate.seconds
         if once < SLOW:  # the first call may have paid for one-time work
-            once = max(clock.batch(candidate.call, position + i, 1, copies) for i in range(2))
+            once = max(clock.batch(candidate.call, 0 if clock.graphs else position + i, 1, copies) for i in range(2))
             position += 2
         calls = max(1, min(1000, math.ceil(settings.min_sample / max(once, 1e-7))))
         main = candidate.own or candidate.label in (PLAIN, PLAIN_AGAIN)
@@ -113,7 +147,8 @@ def interleave(
             for candidate in candidates:
                 calls, rounds = plans[candidate.label]
                 if number < rounds:
-                    times[candidate.label].append(clock.batch(candidate.call, position, calls, copies))
+                    start = 0 if clock.graphs else position  # one graph serves every round
+                    times[candidate.label].append(clock.batch(candidate.call, start, calls, copies))
                     position += calls
                 else:
                     times[candidate.label].append(None)

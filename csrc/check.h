@@ -103,3 +103,23 @@ struct Check {
 
 // Fails unless `ok`. A macro, so that the parts of the message are made only then: texts cost more than the checks.
 #define MOERGE_CHECK(check, ok, ...) ((ok) ? void() : (check).fail(__VA_ARGS__))
+
+namespace moerge {
+
+// [..., C] -> [T, C] without a call of the dispatcher, which costs as much as the rest of a small op.
+inline Tensor flattened(const Check& check, const Tensor& tensor, const char* name) {
+  const int64_t dims = tensor.dim();
+  if (dims == 2) return tensor;
+  MOERGE_CHECK(check, dims > 2 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
+               "], or contiguous with more dimensions, got ", shape_of(tensor));
+  const int64_t columns = tensor.size(dims - 1);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle flat;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &flat));
+  return Tensor(flat);
+}
+
+}  // namespace moerge

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -34,8 +36,10 @@ py::dict build_info() {
   info["version"] = MOERGE_VERSION;
   info["torch"] = MOERGE_TORCH_VERSION;
   info["torch_cuda"] = MOERGE_TORCH_CUDA;
-  info["cuda"] = false;
-  info["cuda_architectures"] = std::vector<std::string>{};
+  std::istringstream built(MOERGE_CUDA_BUILT);
+  const std::vector<std::string> architectures{std::istream_iterator<std::string>(built), {}};
+  info["cuda"] = !architectures.empty();
+  info["cuda_architectures"] = architectures;
   info["compiler"] = MOERGE_COMPILER;
 #if defined(MOERGE_X86)
   info["instruction_sets"] = std::vector<std::string>{"avx512", "avx2", "portable"};

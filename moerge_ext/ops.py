@@ -18,6 +18,12 @@ from . import _autograd  # noqa: F401  (registers the fake kernels and the gradi
 _ops = torch.ops.moerge
 
 
+def has_kernels(device_type: str) -> bool:
+    """Whether this build computes on devices of a type ("cpu", "cuda")."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("moerge::routed_lora", key)
+
+
 def _call(op, *args):
     """Runs an op; its argument errors become ValueError, a device without kernels is named."""
     if torch.compiler.is_compiling():

@@ -1,6 +1,8 @@
 """The benchmark runs end to end, catches a wrong candidate, resumes, and its tables are stable."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -214,3 +216,19 @@ def test_model_suite_runs(tmp_path):
     assert {row["phase"] for row in rows} == {"dispatch", "prefill", "decode", "memory"}
     assert [row["note"] for row in rows if row["status"] != "ok"] == []
     assert "peak MiB" in render.model(rows, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_gpu_check_runs_without_a_gpu(tmp_path):
+    """The dry run: every part in order, a table last."""
+    done = subprocess.run(
+        ["bash", REPO / "bench" / "gpu_check.sh", "--device", "cpu", "--tiny", "--results", tmp_path],
+        capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("== ") and line.endswith(": ok")]
+    assert steps == [f"{name}:" for name in ("build", "tests", "sanitizer", "linear", "graphs", "model", "table")]
+    table_lines = done.stdout.partition("== table\n")[2].splitlines()
+    assert table_lines[0].split()[0] == "cell" and len(table_lines) > 3
+    bad = subprocess.run(["bash", REPO / "bench" / "gpu_check.sh", "--nonsense"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "unknown option" in bad.stderr

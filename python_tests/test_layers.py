@@ -140,6 +140,9 @@ def test_init_holds_names_only():
 CPP = [file for file in sorted(SOURCES.rglob("*")) if file.suffix in (".cpp", ".h", ".cu", ".cuh")]
 
 
+KERNEL_INCLUDES = {"device.cuh", "launch.h", "values.cuh", "route.cuh", "lora.cuh", "lora_mma.cuh", "route_mma.cuh"}
+
+
 def includes_of(text: str) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, flags=re.MULTILINE)
 
@@ -159,6 +162,17 @@ def test_the_reader_of_includes():
     assert {file.name for file in CPP} >= {"ops.cpp", "module.cpp", "check.h", "route.cpp", "lora.cpp"}
 
 
+def test_kernels_do_not_know_the_emulator():
+    """No `#if` in a kernel, no CUDA beside the vocabulary: the same text runs on a GPU and on the host."""
+    for file in SOURCES.glob("cuda/*.cu*"):
+        text = file.read_text()
+        if file.name != "device.cuh":
+            foreign = re.findall(
+                r"^\s*#\s*if|<<<|\basm\b|__\w+__|threadIdx|blockIdx|\bcuda[A-Z]\w*", text, re.MULTILINE
+            )
+            assert not foreign, f"{file.name}: {foreign}"
+
+
 @pytest.mark.parametrize("file", CPP, ids=lambda file: str(file.relative_to(SOURCES)))
 def test_includes(file):
     room = file.relative_to(SOURCES).parts[0]
@@ -167,10 +181,12 @@ def test_includes(file):
         other = path.relative_to(SOURCES).parts[0] if path else None
         assert (room, other) not in (("cpu", "cuda"), ("cuda", "cpu")), f"{file.name} includes {include}"
         from_torch = re.match(r"(torch|ATen|c10)/", include)
-        if file.suffix in (".cu", ".cuh"):
-            assert not from_torch, f"{file.name} includes {include}: only bind.cpp sees torch"
-        if room == "cuda" and file.name != "bind.cpp":
+        if file.suffix == ".cu":
+            assert include in KERNEL_INCLUDES, f"{file.name} includes {include}: kernels speak the vocabulary alone"
+        if room in ("cuda", "simt") and not file.name.startswith("bind"):
             assert not from_torch and "check.h" not in include, f"{file.name} includes {include}"
+            assert not include.startswith("bind"), f"{file.name} includes {include}"
+        assert room == "simt" or other != "simt", f"{file.name} includes {include}: the emulator is for tests"
         # the stable ABI: seconds to build, one build across torch versions
         assert (
             not from_torch

@@ -177,22 +177,6 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   return {out, weights, experts};
 }
 
-// [..., C] -> [T, C] without a call of the dispatcher, which costs as much as the rest of a small op.
-Tensor flattened(const Check& check, const Tensor& tensor, const char* name) {
-  const int64_t dims = tensor.dim();
-  if (dims == 2) return tensor;
-  MOERGE_CHECK(check, dims > 2 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
-               "], or contiguous with more dimensions, got ", shape_of(tensor));
-  const int64_t columns = tensor.size(dims - 1);
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  AtenTensorHandle flat;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &flat));
-  return Tensor(flat);
-}
-
 void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
                   std::string normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
                   std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,

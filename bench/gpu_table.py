@@ -1,0 +1,56 @@
+"""The last thing gpu_check.sh prints: ours / plain, ours / floor and the best peer of every measured linear cell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script only its own folder is on the path
+
+from bench.results import FOLDER, Row, latest, read_all
+
+CELL = ("dtype", "D", "O", "E", "K", "R", "T", "popularity", "mode", "cache")
+
+
+def how(row: Row) -> str:
+    return "graphs" if "graphs" in row["settings"] else "eager"
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """One line per cell, and how it was run."""
+    cells: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row.get("status") == "ok":
+            cells[(*(row[name] for name in CELL), how(row))][row["candidate"]] = row
+    out = [f"{'cell':<64} {'plain us':>9} {'ours/plain':>10} {'ours/floor':>10}  best peer"]
+    for key, found in sorted(cells.items(), key=lambda item: str(item[0])):
+        ours = found.get("ours")
+        if ours is None or "plain" not in found:
+            continue
+        peers = {name: row for name, row in found.items() if name not in ("ours", "plain", "plain_again", "peft_one")}
+        best = min(peers, key=lambda name: peers[name]["ratio"], default=None)
+        dtype, D, O, E, K, R, T, popularity, mode, cache, run = key
+        name = f"{dtype} {D}x{O} E={E} K={K} R={R} T={T} {popularity} {mode} {cache} {run}"
+        peer = f"{best} {peers[best]['ratio']:.2f}" if best else "none"
+        out.append(
+            f"{name:<64} {found['plain']['us']:>9.1f} {ours['ratio']:>10.2f} {ours['over_floor']:>10.1f}  {peer}"
+        )
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench/gpu_table.py", description=__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, default=FOLDER)
+    args = parser.parse_args()
+    rows = [row for row in read_all(args.results) if row.get("suite") == "linear" and row.get("device") == args.device]
+    eager = [row for row in rows if how(row) == "eager"]
+    graphs = [row for row in rows if how(row) == "graphs"]
+    print("\n".join(lines(latest(eager) + latest(graphs))))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

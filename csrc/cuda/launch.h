@@ -1,0 +1,138 @@
+// What the kernels are asked for, in raw pointers and plain C++: the border between bind*.cpp (torch) and *.cu
+// (device).
+//
+// T tokens, D in features, O out features, E experts, K selected per token, R rank, N rows (sequences).
+// Every function only enqueues on `stream`, allocates nothing, waits for nothing, and its grid depends on shapes alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moerge::cuda {
+
+using Stream = void*;
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
+// Rows of contiguous elements, `stride` elements apart.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride = 0;
+};
+
+// A stack of factors seen as [E, R, C] (C is D for A and O for B) in whatever strides it has, counted in elements.
+struct Factors {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t expert = 0, rank = 0, column = 0;
+  int64_t ranks = 0, columns = 0;
+};
+
+// Which of n rows a token belongs to; a row out of range belongs to nobody.
+struct Rows {
+  const int32_t* rows = nullptr;  // [T], or null: tokens of a row are adjacent
+  int64_t tokens_per_row = 1, n = 1;
+};
+
+// ---- route ----------------------------------------------------------------------------------------------------------
+
+enum class Normalize : int { standardize, unit, none };
+enum class Weighting : int { softmax, softmax_all, sigmoid, score };
+
+// norm(x) = (x - shift - rest) * factor; `clamped` is 1 where "unit" met its floor. Four per token, in the accumulator.
+constexpr int kStatistics = 4;
+
+struct Route {
+  int64_t T, D, E, K;
+  Matrix x, gates;
+  Normalize normalize;
+  Weighting weighting;
+  bool absolute;
+  double scale, top_p;  // top_p 0: no cut
+  const void* bias;     // [N,E] in the accumulator, or null
+  const bool* mask;     // [E] or [N,E], or null
+  bool mask_per_row;
+  Rows row;
+  bool wide;         // the accumulator is double
+  void* statistics;  // [T, kStatistics]
+  void* similarity;  // [T,E]: norm(x) . g
+  void* weights;     // [T,K]
+  int32_t* experts;  // [T,K]
+};
+
+void route_scores(const Route&, Stream);  // statistics and similarity
+void route_select(const Route&, Stream);  // weights and experts from similarity
+
+struct RouteGradient {
+  Route forward;
+  const void* grad;       // [T,K] in the accumulator
+  void* score_gradient;   // [T,E]: d/d score
+  Matrix x, gates, bias;  // where the gradients go; data null: not wanted
+};
+
+void route_backward(const RouteGradient&, Stream);  // after route_scores
+
+// ---- lora_apply -----------------------------------------------------------------------------------------------------
+
+struct Lora {
+  int64_t T, E, K, R;
+  const void* weights;     // [N,K] in the accumulator
+  const int32_t* experts;  // [N,K]; an id outside [0,E) is skipped
+  Rows row;
+  bool factored;
+  bool wide;  // the accumulator is double
+};
+
+// The pairs t*K+k of each expert in ascending order: those of e are order[offsets[e] .. offsets[e+1]). They are cut
+// into tiles of kTilePairs, which never hold two experts: tile i belongs to tile_expert[i], whose first is tiles[e].
+constexpr int64_t kTilePairs = 64;
+struct Groups {
+  int32_t *order, *counts, *offsets;  // [T*K], [E], [E+1]
+  int32_t *tiles, *tile_expert;       // [E+1], [most_tiles]
+};
+inline int64_t most_tiles(const Lora& p) { return (p.T * p.K + kTilePairs - 1) / kTilePairs + p.E; }
+
+// Pairs of weight 0 are left out when skip_zero.
+void group_pairs(const Lora&, bool skip_zero, const Groups&, Stream);
+
+// h[pair,r] = sum_c x[token,c] w[expert,r,c] in the accumulator; a pair that is left out (see above) is not written.
+// Where shrink_uses_groups, `groups` must be those of the same skip_zero; else it is not looked at.
+bool shrink_uses_groups(const Lora&, const Matrix& x, const Factors& w);
+void lora_shrink(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h, Stream);
+
+// out[t,c] = base[t,c] + sum_k H[t,k,:] . w[e,:,c] + sum_k w_tk bias[e,c]; base and bias may be absent (null data),
+// base may be out. H = w_tk h[t,k] , or w_tk sum_j w_tj h[t,j] when factored.
+void lora_expand(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
+                 const Matrix& out, Stream);
+
+// out[e,r,c] = sum over the pairs of e, in order, of Q[pair,r] x[token,c], with Q made of q as H of h; out is
+// contiguous. q null: Q is the pair's weight, and R is 1.
+void lora_outer(const Lora&, const Groups&, const void* q, int64_t R, const Matrix& x, int64_t columns, void* out,
+                DType dtype, Stream);
+
+// grad[n,k] of the weights: q . h (factored: q . mean h + h . mean q) + dy . bias, summed over the tokens of row n in
+// order. per_pair is a workspace [T,K] in the accumulator.
+void lora_weight_gradient(const Lora&, const void* h, const void* q, const Matrix& dy, int64_t O, const Matrix& bias,
+                          void* per_pair, void* out, DType dtype, Stream);
+
+// ---- mix_log_probs --------------------------------------------------------------------------------------------------
+
+struct Mix {
+  int64_t K, N, V;
+  const void* logits;  // [K,N,V]
+  DType dtype;
+  const void* weights;  // [N,K] in the accumulator
+  bool wide;
+  void* offset;  // [N,K]: log w - logsumexp(logits), in the accumulator
+};
+
+void mix_forward(const Mix&, void* out, Stream);
+void mix_backward(const Mix&, const void* grad, const void* result, void* grad_logits, void* grad_weights,
+                  DType weights_dtype, Stream);  // null: not wanted
+
+}  // namespace moerge::cuda

@@ -1,0 +1,137 @@
+// h[pair,r] = sum_c x[token,c] w[expert,r,c] for many tokens: a block has up to 64 pairs of one expert (their rows of x
+// are gathered) and all ranks, and walks over the columns with kStages tiles of 64 under way. Each warp owns 16 pairs,
+// so a sum has one owner and a fixed order.
+#include "lora_mma.cuh"
+
+namespace moerge::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kColumns = 64, kStages = 3;
+constexpr int kRowStride = kColumns + kPad;
+
+template <class T, int ranks, bool kRanksAdjacent>
+struct LoraShrinkMma {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr const char* kName = "lora_shrink_mma";
+  static constexpr int kTile = kTileElements<ranks, kColumns, kRanksAdjacent>;
+  static constexpr size_t kShared =
+      shared_size(kStages * kTilePairs * kRowStride * 2) + shared_size(kStages * kTile * 2);
+  Lora p;
+  Matrix x;
+  Factors w;
+  Groups g;
+  float* h;
+
+  // Rows of x that this thread copies: thread / 8 + 16 i for i < 4, 8 columns of each tile.
+  struct Source {
+    const T* row[4];  // null: none
+  };
+
+  MOERGE_DEVICE void copy_stage(const Source& source, int64_t expert, int64_t tile, T* rows, T* factors) const {
+    const int64_t stage = tile % kStages, first = tile * kColumns;
+    const int64_t column = first + thread() % 8 * 8;
+    if (first < w.columns) {
+      for (int i = 0; i < 4; ++i) {
+        const bool valid = source.row[i] && column < w.columns;
+        T* to = rows + (stage * kTilePairs + thread() / 8 + 16 * i) * kRowStride + thread() % 8 * 8;
+        async_copy16(to, valid ? source.row[i] + column : static_cast<const T*>(x.data), valid);
+      }
+      copy_tile<T, kThreads, ranks, kColumns, kRanksAdjacent>(w, expert, first, factors + stage * kTile);
+    }
+    async_commit();  // an empty group at the end keeps the count right
+  }
+
+  MOERGE_DEVICE void multiply(const T* rows, const T* factors, float (&sum)[ranks / 8][4]) const {
+    constexpr int kStride = kRanksAdjacent ? ranks + kPad : kColumns + kPad;
+    for (int k = 0; k < kColumns; k += 16) {
+      uint32_t a[4];
+      load_matrices<false>(a, rows + (warp() * 16 + lane() % 16) * kRowStride + k + lane() / 16 * 8);
+      for (int n = 0; n < ranks; n += 16) {
+        uint32_t b[4];
+        load_right<!kRanksAdjacent>(b, factors, kStride, k, n);
+        mma<T>(sum[n / 8], a, {b[0], b[1]});
+        mma<T>(sum[n / 8 + 1], a, {b[2], b[3]});
+      }
+    }
+  }
+
+  MOERGE_DEVICE void operator()() const {
+    Shared shared;
+    T* rows = shared.take<T>(kStages * kTilePairs * kRowStride);
+    T* factors = shared.take<T>(kStages * kTile);
+    if (block_x() >= g.tiles[p.E]) return;
+    const int32_t expert = g.tile_expert[block_x()];
+    const int32_t begin = g.offsets[expert] + static_cast<int32_t>((block_x() - g.tiles[expert]) * kTilePairs);
+    const int32_t left = g.offsets[expert + 1] - begin;
+    const int count = left < kTilePairs ? left : static_cast<int>(kTilePairs);
+    Source source;
+    for (int i = 0; i < 4; ++i) {
+      const int row = thread() / 8 + 16 * i;
+      source.row[i] = row < count ? static_cast<const T*>(x.data) + g.order[begin + row] / p.K * x.stride : nullptr;
+    }
+    const int64_t tiles = (w.columns + kColumns - 1) / kColumns;
+    for (int64_t tile = 0; tile < kStages - 1; ++tile) copy_stage(source, expert, tile, rows, factors);
+    float sum[ranks / 8][4] = {};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      async_wait<kStages - 2>();
+      sync_block();  // this tile is here, and nobody reads the one that is overwritten next
+      copy_stage(source, expert, tile + kStages - 1, rows, factors);
+      const int64_t stage = tile % kStages;
+      if (warp() * 16 < count) multiply(rows + stage * kTilePairs * kRowStride, factors + stage * kTile, sum);
+    }
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp() * 16 + lane() / 4 + half * 8;
+      if (row >= count) continue;
+      float* to = h + g.order[begin + row] * p.R;
+      for (int n = 0; n < ranks / 8; ++n)
+        for (int j = 0; j < 2; ++j)
+          if (const int r = n * 8 + lane() % 4 * 2 + j; r < p.R) to[r] = sum[n][half * 2 + j];
+    }
+  }
+};
+
+template <class T, int ranks, bool kRanksAdjacent>
+void run(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+  using Kernel = LoraShrinkMma<T, ranks, kRanksAdjacent>;
+  launch({most_tiles(p)}, Kernel::kShared, stream, Kernel{p, x, w, groups, static_cast<float*>(h)});
+}
+
+template <class T, int ranks>
+void run_layout(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+  if (ranks_adjacent(w))
+    run<T, ranks, true>(p, x, w, groups, h, stream);
+  else
+    run<T, ranks, false>(p, x, w, groups, h, stream);
+}
+
+template <class T>
+void run_ranks(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+  switch (padded_ranks(p.R)) {
+    case 16:
+      return run_layout<T, 16>(p, x, w, groups, h, stream);
+    case 32:
+      return run_layout<T, 32>(p, x, w, groups, h, stream);
+    case 64:
+      return run_layout<T, 64>(p, x, w, groups, h, stream);
+    default:
+      return run_layout<T, 128>(p, x, w, groups, h, stream);
+  }
+}
+
+}  // namespace
+
+bool shrink_uses_groups(const Lora& p, const Matrix& x, const Factors& w) {
+  return p.T >= kTensorCoreTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
+         aligned16(x.data, x.stride * 2);
+}
+
+void lora_shrink_mma(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+  if (x.dtype == DType::bf16)
+    run_ranks<bf16>(p, x, w, groups, h, stream);
+  else
+    run_ranks<f16>(p, x, w, groups, h, stream);
+}
+
+}  // namespace moerge::cuda

@@ -1,0 +1,14 @@
+// The tensor-core path of route_scores: when it is taken.
+#pragma once
+
+#include "launch.h"
+
+namespace moerge::cuda {
+
+// From how many tokens on it is taken. A guess, not measured on a GPU yet.
+constexpr int64_t kTensorCoreTokens = 64;
+
+// x and gates must allow 16-byte loads, gates be float32.
+void route_scores_mma(const Route&, Stream);
+
+}  // namespace moerge::cuda

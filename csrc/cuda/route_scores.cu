@@ -1,0 +1,69 @@
+// Statistics and similarities of every token with every expert: similarity[t,e] = norm(x_t) . g_e.
+//
+// A block has one token and some experts, a warp one expert at a time. With few tokens the experts are spread over many
+// blocks, each of which finds the token's statistics again (x is small beside the gates). Variants: 16-byte loads for
+// one known type of x and float32 gates; any types, one element at a time. route_scores_mma.cu has the one
+// for many tokens.
+#include "route.cuh"
+#include "route_mma.cuh"
+
+namespace moerge::cuda {
+
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+template <class Acc, class X, class G, int V>
+struct RouteScores {
+  static constexpr int kThreads = cuda::kThreads;
+  static constexpr const char* kName = "route_scores";
+  Route p;
+  int64_t experts_per_block;
+
+  MOERGE_DEVICE void operator()() const {
+    const int64_t t = block_x();
+    Shared shared;
+    Acc* slots = shared.take<Acc>(kWarps);
+    const char* row = static_cast<const char*>(p.x.data) + t * p.x.stride * size_of(p.x.dtype);
+    const Statistics<Acc> stats = token_statistics<Acc, kThreads, X, V>(row, p.x.dtype, p.D, p.normalize, slots);
+    if (block_y() == 0 && thread() == 0) stats.store(p.statistics, t);
+    const int64_t begin = block_y() * experts_per_block;
+    const int64_t end = begin + experts_per_block < p.E ? begin + experts_per_block : p.E;
+    for (int64_t e = begin + warp(); e < end; e += kWarps) {
+      const char* gate = static_cast<const char*>(p.gates.data) + e * p.gates.stride * size_of(p.gates.dtype);
+      Acc x[V], g[V], sum = 0;
+      for (int64_t d = lane() * V; d < p.D; d += 32 * V) {
+        load_vector<X>(row, p.x.dtype, d, x);
+        load_vector<G>(gate, p.gates.dtype, d, g);
+        for (int i = 0; i < V; ++i) sum += stats.normalized(x[i]) * g[i];
+      }
+      sum = warp_sum(sum);
+      if (lane() == 0) static_cast<Acc*>(p.similarity)[t * p.E + e] = sum;
+    }
+  }
+};
+
+template <class Acc, class X, class G, int V>
+void run_scores(const Route& p, Stream stream) {
+  // about two thousand warps, if there are so many experts
+  const int64_t wanted = ceil_div(ceil_div(p.T * p.E, 2048), kWarps) * kWarps;
+  const int64_t per_block = wanted > p.E ? p.E : wanted;
+  launch({p.T, ceil_div(p.E, per_block)}, shared_size(kWarps * sizeof(Acc)), stream,
+         RouteScores<Acc, X, G, V>{p, per_block});
+}
+
+}  // namespace
+
+void route_scores(const Route& p, Stream stream) {
+  const bool vectors = p.D % 8 == 0 && !p.wide && p.gates.dtype == DType::f32 &&
+                       aligned16(p.x.data, p.x.stride * (p.x.dtype == DType::f32 ? 4 : 2)) &&
+                       aligned16(p.gates.data, p.gates.stride * 4);
+  if (p.wide) return run_scores<double, Any, Any, 1>(p, stream);
+  if (vectors && p.T >= kTensorCoreTokens) return route_scores_mma(p, stream);
+  if (vectors && p.x.dtype == DType::f32) return run_scores<float, float, float, 8>(p, stream);
+  if (vectors && p.x.dtype == DType::bf16) return run_scores<float, bf16, float, 8>(p, stream);
+  if (vectors && p.x.dtype == DType::f16) return run_scores<float, f16, float, 8>(p, stream);
+  run_scores<float, Any, Any, 1>(p, stream);
+}
+
+}  // namespace moerge::cuda

@@ -1,0 +1,71 @@
+"""The CUDA kernels under nvcc, which needs no GPU: every source for every architecture, and what each kernel takes.
+
+The committed table cuda_resources.json says what to expect; `python python_tests/cuda_resources.py` renews it.
+"""
+
+from __future__ import annotations
+
+import json
+
+import cuda_resources
+import pytest
+
+needs_nvcc = pytest.mark.skipif(cuda_resources.nvcc() is None, reason="needs nvcc")
+TABLE = json.loads(cuda_resources.TABLE.read_text())
+KERNELS = TABLE["kernels"]
+# bytes, stores and loads together; a debt: some variants of this kernel still spill a few registers
+SPILLS_LEFT = {"LoraExpandMma": 64}
+HELD = {"80", "90"}  # architectures that the table must have
+
+
+def of(*parts: str) -> list[str]:
+    return [name for name in KERNELS if any(part in name for part in parts)]
+
+
+def test_the_table_covers_every_source_and_architecture():
+    assert all(HELD <= set(per) <= set(cuda_resources.ARCHITECTURES) for per in KERNELS.values())
+    sources = cuda_resources.sources()
+    for name in KERNELS:
+        assert any(cuda_resources.in_source(name, source) for source in sources), f"{name} is in no source"
+    for source in sources:
+        assert any(cuda_resources.in_source(name, source) for name in KERNELS), f"{source.name} is not in the table"
+
+
+@pytest.mark.parametrize("name", of("Mma<"))
+def test_tensor_core_kernels(name):
+    """Tensor cores, asynchronous 16-byte copies, no spills (but see SPILLS_LEFT), registers for three blocks."""
+    for architecture, found in KERNELS[name].items():
+        assert found["spills"] <= SPILLS_LEFT.get(name.partition("<")[0], 0), (architecture, found)
+        assert found["registers"] <= 168, (architecture, found)
+        assert found["mma"] > 0 and found["copy16"] > 0, (architecture, found)
+
+
+@pytest.mark.parametrize("name", of(", 8>", "LoraShrinkRanks<"))
+def test_vector_kernels(name):
+    """16-byte loads and, for 16-bit x, no spills (float32 may keep a few bytes around a call of a square root)."""
+    for architecture, found in KERNELS[name].items():
+        assert found["spills"] <= (16 if "<float, float" in name else 0), (architecture, found)
+        assert found["load16"] > 0, (architecture, found)
+
+
+@pytest.mark.parametrize("name", [n for n in of("LoraExpand") if n.endswith(", 8>") or "Mma" in n])
+def test_results_are_stored_16_bytes_at_a_time(name):
+    for architecture, found in KERNELS[name].items():
+        assert found["store16"] > 0, (architecture, found)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("source", cuda_resources.sources(), ids=lambda s: s.stem)
+def test_every_source_compiles_for_every_architecture(source, tmp_path):
+    target, said = cuda_resources.compile_source(source, tmp_path)
+    found = cuda_resources.read_ptxas(said)
+    assert set(found) <= set(KERNELS), "kernels that the table lacks: renew it"
+    if cuda_resources.nvcc_version() != TABLE["nvcc"]:
+        pytest.skip(f"it compiles; the table is for nvcc {TABLE['nvcc']}")
+    if cuda_resources.cuobjdump():
+        cuda_resources.add_instructions(target, found)
+    for name, per in found.items():
+        for architecture, numbers in per.items():
+            expected = KERNELS[name].get(architecture, numbers)
+            assert {k: expected[k] for k in numbers} == numbers, f"{name} for sm_{architecture}: renew the table"

@@ -1,0 +1,133 @@
+"""16-bit banks in sizes that vector and tensor-core kernels take: every rank, both orders of the factors' axes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import assert_as_good, double, gradients, lora, rand
+
+from moerge_ext import ops, reference
+
+NAN = float("nan")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def bank(T, D, E, K, R, O, dtype=torch.bfloat16, **more):
+    return lora(T, D, E, K, R, O, base=dtype, x=dtype, bank=dtype, **more)
+
+
+def stored(case, order):
+    """The same bank with its axes stored otherwise: A as [E,D,R] and B as [E,O,R]."""
+    a = case["lora_a"].mT.contiguous().mT if "a" in order else case["lora_a"]
+    b = case["lora_b"].contiguous() if "b" in order else case["lora_b"]
+    return {**case, "lora_a": a, "lora_b": b}
+
+
+def check(case, atol=2e-3, **options):
+    y = ops.lora_apply(**case, **options)
+    truth = reference.lora_apply(**double(case), **options)
+    assert_as_good(y, reference.lora_apply(**case, **options), truth, atol)
+    return y
+
+
+SHAPES = [  # T, D, E, K, R, O
+    (16, 64, 2, 1, 16, 64), (33, 200, 7, 2, 8, 72), (33, 64, 36, 8, 24, 200), (129, 72, 166, 2, 16, 136),
+    (129, 200, 7, 7, 64, 64), (40, 64, 3, 2, 128, 72), (17, 8, 5, 3, 1, 8), (20, 136, 2, 2, 32, 64),
+    (1, 64, 7, 2, 16, 64), (2, 200, 36, 4, 8, 200), (600, 16, 4, 2, 16, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("order", ["", "a", "b", "ab"])
+def test_shapes(shape, order):
+    T, D, E, K, R, O = shape
+    case = stored(bank(T, D, E, K, R, O, HALVES[R % 3 == 0], lora_bias=order == "ab"), order)
+    check(case)
+    if order in ("", "ab"):
+        check(case, factored=True)
+
+
+@pytest.mark.parametrize("shape", [(33, 64, 7, 2, 16, 72), (129, 40, 5, 3, 24, 64)], ids=str)
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("order", ["", "ab"])
+def test_gradients(shape, factored, order):
+    case = stored(bank(*shape, lora_bias=True), order)
+    names = tuple(n for n, t in case.items() if t.is_floating_point())
+    ours = gradients(ops.lora_apply, case, names, factored=factored)[1]
+    plain = gradients(reference.lora_apply, case, names, factored=factored)[1]
+    truth = gradients(reference.lora_apply, double(case), names, factored=factored)[1]
+    for name in names:
+        assert_as_good(ours[name], plain[name], truth[name], 4e-3)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 200, 5, 2, 8, 40), (2, 64, 3, 3, 24, 64), (1, 8, 2, 1, 128, 8), (9, 37, 4, 2, 16, 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_few_tokens_with_adjacent_ranks(shape, dtype):
+    check(stored(bank(*shape, dtype), "ab"), 2e-6 if dtype == torch.float32 else 2e-3)
+
+
+def test_one_expert_named_often():
+    case = bank(70, 64, 6, 4, 16, 64)
+    for ids in (torch.full((70, 4), 3), torch.tensor([1, 1, 4, 1]).expand(70, 4)):
+        for factored in (False, True):
+            check({**case, "experts": ids.int().contiguous()}, factored=factored)
+
+
+def test_weights_per_row():
+    case = bank(48, 64, 6, 3, 16, 64, N=4)
+    rows = torch.arange(4).repeat_interleave(12).int()
+    assert torch.equal(check(case), ops.lora_apply(**case, rows=rows))
+    check(case, rows=rows[torch.randperm(48, generator=torch.Generator().manual_seed(0))])
+
+
+@pytest.mark.parametrize("T", [33, 600])
+def test_nan_of_an_expert_reaches_only_the_tokens_that_use_it(T):
+    case = bank(T, 64, 6, 2, 16, 64)
+    case["weights"][case["experts"] == 3] = 0
+    clean = ops.lora_apply(**case)
+    for name in ("lora_a", "lora_b"):
+        case[name] = case[name].clone()
+        case[name][2:4] = NAN
+    uses = (case["experts"] == 2).any(-1)
+    y = ops.lora_apply(**case)
+    assert torch.equal(y[~uses], clean[~uses]) and y[uses].isnan().all()
+
+
+def test_a_bad_token_is_alone():
+    case = bank(70, 64, 6, 2, 16, 64)
+    clean = ops.lora_apply(**case)
+    case["x"][40, 1] = NAN
+    y = ops.lora_apply(**case)
+    others = torch.arange(70) != 40
+    assert torch.equal(y[others], clean[others]) and y[40].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_in_place_and_packed_give_the_same_bits(dtype):
+    case = bank(40, 64, 6, 2, 16, 72, dtype)
+    want = ops.lora_apply(**case)
+    packed = ops.pack_experts(case["lora_a"], case["lora_b"])
+    assert torch.equal(ops.lora_apply(**case, packed=packed), want)
+    base = case["base"].clone()
+    ops.lora_apply_(**{**case, "base": base})
+    assert torch.equal(base, want)
+
+
+@pytest.mark.parametrize("T", [1, 33, 129])
+def test_routed(T):
+    case = bank(T, 64, 36, 2, 16, 64)
+    case = {n: t for n, t in case.items() if n not in ("weights", "experts")} | {"gates": rand(36, 64, seed=3)}
+    y, weights, experts = ops.routed_lora(**case)
+    w, e = ops.route(case["x"], case["gates"])
+    rest = {n: case[n] for n in ("base", "x", "lora_a", "lora_b")}
+    assert torch.equal(experts, e) and torch.equal(weights, w)
+    assert torch.equal(y, ops.lora_apply(**rest, weights=w, experts=e))
+
+
+def test_a_bank_of_no_experts_is_the_base():
+    case = bank(40, 64, 1, 1, 16, 64)
+    none = {n: case[n][:0] for n in ("lora_a", "lora_b")}
+    none |= {n: case[n][:, :0] for n in ("weights", "experts")}
+    assert torch.equal(ops.lora_apply(**{**case, **none}), case["base"])
