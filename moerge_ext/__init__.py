@@ -21,7 +21,7 @@ if not _diagnosing():
     from .ensemble.train import train_router
     from .experts import ExpertBank, ModuleBank, load_experts
     from .methods import METHODS, get_method
-    from .patch import Handle, RoutedLinear, get_handle, patch
+    from .patch import Handle, get_handle, patch
     from .query.calibration import calibrate_threshold
     from .query.describe import describe
     from .query.embedder import Embedder
@@ -29,6 +29,7 @@ if not _diagnosing():
     from .query.index import index_examples
     from .query.router import AskRouter, QueryRouter, similar_examples
     from .query.writer import InstructionWriter
+    from .routed_linear import RoutedLinear
     from .trace import Trace
     from .training.activation import average_activation
     from .training.experts import train_expert

@@ -62,7 +62,7 @@ def family(module: str) -> set[str]:
     return {name for name in FILES if name == module or name.startswith(module + ".")}
 
 
-PATCH, METHODS = {"patch"}, family("methods")
+PATCH, METHODS = {"patch", "routed_linear"}, family("methods")
 EXPERTS, ADAPTERS = {"experts", "loading", "module_bank"}, {"adapters"} | family("adapter_files")
 KERNELS = {"ops", "_autograd"}
 

@@ -15,7 +15,7 @@ from patch_cases import FAMILIES, NAMES, batch, error, logits, same, snapshot
 from torch import nn
 
 import moerge_ext as moerge
-from moerge_ext.patch import linear_features
+from moerge_ext.layers import linear_features
 
 METHODS = ["phatgoose", "arrow", "arrow_mttl", "merged", "merged_factors", "expert:bee"]
 UP = "model.layers.0.mlp.up_proj"

@@ -1,0 +1,176 @@
+"""RoutedLinear: a linear layer with its experts, and the state that all layers of a patched model read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from . import ops, reference
+from .layers import execution_device, linear_features
+from .methods.base import Plan, Routing
+from .trace import Trace
+
+BACKENDS = {"native": ops, "reference": reference}
+
+
+class RoutingState:
+    """What the handle sets and every RoutedLinear of a model reads: the current rows' score bias, the recorder."""
+
+    def __init__(self) -> None:
+        self.bias: Tensor | None = None  # [N,E] float32
+        self.active = False
+        self.trace: Trace | None = None
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Written in place while the shape stays, so that a captured graph sees the new values."""
+        # a tensor made in inference mode could not be written again outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            if self.bias is not None and self.bias.shape == bias.shape and self.bias.device == bias.device:
+                self.bias.copy_(bias)
+            else:
+                self.bias = bias.detach().clone()
+        self.active = True
+
+
+class RoutedLinear(nn.Module):
+    """A linear layer and its experts: y = base_layer(x) + sum over the selected experts of w_e B_e A_e x.
+
+    `base_layer` is the original module, called as it is: quantized, sharded and offloaded layers keep working. The
+    bank's tensors are buffers outside the state dict; they follow the model's `.to()` and `.half()`, but gates and
+    fixed weights stay float32. `weight`, `bias`, `in_features` and `out_features` are the base layer's.
+    """
+
+    _float32 = ("gates", "weights")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        plan: Plan,
+        routing: Routing | None,
+        *,
+        name: str,
+        factored: bool = False,
+        needs_bias: bool = False,
+        state: RoutingState | None = None,
+        backend: str = "native",
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.name, self.factored, self.needs_bias, self.backend = name, factored, needs_bias, backend
+        self.state = RoutingState() if state is None else state
+        self.in_features, self.out_features = linear_features(base_layer)
+        n_experts = plan.lora_A.shape[0]
+        self.route_options = None
+        if plan.gates is not None:
+            self.route_options = {
+                "top_k": n_experts if routing.top_k is None else routing.top_k,
+                "normalize": routing.normalize,
+                "absolute": routing.absolute,
+                "scale": routing.resolved_scale(self.in_features, n_experts),
+                "top_p": routing.top_p,
+                "weighting": routing.weighting,
+            }
+        weights = None if plan.weights is None else plan.weights.float()[None]
+        experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32)[None]
+        device = execution_device(base_layer)
+        for key, tensor in (
+            ("lora_A", plan.lora_A),
+            ("lora_B", plan.lora_B),
+            ("lora_bias", plan.lora_bias),
+            # copied: the bank's set_gates must not reach a patched model; side by side for the kernels, as [D,E]
+            ("gates", None if plan.gates is None else plan.gates.t().clone(memory_format=torch.contiguous_format).t()),
+            ("mask", plan.mask),
+            ("weights", weights),
+            ("experts", experts),
+        ):
+            self.register_buffer(key, None if tensor is None else tensor.to(device), persistent=False)
+        self.register_state_dict_post_hook(_strip_base_layer)
+        self.register_load_state_dict_pre_hook(_insert_base_layer)
+        self.training = base_layer.training  # not .train(): the flags below base_layer stay as they are
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # as model.tie_weights() does
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse=True):
+        kept = {key: getattr(self, key) for key in self._float32}
+        super()._apply(fn, recurse)
+        for key, tensor in kept.items():
+            moved = getattr(self, key)
+            if moved is not None and moved.dtype != torch.float32:
+                setattr(self, key, tensor.to(moved.device))
+        return self
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., D] -> [..., O], in the dtype of the base layer's output."""
+        base = self._modules["base_layer"](x, *args, **kwargs)
+        kernels = BACKENDS[self.backend]
+        tensors = self._buffers  # attribute access would cost a microsecond each
+        in_place = not torch.is_grad_enabled() and not self._is_watched()
+        if self.route_options is None:
+            slots = (tensors["lora_A"], tensors["lora_B"], tensors["weights"], tensors["experts"])
+            options = {"lora_bias": tensors["lora_bias"], "factored": self.factored}
+            tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
+            if in_place:
+                kernels.lora_apply_(y, tokens, *slots, **options)
+            else:
+                y = kernels.lora_apply(y, tokens, *slots, **options)
+            return y.view(base.shape)
+        bank = (tensors["gates"], tensors["lora_A"], tensors["lora_B"])
+        options = self.route_options
+        if self.needs_bias:
+            options = {**options, "bias": self._bias(x.device)}
+        mask, lora_bias = tensors["mask"], tensors["lora_bias"]
+        if in_place and self.state.trace is None and base.is_contiguous() and x.is_contiguous():
+            kernels.routed_lora_(base, x, *bank, mask=mask, lora_bias=lora_bias, factored=self.factored, **options)
+            return base
+        tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
+        y, weights, experts = kernels.routed_lora(
+            y, tokens, *bank, mask=mask, lora_bias=lora_bias, factored=self.factored, **options
+        )
+        if self.state.trace is not None:
+            self.state.trace.add(self.name, weights, experts)
+        return y.view(base.shape)
+
+    def _is_watched(self) -> bool:
+        """Whether a hook may have kept the base layer's output, which then must not be written into."""
+        return bool(self._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks)
+
+    def _bias(self, device: torch.device) -> Tensor:
+        if not self.state.active:
+            raise RuntimeError(
+                f"{self.name}: this method adds a global affinity per sequence, and none is set; run the model inside "
+                "`with handle.queries(texts):` or `with handle.affinities(s):`, s [N, E]"
+            )
+        return self.state.bias.to(device)
+
+    def extra_repr(self) -> str:
+        n_experts, rank, _ = self.lora_A.shape
+        return f"experts={n_experts}, rank={rank}, routing={self.route_options}, factored={self.factored}"
+
+
+def _strip_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The base's tensors keep the keys they have without the patch."""
+    inner = prefix + "base_layer."
+    for key in [k for k in state if k.startswith(inner)]:
+        state[prefix + key[len(inner) :]] = state.pop(key)
+
+
+def _insert_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
+    inner = prefix + "base_layer."
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(inner)]:
+        state[inner + key[len(prefix) :]] = state.pop(key)
