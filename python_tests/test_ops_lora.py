@@ -238,6 +238,25 @@ def test_routed_lora_is_route_then_apply(options, factored, dtype):
     same_experts(experts, ids, torch.zeros(T, 7), margin=0.0)
 
 
+def test_routed_lora_in_place_takes_more_dimensions():
+    case = lora(24, 16, 4, 2, 3, 6)
+    bank = [rand(4, 16, seed=5), case["lora_a"], case["lora_b"]]
+    want = ops.routed_lora(case["base"], case["x"], *bank)[0]
+    base, x = case["base"].clone().view(2, 3, 4, 6), case["x"].view(2, 12, 16)
+    assert ops.routed_lora_(base, x, *bank) is None
+    assert torch.equal(base.flatten(0, -2), want)
+    with pytest.raises(
+        ValueError, match=r"base must be \[T, O\], or contiguous with more dimensions, got \[2, 3, 6, 4\]"
+    ):
+        ops.routed_lora_(base.mT, x, *bank)
+    with pytest.raises(ValueError, match=r"x must be \[T, D\]"):
+        ops.routed_lora_(base, x[0, 0], *bank)
+    with pytest.raises(ValueError, match="base must have T=12 rows"):
+        ops.routed_lora_(base, x[0], *bank)
+    with pytest.raises(ValueError, match="it writes in place"):
+        ops.routed_lora_(base, x.clone().requires_grad_(), *bank)
+
+
 def test_routed_lora_with_everything_masked_is_the_base():
     case = lora(9, 8, 4, 2, 3, 6, lora_bias=True)
     args = [case["base"], case["x"], rand(4, 8), case["lora_a"] * NAN, case["lora_b"] * NAN]

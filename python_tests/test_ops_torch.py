@@ -60,6 +60,9 @@ def test_opcheck_without_gradient():
     weights, ids = ops.route(c["x"], c["gates"])
     inputs = (c["x"], c["lora_a"], c["lora_b"], weights, ids)
     opcheck(_ops.lora_apply_.default, c["base"], *inputs)
+    for shape in ((12,), (3, 4)):
+        base, x = (c[name].detach().clone().unflatten(0, shape) for name in ("base", "x"))
+        opcheck(_ops.routed_lora_.default, base, x, c["gates"], c["lora_a"], c["lora_b"])
     opcheck(_ops.pack_experts.default, c["lora_a"], c["lora_b"])
     packed = ops.pack_experts(c["lora_a"], c["lora_b"])
     opcheck(_ops.lora_apply.default, c["base"], *inputs, None, None, False, packed)
