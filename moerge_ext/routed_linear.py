@@ -133,7 +133,7 @@ class RoutedLinear(nn.Module):
         bank = (tensors["gates"], tensors["lora_A"], tensors["lora_B"])
         options = self.route_options
         if self.needs_bias:
-            options = {**options, "bias": self._bias(x.device)}
+            options = {**options, "bias": self.score_bias(x.device)}
         mask, lora_bias = tensors["mask"], tensors["lora_bias"]
         if in_place and self.state.trace is None and base.is_contiguous() and x.is_contiguous():
             kernels.routed_lora_(base, x, *bank, mask=mask, lora_bias=lora_bias, factored=self.factored, **options)
@@ -150,7 +150,10 @@ class RoutedLinear(nn.Module):
         """Whether a hook may have kept the base layer's output, which then must not be written into."""
         return bool(self._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks)
 
-    def _bias(self, device: torch.device) -> Tensor:
+    def score_bias(self, device: torch.device) -> Tensor | None:
+        """What the handle adds to the scores of the current rows, [N,E]; None for a method without such a part."""
+        if not self.needs_bias:
+            return None
         if not self.state.active:
             raise RuntimeError(
                 f"{self.name}: this method adds a global affinity per sequence, and none is set; run the model inside "

@@ -107,6 +107,7 @@ def test_a_bad_token_is_alone():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_in_place_and_packed_give_the_same_bits(dtype):
     case = bank(40, 64, 6, 2, 16, 72, dtype)
+    case["lora_a"] = case["lora_a"].mT.contiguous().mT  # as packed: the other layout is summed in another order
     want = ops.lora_apply(**case)
     packed = ops.pack_experts(case["lora_a"], case["lora_b"])
     assert torch.equal(ops.lora_apply(**case, packed=packed), want)

@@ -68,7 +68,7 @@ def distributions(layer: RoutedLinear, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """tokens [T,D] -> (weights applied [T,E], distribution over all experts [T,E]), float64 on the CPU."""
     count = layer.lora_A.shape[0]
     route, options = BACKENDS[layer.backend].route, layer.route_options
-    common = {"bias": layer._bias(tokens.device), "mask": layer.mask}
+    common = {"bias": layer.score_bias(tokens.device), "mask": layer.mask}
     applied = _dense(*route(tokens, layer.gates, **options, **common), count)
     if options["weighting"] == "score":
         size = applied.abs()
