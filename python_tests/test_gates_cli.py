@@ -69,7 +69,7 @@ def test_command(name, tmp_path, capsys):
     assert read_gates(folder).keys() == {"sigmoid-gate", "average-activation"}
     out = capsys.readouterr().out
     examples = len(rows)
-    plan = f"3 steps of 4 sequences (batch size 4, accumulate 1): {examples + 4} sequences in all, from {examples} ex"
+    plan = f"3 steps of up to 4 sequences (batch size 4, accumulate 1): {examples + 4} sequences in all, from {examples} ex"
     assert out.startswith(plan) and out.count("wrote ") == 2
 
 
@@ -114,11 +114,11 @@ def test_the_commands_defaults_are_the_functions(monkeypatch, tmp_path):
 
 
 def test_the_plan_counts_what_is_read():
-    assert "7 steps of 8 sequences (batch size 4, accumulate 2): 49 sequences in all" in plan_of(
+    assert "7 steps of up to 8 sequences (batch size 4, accumulate 2): 49 sequences in all" in plan_of(
         7, batch_size=4, steps=7, accumulate=2
     )
     assert "1 steps of 1024 sequences" in plan_of(5000, batch_size=8, steps=1, accumulate=128)
-    assert "2 steps of 3 sequences (batch size 8, accumulate 1): 6 sequences in all, from 3 examples" in plan_of(
+    assert "2 steps of up to 3 sequences (batch size 8, accumulate 1): 6 sequences in all, from 3 examples" in plan_of(
         3, batch_size=8, steps=2
     )
 
