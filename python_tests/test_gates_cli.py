@@ -69,7 +69,7 @@ def test_command(name, tmp_path, capsys):
     assert read_gates(folder).keys() == {"sigmoid-gate", "average-activation"}
     out = capsys.readouterr().out
     examples = len(rows)
-    plan = f"3 steps of up to 4 sequences (batch size 4, accumulate 1): {examples + 4} sequences in all, from {examples} ex"
+    plan = f"3 steps of up to 4 sequences (batch size 4, accumulate 1): {examples + 4} sequences in all"
     assert out.startswith(plan) and out.count("wrote ") == 2
 
 

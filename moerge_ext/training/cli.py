@@ -142,8 +142,8 @@ def plan_of(examples: int, *, batch_size: int, **training: Any) -> str:
     passes, rest = divmod(steps * accumulate, -(-examples // batch_size))  # the last batch of a pass may be smaller
     total = passes * examples + min(examples, rest * batch_size)
     return (
-        f"{steps} steps of up to {min(batch_size, examples) * accumulate} sequences (batch size {batch_size}, accumulate "
-        f"{accumulate}): {total} sequences in all, from {examples} examples"
+        f"{steps} steps of up to {min(batch_size, examples) * accumulate} sequences (batch size {batch_size}, "
+        f"accumulate {accumulate}): {total} sequences in all, from {examples} examples"
     )
 
 
