@@ -106,7 +106,8 @@ def test_the_commands_defaults_are_the_functions(monkeypatch, tmp_path):
     defaults = {name: p.default for name, p in inspect.signature(train_gates).parameters.items()}
     assert args.batch_size == defaults["batch_size"]
     sequences = defaults["batch_size"] * defaults["accumulate"]
-    assert plan_of(10_000, batch_size=args.batch_size).startswith(f"{defaults['steps']} steps of {sequences} sequences")
+    plan = plan_of(10_000, batch_size=args.batch_size)
+    assert plan.startswith(f"{defaults['steps']} steps of up to {sequences} sequences")
     text = " ".join(parser().format_help().split())
     assert (
         f"forwards per step (default: {defaults['accumulate']}); 128, with --batch-size 8, are the paper's 1024" in text
