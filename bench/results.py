@@ -20,7 +20,8 @@ Row = dict[str, Any]
 
 
 def identity(row: Row) -> tuple:
-    return tuple(row.get(key) for key in IDENTITY)
+    """What tells a row from others of its run; one cell of `model` has a row per phase."""
+    return tuple(row.get(key) for key in (*IDENTITY, "phase"))
 
 
 def cell_key(row: Row) -> str:

@@ -232,3 +232,11 @@ def test_the_gpu_check_runs_without_a_gpu(tmp_path):
     assert table_lines[0].split()[0] == "cell" and len(table_lines) > 3
     bad = subprocess.run(["bash", REPO / "bench" / "gpu_check.sh", "--nonsense"], capture_output=True, text=True)
     assert bad.returncode == 2 and "unknown option" in bad.stderr
+
+
+def test_every_phase_of_the_model_keeps_its_row():
+    from bench.results import latest
+
+    row = {"machine": "m", "threads": 2, "suite": "model", "candidate": "ours", "T": 512}
+    old, *phases = ({**row, "phase": phase, "us": us} for phase, us in (("prefill", 1), ("prefill", 2), ("decode", 3)))
+    assert latest([old, *phases]) == phases
