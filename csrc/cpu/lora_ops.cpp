@@ -37,7 +37,7 @@ struct Branch {
 
   void run(Team& team, int first) {
     team.run(first, 1, [&](int64_t) {
-      pairs.sort<Acc>(args, weights, kBlock, true);
+      pairs.sort<Acc>(args, weights, true);
       shrink.plan();
     });
     if (team.failed()) return;
