@@ -8,11 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../types.h"
+
 namespace moerge::cuda {
 
 using Stream = void*;
-
-enum class DType : int { f32, f64, bf16, f16 };
 
 struct Grid {
   int64_t x, y = 1, z = 1;
@@ -40,9 +40,6 @@ struct Rows {
 };
 
 // ---- route ----------------------------------------------------------------------------------------------------------
-
-enum class Normalize : int { standardize, unit, none };
-enum class Weighting : int { softmax, softmax_all, sigmoid, score };
 
 // norm(x) = (x - shift - rest) * factor; `clamped` is 1 where "unit" met its floor. Four per token, in the accumulator.
 constexpr int kStatistics = 4;
