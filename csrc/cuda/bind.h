@@ -86,7 +86,7 @@ struct RouteOptions {
 Route route_arguments(const Check& check, Call& call, const Tensor& x, const Tensor& gates,
                       const RouteOptions& options);
 
-// Runs route into fresh tensors: weights and experts.
-std::tuple<Tensor, Tensor> run_route(Route route, Call& call, const Tensor& x);
+// Runs route into weights and experts.
+void run_route(Route route, Call& call, const Tensor& weights, const Tensor& experts);
 
 }  // namespace moerge::cuda

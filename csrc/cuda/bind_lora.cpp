@@ -1,4 +1,5 @@
-// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_, routed_linear, pack_experts and the gradient of lora_apply.
+// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_, routed_linear, pack_experts and the gradient of
+// lora_apply.
 #include "../linear.h"
 #include "bind.h"
 
@@ -97,16 +98,18 @@ void check_base(const Check& check, const Tensor& base, const Tensor& x) {
                " rows to match x, got ", shape_of(base));
 }
 
-// Whether elements may share memory, as in an expanded tensor: then writing into it has no meaning.
-bool overlaps_itself(const Tensor& matrix) {
-  const int near = matrix.stride(1) <= matrix.stride(0) ? 1 : 0;
+// Elements that share memory, as in an expanded tensor: then writing into it has no meaning.
+void check_no_overlap(const Check& check, const Tensor& base) {
+  const int near = base.stride(1) <= base.stride(0) ? 1 : 0;
   int64_t reach = 0;
+  bool overlaps = false;
   for (int axis : {near, 1 - near}) {
-    if (matrix.size(axis) <= 1) continue;
-    if (matrix.stride(axis) <= reach) return true;
-    reach += matrix.stride(axis) * (matrix.size(axis) - 1);
+    if (base.size(axis) <= 1) continue;
+    overlaps = overlaps || base.stride(axis) <= reach;
+    reach += base.stride(axis) * (base.size(axis) - 1);
   }
-  return false;
+  MOERGE_CHECK(check, !overlaps, "base must not overlap itself in memory, got strides [", base.stride(0), ", ",
+               base.stride(1), "]");
 }
 
 // Runs lora_shrink, which may need the pairs sorted by expert; they are sorted once per skip_zero.
@@ -119,14 +122,14 @@ struct Shrink {
     std::optional<Groups>& found = sorted[skip_zero];
     if (!found) {
       const auto ids = [&](int64_t count) { return static_cast<int32_t*>(call.workspace(count * 4)); };
-      found = Groups{ids(p.T * p.K), ids(p.E), ids(p.E + 1), ids(p.E + 1), ids(most_tiles(p))};
+      found = Groups{ids(p.T * p.K), ids(p.E + 1), ids(most_tiles(p))};
       group_pairs(p, skip_zero, *found, call.stream());
     }
     return *found;
   }
 
   void* operator()(const Matrix& x, const Factors& w, bool skip_zero) {
-    void* h = call.workspace(p.T * p.K * p.R * accumulator_size(p.wide));
+    void* h = call.workspace(p.parts * p.T * p.K * p.R * accumulator_size(p.wide));
     const Groups& used = shrink_uses_groups(p, x, w) ? groups(skip_zero) : Groups{};
     lora_shrink(p, x, w, skip_zero, used, h, call.stream());
     return h;
@@ -134,28 +137,24 @@ struct Shrink {
 };
 
 void run_forward(const LoraArguments& args, Call& call, const Matrix& base, const Matrix& out) {
-  const void* h = Shrink{args.lora, call, {}}(args.x_rows, args.a, true);
-  lora_expand(args.lora, h, args.b, base, args.bias, out, call.stream());
+  Lora p = args.lora;
+  p.parts = shrink_parts(p, args.x_rows, args.a);
+  const void* h = Shrink{p, call, {}}(args.x_rows, args.a, true);
+  lora_expand(p, h, args.b, base, args.bias, out, call.stream());
   call.finish();
 }
 
-Tensor forward(const LoraArguments& args, Call& call, const Tensor& base_in) {
-  Tensor out = new_tensor(base_in, {args.lora.T, args.O}, base_in.scalar_type());
-  if (out.numel() == 0) return out;
+void forward(const LoraArguments& args, Call& call, const Tensor& base_in, const Tensor& out) {
+  if (out.numel() == 0) return;
   const Tensor base = readable_rows(base_in);
   run_forward(args, call, matrix(base, call.read(base)), matrix(out, call.write(out)));
-  return out;
 }
 
-// The forward written into base.
-void update(const Check& check, const LoraArguments& args, Call& call, Tensor base) {
-  MOERGE_CHECK(check, !overlaps_itself(base), "base must not overlap itself in memory, got strides [", base.stride(0),
-               ", ", base.stride(1), "]");
+// The forward written into base, whose rows are readable.
+void update(const LoraArguments& args, Call& call, const Tensor& base) {
   if (base.numel() == 0) return;
-  const Tensor target = readable_rows(base);
-  const Matrix rows_of = matrix(target, call.update(target));
+  const Matrix rows_of = matrix(base, call.update(base));
   run_forward(args, call, rows_of, rows_of);
-  if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
 }
 
 Tensor lora_apply(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
@@ -166,7 +165,9 @@ Tensor lora_apply(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor we
   Call call(base);
   const LoraArguments args(check, call, x, base.size(1), is_double(base), lora_a, lora_b, weights, experts, lora_bias,
                            rows, factored, packed);
-  return forward(args, call, base);
+  const Tensor out = new_tensor(base, {base.size(0), base.size(1)}, base.scalar_type());
+  forward(args, call, base, out);
+  return out;
 }
 
 void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
@@ -177,24 +178,61 @@ void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor wei
   Call call(base);
   const LoraArguments args(check, call, x, base.size(1), is_double(base), lora_a, lora_b, weights, experts, lora_bias,
                            rows, factored, packed);
-  update(check, args, call, base);
+  check_no_overlap(check, base);
+  const Tensor target = readable_rows(base);
+  update(args, call, target);
+  if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
 }
+
+// The router's and the bank's arguments of the routed ops.
+struct Routing {
+  const Tensor &x, &gates, &lora_a, &lora_b;
+  const RouteOptions& options;
+  const std::optional<Tensor>& lora_bias;
+  bool factored;
+  const std::optional<Tensor>& packed;
+};
 
 struct Routed {
   Tensor weights, experts;
+  bool applied;  // the branch has been added as well
 };
 
-// Routes, checking first that gates and factors are of one bank.
-Routed routed(const Check& check, const Tensor& base, const Tensor& x, const Tensor& gates, const Tensor& lora_a,
-              const Tensor& lora_b, const RouteOptions& options) {
-  Call call(base);
-  const Route route = route_arguments(check, call, x, gates, options);
-  MOERGE_CHECK(check, lora_a.dim() == 3 && lora_a.size(0) == route.E, "lora_a must be [E=", route.E,
-               ", R, D] to match gates, got ", shape_of(lora_a));
-  check.shape(lora_b, "lora_b", {route.E, base.size(1), lora_a.size(1)}, "[E=", route.E, ", O=", base.size(1),
-              ", R=", lora_a.size(1), "] to match lora_a and base");
-  const auto [weights, experts] = run_route(route, call, x);
-  return {weights, experts};
+// Routes. With few tokens and arguments that fit, the branch and what `place` says of base and output (see Decode) are
+// part of the same launch. like: of the output's type.
+template <class Place>
+Routed routed(const Check& check, const Tensor& like, int64_t O, const Routing& r, const Place& place) {
+  Call call(like);
+  const Route route = route_arguments(check, call, r.x, r.gates, r.options);
+  MOERGE_CHECK(check, r.lora_a.dim() == 3 && r.lora_a.size(0) == route.E, "lora_a must be [E=", route.E,
+               ", R, D] to match gates, got ", shape_of(r.lora_a));
+  check.shape(r.lora_b, "lora_b", {route.E, O, r.lora_a.size(1)}, "[E=", route.E, ", O=", O, ", R=", r.lora_a.size(1),
+              "] to match lora_a and base");
+  const Tensor weights = new_tensor(r.x, {route.T, route.K}, accumulator(route.wide));
+  const Tensor experts = new_tensor(r.x, {route.T, route.K}, ScalarType::Int);
+  if (route.T > 0 && route.T <= kDecodeTokens) {
+    const LoraArguments args(check, call, r.x, O, is_double(like), r.lora_a, r.lora_b, weights, experts, r.lora_bias,
+                             std::nullopt, r.factored, r.packed);
+    Decode decode{};
+    decode.route = route;
+    decode.route.weights = call.write(weights);
+    decode.route.experts = static_cast<int32_t*>(call.write(experts));
+    decode.a = args.a, decode.b = args.b, decode.lora_bias = args.bias, decode.factored = r.factored;
+    decode.parts = static_cast<float*>(call.workspace(kDecodeParts * route.T * route.K * args.lora.R * 4));
+    place(call, decode);
+    if (routed_decode(decode, call.stream())) {
+      call.finish();
+      return {weights, experts, true};
+    }
+  }
+  run_route(route, call, weights, experts);
+  return {weights, experts, false};
+}
+
+LoraArguments chosen(const Check& check, Call& call, const Tensor& like, int64_t O, const Routing& r,
+                     const Routed& found) {
+  return LoraArguments(check, call, r.x, O, is_double(like), r.lora_a, r.lora_b, found.weights, found.experts,
+                       r.lora_bias, std::nullopt, r.factored, r.packed);
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b,
@@ -207,11 +245,18 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   const Check check{"routed_lora"};
   check_base(check, base, x);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
-  const auto [weights, experts] = routed(check, base, x, gates, lora_a, lora_b, options);
-  Call call(base);
-  const LoraArguments args(check, call, x, base.size(1), is_double(base), lora_a, lora_b, weights, experts, lora_bias,
-                           std::nullopt, factored, packed);
-  return {forward(args, call, base), weights, experts};
+  const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
+  const Tensor out = new_tensor(base, {base.size(0), base.size(1)}, base.scalar_type());
+  const Routed found = routed(check, base, base.size(1), routing, [&](Call& call, Decode& decode) {
+    const Tensor from = readable_rows(base);
+    decode.base = matrix(from, call.read(from));
+    decode.out = matrix(out, call.write(out));
+  });
+  if (!found.applied) {
+    Call call(base);
+    forward(chosen(check, call, base, base.size(1), routing, found), call, base, out);
+  }
+  return {out, found.weights, found.experts};
 }
 
 void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
@@ -222,12 +267,18 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
   base = flattened(check, base, "base");
   x = flattened(check, x, "x");
   check_base(check, base, x);
+  check_no_overlap(check, base);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
-  const auto [weights, experts] = routed(check, base, x, gates, lora_a, lora_b, options);
-  Call call(base);
-  const LoraArguments args(check, call, x, base.size(1), is_double(base), lora_a, lora_b, weights, experts, lora_bias,
-                           std::nullopt, factored, packed);
-  update(check, args, call, base);
+  const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
+  const Tensor target = readable_rows(base);
+  const Routed found = routed(check, base, base.size(1), routing, [&](Call& call, Decode& decode) {
+    decode.base = decode.out = matrix(target, call.update(target));
+  });
+  if (!found.applied) {
+    Call call(base);
+    update(chosen(check, call, base, base.size(1), routing, found), call, target);
+  }
+  if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
@@ -245,13 +296,19 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
   const Tensor out = torch::stable::new_empty(x, with_columns(x, weight.size(0)), x.scalar_type());
   const Tensor y = flattened(check, out, "y");
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
-  const auto [weights, experts] = routed(check, y, tokens, gates, lora_a, lora_b, options);
-  Call call(y);
-  const LoraArguments args(check, call, tokens, y.size(1), false, lora_a, lora_b, weights, experts, lora_bias,
-                           std::nullopt, factored, packed);
-  linear_into(y, tokens, weight, linear_bias);
-  update(check, args, call, y);
-  return {out, weights, experts};
+  const Routing routing{tokens, gates, lora_a, lora_b, options, lora_bias, factored, packed};
+  const Routed found = routed(check, y, y.size(1), routing, [&](Call& call, Decode& decode) {
+    const Tensor w = readable_rows(weight);
+    decode.weight = matrix(w, call.read(w));
+    if (linear_bias) decode.linear_bias = call.read(dense(*linear_bias));
+    decode.out = matrix(y, call.write(y));
+  });
+  if (!found.applied) {
+    linear_into(y, tokens, weight, linear_bias);
+    Call call(y);
+    update(chosen(check, call, y, y.size(1), routing, found), call, y);
+  }
+  return {out, found.weights, found.experts};
 }
 
 Tensor pack_experts(Tensor lora_a, Tensor lora_b) {

@@ -21,6 +21,7 @@ constexpr int64_t kManyTokens = 512;  // from here on blocks have 64 tokens, not
 template <class T, int ranks, bool kRanksAdjacent, int kTiles>
 struct LoraExpandMma {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLeastBlocks = 3;
   static constexpr const char* kName = "lora_expand_mma";
   static constexpr int kTokens = 16 * kTiles, kStages = ranks <= 64 ? 4 : 2;
   static constexpr int kTile = kTileElements<ranks, kColumns, kRanksAdjacent>;
@@ -74,7 +75,7 @@ struct LoraExpandMma {
         float sum = 0;
         for (int j = k; inside && slots.used(k) && j < K; ++j)
           if (slots.used(j) && slots.experts[j] == slots.experts[k])
-            sum += slots.weights[j] * (p.factored ? mean : ht[j * p.R + r]);
+            sum += slots.weights[j] * (p.factored ? mean : slots.value(ht, j, r));
         from_float(sum, m.hidden[i / ranks * stride + k * ranks + r]);
       }
     }
@@ -146,9 +147,11 @@ struct LoraExpandMma {
       float value[8];
       for (int j = 0; j < 8; ++j) value[j] = m.sums[i / (kColumns / 8) * kSumStride + i % (kColumns / 8) * 8 + j];
       const Slots<float> slots(p, t);
-      for (int64_t k = 0; bias.data && k < p.K; ++k)
-        for (int j = 0; slots.used(k) && j < 8; ++j)
+      for (int64_t k = 0; bias.data && k < p.K; ++k) {
+        if (!slots.used(k)) continue;
+        for (int j = 0; j < 8; ++j)
           value[j] += slots.weights[k] * load_as<float>(bias.data, bias.dtype, slots.experts[k] * bias.stride + c + j);
+      }
       if (base.data) {
         float before[8];
         load_vector<T>(base.data, base.dtype, t * base.stride + c, before);
