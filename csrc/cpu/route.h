@@ -8,35 +8,25 @@
 #include <algorithm>
 #include <limits>
 
+#include "../check_route.h"
 #include "view.h"
 
 namespace moerge::cpu {
-
-enum class Normalize { standardize, unit, none };
-enum class Weighting { softmax, softmax_all, sigmoid, score };
 
 constexpr int64_t kTokenBlock = 48;  // tokens scored together: a multiple of the rows of a tile of `tall`
 // Up to so many tokens a call is bound by reading the gates: their depth is cut over the threads instead of the tokens.
 constexpr int64_t kFewTokens = 48;
 
-struct RouteArgs {
+struct RouteArgs : RoutePlan {
   const Check& check;
   Tensor x, gates;
   bool tall_gates;  // stored [D,E]: an expert's elements lie gate_stride apart, and the experts side by side
   int64_t gate_stride;
-  int64_t top_k;
-  Normalize normalize;
-  bool absolute;
-  double scale, top_p;  // top_p 0: no cut
-  Weighting weighting;
   std::optional<Tensor> bias, mask;
-  RowMap row;
-  int64_t T, D, E, n_rows;  // n_rows 0: neither bias nor mask is per row
   Tensor rows_storage;
+  RowMap row;
 
-  RouteArgs(const Check& check, const Tensor& x, const Tensor& gates, int64_t top_k, const std::string& normalize,
-            bool absolute, std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
-            std::optional<Tensor> mask, std::optional<double> top_p, const std::string& weighting);
+  RouteArgs(const Check& check, const Tensor& x, const Tensor& gates, const RouteOptions& options);
 
   bool eligible(int64_t token, int64_t expert) const {
     if (!mask) return true;

@@ -8,11 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../types.h"
+#include "crossovers.h"
+
 namespace moerge::cuda {
 
 using Stream = void*;
-
-enum class DType : int { f32, f64, bf16, f16 };
 
 struct Grid {
   int64_t x, y = 1, z = 1;
@@ -41,9 +42,6 @@ struct Rows {
 
 // ---- route ----------------------------------------------------------------------------------------------------------
 
-enum class Normalize : int { standardize, unit, none };
-enum class Weighting : int { softmax, softmax_all, sigmoid, score };
-
 // norm(x) = (x - shift - rest) * factor; `clamped` is 1 where "unit" met its floor. Four per token, in the accumulator.
 constexpr int kStatistics = 4;
 
@@ -66,10 +64,11 @@ struct Route {
   int32_t* experts;  // [T,K]
 };
 
-// How many parts let the scores use the whole device; any smaller number is allowed too.
+// How many parts let the scores use the whole device.
 int64_t score_parts(const Route&);
-void route_scores(const Route&, Stream);  // statistics and similarity
-void route_select(const Route&, Stream);  // weights and experts from similarity
+void route_scores(const Route&, Stream);     // statistics and similarity
+void route_add_parts(const Route&, Stream);  // the same sums, without selecting
+void route_select(const Route&, Stream);     // weights and experts from similarity
 
 struct RouteGradient {
   Route forward;
@@ -78,7 +77,7 @@ struct RouteGradient {
   Matrix x, gates, bias;  // where the gradients go; data null: not wanted
 };
 
-void route_backward(const RouteGradient&, Stream);  // after route_scores, in one part
+void route_backward(const RouteGradient&, Stream);  // after route_scores and route_add_parts
 
 // ---- lora_apply -----------------------------------------------------------------------------------------------------
 
@@ -128,10 +127,6 @@ void lora_weight_gradient(const Lora&, const void* h, const void* q, const Matri
                           void* per_pair, void* out, DType dtype, Stream);
 
 // ---- routed_lora and routed_linear for few tokens, in one launch ----------------------------------------------------
-
-// Up to how many tokens. A guess, not measured on a GPU yet.
-constexpr int64_t kDecodeTokens = 16;
-constexpr int64_t kDecodeParts = 16;  // pieces of the sum over D in the shrink
 
 struct Decode {
   Route route;   // its statistics are not used

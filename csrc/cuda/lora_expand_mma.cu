@@ -15,8 +15,7 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 64;              // of a block; each warp owns 16 of them
 constexpr int kSumStride = kColumns + 4;  // floats
 constexpr int64_t kMostExperts = 1024;
-constexpr int64_t kMostSlots = 8;     // experts per token
-constexpr int64_t kManyTokens = 512;  // from here on blocks have 64 tokens, not 16; a guess, not measured on a GPU yet
+constexpr int64_t kMostSlots = 8;  // experts per token
 
 template <class T, int ranks, bool kRanksAdjacent, int kTiles>
 struct LoraExpandMma {
@@ -199,7 +198,7 @@ void run_tiles(const Lora& p, const void* h, const Factors& w, const Matrix& bas
                const Matrix& out, Stream stream) {
   using Large = LoraExpandMma<T, ranks, kRanksAdjacent, 4>;
   using Small = LoraExpandMma<T, ranks, kRanksAdjacent, 1>;
-  if (p.T >= kManyTokens && Large::shared(p.K) <= kMostShared)
+  if (p.T >= kExpandManyTokens && Large::shared(p.K) <= kMostShared)
     run<Large>(p, h, w, base, bias, out, stream);
   else
     run<Small>(p, h, w, base, bias, out, stream);
@@ -232,7 +231,7 @@ void run_ranks(const Lora& p, const void* h, const Factors& w, const Matrix& bas
 }  // namespace
 
 bool expand_uses_tensor_cores(const Lora& p, const Factors& w, const Matrix& base, const Matrix& out) {
-  return p.T >= kTensorCoreTokens && p.K > 0 && p.K <= kMostSlots && p.R > 0 && p.E <= kMostExperts && !p.wide &&
+  return p.T >= kLoraMmaTokens && p.K > 0 && p.K <= kMostSlots && p.R > 0 && p.E <= kMostExperts && !p.wide &&
          factors_fit(w) && out.dtype == w.dtype && aligned16(out.data, out.stride * 2) &&
          (!base.data || (base.dtype == w.dtype && aligned16(base.data, base.stride * 2)));
 }

@@ -10,9 +10,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kColumns = 64, kStages = 3;
 constexpr int kRowStride = kColumns + kPad;
-// Blocks to aim at by splitting the columns, in how many parts at most, and the fewest tiles in one. Guesses, not
-// measured on a GPU yet.
-constexpr int64_t kBlocks = 512, kMostParts = 8, kLeastTiles = 2;
 
 template <class T, int ranks, bool kRanksAdjacent>
 struct LoraShrinkMma {
@@ -129,18 +126,14 @@ void run_ranks(const Lora& p, const Matrix& x, const Factors& w, const Groups& g
 }  // namespace
 
 bool shrink_uses_groups(const Lora& p, const Matrix& x, const Factors& w) {
-  return p.T >= kTensorCoreTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
+  return p.T >= kLoraMmaTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
          aligned16(x.data, x.stride * 2);
 }
 
 int64_t shrink_parts(const Lora& p, const Matrix& x, const Factors& w) {
   if (!shrink_uses_groups(p, x, w)) return 1;
   const int64_t pairs = p.T * p.K, tiles = ceil_div(pairs, kTilePairs) + (pairs < p.E ? pairs : p.E);
-  const int64_t most = ceil_div(w.columns, kColumns) / kLeastTiles;
-  int64_t parts = ceil_div(kBlocks, tiles);
-  if (parts > kMostParts) parts = kMostParts;
-  if (parts > most) parts = most;
-  return parts > 1 ? parts : 1;
+  return parts_for(kShrinkBlocks, tiles, ceil_div(w.columns, kColumns), kShrinkParts);
 }
 
 void lora_shrink_mma(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {

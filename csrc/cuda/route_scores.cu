@@ -65,12 +65,12 @@ bool rows_are_vectors(const Route& p) {
 
 }  // namespace
 
-int64_t score_parts(const Route& p) { return rows_are_vectors(p) && p.T >= kTensorCoreTokens ? score_parts_mma(p) : 1; }
+int64_t score_parts(const Route& p) { return rows_are_vectors(p) && p.T >= kScoresMmaTokens ? score_parts_mma(p) : 1; }
 
 void route_scores(const Route& p, Stream stream) {
   const bool vectors = rows_are_vectors(p);
   if (p.wide) return run_scores<double, Any, Any, 1>(p, stream);
-  if (vectors && p.T >= kTensorCoreTokens) return route_scores_mma(p, stream);
+  if (vectors && p.T >= kScoresMmaTokens) return route_scores_mma(p, stream);
   if (vectors && p.x.dtype == DType::f32) return run_scores<float, float, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::bf16) return run_scores<float, bf16, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::f16) return run_scores<float, f16, float, 8>(p, stream);

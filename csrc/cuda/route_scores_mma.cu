@@ -14,9 +14,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTokens = 64, kFeatures = 32, kStages = 3;
-// Blocks to aim at by splitting D, in how many parts at most, and the fewest tiles in one. Guesses, not measured on a
-// GPU yet.
-constexpr int64_t kBlocks = 256, kMostParts = 16, kLeastTiles = 2;
 constexpr int kGateStride = kFeatures + 4;
 
 template <class X>
@@ -145,11 +142,7 @@ void run(const Route& p, Stream stream) {
 
 int64_t score_parts_mma(const Route& p) {
   const int64_t blocks = ceil_div(p.T, kTokens) * ceil_div(p.E, experts_per_block(p.E));
-  const int64_t most = ceil_div(p.D, kFeatures) / kLeastTiles;
-  int64_t parts = ceil_div(kBlocks, blocks);
-  if (parts > kMostParts) parts = kMostParts;
-  if (parts > most) parts = most;
-  return parts > 1 ? parts : 1;
+  return parts_for(kScoresBlocks, blocks, ceil_div(p.D, kFeatures), kScoresParts);
 }
 
 void route_scores_mma(const Route& p, Stream stream) {

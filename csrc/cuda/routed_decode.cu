@@ -15,8 +15,8 @@
 // sum has a fixed order that depends on shapes alone, and nothing of one launch is left for the next.
 //
 // Blocks run together (a cooperative launch: as many as fit, and capturable), which is all that sm_80 and sm_90 need in
-// common. A cluster per token would give shorter barriers to fewer processors, which then read the gates alone: with 8
-// blocks the gates of 166 experts (2.7 MB) take longer than all of W takes to be streamed by the others.
+// common. A cluster per token would have shorter barriers, but its 8 processors would read all gates: 340 KB each of
+// 166 experts, which at 50 to 100 GB/s is most of the time that the others need for W.
 //
 // Predicted, not measured, for an H200 (4.3 TB/s, a dependent launch 2 to 2.5 us), D = O = 4096, bf16, E = 36, K = 2,
 // R = 16, T = 1: W, gates, A and B are 34.7 MB: 8.1 us beside 7.8 us of the base alone; the tail after the stream
