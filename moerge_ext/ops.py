@@ -237,6 +237,55 @@ def routed_lora_(
     _mark_written(base)
 
 
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    gates: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    top_k: int = 2,
+    normalize: str = "standardize",
+    absolute: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    top_p: float | None = None,
+    weighting: str = "softmax",
+    lora_bias: Tensor | None = None,
+    factored: bool = False,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear layer and its routed experts: `routed_lora` with base = x weight^T + linear_bias.
+
+        y_t = W x_t + b + sum_k w_tk (B_e A_e x_t + bias_e),  w, e = route(x, gates, ...)
+
+    One launch on CUDA for up to 8 tokens where the shapes allow; else torch's linear, and the branch added to its
+    result (which then is rounded to y's dtype twice).
+
+    Args:
+        x: [T,D], or [...,D] when it is contiguous; T counts all tokens.
+        weight: [O,D], of x's dtype.
+        linear_bias: [O] of x's dtype, or None.
+        packed: the result of `pack_experts(lora_a, lora_b)`; inference only.
+        The others as in `routed_lora`.
+
+    Returns:
+        y [T,O] or [...,O] in x's dtype, weights [T,K] and experts [T,K] int32. Differentiable in x, weight,
+        linear_bias, gates, lora_a, lora_b, bias and lora_bias (and through weights).
+    """
+    if packed is not None:
+        _refuse_grad(
+            "routed_linear", "packed is for inference", x, weight, linear_bias, gates, lora_a, lora_b, bias, lora_bias
+        )
+    return _call(
+        _ops.routed_linear.default, x, weight, linear_bias, gates, lora_a, lora_b, top_k, normalize, absolute, scale,
+        bias, rows, mask, top_p, weighting, lora_bias, factored, packed,
+    )  # fmt: skip
+
+
 def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """A kernel-ready copy of a bank for `packed=`: lora_a [E,R,D] and lora_b [E,O,R] of one dtype -> [E, R*D + R*O].
 

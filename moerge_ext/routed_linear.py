@@ -14,6 +14,9 @@ from .methods.base import Plan, Routing
 from .trace import Trace
 
 BACKENDS = {"native": ops, "reference": reference}
+# Up to how many tokens a device computes a plain base layer in the branch's own launch; the other devices never do.
+# A guess, not measured on a GPU yet.
+FUSED_TOKENS = {"cuda": 8}
 
 
 class RoutingState:
@@ -80,8 +83,8 @@ class RoutedLinear(nn.Module):
             ("lora_A", plan.lora_A),
             ("lora_B", plan.lora_B),
             ("lora_bias", plan.lora_bias),
-            # copied: the bank's set_gates must not reach a patched model; side by side for the kernels, as [D,E]
-            ("gates", None if plan.gates is None else plan.gates.t().clone(memory_format=torch.contiguous_format).t()),
+            # copied: the bank's set_gates must not reach a patched model
+            ("gates", None if plan.gates is None else _laid_out(plan.gates.clone(), device)),
             ("mask", plan.mask),
             ("weights", weights),
             ("experts", experts),
@@ -113,10 +116,14 @@ class RoutedLinear(nn.Module):
             moved = getattr(self, key)
             if moved is not None and moved.dtype != torch.float32:
                 setattr(self, key, tensor.to(moved.device))
+        if self.gates is not None:
+            self.gates = _laid_out(self.gates, self.gates.device)
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., D] -> [..., O], in the dtype of the base layer's output."""
+        if not args and not kwargs and self._fuses_base(x):
+            return self._fused(x)
         base = self._modules["base_layer"](x, *args, **kwargs)
         kernels = BACKENDS[self.backend]
         tensors = self._buffers  # attribute access would cost a microsecond each
@@ -146,6 +153,31 @@ class RoutedLinear(nn.Module):
             self.state.trace.add(self.name, weights, experts)
         return y.view(base.shape)
 
+    def _fuses_base(self, x: Tensor) -> bool:
+        """Whether base and branch are one op: few tokens where that wins, and a plain nn.Linear that nobody watches."""
+        most = FUSED_TOKENS.get(x.device.type, 0)
+        if not most or x.numel() > most * self.in_features or self.route_options is None or x.dim() < 2:
+            return False
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear or "forward" in vars(base) or type(base.weight) is not nn.Parameter:
+            return False
+        watched = base._forward_pre_hooks or module_hooks._global_forward_pre_hooks or self._is_watched()
+        fits = base.weight.device == x.device and base.weight.dtype == x.dtype and x.is_contiguous()
+        free = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        return fits and free and not watched and self.backend == "native"
+
+    def _fused(self, x: Tensor) -> Tensor:
+        base, tensors, options = self._modules["base_layer"], self._buffers, self.route_options
+        if self.needs_bias:
+            options = {**options, "bias": self.score_bias(x.device)}
+        y, weights, experts = ops.routed_linear(
+            x, base.weight, base.bias, tensors["gates"], tensors["lora_A"], tensors["lora_B"], mask=tensors["mask"],
+            lora_bias=tensors["lora_bias"], factored=self.factored, **options,
+        )  # fmt: skip
+        if self.state.trace is not None:
+            self.state.trace.add(self.name, weights, experts)
+        return y
+
     def _is_watched(self) -> bool:
         """Whether a hook may have kept the base layer's output, which then must not be written into."""
         return bool(self._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks)
@@ -164,6 +196,11 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         n_experts, rank, _ = self.lora_A.shape
         return f"experts={n_experts}, rank={rank}, routing={self.route_options}, factored={self.factored}"
+
+
+def _laid_out(gates: Tensor, device: torch.device) -> Tensor:
+    """[E,D] as the kernels of the device read it fastest: the experts side by side on the CPU, else the features."""
+    return gates.t().contiguous().t() if device.type == "cpu" else gates.contiguous()
 
 
 def _strip_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -1,4 +1,5 @@
-// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_ and the gradient of lora_apply.
+// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_, routed_linear and the gradient of lora_apply.
+#include "../linear.h"
 #include "bind.h"
 
 namespace moerge::cuda {
@@ -172,6 +173,29 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
   update(check, args, call, base);
 }
 
+std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
+                                                 Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
+                                                 std::string normalize, bool absolute, std::optional<double> scale,
+                                                 std::optional<Tensor> bias, std::optional<Tensor> rows,
+                                                 std::optional<Tensor> mask, std::optional<double> top_p,
+                                                 std::string weighting, std::optional<Tensor> lora_bias, bool factored,
+                                                 std::optional<Tensor> packed) {
+  const Check check{"routed_linear", kDevice};
+  const Tensor tokens = flattened(check, x, "x");
+  check_linear(check, tokens, weight, linear_bias);
+  const Tensor out = torch::stable::new_empty(x, with_columns(x, weight.size(0)), x.scalar_type());
+  const Tensor y = flattened(check, out, "y");
+  const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
+  const LoraPlan plan = check_bank(check, tokens, y.size(1), false, lora_a, lora_b, lora_bias, packed);
+  const auto [weights, experts] = routed(check, plan, tokens, gates, options);
+  Call call(y);
+  const LoraArguments args(check, plan, call, tokens, lora_a, lora_b, weights, experts, lora_bias, std::nullopt,
+                           factored, packed);
+  linear_into(y, tokens, weight, linear_bias);
+  update(check, args, call, y);
+  return {out, weights, experts};
+}
+
 // Which gradients are wanted, and where they go: null is not wanted.
 struct Gradients {
   Tensor x, a, b, weights, bias;  // b is [E,R,O]
@@ -240,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(moerge, MOERGE_DISPATCH_KEY, m) {
   m.impl("lora_apply_", TORCH_BOX(&lora_apply_));
   m.impl("routed_lora", TORCH_BOX(&routed_lora));
   m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
+  m.impl("routed_linear", TORCH_BOX(&routed_linear));
   m.impl("lora_apply_backward", TORCH_BOX(&lora_apply_backward));
 }
 
