@@ -13,9 +13,11 @@ namespace moerge {
 inline void check_linear(const Check& check, const Tensor& x, const Tensor& weight,
                          const std::optional<Tensor>& linear_bias) {
   check.floating(x, "x");
+  check.here(weight, "weight");
   check.shape(weight, "weight", {-1, x.size(1)}, "[O, D=", x.size(1), "] to match x");
   check.dtype(weight, "weight", x.scalar_type(), " like x");
   if (!linear_bias) return;
+  check.here(*linear_bias, "linear_bias");
   check.shape(*linear_bias, "linear_bias", {weight.size(0)}, "[O=", weight.size(0), "] to match weight");
   check.dtype(*linear_bias, "linear_bias", x.scalar_type(), " like x");
 }
