@@ -55,7 +55,4 @@ struct RowMicro {
 template <class Acc>
 const RowMicro<Acc>& row_micro();
 
-// "avx512", "avx2" or "portable": what this machine runs.
-const char* instruction_set();
-
 }  // namespace moerge::cpu
