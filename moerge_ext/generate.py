@@ -7,8 +7,8 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from .methods.base import Method
-from .query.options import add_embedder, add_writer, build_routers, check_writer
+from .methods.base import HIDDEN_STATES, Method
+from .query.options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=("native", "reference"), default="native", help="kernels or plain torch")
     add("--trace", action="store_true", help="print afterwards which experts were used")
     add_embedder(parser)
+    add_hidden_layer(parser)
     add_writer(parser)
 
 
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     handle = patch(model, experts, method.name, backend=args.backend, **options)
     rows = nullcontext()
     if method.source is not None:
-        rows = handle.queries(prompt, build_routers(args, experts, [method.name])[method.source])
+        routers = build_routers(args, experts, [method.name], lambda: (model, tokenizer))
+        rows = handle.queries(prompt, routers[method.router], tokenizer=tokenizer)
     kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
@@ -94,7 +96,13 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
     method = get_method(args.method)
     method.configure(**options)
     check_writer(args)
-    if method.bias is not None and (method.source is None or not (args.embedder or args.writer)):
+    if method.source == "few-shot":
+        raise ValueError(
+            f"method '{method.name}' searches its weights with solved examples of a task: use `moerge eval`, or "
+            "moerge_ext.lorahub(model, experts, data) in Python"
+        )
+    given = args.embedder or args.writer or method.embedder == HIDDEN_STATES
+    if method.bias is not None and (method.source is None or not given):
         raise ValueError(
             f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
             "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"

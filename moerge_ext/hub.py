@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE
 
-ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "moerge_gates*.safetensors")
+ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "moerge_gates*.safetensors", "moerge_examples*.safetensors")
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
 _HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?P<sub>(/{_PART})*)(@(?P<revision>[A-Za-z0-9_][\w.\-/]*))?", re.A)
 

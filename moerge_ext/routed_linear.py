@@ -22,6 +22,7 @@ class RoutingState:
     def __init__(self) -> None:
         self.bias: Tensor | None = None  # [N,E] float32
         self.active = False
+        self.enabled = True  # False: every layer is its base alone
         self.trace: Trace | None = None
 
     def set_bias(self, bias: Tensor) -> None:
@@ -118,6 +119,8 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., D] -> [..., O], in the dtype of the base layer's output."""
         base = self._modules["base_layer"](x, *args, **kwargs)
+        if not self.state.enabled:
+            return base
         kernels = BACKENDS[self.backend]
         tensors = self._buffers  # attribute access would cost a microsecond each
         in_place = not torch.is_grad_enabled() and not self._is_watched()

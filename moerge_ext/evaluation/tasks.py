@@ -18,7 +18,7 @@ class Task:
     """One evaluation set.
 
     rows: {"input", "target"} and perhaps "choices"; metric: one of METRICS; choices: the closed set of answers, or
-    None; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows.
+    None; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows; split: their file.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Task:
     part: str
     folder: Path
     digest: str
+    split: str = "test"
 
     def choices_of(self, row: dict) -> tuple[str, ...]:
         """The answers that rank classification compares for one row."""
@@ -40,8 +41,12 @@ class Task:
         return sum(1 / size for size in sizes if size) / len(self.rows)
 
     def examples(self, split: str = "train") -> list[dict]:
-        """The rows of another split; ValueError when there is none."""
+        """The rows of a split; ValueError when there is none."""
         return read_rows(self.folder / f"{split}.jsonl")
+
+    def inputs(self) -> list[str]:
+        """The inputs of the whole file that the rows were taken from."""
+        return [row["input"] for row in self.examples(self.split)]
 
 
 def load_task(
@@ -73,6 +78,7 @@ def load_task(
         choices=choices,
         part=meta.get("split", ""),
         folder=folder,
+        split=split,
         digest=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
     )
     if metric == "rank":
