@@ -84,9 +84,7 @@ def add_hidden_layer(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the base model that method dam reads; -2: the last but one (default: %(default)s)",
     )
-    parser.add_argument(
-        "--base-name", metavar="NAME", help="what its index calls the base model (default: from --model)"
-    )
+    parser.add_argument("--base-name", metavar="NAME", help="what dam's index calls the base (default: from --model)")
 
 
 def build_routers(
