@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from builders import random_experts, tiny_llama
@@ -148,3 +153,22 @@ def test_help_names_every_command(capsys):
     out = capsys.readouterr().out
     for command in ("doctor", "methods", "generate", "train-gates", "describe", "demo"):
         assert command in out
+
+
+def test_help_needs_no_torch(tmp_path):
+    """`moerge --help` answers at once; another program with the same words still gets the whole package."""
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("import moerge_ext\nassert callable(moerge_ext.patch)\n")
+    (tmp_path / "program" / "__main__.py").write_text("print('ran')\n")
+    paths = {"PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)])}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, env=os.environ | paths, timeout=300, check=True
+        )
+        return done.stdout + done.stderr
+
+    said = run("-X", "importtime", "-m", "moerge_ext", "--help")
+    assert "train-router" in said and "| torch" not in said.replace("  ", " ")
+    assert run("-m", "program", "--help") == "ran\n"
