@@ -6,7 +6,7 @@ from ._version import __version__
 
 
 def _bare() -> bool:
-    """True in `moerge doctor`, which must be able to speak when nothing else can be imported, and in `moerge --help`."""
+    """True in `moerge doctor`, which must speak when nothing else can be imported, and in `moerge --help`."""
     words = sys.orig_argv  # while `python -m` looks for its module, sys.argv does not say which
     ours = words[words.index("-m") + 1 :][:1] == ["moerge_ext"] if "-m" in words else sys.argv[0].endswith("/moerge")
     return ours and sys.argv[1:2] in ([], ["doctor"], ["--help"], ["-h"], ["--version"])

@@ -46,6 +46,14 @@ def test_generate_streams_the_routed_models_text(folders, capsys):
     assert printed == [f"w{i}" for i in ids.tolist() if i > 2]
 
 
+def test_generate_takes_all_experts(folders, capsys):
+    said = []
+    for more in (["--top-k", "all"], ["--option", "top_k=none"], ["--top-k", "2"], ["--top-k", "1"]):
+        assert generate(folders, "--method", "arrow", "--option", "temperature=10.0", "--trace", *more) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != said[3]
+
+
 def test_generate_traces_and_takes_options(folders, capsys):
     assert generate(folders, "--method", "arrow", "--top-k", "1", "--option", "temperature=0.5", "--trace") == 0
     out = capsys.readouterr().out
@@ -73,6 +81,11 @@ def test_generate_traces_and_takes_options(folders, capsys):
         (["--device", "nonsense"], "device 'nonsense' cannot be used here"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--device", "meta"], "device 'meta' cannot be used here"),
+        (["--method", "lorahub"], "use `moerge eval`, or moerge_ext.lorahub"),
+        (["--model", "nosuch"], "there is no local folder 'nosuch', and the hub has no such tokenizer for you"),
+        (["--model", "no/such"], "there is no local folder 'no/such', and the hub has no such tokenizer for you"),
+        (["--experts", "nosuch"], "there is no local folder 'nosuch', and it is no hub id"),
+        (["--experts", "no/such"], "there is no local folder 'no/such', and the hub has no such adapter for you"),
     ],
 )
 def test_generate_explains_what_is_wrong(folders, capsys, more, text):
@@ -139,12 +152,19 @@ def test_parse_option():
     assert parse_option("a=none") == ("a", None)
     assert parse_option("a=True") == ("a", True)
     assert parse_option("a=factored") == ("a", "factored")
+    assert parse_option("neighbours=all") == ("neighbours", "all") and parse_option("top_k=all") == ("top_k", None)
 
 
 def test_methods_lists_every_row(capsys):
     assert cli.main(["methods", "--verbose"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS) and "expert:<name>" in out
+    for text in (
+        "threshold=None, gamma=100.0, beta=3.0; top_k=2, normalize=standardize",
+        "top_p=None",
+        "embedder: all-Min",
+    ):
+        assert text in out
 
 
 def test_help_names_every_command(capsys):

@@ -18,7 +18,7 @@ from moerge_ext import cli
 from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.evaluate import Score, Settings, derive, evaluate
 from moerge_ext.evaluation.metrics import accuracy, exact_match, paired_difference, wilson
-from moerge_ext.evaluation.report import cells, markdown, mean
+from moerge_ext.evaluation.report import cells, markdown, mean, terminal
 from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs
 from moerge_ext.evaluation.tasks import load_task
 from moerge_ext.training.lorahub import LoraHubRouter
@@ -279,6 +279,9 @@ def test_table():
     assert rows[0] == ["", "mean held-in", "mean held-out", "s (n=10)", "t (n=10)", "u (n=10)"]
     assert rows[1] == ["chance", "50.0", "50.0", "50.0", "50.0", "50.0"]
     assert rows[2][:2] == ["m", "50.0 ± 13.1"] and rows[2][3] == "90.0 (60-98)"
+    wide = [score(f"m{i}", f"t{j}", 5, part="heldout" if j else "train") for i in range(7) for j in range(7)]
+    assert [len(terminal(scores).columns) for scores in (wide[:7], wide)] == [3, 3]
+    assert [terminal(scores).row_count for scores in (wide[:7], wide)] == [9, 8]  # every task, or every method
     assert mean([score("m", "s", 5)])[1] == pytest.approx(1.96 * (0.25 / 10) ** 0.5, abs=1e-4)
     assert markdown([score("m", "s", 9)]).splitlines()[1] == "| --- | ---: | ---: |"
 

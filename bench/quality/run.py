@@ -25,10 +25,11 @@ from moerge_ext import Embedder, average_activation, cli, describe, index_exampl
 from moerge_ext.adapter_files.gates import read_gates  # noqa: E402
 from moerge_ext.adapter_files.kinds import AVERAGE_ACTIVATION  # noqa: E402
 from moerge_ext.evaluation.metrics import Z  # noqa: E402
-from moerge_ext.evaluation.tasks import load_task, read_rows  # noqa: E402
+from moerge_ext.evaluation.tasks import load_task  # noqa: E402
 from moerge_ext.pretrained import load_model, load_tokenizer  # noqa: E402
 from moerge_ext.query.hidden import base_name  # noqa: E402
 from moerge_ext.query.index import index_file  # noqa: E402
+from moerge_ext.rows import read_rows  # noqa: E402
 from moerge_ext.training.cli import collator  # noqa: E402
 
 METHODS = (

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..rows import read_rows
+
 METRICS = ("exact_match", "accuracy", "rank")
 MAX_CHOICES = 32  # distinct training targets that still count as a closed set of answers
 
@@ -100,28 +102,3 @@ def _choices(meta: dict, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] 
     found = sorted({row["target"] for row in read_rows(train)})
     closed = len(found) <= MAX_CHOICES and {row["target"] for row in rows} <= set(found)
     return tuple(found) if closed else None
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows {"input": str, "target": str, ...} of a JSON lines file; one ValueError with every bad line."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: a task is a folder with test.jsonl, train.jsonl, ... and meta.json")
-    rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not JSON ({error.msg})")
-            continue
-        if isinstance(row, dict) and isinstance(row.get("input"), str) and isinstance(row.get("target"), str):
-            rows.append(row)
-        else:
-            problems.append(f'line {number}: expected {{"input": str, "target": str}}')
-    if not rows and not problems:
-        problems.append("the file has no rows")
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems[:20] + more))
-    return rows

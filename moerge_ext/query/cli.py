@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..rows import read_rows
 from .describe import EXAMPLES, describe
 from .embedder import Embedder
 from .hidden import base_name
@@ -35,12 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
-    from ..training.cli import read_rows
-
     check_writer(args)
     describing = args.instruction is not None or bool(args.writer)
     check(args, describing)
-    rows = read_rows(args.examples) if args.examples is not None else []
+    rows = read_rows(args.examples, text=True) if args.examples is not None else []
     embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
     if describing:
         made = describe(
