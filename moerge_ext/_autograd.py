@@ -173,54 +173,96 @@ def _routed_lora_inplace_fake(base, *inputs):
     return None
 
 
-def _routed_setup(ctx, inputs, output):
-    (base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting, lora_bias,
-     factored, packed) = inputs  # fmt: skip
+def _save_routed(ctx, first, x, rest, output):
+    """For backward: the tensors of `first`, x, and what follows x in routed_lora and routed_linear."""
+    (gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting, lora_bias, factored,
+     packed) = rest  # fmt: skip
     _, weights, experts = output
     ctx.options = (top_k, normalize, absolute, scale, top_p, weighting)
     ctx.factored = factored
-    ctx.save_for_backward(x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias)
+    ctx.save_for_backward(*first, x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias)
     ctx.set_materialize_grads(False)
 
 
-def _routed_backward(ctx, grad_y, grad_weights, grad_experts):
-    x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias = ctx.saved_tensors
-    need = _needs(ctx, *range(15))
-    routed = [need[1], need[2], need[9]]
-    dx = da = db = dbias = None
+def _routed_setup(ctx, inputs, output):
+    base, x, *rest = inputs
+    _save_routed(ctx, (), x, rest, output)
+
+
+def _routed_grads(ctx, grad_y, grad_weights, saved, needs) -> dict[str, Tensor | None]:
+    """Gradients of the branch by name, from those of y [T,O] and of the weights; `needs` by name says which."""
+    x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias = saved
+    routed = [needs["x"], needs["gates"], needs["bias"]]
+    grads = dict.fromkeys(needs)
     if grad_y is not None:
-        saved = (x, lora_a, lora_b, weights, experts, lora_bias, None)
-        needs = [need[1], need[3], need[4], any(routed), need[14]]
-        dx, da, db, dweights, dbias = _lora_grads(grad_y, saved, ctx.factored, needs)
+        wanted = [needs["x"], needs["lora_a"], needs["lora_b"], any(routed), needs["lora_bias"]]
+        grads["x"], grads["lora_a"], grads["lora_b"], dweights, grads["lora_bias"] = _lora_grads(
+            grad_y, (x, lora_a, lora_b, weights, experts, lora_bias, None), ctx.factored, wanted
+        )
         if dweights is not None:
             grad_weights = dweights if grad_weights is None else grad_weights + dweights
     saved = (x, gates, bias, rows, mask, weights, experts)
-    dx_route, dgates, droute_bias = _route_grads(grad_weights, saved, ctx.options, routed)
-    if dx_route is not None:
-        dx = dx_route if dx is None else dx + dx_route
-    dbase = _given(grad_y, need[0]) if grad_y is not None else None
-    return (
-        dbase,
-        dx,
-        dgates,
-        da,
-        db,
-        None,
-        None,
-        None,
-        None,
-        droute_bias,
-        None,
-        None,
-        None,
-        None,
-        dbias,
-        None,
-        None,
-    )
+    dx, grads["gates"], grads["bias"] = _route_grads(grad_weights, saved, ctx.options, routed)
+    grads["x"] = _sum(grads["x"], dx)
+    return grads
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+# where the differentiable inputs stand among those of routed_lora
+_ROUTED = {"x": 1, "gates": 2, "lora_a": 3, "lora_b": 4, "bias": 9, "lora_bias": 14}
+
+
+def _routed_backward(ctx, grad_y, grad_weights, grad_experts):
+    needs = dict(zip(_ROUTED, _needs(ctx, *_ROUTED.values()), strict=True))
+    grads = _routed_grads(ctx, grad_y, grad_weights, ctx.saved_tensors, needs)
+    out = [None] * 17
+    for name, at in _ROUTED.items():
+        out[at] = grads[name]
+    if grad_y is not None:
+        out[0] = _given(grad_y, ctx.needs_input_grad[0])
+    return tuple(out)
 
 
 register_autograd("moerge::routed_lora", _routed_backward, setup_context=_routed_setup)
+
+
+# ---- routed_linear -----------------------------------------------------------------------------------------------
+
+
+@register_fake("moerge::routed_linear")
+def _routed_linear_fake(x, weight, linear_bias, gates, lora_a, lora_b, top_k=2, *options):
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, *_route_fake(x.flatten(0, -2), gates, top_k)
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, linear_bias, *rest = inputs
+    _save_routed(ctx, (weight,), x, rest, output)
+
+
+def _linear_backward(ctx, grad_y, grad_weights, grad_experts):
+    weight, x, *saved = ctx.saved_tensors
+    at = {name: 0 if name == "x" else position + 1 for name, position in _ROUTED.items()}
+    needs = dict(zip(at, _needs(ctx, *at.values()), strict=True))
+    tokens = x.flatten(0, -2)
+    dy = None if grad_y is None else grad_y.flatten(0, -2)
+    grads = _routed_grads(ctx, dy, grad_weights, (tokens, *saved), needs)
+    need_weight, need_bias = _needs(ctx, 1, 2)
+    out = [None] * 18
+    if dy is not None:
+        grads["x"] = _sum(dy @ weight, grads["x"]) if needs["x"] else None
+        out[1] = dy.mT @ tokens if need_weight else None
+        out[2] = dy.sum(0) if need_bias else None
+    for name, position in at.items():
+        out[position] = grads[name]
+    out[0] = None if grads["x"] is None else grads["x"].view(x.shape)
+    return tuple(out)
+
+
+register_autograd("moerge::routed_linear", _linear_backward, setup_context=_linear_setup)
 
 
 # ---- pack_experts, mix_log_probs ---------------------------------------------------------------------------------

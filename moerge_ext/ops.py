@@ -1,4 +1,4 @@
-"""The ops: typed wrappers, fake kernels and autograd around `torch.ops.moerge`. Nothing else calls those ops.
+"""The ops: typed wrappers, fake kernels and autograd around `torch.ops.moerge`. All else goes through this file.
 
 T tokens, D in features, O out features, E experts, K selected per token, R rank, N rows (sequences). Every op takes
 float16, bfloat16, float32 and float64 in any mix and accumulates in float32 (float64 when an input is float64), runs
@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from . import _autograd  # noqa: F401  (registers the fake kernels and the gradients)
 
 _ops = torch.ops.moerge
+# for callers that count microseconds: see `call`
+ROUTED_LORA_, ROUTED_LINEAR = _ops.routed_lora_.default, _ops.routed_linear.default
 
 
 def has_kernels(device_type: str) -> bool:
@@ -24,8 +26,8 @@ def has_kernels(device_type: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("moerge::routed_lora", key)
 
 
-def _call(op, *args):
-    """Runs an op; its argument errors become ValueError, a device without kernels is named."""
+def call(op, *args):
+    """Runs an op of `torch.ops.moerge`; its argument errors become ValueError, a device without kernels is named."""
     if torch.compiler.is_compiling():
         return op(*args)
     # torch would drop the tangents of an op without a forward-mode rule and say nothing
@@ -35,17 +37,20 @@ def _call(op, *args):
         )
     try:
         return op(*args)
-    except NotImplementedError as error:
+    except RuntimeError as error:
+        raise explained(error, op, args) from None
+
+
+def explained(error: RuntimeError, op, args: tuple) -> Exception:
+    """What to raise for an error that an op has raised."""
+    if isinstance(error, NotImplementedError):
         device = next((a.device.type for a in args if isinstance(a, Tensor) and not a.is_cpu), "cpu")
-        raise ValueError(
+        return ValueError(
             f"moerge::{_name(op)}: this build has no kernels for tensors on '{device}'; "
             f'move them to the CPU, or use moerge_ext.reference (patch(..., backend="reference"))'
-        ) from error
-    except RuntimeError as error:
-        message = str(error)
-        if message.startswith("moerge::"):
-            raise ValueError(message.partition("\n")[0]) from None
-        raise
+        )
+    message = str(error)
+    return ValueError(message.partition("\n")[0]) if message.startswith("moerge::") else error
 
 
 def _name(op) -> str:
@@ -111,7 +116,7 @@ def route(
         scores last. An unused slot (too few eligible experts, or cut by top_p) has weight exactly 0 and no gradient.
         Differentiable in x, gates and bias.
     """
-    return _call(_ops.route.default, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting)
+    return call(_ops.route.default, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting)
 
 
 def lora_apply(
@@ -149,7 +154,7 @@ def lora_apply(
     """
     if packed is not None:
         _refuse_grad("lora_apply", "packed is for inference", base, x, lora_a, lora_b, weights, lora_bias)
-    return _call(_ops.lora_apply.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
+    return call(_ops.lora_apply.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
 
 
 def lora_apply_(
@@ -167,7 +172,7 @@ def lora_apply_(
 ) -> None:
     """`lora_apply` written into base. Inference only: ValueError when grad mode is on and an input requires grad."""
     _refuse_grad("lora_apply_", "it writes in place", base, x, lora_a, lora_b, weights, lora_bias)
-    _call(_ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
+    call(_ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
     _mark_written(base)
 
 
@@ -198,7 +203,7 @@ def routed_lora(
     """
     if packed is not None:
         _refuse_grad("routed_lora", "packed is for inference", base, x, gates, lora_a, lora_b, bias, lora_bias)
-    return _call(
+    return call(
         _ops.routed_lora.default, base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask,
         top_p, weighting, lora_bias, factored, packed,
     )  # fmt: skip
@@ -230,11 +235,60 @@ def routed_lora_(
     ValueError when grad mode is on and an input requires grad.
     """
     _refuse_grad("routed_lora_", "it writes in place", base, x, gates, lora_a, lora_b, bias, lora_bias)
-    _call(
+    call(
         _ops.routed_lora_.default, base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask,
         top_p, weighting, lora_bias, factored, packed,
     )  # fmt: skip
     _mark_written(base)
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    gates: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    top_k: int = 2,
+    normalize: str = "standardize",
+    absolute: bool = False,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    mask: Tensor | None = None,
+    top_p: float | None = None,
+    weighting: str = "softmax",
+    lora_bias: Tensor | None = None,
+    factored: bool = False,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear layer and its routed experts: `routed_lora` with base = x weight^T + linear_bias.
+
+        y_t = W x_t + b + sum_k w_tk (B_e A_e x_t + bias_e),  w, e = route(x, gates, ...)
+
+    One launch on CUDA for up to 8 tokens where the shapes allow; else torch's linear, and the branch added to its
+    result (which then is rounded to y's dtype twice).
+
+    Args:
+        x: [T,D], or [...,D] when it is contiguous; T counts all tokens.
+        weight: [O,D], of x's dtype.
+        linear_bias: [O] of x's dtype, or None.
+        packed: the result of `pack_experts(lora_a, lora_b)`; inference only.
+        The others as in `routed_lora`.
+
+    Returns:
+        y [T,O] or [...,O] in x's dtype, weights [T,K] and experts [T,K] int32. Differentiable in x, weight,
+        linear_bias, gates, lora_a, lora_b, bias and lora_bias (and through weights).
+    """
+    if packed is not None:
+        _refuse_grad(
+            "routed_linear", "packed is for inference", x, weight, linear_bias, gates, lora_a, lora_b, bias, lora_bias
+        )
+    return call(
+        _ops.routed_linear.default, x, weight, linear_bias, gates, lora_a, lora_b, top_k, normalize, absolute, scale,
+        bias, rows, mask, top_p, weighting, lora_bias, factored, packed,
+    )  # fmt: skip
 
 
 def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
@@ -243,7 +297,7 @@ def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     Row e holds the transpose of A_e and then that of B_e, each row by row. Not differentiable.
     """
     with torch.no_grad():
-        return _call(_ops.pack_experts.default, lora_a, lora_b)
+        return call(_ops.pack_experts.default, lora_a, lora_b)
 
 
 def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
@@ -259,4 +313,4 @@ def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [N,V] float32 (float64 for float64 logits). Differentiable in logits and weights.
     """
-    return _call(_ops.mix_log_probs.default, logits, weights)
+    return call(_ops.mix_log_probs.default, logits, weights)

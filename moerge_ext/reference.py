@@ -207,6 +207,15 @@ def routed_lora_(base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b:
     base.copy_(y.view(base.shape))
 
 
+def routed_linear(
+    x: Tensor, weight: Tensor, linear_bias: Tensor | None, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `moerge_ext.ops.routed_linear`."""
+    base = torch.nn.functional.linear(x, weight, linear_bias)
+    y, weights, experts = routed_lora(base.flatten(0, -2), x.flatten(0, -2), gates, lora_a, lora_b, **options)
+    return y.view(base.shape), weights, experts
+
+
 def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """See `moerge_ext.ops.pack_experts`."""
     return torch.cat([lora_a.transpose(1, 2).flatten(1), lora_b.transpose(1, 2).flatten(1)], dim=1)

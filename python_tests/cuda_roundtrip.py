@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 OPS = (
-    "route", "route_backward", "lora_apply", "lora_apply_backward", "routed_lora", "pack_experts", "mix_log_probs",
-    "mix_log_probs_backward",
+    "route", "route_backward", "lora_apply", "lora_apply_backward", "routed_lora", "routed_linear", "pack_experts",
+    "mix_log_probs", "mix_log_probs_backward",
 )  # fmt: skip
 _library: list[torch.library.Library] = []  # what it registers lasts as long as it does
 
@@ -50,5 +50,6 @@ def install(device: torch.device) -> None:
     library = torch.library.Library("moerge", "IMPL")
     for name in OPS:
         library.impl(name, round_trip(getattr(torch.ops.moerge, name).default, device), "CPU")
-    library.impl("lora_apply_", in_place(torch.ops.moerge.lora_apply_.default, device), "CPU")
+    for name in ("lora_apply_", "routed_lora_"):
+        library.impl(name, in_place(getattr(torch.ops.moerge, name).default, device), "CPU")
     _library.append(library)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,15 +83,28 @@ def test_generate_traces_and_takes_options(folders, capsys):
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--device", "meta"], "device 'meta' cannot be used here"),
         (["--method", "lorahub"], "use `moerge eval`, or moerge_ext.lorahub"),
-        (["--model", "nosuch"], "there is no local folder 'nosuch', and the hub has no such tokenizer for you"),
-        (["--model", "no/such"], "there is no local folder 'no/such', and the hub has no such tokenizer for you"),
-        (["--experts", "nosuch"], "there is no local folder 'nosuch', and it is no hub id"),
-        (["--experts", "no/such"], "there is no local folder 'no/such', and the hub has no such adapter for you"),
     ],
 )
 def test_generate_explains_what_is_wrong(folders, capsys, more, text):
     assert generate(folders, *more) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nosuch", "no/such"])
+def test_what_is_not_there_is_named(folders, capsys, monkeypatch, name):
+    def nothing(*_args, **_kwargs):
+        raise OSError("the hub says no\nand much more")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
+    assert generate(folders, "--model", name) == 2
+    told = f"there is no local folder '{name}', and the hub has no such tokenizer for you (the hub says no): check the"
+    assert told in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    assert generate(folders, "--experts", name) == 2
+    assert f"there is no local folder '{name}', and " in capsys.readouterr().err
+    assert generate(folders, "--model", str(folders[0].parent)) == 2  # a folder without a model
+    assert "holds no tokenizer that transformers can load" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--option", "top_p=abc"], ["--method", "glider"], ["--device", "meta"], ["--chat"]])
@@ -159,11 +173,7 @@ def test_methods_lists_every_row(capsys):
     assert cli.main(["methods", "--verbose"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS) and "expert:<name>" in out
-    for text in (
-        "threshold=None, gamma=100.0, beta=3.0; top_k=2, normalize=standardize",
-        "top_p=None",
-        "embedder: all-Min",
-    ):
+    for text in ("gamma=100.0, beta=3.0; top_k=2, normalize=standardize", "top_p=None", "embedder: all-MiniLM-L6-v2"):
         assert text in out
 
 
@@ -190,5 +200,5 @@ def test_help_needs_no_torch(tmp_path):
         return done.stdout + done.stderr
 
     said = run("-X", "importtime", "-m", "moerge_ext", "--help")
-    assert "train-router" in said and "| torch" not in said.replace("  ", " ")
+    assert "train-router" in said and not re.search(r"\|\s+torch\b", said)
     assert run("-m", "program", "--help") == "ran\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = ("route", "lora", "16bit", "mix", "autograd", "torch", "cuda")
+OP_TESTS = ("route", "lora", "linear", "16bit", "mix", "autograd", "torch", "cuda")
 
 
 @pytest.fixture(scope="session")

@@ -56,43 +56,39 @@ void LoraArgs::set_slots(const Tensor& weights, const Tensor& experts, const std
 }
 
 template <class Acc>
-void Pairs::sort(const LoraArgs& args, const Acc* weights, int64_t block, bool skip_zero) {
-  const int64_t T = args.T, K = args.K, E = args.E;
-  order.resize(T * K);
-  groups.reserve(std::min(T * K, ceil_div(T, block) * E));
-  std::vector<int64_t> start(E + 1);
-  int64_t at = 0;
-  for (int64_t begin = 0; begin < T; begin += block) {
-    const int64_t end = std::min(T, begin + block);
-    first.push_back(static_cast<int64_t>(groups.size()));
-    std::fill(start.begin(), start.end(), 0);
-    const auto each = [&](auto&& visit) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t k = 0, slot = args.row(t) * K; k < K; ++k, ++slot)
-          if (!skip_zero || weights[slot] != 0) visit(args.ids[slot], t * K + k);
-    };
-    each([&](int32_t e, int64_t) { ++start[e + 1]; });
+void Pairs::sort(const LoraArgs& args, const Acc* weights, bool skip_zero) {
+  const int64_t T = args.T, K = args.K, E = args.E, block = args.block();
+  const auto each = [&](auto&& visit) {
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t k = 0, slot = args.row(t) * K; k < K; ++k, ++slot)
+        if (!skip_zero || weights[slot] != 0) visit(args.ids[slot], t * K + k);
+  };
+  start.assign(E + 1, 0);
+  each([&](int32_t e, int64_t) { ++start[e + 1]; });
+  for (int64_t e = 0; e < E; ++e) start[e + 1] += start[e];
+  order.resize(start[E]);
+  std::vector<int64_t> at(start.begin(), start.end() - 1);
+  each([&](int32_t e, int64_t pair) { order[at[e]++] = pair; });
+  groups.reserve(std::min(start[E], ceil_div(T, block) * E));
+  std::copy(start.begin(), start.end() - 1, at.begin());
+  for (int64_t end = block; first.push_back(static_cast<int64_t>(groups.size())), end - block < T; end += block)
     for (int64_t e = 0; e < E; ++e) {
-      if (start[e + 1]) groups.push_back({begin / block, e, at + start[e], at + start[e] + start[e + 1]});
-      start[e + 1] += start[e];
+      const int64_t begin = at[e];
+      while (at[e] < start[e + 1] && order[at[e]] < end * K) ++at[e];
+      if (begin < at[e]) groups.push_back({e, begin, at[e]});
     }
-    const int64_t total = start[E];
-    each([&](int32_t e, int64_t pair) { order[at + start[e]++] = pair; });
-    at += total;
-  }
-  first.push_back(static_cast<int64_t>(groups.size()));
 }
 
 template <class Acc>
 void Shrink<Acc>::plan() {
-  for (const Group& group : pairs.groups)
-    for (int64_t begin = group.begin; begin < group.end; begin += kTaskPairs)
-      tasks.push_back({&group, begin, std::min(group.end, begin + kTaskPairs)});
+  for (int64_t e = 0; e < args.E; ++e)
+    for (int64_t begin = pairs.start[e], end = pairs.start[e + 1]; begin < end; begin += kTaskPairs)
+      tasks.push_back({e, begin, std::min(end, begin + kTaskPairs)});
 }
 
 template <class Acc>
 void Shrink<Acc>::operator()(int64_t index) const {
-  const Task& task = tasks[index / parts];
+  const Group& task = tasks[index / parts];
   const int64_t part = index % parts, count = task.end - task.begin, R = w.ranks, C = w.columns;
   const int64_t c = parts == 1 ? 0 : part * kDepth, depth = parts == 1 ? C : std::min(kDepth, C - c);
   Acc* loaded = scratch<Acc>(0, x.dtype == dtype_as<Acc> ? 0 : count * depth);
@@ -103,7 +99,7 @@ void Shrink<Acc>::operator()(int64_t index) const {
     token[p] = row_as<Acc>(x, pair / args.K, depth, loaded + p * depth, c);
     out[p] = h + (part * args.T * args.K + pair) * R;
   }
-  const int64_t e = task.group->expert;
+  const int64_t e = task.expert;
   if (w.rank_stride == 1 && w.column_stride != 1) {
     for (int64_t p = 0; p < count; ++p) std::fill(out[p], out[p] + R, Acc(0));
     micro<Acc>(w.dtype).tall(count, depth, R, token, w.at(e, 0, c), w.column_stride, out);
@@ -159,12 +155,12 @@ void Expand<Acc>::add(int64_t block, int64_t c, int64_t count, Acc* sums, int64_
       next = rows + w.ranks;
       for (int64_t r = 0; r < w.ranks; ++r) next[r] = w.at(pairs.groups[g + 1].expert, r, c);
     }
-    add_group(group, block, rows, dtype, bias_row, count, sums, stride, next);
+    add_group(group, block * args.block(), rows, dtype, bias_row, count, sums, stride, next);
   }
 }
 
 template <class Acc>
-void Expand<Acc>::add_group(const Group& group, int64_t block, const void* const* rows, DType dtype,
+void Expand<Acc>::add_group(const Group& group, int64_t first_token, const void* const* rows, DType dtype,
                             const Acc* bias_row, int64_t count, Acc* sums, int64_t stride,
                             const void* const* next) const {
   const Acc* hidden[kTaskPairs];
@@ -179,7 +175,7 @@ void Expand<Acc>::add_group(const Group& group, int64_t block, const void* const
       last = t;
       hidden[n] = h + pair * w.ranks;
       weight[n] = weights + args.row(t) * args.K + pair % args.K;
-      to[n] = sums + (t - block * kBlock) * stride;
+      to[n] = sums + (t - first_token) * stride;
     }
     micro<Acc>(dtype).axpy(n, w.ranks, count, hidden, rows, to, begin == group.begin ? next : nullptr);
     const void* line = bias_row;
@@ -189,9 +185,9 @@ void Expand<Acc>::add_group(const Group& group, int64_t block, const void* const
 
 template <class Acc>
 void Expand<Acc>::operator()(int64_t task) const {
-  const int64_t chunks = ceil_div(w.columns, kChunk), block = task / chunks;
-  const int64_t c = task % chunks * kChunk, count = std::min(kChunk, w.columns - c);
-  const int64_t begin = block * kBlock, tokens = std::min(kBlock, args.T - begin);
+  const int64_t width = chunk(), chunks = ceil_div(w.columns, width), block = task / chunks;
+  const int64_t c = task % chunks * width, count = std::min(width, w.columns - c);
+  const int64_t begin = block * args.block(), tokens = std::min(args.block(), args.T - begin);
   // few rows are summed where they are; of many, rows of 2^n bytes would meet in a few sets of the cache
   const bool direct = out.dtype == dtype_as<Acc> && tokens <= kDirectRows;
   Acc* sums = direct ? static_cast<Acc*>(out.at(begin, c)) : scratch<Acc>(0, tokens * count);
@@ -208,10 +204,10 @@ void Expand<Acc>::operator()(int64_t task) const {
     micro<Acc>(out.dtype).store(count, sums + t * stride, out.at(begin + t, c));
 }
 
-#define MOERGE_INSTANTIATE(Acc)                                               \
-  template void Pairs::sort<Acc>(const LoraArgs&, const Acc*, int64_t, bool); \
-  template struct Shrink<Acc>;                                                \
-  template struct Expand<Acc>;                                                \
+#define MOERGE_INSTANTIATE(Acc)                                      \
+  template void Pairs::sort<Acc>(const LoraArgs&, const Acc*, bool); \
+  template struct Shrink<Acc>;                                       \
+  template struct Expand<Acc>;                                       \
   template void combine<Acc>(const LoraArgs&, const Acc*, int64_t, int64_t, Acc*);
 MOERGE_INSTANTIATE(float)
 MOERGE_INSTANTIATE(double)

@@ -1,14 +1,17 @@
 // The grouped low-rank branch on the CPU: shared by lora_apply, routed_lora and their backward.
 //
-// A "pair" is one (token, slot). Pairs are cut into blocks of kBlock tokens and sorted by expert within a block, so
-// that an expert's rows are read once for all its tokens there. The loops are the forward and, with other arguments,
-// the backward:
+// A "pair" is one (token, slot). Pairs are sorted by expert, so that shrink reads an expert's factor once for all its
+// tokens. Expand owns blocks of tokens: a block's pairs of one expert are a "group", a piece of the expert's range. The
+// loops are the forward and, with other arguments, the backward:
 //   Shrink  h[pair,r]   = sum_c x[token,c] * w[expert,r,c]
 //   Expand  y[token,c] += sum_pairs sum_r h[pair,r] * w[expert,r,c]
 //   outer   g[e,r,c]    = sum over pairs of e of q[pair,r] * x[token,c]        (lora_backward.cpp)
 //
-// Tried (lora_apply_ 2048 -> 2048, E=36 K=2 R=16, float32, one AVX-512 core, cold, medians of interleaved processes):
-//   kBlock 256 against 64 / 128 / 1024: T=256 2.7 against 4.7 / 4.8 / 3.7 ms, T=1024 15.0 against 18.7 / 14.3 / 18.5 ms
+// Tried (lora_apply_ 2048 -> 2048, K=2 R=16 T=1024, float32, two AVX-512 cores, cold, medians of interleaved
+// processes):
+//   one sort over all tokens for shrink, against one per 256 tokens: E=166 15.2 against 19.3 ms
+//   tokens x columns of an expand task: E=166 1024 x 128 9.5 ms, 512 x 128 10.1, 1024 x 64 11.0, 256 x 256 11.7;
+//   E=36 256 x 512 7.3 ms, 256 x 256 8.1
 //   fetching the next expert's rows of B during expand: T=1024 15.6 against 17.8 ms, kept
 //   fetching the next tile's rows of x during shrink: no difference beyond the noise, left out
 #pragma once
@@ -19,9 +22,11 @@
 
 namespace moerge::cpu {
 
-constexpr int64_t kBlock = 256;      // tokens whose pairs are sorted together
-constexpr int64_t kTaskPairs = 32;   // pairs of one expert in one shrink task
-constexpr int64_t kChunk = 256;      // columns of one expand or outer task
+constexpr int64_t kBlock = 256;      // tokens of one task, of expand where experts have enough of them
+constexpr int64_t kMaxBlock = 1024;  // tokens of one expand task otherwise
+constexpr int64_t kGroup = 8;        // pairs of a group that make reading the expert's rows worth it
+constexpr int64_t kTaskPairs = 48;   // pairs of one expert in one shrink task
+constexpr int64_t kChunk = 512;      // columns of one expand or outer task of kBlock tokens
 constexpr int64_t kDirectRows = 16;  // up to so many tokens, expand sums in the result itself
 constexpr int64_t kFewPairs = 4;     // up to so many pairs, shrink cuts its sum over the threads
 
@@ -42,6 +47,13 @@ struct LoraArgs {
   LoraArgs(const Check& check, const Tensor& x, int64_t out_features, bool wide, const Tensor& lora_a,
            const Tensor& lora_b, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed);
 
+  // Tokens of one expand task: enough for groups of kGroup pairs when all experts are used alike.
+  int64_t block() const {
+    int64_t tokens = kBlock;
+    while (tokens < std::min(T, kMaxBlock) && tokens * K < kGroup * E) tokens *= 2;
+    return tokens;
+  }
+
   // what the caller chose; checked, and kept alive
   void set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows);
   // what the router will choose: one row per token
@@ -53,18 +65,18 @@ struct LoraArgs {
 
 // The pairs of one block of tokens with one expert: order[begin..end) are pair indices t*K+k.
 struct Group {
-  int64_t block, expert, begin, end;
+  int64_t expert, begin, end;
 };
 
-// Pairs sorted by (block, expert, pair). With `skip_zero`, pairs of weight exactly 0 are left out: their expert is
-// never read.
+// Pairs sorted by (expert, pair). With `skip_zero`, pairs of weight exactly 0 are left out: their expert is never read.
 struct Pairs {
   std::vector<int64_t> order;
-  std::vector<Group> groups;
+  std::vector<int64_t> start;  // order[start[e]..start[e+1]) are expert e's
+  std::vector<Group> groups;   // by (block, expert)
   std::vector<int64_t> first;  // first[b]: index of block b's first group
 
   template <class Acc>
-  void sort(const LoraArgs& args, const Acc* weights, int64_t block, bool skip_zero);
+  void sort(const LoraArgs& args, const Acc* weights, bool skip_zero);
 };
 
 // h [T*K,R]; the tasks are to run in any order. `weights`, if given, are multiplied in.
@@ -78,11 +90,7 @@ struct Shrink {
   Acc* h;
   int64_t parts = 1;  // pieces of the sum, [parts,T*K,R] in h, to be added by `combine`
 
-  struct Task {
-    const Group* group;
-    int64_t begin, end;
-  };
-  std::vector<Task> tasks = {};
+  std::vector<Group> tasks = {};  // up to kTaskPairs pairs of one expert
 
   void plan();  // once the pairs are sorted
   int64_t count() const { return static_cast<int64_t>(tasks.size()) * parts; }
@@ -102,13 +110,15 @@ struct Expand {
   const Acc* weights;
   Matrix out;
 
-  int64_t count() const { return ceil_div(args.T, kBlock) * ceil_div(w.columns, kChunk); }
-  int64_t cost() const { return std::min(args.T, kBlock) * kChunk * (1 + args.K * w.ranks); }
+  // the sums of a task stay in the second-level cache: more tokens, fewer columns
+  int64_t chunk() const { return kChunk * kBlock / std::max(kBlock, args.block()); }
+  int64_t count() const { return ceil_div(args.T, args.block()) * ceil_div(w.columns, chunk()); }
+  int64_t cost() const { return std::min(args.T, args.block()) * chunk() * (1 + args.K * w.ranks); }
   void operator()(int64_t task) const;
 
  private:
   void add(int64_t block, int64_t c, int64_t count, Acc* sums, int64_t stride) const;
-  void add_group(const Group& group, int64_t block, const void* const* rows, DType dtype, const Acc* bias_row,
+  void add_group(const Group& group, int64_t first_token, const void* const* rows, DType dtype, const Acc* bias_row,
                  int64_t count, Acc* sums, int64_t stride, const void* const* next) const;
 };
 

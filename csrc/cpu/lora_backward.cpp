@@ -31,8 +31,6 @@ void outer(const LoraArgs& args, const Pairs& pairs, const Acc* q, int64_t R, co
            const Tensor& out) {
   const int64_t chunks = ceil_div(columns, kChunk);
   const DType dtype = dtype_of(out);
-  std::vector<const Group*> group(args.E, nullptr);
-  for (const Group& g : pairs.groups) group[g.expert] = &g;
   parallel(args.E * chunks, ceil_div(args.T * args.K, args.E) * R * std::min(columns, kChunk), [&](int64_t task) {
     const int64_t e = task / chunks, c = task % chunks * kChunk, count = std::min(kChunk, columns - c);
     Acc* sums = scratch<Acc>(0, R * count);
@@ -42,8 +40,7 @@ void outer(const LoraArgs& args, const Pairs& pairs, const Acc* q, int64_t R, co
     const void* row[kOuterPairs];
     std::fill(sums, sums + R * count, Acc(0));
     for (int64_t r = 0; r < R; ++r) left[r] = transposed + r * kOuterPairs, into[r] = sums + r * count;
-    for (int64_t begin = group[e] ? group[e]->begin : 0, end = group[e] ? group[e]->end : 0; begin < end;
-         begin += kOuterPairs) {
+    for (int64_t begin = pairs.start[e], end = pairs.start[e + 1]; begin < end; begin += kOuterPairs) {
       const int64_t n = std::min(kOuterPairs, end - begin);
       for (int64_t p = 0; p < n; ++p) {
         const int64_t pair = pairs.order[begin + p];
@@ -113,36 +110,33 @@ void backward(const LoraArgs& args, const Tensor& weights, const Tensor& grad_y,
   const Acc* w = static_cast<const Acc*>(weight_values.data_ptr());
   const Matrix x(args.x), dy(grad_y);
   // grad_weights is true at a weight of 0 too, so those pairs are read for it
-  Pairs blocked;
-  blocked.sort<Acc>(args, w, kBlock, !needs.weights);
+  Pairs read, used;
+  read.sort<Acc>(args, w, !needs.weights);
+  used.sort<Acc>(args, w, true);
   const bool need_h = needs.b || needs.weights, need_q = needs.x || needs.a || needs.weights;
   const auto hidden = [&](bool needed) {
     return new_tensor(args.x, {needed ? args.T : 0, args.K, args.R}, scalar_type<Acc>);
   };
   const Tensor h_storage = hidden(need_h), q_storage = hidden(need_q);
   Acc *h = static_cast<Acc*>(h_storage.data_ptr()), *q = static_cast<Acc*>(q_storage.data_ptr());
-  if (need_h) shrink<Acc>(args, blocked, x, args.a, h);
-  if (need_q) shrink<Acc>(args, blocked, dy, args.b, q);
+  if (need_h) shrink<Acc>(args, read, x, args.a, h);
+  if (need_q) shrink<Acc>(args, read, dy, args.b, q);
   if (needs.weights) weight_gradient<Acc>(args, w, h, q, dy, out.weights);
   if (needs.x || needs.a) weigh<Acc>(args, w, q);
   if (needs.b) weigh<Acc>(args, w, h);
   if (needs.x) {
-    Pairs used;
-    used.sort<Acc>(args, w, kBlock, true);
     const std::optional<Tensor> no_bias;
     const Expand<Acc> expand{args, used, q, args.a, nullptr, no_bias, w, Matrix(out.x)};
     parallel(expand.count(), expand.cost(), expand);
   }
   if (!needs.a && !needs.b && !needs.bias) return;
-  Pairs whole;
-  whole.sort<Acc>(args, w, args.T, true);
-  if (needs.a) outer<Acc>(args, whole, q, args.R, x, args.D, out.a);
-  if (needs.b) outer<Acc>(args, whole, h, args.R, dy, args.O, out.b);
+  if (needs.a) outer<Acc>(args, used, q, args.R, x, args.D, out.a);
+  if (needs.b) outer<Acc>(args, used, h, args.R, dy, args.O, out.b);
   if (needs.bias) {
     const Tensor pair_weights = new_tensor(args.x, {args.T, args.K}, scalar_type<Acc>);
     Acc* values = static_cast<Acc*>(pair_weights.data_ptr());
     for (int64_t i = 0; i < args.T * args.K; ++i) values[i] = w[args.row(i / args.K) * args.K + i % args.K];
-    outer<Acc>(args, whole, values, 1, dy, args.O, out.bias);
+    outer<Acc>(args, used, values, 1, dy, args.O, out.bias);
   }
 }
 

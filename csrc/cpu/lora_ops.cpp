@@ -1,9 +1,10 @@
-// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_ and pack_experts on the CPU.
+// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_, routed_linear and pack_experts on the CPU.
 //
 //   y_t = base_t + sum_k w_tk (B_e A_e x_t + bias_e)                           e = experts[t,k]
 //   factored: y_t = base_t + (sum_k w_tk B_e)(sum_k w_tk A_e) x_t + sum_k w_tk bias_e
 //
 // One parallel region per call: route (if asked), sort the pairs, shrink, combine (if needed), expand.
+#include "../linear.h"
 #include "lora.h"
 #include "route.h"
 
@@ -37,7 +38,7 @@ struct Branch {
 
   void run(Team& team, int first) {
     team.run(first, 1, [&](int64_t) {
-      pairs.sort<Acc>(args, weights, kBlock, true);
+      pairs.sort<Acc>(args, weights, true);
       shrink.plan();
     });
     if (team.failed()) return;
@@ -190,6 +191,28 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
   in_place(check, base, [&](const Tensor& target) { routed(route, args, nullptr, nullptr, target, target); });
 }
 
+// The base layer is torch's; the branch is added to it in place.
+std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
+                                                 Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
+                                                 std::string normalize, bool absolute, std::optional<double> scale,
+                                                 std::optional<Tensor> bias, std::optional<Tensor> rows,
+                                                 std::optional<Tensor> mask, std::optional<double> top_p,
+                                                 std::string weighting, std::optional<Tensor> lora_bias, bool factored,
+                                                 std::optional<Tensor> packed) {
+  const Check check{"routed_linear"};
+  const Tensor tokens = flattened(check, x, "x");
+  check_linear(check, tokens, weight, linear_bias);
+  const RouteArgs route(check, tokens, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
+  LoraArgs args(check, tokens, weight.size(0), false, lora_a, lora_b, lora_bias, factored, packed);
+  const Tensor weights = new_tensor(x, {args.T, top_k}, is_double(x) ? ScalarType::Double : ScalarType::Float);
+  const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
+  const Tensor out = torch::stable::new_empty(x, with_columns(x, args.O), x.scalar_type());
+  const Tensor y = flattened(check, out, "y");
+  linear_into(y, tokens, weight, linear_bias);
+  routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), y, y);
+  return {out, weights, experts};
+}
+
 Tensor pack_experts(Tensor lora_a, Tensor lora_b) {
   const Check check{"pack_experts"};
   check.floating(lora_a, "lora_a");
@@ -212,6 +235,7 @@ STABLE_TORCH_LIBRARY_IMPL(moerge, CPU, m) {
   m.impl("lora_apply_", TORCH_BOX(&lora_apply_));
   m.impl("routed_lora", TORCH_BOX(&routed_lora));
   m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
+  m.impl("routed_linear", TORCH_BOX(&routed_linear));
   m.impl("pack_experts", TORCH_BOX(&pack_experts));
 }
 

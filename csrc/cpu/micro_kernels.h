@@ -4,9 +4,7 @@
 //
 // dot:  tiles of 4 x 4 outputs, one vector accumulator each: 16 independent FMA chains per 8 loads.
 // axpy: tiles of 8 rows x 2 vectors: 16 chains per 2 vector loads and 8 broadcasts.
-// tall: tiles of 6 rows x 1 vector or 3 x 2, four chains each over d mod 4: 24 chains, and one row alone still keeps
-// the
-//       load ports busy, which is what bounds it. No sum across lanes is left at the end, unlike in dot.
+// tall: micro_tall.h.
 #pragma once
 
 #ifdef __AVX512F__
@@ -81,21 +79,22 @@ inline Vec<Acc, N> load_vec(const T* p) {
   }
 }
 
-// The first n < N numbers at p, then zeros.
+// The first n <= N numbers at p, then zeros.
 template <class Acc, int N, class T>
-inline Vec<Acc, N> load_tail(const T* p, int64_t n) {
+[[gnu::always_inline]] inline Vec<Acc, N> load_first(const T* p, int64_t n) {
 #ifdef __AVX512F__
+  const auto lanes = static_cast<__mmask16>((1u << n) - 1);
   if constexpr (__is_same(Acc, float) && __is_same(T, float)) {
-    return (Vec<Acc, N>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+    return (Vec<Acc, N>)_mm512_maskz_loadu_ps(lanes, p);
   } else if constexpr (__is_same(Acc, double) && __is_same(T, double)) {
-    return (Vec<Acc, N>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
-  } else if constexpr (__is_same(Acc, float) && sizeof(T) == 2) {
-    T lanes[N];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes),
-                        _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
-    return load_vec<Acc, N>(lanes);
+    return (Vec<Acc, N>)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p);
+  } else if constexpr (__is_same(Acc, float) && __is_same(T, bf16)) {
+    return (Vec<Acc, N>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16);
+  } else if constexpr (__is_same(Acc, float) && __is_same(T, f16)) {
+    return __builtin_convertvector((typename Lanes<Acc, N>::half)_mm256_maskz_loadu_epi16(lanes, p), Vec<Acc, N>);
   }
 #endif
+  if (n == N) return load_vec<Acc, N>(p);
   Vec<Acc, N> result = {};
   for (int i = 0; i < n; ++i) result[i] = static_cast<Acc>(widen(p[i]));
   return result;
@@ -275,79 +274,11 @@ void axpy(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* cons
   rows.template operator()<1>();
 }
 
-template <class Acc, class T, int M, int V>
-inline void tall_tile(int64_t D, const Acc* const* x, const T* w, int64_t stride, Acc* const* out, int64_t j) {
-  constexpr int N = kWide<Acc>;
-  Vec<Acc, N> sum[4][M][V] = {};
-  const auto step = [&](int64_t d, auto chain) MOERGE_INLINE {
-    Vec<Acc, N> row[V];
-    const T* from = w + d * stride;
-    unrolled<V>([&](auto v) MOERGE_INLINE { pin(row[v] = load_vec<Acc, N>(from + v * N)); });
-    unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE { sum[chain][m][v] += x[m][d] * row[v]; });
-  };
-  int64_t d = 0;
-  for (; d + 4 <= D; d += 4) unrolled<4>([&](auto chain) MOERGE_INLINE { step(d + chain, chain); });
-  unrolled<3>([&](auto chain) MOERGE_INLINE {
-    if (d + chain < D) step(d + chain, chain);
-  });
-  unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE {
-    Acc* to = out[m] + j + v * N;
-    const Vec<Acc, N> total = (sum[0][m][v] + sum[1][m][v]) + (sum[2][m][v] + sum[3][m][v]);
-    store_vec<Acc, N>(load_vec<Acc, N>(to) + total, to);
-  });
-}
-
-// out[m][j..j+V*N) += x[m] . w[:, 0..V*N)
-template <class Acc, class T, int V, int Rows>
-inline void tall_rows(int64_t M, int64_t D, const Acc* const* x, const T* w, int64_t stride, Acc* const* out,
-                      int64_t j) {
-  int64_t m = 0;
-  for (; m + Rows <= M; m += Rows) tall_tile<Acc, T, Rows, V>(D, x + m, w, stride, out + m, j);
-  if constexpr (Rows > 4)
-    for (; m + 3 <= M; m += 3) tall_tile<Acc, T, 3, V>(D, x + m, w, stride, out + m, j);
-  for (; m < M; ++m) tall_tile<Acc, T, 1, V>(D, x + m, w, stride, out + m, j);
-}
-
-constexpr int64_t kTallRows = 96;  // rows between two passes over a part of w
-
-// The last `tail` columns, fewer than a vector: through a copy of w that is filled up with zeros.
-template <class Acc, class T, int Rows>
-inline void tall_tail(int64_t M, int64_t D, const Acc* const* x, const T* w, int64_t stride, Acc* const* out, int64_t j,
-                      int64_t tail) {
-  constexpr int N = kWide<Acc>;
-  Acc filled[kDepth * N], sums[kTallRows * N] = {};
-  Acc* row[kTallRows];
-  for (int64_t d = 0; d < D; ++d) store_vec<Acc, N>(load_tail<Acc, N>(w + d * stride, tail), filled + d * N);
-  for (int64_t m = 0; m < M; ++m) row[m] = sums + m * N;
-  tall_rows<Acc, Acc, 1, Rows>(M, D, x, filled, N, row, 0);
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t i = 0; i < tail; ++i) out[m][j + i] += row[m][i];
-}
-
-template <class Acc, class T>
-void tall(int64_t M, int64_t D, int64_t J, const Acc* const* x, const void* w_start, int64_t stride, Acc* const* out) {
-  constexpr int lanes = kWide<Acc>, rows = kRegisters == 32 ? 6 : 3;
-  const Acc* part[kTallRows];
-  for (int64_t begin = 0; begin < D; begin += kDepth) {
-    const T* w = static_cast<const T*>(w_start) + begin * stride;
-    const int64_t depth = D - begin < kDepth ? D - begin : kDepth;
-    for (int64_t m0 = 0; m0 < M; m0 += kTallRows) {
-      const int64_t count = M - m0 < kTallRows ? M - m0 : kTallRows;
-      for (int64_t m = 0; m < count; ++m) part[m] = x[m0 + m] + begin;
-      int64_t j = 0;
-      if constexpr (kRegisters == 32)
-        for (; j + 2 * lanes <= J; j += 2 * lanes)
-          tall_rows<Acc, T, 2, 3>(count, depth, part, w + j, stride, out + m0, j);
-      for (; j + lanes <= J; j += lanes) tall_rows<Acc, T, 1, rows>(count, depth, part, w + j, stride, out + m0, j);
-      if (j < J) tall_tail<Acc, T, rows>(count, depth, part, w + j, stride, out + m0, j, J - j);
-    }
-  }
-}
-
 }  // namespace
 }  // namespace moerge::cpu::MOERGE_ISA
 
 #include "micro_rows.h"
+#include "micro_tall.h"
 
 namespace moerge::cpu::MOERGE_ISA {
 namespace {

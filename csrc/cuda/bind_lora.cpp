@@ -1,4 +1,5 @@
-// moerge::lora_apply, lora_apply_, routed_lora, pack_experts and the gradient of lora_apply.
+// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_, routed_linear, pack_experts and the gradient of lora_apply.
+#include "../linear.h"
 #include "bind.h"
 
 namespace moerge::cuda {
@@ -229,6 +230,30 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
   update(check, args, call, base);
 }
 
+std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
+                                                 Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
+                                                 std::string normalize, bool absolute, std::optional<double> scale,
+                                                 std::optional<Tensor> bias, std::optional<Tensor> rows,
+                                                 std::optional<Tensor> mask, std::optional<double> top_p,
+                                                 std::string weighting, std::optional<Tensor> lora_bias, bool factored,
+                                                 std::optional<Tensor> packed) {
+  const Check check{"routed_linear"};
+  MOERGE_CHECK(check, on_device(x) && on_device(weight) && (!linear_bias || on_device(*linear_bias)),
+               "x, weight and linear_bias must be on ", kDevice);
+  const Tensor tokens = flattened(check, x, "x");
+  check_linear(check, tokens, weight, linear_bias);
+  const Tensor out = torch::stable::new_empty(x, with_columns(x, weight.size(0)), x.scalar_type());
+  const Tensor y = flattened(check, out, "y");
+  const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
+  const auto [weights, experts] = routed(check, y, tokens, gates, lora_a, lora_b, options);
+  Call call(y);
+  const LoraArguments args(check, call, tokens, y.size(1), false, lora_a, lora_b, weights, experts, lora_bias,
+                           std::nullopt, factored, packed);
+  linear_into(y, tokens, weight, linear_bias);
+  update(check, args, call, y);
+  return {out, weights, experts};
+}
+
 Tensor pack_experts(Tensor lora_a, Tensor lora_b) {
   const Check check{"pack_experts"};
   check.floating(lora_a, "lora_a");
@@ -313,6 +338,7 @@ STABLE_TORCH_LIBRARY_IMPL(moerge, MOERGE_DISPATCH_KEY, m) {
   m.impl("lora_apply_", TORCH_BOX(&lora_apply_));
   m.impl("routed_lora", TORCH_BOX(&routed_lora));
   m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
+  m.impl("routed_linear", TORCH_BOX(&routed_linear));
   m.impl("pack_experts", TORCH_BOX(&pack_experts));
   m.impl("lora_apply_backward", TORCH_BOX(&lora_apply_backward));
 }

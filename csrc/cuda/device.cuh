@@ -6,6 +6,7 @@
 // whose members are its arguments; `launch` runs it.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -33,6 +34,14 @@ MOERGE_DEVICE int64_t block_z() { return blockIdx.z; }
 // All threads of the block, or all lanes of the warp, must come here; what they wrote before is seen after.
 MOERGE_DEVICE void sync_block() { __syncthreads(); }
 MOERGE_DEVICE void sync_warp() { __syncwarp(); }
+
+// Only in blocks that run together (launch_together), by all threads of all of them, in turns: what they wrote before
+// they arrived is seen after the wait, and in between a block does what needs nobody else. Both are barriers of the
+// block too.
+MOERGE_DEVICE uint32_t grid_arrive() { return cooperative_groups::this_grid().barrier_arrive(); }
+MOERGE_DEVICE void grid_wait(uint32_t arrival) {
+  cooperative_groups::this_grid().barrier_wait(static_cast<uint32_t&&>(arrival));
+}
 
 // All lanes of the warp must come here.
 template <class T>
@@ -113,6 +122,16 @@ MOERGE_DEVICE Bytes16 load16(const void* from) {
   const uint4 value = *static_cast<const uint4*>(from);
   return {{value.x, value.y, value.z, value.w}};
 }
+// From global memory that no kernel writes meanwhile and nobody reads again: not kept in the first-level cache.
+MOERGE_DEVICE Bytes16 load16_once(const void* from) {
+  Bytes16 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "l"(from));
+  return value;
+}
+// Asks for the 32 bytes at `from` of global memory to be brought to the second-level cache.
+MOERGE_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 // To global memory. In PTX, since the compiler may take a store of four words apart.
 MOERGE_DEVICE void store16(void* to, Bytes16 value) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.word[0]), "r"(value.word[1]),
@@ -211,16 +230,45 @@ inline void check_cuda(cudaError_t code, const char* kernel) {
                              " could not be launched: " + cudaGetErrorString(code));
 }
 
-// Enqueues the kernel with `shared_bytes` of shared memory per block.
 template <class Kernel>
-void launch(const Grid& grid, size_t shared_bytes, Stream stream, const Kernel& kernel) {
+void allow_shared(size_t shared_bytes) {
   if (shared_bytes > 48 * 1024)
     check_cuda(
         cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         Kernel::kName);
+}
+
+// Enqueues the kernel with `shared_bytes` of shared memory per block.
+template <class Kernel>
+void launch(const Grid& grid, size_t shared_bytes, Stream stream, const Kernel& kernel) {
+  allow_shared<Kernel>(shared_bytes);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   run<Kernel><<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(kernel);
   check_cuda(cudaGetLastError(), Kernel::kName);
+}
+
+// How many blocks of the kernel fit on the device at the same time; 0: it cannot run blocks together.
+template <class Kernel>
+int64_t most_together(size_t shared_bytes) {
+  int device = 0, able = 0, processors = 0, blocks = 0;
+  allow_shared<Kernel>(shared_bytes);
+  check_cuda(cudaGetDevice(&device), Kernel::kName);
+  check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device), Kernel::kName);
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), Kernel::kName);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, run<Kernel>, Kernel::kThreads, shared_bytes),
+             Kernel::kName);
+  return able ? int64_t(blocks) * processors : 0;
+}
+
+// The same with all blocks, at most most_together of them, on the device at the same time.
+template <class Kernel>
+void launch_together(int64_t blocks, size_t shared_bytes, Stream stream, const Kernel& kernel) {
+  allow_shared<Kernel>(shared_bytes);
+  void* arguments[] = {const_cast<Kernel*>(&kernel)};
+  check_cuda(
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(run<Kernel>), dim3(static_cast<unsigned>(blocks)),
+                                  dim3(Kernel::kThreads), arguments, shared_bytes, static_cast<cudaStream_t>(stream)),
+      Kernel::kName);
 }
 
 }  // namespace moerge::cuda

@@ -31,6 +31,8 @@ inline void sync_block(const Place& place = Place::current()) { simt::block_barr
 inline void sync_warp(const Place& place = Place::current()) {
   simt::warp_operation(place, nullptr, [](void**) {});
 }
+inline uint32_t grid_arrive(const Place& place = Place::current()) { return simt::grid_arrive(place); }
+inline void grid_wait(uint32_t arrival, const Place& place = Place::current()) { simt::grid_wait(arrival, place); }
 
 template <class T>
 T shuffle(T value, int from, const Place& place = Place::current()) {
@@ -138,6 +140,9 @@ inline void store16(void* to, Bytes16 value, const Place& place = Place::current
   *static_cast<Bytes16*>(to) = value;
 }
 
+inline Bytes16 load16_once(const void* from, const Place& place = Place::current()) { return load16(from, place); }
+inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
+
 inline void async_copy16(void* shared, const void* global, bool valid, const Place& place = Place::current()) {
   check_aligned(shared, place);
   if (valid) check_aligned(global, place);
@@ -226,10 +231,20 @@ inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 // ---- launch -------------------------------------------------------------------------------------------------------
 
 template <class Kernel>
-void launch(const Grid& grid, size_t shared_bytes, Stream, const Kernel& kernel) {
+void launch(const Grid& grid, size_t shared_bytes, Stream, const Kernel& kernel, bool together = false) {
   const auto body = [](const void* arguments) { (*static_cast<const Kernel*>(arguments))(); };
   simt::launch({static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)}, Kernel::kThreads,
-               shared_bytes, Kernel::kName, body, &kernel);
+               shared_bytes, together, Kernel::kName, body, &kernel);
+}
+
+// Few, so that blocks have more than one piece of work each, as on a GPU with large layers.
+template <class Kernel>
+int64_t most_together(size_t) {
+  return 3;
+}
+template <class Kernel>
+void launch_together(int64_t blocks, size_t shared_bytes, Stream stream, const Kernel& kernel) {
+  launch({blocks}, shared_bytes, stream, kernel, true);
 }
 
 }  // namespace moerge::cuda

@@ -26,12 +26,13 @@ struct Copy {
   size_t copied, zeroed;
 };
 
-enum class State { ready, at_barrier, at_warp, done };
+enum class State { ready, at_barrier, at_warp, at_grid, done };
 
 struct Thread {
   State state = State::ready;
   Place place;
   size_t arrays = 0;                     // shared arrays asked for so far
+  uint32_t arrivals = 0, waits = 0;      // at the barrier of the grid
   std::vector<Copy> open;                // copies not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
@@ -42,21 +43,28 @@ struct Warp {
   void* all[32];
 };
 
+struct Block {
+  Index index;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Guarded>> arrays;
+};
+
 struct Launch {
   const char* kernel;
   void (*body)(const void*);
   const void* arguments;
-  Index grid, block;
+  Index grid;
   int threads;
-  size_t shared_limit, shared_used;
+  size_t shared_limit;
+  bool together;
 };
 
 // Everything about the launch that runs; only one does.
 Launch now;
-std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<Thread> all_threads;
-std::vector<Warp> warps;
-std::vector<std::unique_ptr<Guarded>> arrays;
+std::vector<Block> blocks;                   // those that live at the same time: one, or the whole grid
+std::vector<std::unique_ptr<Fiber>> fibers;  // those of the first block, then those of the next
+Block* here;                                 // the block that runs, and which of its threads
 int current;
 bool in_fiber = false;
 Context home;
@@ -72,11 +80,13 @@ bool same(const Place& a, const Place& b) {
   return a.line() == b.line() && a.column() == b.column() && a.file_name() == b.file_name();
 }
 
+Thread& me() { return here->threads[current]; }
+Fiber& my_fiber() { return *fibers[(here - blocks.data()) * now.threads + current]; }
+
 void leave(State state, const Place& place) {
-  Thread& mine = all_threads[current];
-  mine.state = state;
-  mine.place = place;
-  fibers[current]->yield(home);
+  me().state = state;
+  me().place = place;
+  my_fiber().yield(home);
 }
 
 void begin_thread() {
@@ -92,59 +102,94 @@ void land(const Copy& copy) {
 
 std::string whereabouts(const Thread& thread) {
   if (thread.state == State::done) return "its end";
-  return (thread.state == State::at_barrier ? "the barrier at " : "the warp operation at ") + at(thread.place);
+  const char* what = thread.state == State::at_barrier ? "the barrier at "
+                     : thread.state == State::at_warp  ? "the warp operation at "
+                                                       : "the barrier of the grid at ";
+  return what + at(thread.place);
 }
 
-// Nobody can run: either all are at the same barrier and may pass, or something was not reached by all.
-void pass_barrier() {
-  const auto waits = [](const Thread& thread) { return thread.state == State::at_barrier; };
-  const auto first = std::find_if(all_threads.begin(), all_threads.end(), waits);
-  for (const Thread& thread : all_threads) {
-    const bool together = first != all_threads.end() && waits(thread) && same(thread.place, first->place);
-    if (together) continue;
-    const Thread& other = first != all_threads.end()
-                              ? *first
-                              : *std::find_if(all_threads.begin(), all_threads.end(),
-                                              [](const Thread& t) { return t.state == State::at_warp; });
-    error = "not all threads reach " + whereabouts(other) + "; thread " + std::to_string(&thread - &all_threads[0]) +
-            " is at " + whereabouts(thread);
+// Whether every thread of the block is at the same barrier, which they then pass.
+bool pass_barrier(Block& block) {
+  for (const Thread& thread : block.threads)
+    if (thread.state != State::at_barrier || !same(thread.place, block.threads[0].place)) return false;
+  for (Thread& thread : block.threads) thread.state = State::ready;
+  return true;
+}
+
+// Whether somebody waits for the whole grid and all of it has arrived as often; then they go on.
+bool pass_grid_barrier() {
+  uint32_t arrived = me().arrivals;
+  for (const Block& block : blocks)
+    for (const Thread& thread : block.threads) arrived = std::min(arrived, thread.arrivals);
+  bool passed = false;
+  for (Block& block : blocks)
+    for (Thread& thread : block.threads)
+      if (thread.state == State::at_grid && thread.arrivals <= arrived) thread.state = State::ready, passed = true;
+  return passed;
+}
+
+// Nobody can ever run again: two threads that are not at the same place, of one block if possible.
+void report_stuck() {
+  const auto waits = [](const Thread& t) { return t.state == State::at_barrier || t.state == State::at_warp; };
+  const auto stuck = [&](const Block& b) { return std::any_of(b.threads.begin(), b.threads.end(), waits); };
+  const auto found = std::find_if(blocks.begin(), blocks.end(), stuck);
+  if (found != blocks.end()) {
+    here = &*found;
+    const auto& threads = here->threads;
+    auto first =
+        std::find_if(threads.begin(), threads.end(), [](const Thread& t) { return t.state == State::at_barrier; });
+    if (first == threads.end()) first = std::find_if(threads.begin(), threads.end(), waits);
+    const auto apart = [&](const Thread& t) { return t.state != first->state || !same(t.place, first->place); };
+    const auto other = std::find_if(threads.begin(), threads.end(), apart);
+    error = "not all threads reach " + whereabouts(*first) + "; thread " + std::to_string(other - threads.begin()) +
+            " is at " + whereabouts(*other);
     return;
   }
-  for (Thread& thread : all_threads) thread.state = State::ready;
+  const auto at_grid = [](const Block& b) { return b.threads[0].state == State::at_grid; };
+  here = &*std::find_if(blocks.begin(), blocks.end(), at_grid);
+  error = "not all blocks arrive before " + whereabouts(here->threads[0]);
 }
 
-void run_block() {
-  all_threads.assign(now.threads, Thread());
-  warps.assign(now.threads / 32, Warp());
-  for (auto& array : arrays) array->poison();
-  now.shared_used = 0;
-  std::vector<int> order(now.threads);
-  for (int i = 0; i < now.threads; ++i) {
-    order[i] = i;
+void prepare(Block& block, Index index) {
+  block.index = index;
+  block.threads.assign(now.threads, Thread());
+  block.warps.assign(now.threads / 32, Warp());
+  for (auto& array : block.arrays) array->poison();
+}
+
+// Runs the blocks that live at the same time to their end.
+void run_blocks() {
+  std::vector<int> order(blocks.size() * now.threads);
+  for (size_t i = 0; i < order.size(); ++i) {
+    order[i] = static_cast<int>(i);
     fibers[i]->prepare(begin_thread);
   }
   while (error.empty()) {
     if (settings().seed) std::shuffle(order.begin(), order.end(), random_order);
     bool progress = false, alive = false;
     for (int i : order) {
-      if (all_threads[i].state == State::ready) {
-        current = i;
+      here = &blocks[i / now.threads];
+      current = i % now.threads;
+      if (me().state == State::ready) {
         in_fiber = true;
         fibers[i]->resume(home);
         in_fiber = false;
         progress = true;
         if (!error.empty()) return;
       }
-      alive = alive || all_threads[i].state != State::done;
+      alive = alive || me().state != State::done;
     }
     if (!alive) return;
-    if (!progress) pass_barrier();
+    if (progress) continue;
+    for (Block& block : blocks) progress = pass_barrier(block) || progress;
+    if (!progress && !pass_grid_barrier()) report_stuck();
   }
 }
 
 void check_arrays() {
-  for (auto& array : arrays)
-    if (error.empty() && !array->intact()) error = "a shared array was written outside its bounds";
+  for (Block& block : blocks)
+    for (auto& array : block.arrays)
+      if (error.empty() && !array->intact()) here = &block, error = "a shared array was written outside its bounds";
 }
 
 void on_fault(int number, siginfo_t* info, void*) {
@@ -154,7 +199,7 @@ void on_fault(int number, siginfo_t* info, void*) {
     return;
   }
   error = std::string("out-of-bounds access, ") + (where ? where : "not near any array");
-  fibers[current]->yield(home);  // for good: the fiber is not resumed
+  my_fiber().yield(home);  // for good: the fiber is not resumed
 }
 
 // Catches accesses of inaccessible pages while it lives. The handler needs a stack of its own: fibers' are small.
@@ -185,10 +230,18 @@ class FaultHandler {
 };
 
 void run_grid() {
-  for (now.block.z = 0; now.block.z < now.grid.z; ++now.block.z)
-    for (now.block.y = 0; now.block.y < now.grid.y; ++now.block.y)
-      for (now.block.x = 0; now.block.x < now.grid.x; ++now.block.x) {
-        run_block();
+  blocks.resize(now.together ? size_t(now.grid.x) * now.grid.y * now.grid.z : 1);
+  while (fibers.size() < blocks.size() * now.threads) fibers.push_back(std::make_unique<Fiber>());
+  size_t next = 0;
+  Index at;
+  for (at.z = 0; at.z < now.grid.z; ++at.z)
+    for (at.y = 0; at.y < now.grid.y; ++at.y)
+      for (at.x = 0; at.x < now.grid.x; ++at.x) {
+        here = &blocks[next];
+        prepare(*here, at);
+        next = (next + 1) % blocks.size();
+        if (next) continue;
+        run_blocks();
         check_arrays();
         if (!error.empty()) return;
       }
@@ -206,47 +259,65 @@ Settings& settings() {
   return chosen;
 }
 
-void launch(Index grid, int threads, size_t shared_bytes, const char* kernel, void (*body)(const void*),
+void launch(Index grid, int threads, size_t shared_bytes, bool together, const char* kernel, void (*body)(const void*),
             const void* arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  now = {kernel, body, arguments, grid, {}, threads, shared_bytes, 0};
+  now = {kernel, body, arguments, grid, threads, shared_bytes, together};
   error.clear();
   random_order.seed(settings().seed);
-  while (fibers.size() < static_cast<size_t>(threads)) fibers.push_back(std::make_unique<Fiber>());
+  blocks.resize(1);
+  here = blocks.data();
   if (threads % 32 || threads > 1024) error = "a block must have a multiple of 32 threads, at most 1024";
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535) error = "a grid that CUDA refuses";
   if (error.empty()) {
     const FaultHandler handler;
     run_grid();
   }
-  arrays.clear();
+  const Index failed = here->index;
+  blocks.clear();
   if (!error.empty())
-    throw std::runtime_error("simt: " + std::string(kernel) + ", block (" + std::to_string(now.block.x) + ", " +
-                             std::to_string(now.block.y) + ", " + std::to_string(now.block.z) + "): " + error);
+    throw std::runtime_error("simt: " + std::string(kernel) + ", block (" + std::to_string(failed.x) + ", " +
+                             std::to_string(failed.y) + ", " + std::to_string(failed.z) + "): " + error);
 }
 
 int thread() { return current; }
 int threads() { return now.threads; }
-Index block() { return now.block; }
+Index block() { return here->index; }
 Index grid() { return now.grid; }
 
 void block_barrier(const Place& place) { leave(State::at_barrier, place); }
 
+uint32_t grid_arrive(const Place& place) {
+  if (!now.together) fail("a barrier of the grid, whose blocks do not run together,", place);
+  if (me().arrivals > me().waits)
+    fail("the block arrives at the barrier of the grid again without having waited", place);
+  block_barrier(place);
+  return ++me().arrivals;
+}
+
+void grid_wait(uint32_t arrival, const Place& place) {
+  if (arrival != me().waits + 1) fail("the block waits for the grid without having arrived", place);
+  ++me().waits;
+  leave(State::at_grid, place);
+  block_barrier(place);
+}
+
 void warp_operation(const Place& place, void* mine, void (*run)(void** all)) {
   const int first = current / 32 * 32;
-  Warp& warp = warps[current / 32];
+  Warp& warp = here->warps[current / 32];
   if (warp.arrived == 0) warp.place = place;
   if (!same(warp.place, place)) fail("the lanes of a warp are at different operations; one is", place);
   warp.all[current - first] = mine;
   if (++warp.arrived < 32) return leave(State::at_warp, place);
   warp.arrived = 0;
   run(warp.all);
-  for (int i = first; i < first + 32; ++i) all_threads[i].state = State::ready;
+  for (int i = first; i < first + 32; ++i) here->threads[i].state = State::ready;
 }
 
 void* shared_array(size_t bytes, const Place& place) {
-  const size_t index = all_threads[current].arrays++;
+  auto& arrays = here->arrays;
+  const size_t index = me().arrays++;
   if (index == arrays.size()) arrays.push_back(std::make_unique<Guarded>(bytes));
   if (arrays[index]->size() != bytes) fail("threads ask for shared arrays of different sizes", place);
   size_t used = 0;
@@ -258,26 +329,26 @@ void* shared_array(size_t bytes, const Place& place) {
 void async_copy(void* to, const void* from, size_t copied, size_t zeroed) {
   const Copy copy{to, from, copied, zeroed};
   if (settings().late_copies)
-    all_threads[current].open.push_back(copy);
+    me().open.push_back(copy);
   else
     land(copy);
 }
 
 void async_commit() {
-  Thread& mine = all_threads[current];
+  Thread& mine = me();
   mine.groups.push_back(std::move(mine.open));
   mine.open.clear();
 }
 
 void async_wait(int groups_left) {
-  auto& groups = all_threads[current].groups;
+  auto& groups = me().groups;
   for (; groups.size() > static_cast<size_t>(groups_left); groups.pop_front())
     for (const Copy& copy : groups.front()) land(copy);
 }
 
 void fail(const char* message, const Place& place) {
   error = std::string(message) + " at " + at(place);
-  for (;;) fibers[current]->yield(home);
+  for (;;) my_fiber().yield(home);
 }
 
 }  // namespace moerge::simt

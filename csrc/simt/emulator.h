@@ -4,6 +4,7 @@
 //   - shared memory and outputs begin as NaN, and every array lies against an inaccessible page;
 //   - asynchronous copies land at the last legal moment (when they are waited for), or at the first;
 //   - a barrier or warp operation that some threads do not reach is an error that names the place.
+// A launch whose blocks run together keeps all of them alive, so that they can wait for each other.
 // Every error is a std::runtime_error thrown by `launch`. One launch at a time (a mutex); threads that ask for
 // anything out of turn do not exist, since fibers only switch at barriers and warp operations.
 #pragma once
@@ -28,7 +29,7 @@ struct Index {
 };
 
 // ---- for the host -----------------------------------------------------------------------------------------------
-void launch(Index grid, int threads, size_t shared_bytes, const char* kernel, void (*body)(const void*),
+void launch(Index grid, int threads, size_t shared_bytes, bool together, const char* kernel, void (*body)(const void*),
             const void* arguments);
 
 // ---- for kernels: the thread that runs --------------------------------------------------------------------------
@@ -38,6 +39,8 @@ Index block();
 Index grid();
 
 void block_barrier(const Place& place);
+uint32_t grid_arrive(const Place& place);
+void grid_wait(uint32_t arrival, const Place& place);
 
 // Every lane of the warp hands in its `mine`; when the last one has, `run(all)` is called once on the 32 of them.
 void warp_operation(const Place& place, void* mine, void (*run)(void** all));

@@ -30,9 +30,12 @@ enum class Bug {
   read_past,       // global memory
   read_before,
   write_past,
-  shared_past,  // shared memory
-  shared_left,  // an element that nobody wrote
-  shared_size,  // more than the launch asked for
+  shared_past,   // shared memory
+  shared_left,   // an element that nobody wrote
+  shared_size,   // more than the launch asked for
+  grid_wait,     // missing
+  lonely_block,  // does not come to the barrier of the grid
+  alone,         // a barrier of the grid in an ordinary launch
 };
 
 // Reverses kBlock numbers through shared memory.
@@ -148,6 +151,26 @@ struct ProductTf32 {
   }
 };
 
+// Every block hands its sum on to the next, twice: `passed` [2, kTogether] starts as NaN.
+constexpr int kTogether = 3;
+struct Chain {
+  static constexpr int kThreads = kBlock;
+  static constexpr const char* kName = "chain";
+  Bug bug;
+  float *passed, *out;
+
+  MOERGE_DEVICE void operator()() const {
+    const int64_t block = block_x(), before = (block + kTogether - 1) % kTogether;
+    if (bug == Bug::lonely_block && block == 1) return;
+    if (thread() == 40) passed[block] = static_cast<float>(block + 1);
+    grid_wait(grid_arrive());
+    if (thread() == 7) passed[kTogether + block] = 10 * passed[before];
+    const uint32_t arrival = grid_arrive();
+    if (bug != Bug::grid_wait) grid_wait(arrival);
+    if (thread() == 0) out[block] = passed[kTogether + before];
+  }
+};
+
 std::vector<float> numbers(int count) {
   std::vector<float> out(count);
   for (int i = 0; i < count; ++i) out[i] = static_cast<float>(i * i % 23) - 5;
@@ -207,6 +230,17 @@ bool product(Bug bug) {
   return true;
 }
 
+bool chain(Bug bug) {
+  Guarded passed(2 * kTogether * 4), out(kTogether * 4);
+  float* to = reinterpret_cast<float*>(out.data());
+  const Chain kernel{bug, reinterpret_cast<float*>(passed.data()), to};
+  if (bug == Bug::alone)
+    launch({kTogether}, 0, nullptr, kernel);
+  else
+    launch_together(kTogether, 0, nullptr, kernel);
+  return to[0] == 20 && to[1] == 30 && to[2] == 10;
+}
+
 bool product_tf32() {
   Guarded c(512);
   float* pc = reinterpret_cast<float*>(c.data());
@@ -255,6 +289,7 @@ int main() {
   check("pipeline", true, [] { return pipeline(Bug::none); });
   check("product", true, [] { return product(Bug::none); });
   check("product in tf32", true, [] { return product_tf32(); });
+  check("blocks together", true, [] { return chain(Bug::none); });
   check("missing barrier", false, [] { return reverse(Bug::barrier); });
   check("barrier without some", false, [] { return reverse(Bug::lonely_barrier); });
   check("two barriers", false, [] { return reverse(Bug::other_barrier); });
@@ -270,6 +305,9 @@ int main() {
   check("wait for too few", false, [] { return pipeline(Bug::early_wait); });
   check("source overwritten", false, [] { return pipeline(Bug::late_read); });
   check("wrong fragment index", false, [] { return product(Bug::fragment); });
+  check("missing wait for the grid", false, [] { return chain(Bug::grid_wait); });
+  check("a block does not arrive", false, [] { return chain(Bug::lonely_block); });
+  check("blocks not together", false, [] { return chain(Bug::alone); });
   std::printf("%d failed\n", failures);
   return failures;
 }

@@ -1,0 +1,82 @@
+"""Few tokens on a GPU: a patched plain linear computes base and branch in one op. Here the CPU stands in for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from patch_cases import bank, build, error, logits, tokens
+from torch import nn
+
+import moerge_ext as moerge
+from moerge_ext import ops, routed_linear
+from moerge_ext.routed_linear import RoutedLinear
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Makes eight tokens on the CPU fuse, and returns the list that every fused call is added to."""
+    made = []
+
+    def counted(*args, op=ops.ROUTED_LINEAR):
+        made.append(args[0].shape)
+        return op(*args)
+
+    monkeypatch.setattr(routed_linear, "FUSED_TOKENS", {"cpu": 8})
+    monkeypatch.setattr(ops, "ROUTED_LINEAR", counted)
+    return made
+
+
+@pytest.fixture
+def layer(tmp_path):
+    model = build("llama")
+    moerge.patch(model, bank("llama", model, tmp_path), "phatgoose")
+    return next(m for m in model.modules() if isinstance(m, RoutedLinear))
+
+
+@torch.no_grad()
+def test_a_model_says_the_same(calls, tmp_path):
+    model = build("llama")
+    handle = moerge.patch(model, bank("llama", model, tmp_path), "phatgoose")
+    ids = tokens(2, 4)
+    got = logits(model, input_ids=ids)
+    layers = sum(isinstance(m, RoutedLinear) for m in model.modules())
+    assert len(calls) == layers > 0 and set(calls) == {(2, 4, calls[0][-1]), (2, 4, calls[-1][-1])}
+    with handle.record():
+        recorded = logits(model, input_ids=ids)
+    assert len(calls) == layers
+    assert error(got, recorded) < 1e-5
+
+
+@torch.no_grad()
+def test_what_does_not_fuse(calls, layer):
+    base, x = layer.base_layer, torch.randn(2, 4, layer.in_features)
+    with torch.enable_grad():
+        layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    layer(torch.randn(9, layer.in_features))
+    layer(x.transpose(0, 1))
+    for register in (base.register_forward_hook, base.register_forward_pre_hook):
+        hook = register(lambda *unused: None)
+        layer(x)
+        hook.remove()
+    base.forward = base.forward
+    layer(x)
+    del base.forward
+    plain, layer.base_layer = base, nn.Sequential(base)
+    layer.base_layer.weight = None
+    layer(x)
+    layer.base_layer = plain
+    layer.backend = "reference"
+    layer(x)
+    layer.backend = "native"
+    assert not calls
+    layer(x)
+    assert len(calls) == 1
+
+
+def test_gates_lie_as_the_device_reads_them(layer):
+    gates = layer.gates
+    assert gates.stride() == (1, gates.shape[0])
+    moved = layer.to("meta")
+    assert moved.gates.is_contiguous() and moved.gates.shape == gates.shape

@@ -1,0 +1,105 @@
+"""The short way of RoutedLinear.forward, taken without gradient, trace and hooks: it says what the long one says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from patch_cases import bank, build, error
+from torch import nn
+
+import moerge_ext as moerge
+from moerge_ext import ops
+from moerge_ext.routed_linear import RoutedLinear
+
+
+@pytest.fixture
+def layer(tmp_path):
+    model = build("llama")
+    moerge.patch(model, bank("llama", model, tmp_path), "phatgoose")
+    return next(m for m in model.modules() if isinstance(m, RoutedLinear))
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The list that every call of the short way is added to."""
+    calls = []
+
+    def counted(*args, op=ops.ROUTED_LORA_):
+        calls.append(args)
+        return op(*args)
+
+    monkeypatch.setattr(ops, "ROUTED_LORA_", counted)
+    return calls
+
+
+def long_way(layer: RoutedLinear, x: torch.Tensor) -> torch.Tensor:
+    hook = layer.base_layer.register_forward_hook(lambda *unused: None)
+    try:
+        return layer(x)
+    finally:
+        hook.remove()
+
+
+def grow(layer):
+    layer.lora_B.mul_(2)
+
+
+def replace_attribute(layer):
+    layer.lora_B = 3 * layer.lora_B
+
+
+def replace_buffer(layer):
+    layer._buffers["lora_A"] = -layer.lora_A
+
+
+def replace_base(layer):
+    layer.base_layer = nn.Linear(layer.in_features, layer.out_features)
+
+
+def factor(layer):
+    layer.factored = True
+
+
+def convert(layer):
+    layer.double()
+
+
+@pytest.mark.parametrize(
+    "change", [grow, replace_attribute, replace_buffer, replace_base, factor, convert], ids=lambda f: f.__name__
+)
+@torch.no_grad()
+def test_a_change_is_seen(short, layer, change):
+    x = torch.randn(3, 5, layer.in_features)
+    before = layer(x)
+    change(layer)
+    x = x.to(layer.weight.dtype)
+    after = layer(x)
+    assert len(short) == 2
+    assert error(after, long_way(layer, x)) < 1e-6
+    assert len(short) == 2
+    assert after.dtype != before.dtype or error(after, before) > 1e-4
+
+
+@torch.no_grad()
+def test_where_it_is_not_taken(short, layer, monkeypatch):
+    x = torch.randn(3, 5, layer.in_features)
+    expected = layer(x)
+    assert len(short) == 1
+    seen = []
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Linear, "forward", lambda self, x: seen.append(x) or nn.functional.linear(x, self.weight))
+        layer(x)
+    hook = nn.modules.module.register_module_forward_hook(lambda *call: seen.append(call[-1]))
+    layer(x)
+    hook.remove()
+    assert seen and error(layer(x.transpose(0, 1).contiguous().transpose(0, 1)), expected) < 1e-6
+    with torch.enable_grad():
+        assert layer(x.requires_grad_()).requires_grad
+    assert len(short) == 1
+
+
+@torch.no_grad()
+def test_its_errors_are_those_of_the_op(short, layer):
+    layer.lora_A = layer.lora_A[:-1]
+    with pytest.raises(ValueError, match=r"moerge::routed_lora_: lora_b must be \[E="):
+        layer(torch.randn(2, layer.in_features))
