@@ -1,10 +1,10 @@
 """The quality tables: all methods on held-in and held-out tasks, with the experts that train.py made.
 
-python bench/quality/run.py --data ../shared/data --cache DIR --embedder MODEL [--limit 100]
+python bench/quality/run.py --data ../shared/data --cache DIR --embedder MODEL [--limit 50] [--rank 25]
 
-Two measures: the generated answer, and (`--rank`) the closed set of answers ranked by log-likelihood. Answers lie in
-the cache; a run that was cut off goes on. Writes bench/results/quality.jsonl and, from it, the tables of
-bench/quality/README.md.
+Two measures: the generated answer, and (`--rank`) the closed set of answers ranked by log-likelihood, for fewer items
+and methods as every answer is a sequence. Answers lie in the cache; a run that was cut off goes on. Writes
+bench/results/quality.jsonl and, from it, the tables of bench/quality/README.md.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ METHODS = (
     "retrieval_task,knn,centroid,dam,token_level,adapter_soup,adapter_soup/neighbours=mixture,lorahub,oracle_dataset,"
     "best_individual"
 )
+RANKED = (
+    "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,retrieval,retrieval_task,centroid,dam,"
+    "adapter_soup"
+)
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 EMBEDDER = "all-MiniLM-L6-v2"
 ACTIVATIONS = 300  # examples per expert whose mean input is taken
@@ -64,18 +68,18 @@ def prepare(data: Path, cache: Path, model: str) -> None:
             average_activation(language, cache / name, examples, collate_fn=collator(tokenizer), batch_size=32)
 
 
-def evaluate(args: argparse.Namespace, metric: str | None) -> list[dict]:
+def evaluate(args: argparse.Namespace, metric: str | None, methods: str, limit: int) -> list[dict]:
     """The rows of one measure; `metric` None: the tasks' own, by generation."""
     folders = tasks.folders(args.data)
     if metric == "rank":
         folders = [folder for folder in folders if load_task(folder).choices]
-    output = args.cache / f"eval-{args.limit}{'-rank' if metric else ''}"
+    output = args.cache / f"eval-{limit}{'-rank' if metric else ''}"
     words = ["eval", "--model", tasks.base(args.data), "--experts", *(args.cache / name for name in tasks.HELD_IN)]
-    words += ["--tasks", *folders, "--template", tasks.TEMPLATE, "--methods", args.methods]
+    words += ["--tasks", *folders, "--template", tasks.TEMPLATE, "--methods", methods]
     words += ["--embedder", args.embedder, "--embedder-name", EMBEDDER, "--multitask", args.cache / MULTITASK]
     words += ["--calibrate", *(args.data / "tasks" / "train" / name for name in tasks.HELD_IN)]
     words += ["--metric", metric] if metric else []
-    words += ["--limit", args.limit, "--batch-size", 150 if metric else 50, "--output", output]
+    words += ["--limit", limit, "--batch-size", 150 if metric else 50, "--output", output]
     if status := cli.main([str(word) for word in words]):
         raise SystemExit(status)
     return json.loads((output / "results.json").read_text())
@@ -108,14 +112,15 @@ def main() -> None:
     parser.add_argument("--embedder", required=True, help=f"{EMBEDDER}: hub id or folder")
     parser.add_argument("--limit", type=int, default=100, help="items per task (default: %(default)s)")
     parser.add_argument("--methods", default=METHODS, help="(default: all)")
-    parser.add_argument("--rank", action="store_true", help="also by rank classification, of closed answers")
+    parser.add_argument("--rank", type=int, metavar="N", help="also rank the closed answers of N items per task")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare(args.data, args.cache, args.embedder)
-    measures = {"table": evaluate(args, None)} | ({"rank": evaluate(args, "rank")} if args.rank else {})
-    facts = {"recipe": RECIPE, "limit": args.limit}
-    every = [{"measure": name, **row, **facts} for name, rows in measures.items() for row in rows]
+    measures = {"table": evaluate(args, None, args.methods, args.limit)}
+    if args.rank:
+        measures["rank"] = evaluate(args, "rank", RANKED, args.rank)
+    every = [{"measure": name, **row, "recipe": RECIPE} for name, rows in measures.items() for row in rows]
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in every))
     for name, rows in measures.items():
         tasks.fill(name, table(rows))
