@@ -29,6 +29,7 @@ class RoutingState:
     def __init__(self) -> None:
         self.bias: Tensor | None = None  # [N,E] float32
         self.active = False
+        self.enabled = True  # False: every layer is its base alone
         self.trace: Trace | None = None
 
     def set_bias(self, bias: Tensor) -> None:
@@ -154,6 +155,7 @@ class RoutedLinear(nn.Module):
             and not module_hooks._global_forward_hooks
             and not module_hooks._global_forward_pre_hooks
             and self.state.trace is None
+            and self.state.enabled
             and forward_ad._current_level < 0
             and x.is_contiguous()
         ):
@@ -196,6 +198,8 @@ class RoutedLinear(nn.Module):
 
     def _add_branch(self, base: Tensor, x: Tensor) -> Tensor:
         """What forward does with the base layer's output in general."""
+        if not self.state.enabled:
+            return base
         # a hook may have kept it, and then it must not be written into
         watched = self._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks
         in_place = not torch.is_grad_enabled() and not watched
