@@ -106,9 +106,10 @@ struct Check {
       fail(name, " must be float16, bfloat16, float32 or float64, got ", name_of(tensor.scalar_type()));
   }
 
-  void dtype(const Tensor& tensor, const char* name, ScalarType type) const {
+  void dtype(const Tensor& tensor, const char* name, ScalarType type, const char* why = "") const {
     here(tensor, name);
-    if (tensor.scalar_type() != type) fail(name, " must be ", name_of(type), ", got ", name_of(tensor.scalar_type()));
+    if (tensor.scalar_type() != type)
+      fail(name, " must be ", name_of(type), why, ", got ", name_of(tensor.scalar_type()));
   }
 };
 
