@@ -64,14 +64,14 @@ struct Shrink {
     std::optional<Groups>& found = sorted[skip_zero];
     if (!found) {
       const auto ids = [&](int64_t count) { return static_cast<int32_t*>(call.workspace(count * 4)); };
-      found = Groups{ids(p.T * p.K), ids(p.E), ids(p.E + 1), ids(p.E + 1), ids(most_tiles(p))};
+      found = Groups{ids(p.T * p.K), ids(p.E + 1), ids(most_tiles(p))};
       group_pairs(p, skip_zero, *found, call.stream());
     }
     return *found;
   }
 
   void* operator()(const Matrix& x, const Factors& w, bool skip_zero) {
-    void* h = call.workspace(p.T * p.K * p.R * accumulator_size(p.wide));
+    void* h = call.workspace(p.parts * p.T * p.K * p.R * accumulator_size(p.wide));
     const Groups& used = shrink_uses_groups(p, x, w) ? groups(skip_zero) : Groups{};
     lora_shrink(p, x, w, skip_zero, used, h, call.stream());
     return h;
@@ -79,27 +79,24 @@ struct Shrink {
 };
 
 void run_forward(const LoraArguments& args, Call& call, const Matrix& base, const Matrix& out) {
-  const void* h = Shrink{args.lora, call, {}}(args.x, args.a, true);
-  lora_expand(args.lora, h, args.b, base, args.bias, out, call.stream());
+  Lora p = args.lora;
+  p.parts = shrink_parts(p, args.x, args.a);
+  const void* h = Shrink{p, call, {}}(args.x, args.a, true);
+  lora_expand(p, h, args.b, base, args.bias, out, call.stream());
   call.finish();
 }
 
-Tensor forward(const LoraArguments& args, Call& call, const Tensor& base_in) {
-  Tensor out = new_tensor(base_in, {args.lora.T, args.O}, base_in.scalar_type());
-  if (out.numel() == 0) return out;
+void forward(const LoraArguments& args, Call& call, const Tensor& base_in, const Tensor& out) {
+  if (out.numel() == 0) return;
   const Tensor base = readable_rows(base_in);
   run_forward(args, call, matrix(base, call.read(base)), matrix(out, call.write(out)));
-  return out;
 }
 
-// The forward written into base.
-void update(const Check& check, const LoraArguments& args, Call& call, Tensor base) {
-  check_no_overlap(check, base);
+// The forward written into base, whose rows are readable.
+void update(const LoraArguments& args, Call& call, const Tensor& base) {
   if (base.numel() == 0) return;
-  const Tensor target = readable_rows(base);
-  const Matrix rows_of = matrix(target, call.update(target));
+  const Matrix rows_of = matrix(base, call.update(base));
   run_forward(args, call, rows_of, rows_of);
-  if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
 }
 
 Tensor lora_apply(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
@@ -110,7 +107,9 @@ Tensor lora_apply(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor we
   const LoraPlan plan = check_bank(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, packed);
   Call call(base);
   const LoraArguments args(check, plan, call, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed);
-  return forward(args, call, base);
+  const Tensor out = new_tensor(base, {plan.T, plan.O}, base.scalar_type());
+  forward(args, call, base, out);
+  return out;
 }
 
 void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
@@ -121,21 +120,58 @@ void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor wei
   const LoraPlan plan = check_bank(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, packed);
   Call call(base);
   const LoraArguments args(check, plan, call, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed);
-  update(check, args, call, base);
+  check_no_overlap(check, base);
+  const Tensor target = readable_rows(base);
+  update(args, call, target);
+  if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
 }
+
+// The router's and the bank's arguments of the routed ops.
+struct Routing {
+  const Tensor &x, &gates, &lora_a, &lora_b;
+  const RouteOptions& options;
+  const std::optional<Tensor>& lora_bias;
+  bool factored;
+  const std::optional<Tensor>& packed;
+};
 
 struct Routed {
   Tensor weights, experts;
+  bool applied;  // the branch has been added as well
 };
 
-// Routes, checking first that gates and factors are of one bank.
-Routed routed(const Check& check, const LoraPlan& lora, const Tensor& x, const Tensor& gates,
-              const RouteOptions& options) {
-  const RoutePlan plan = check_route(check, x, gates, options);
-  check_same_bank(check, plan, lora);
-  Call call(x);
-  const auto [weights, experts] = run_route(route_arguments(plan, call, x, gates, options), call, x);
-  return {weights, experts};
+LoraArguments chosen(const Check& check, const LoraPlan& plan, Call& call, const Routing& r, const Tensor& weights,
+                     const Tensor& experts) {
+  return LoraArguments(check, plan, call, r.x, r.lora_a, r.lora_b, weights, experts, r.lora_bias, std::nullopt,
+                       r.factored, r.packed);
+}
+
+// Routes. With few tokens and arguments that fit, the branch and what `place` says of base and output (see Decode) are
+// part of the same launch.
+template <class Place>
+Routed routed(const Check& check, const LoraPlan& plan, const Routing& r, const Place& place) {
+  const RoutePlan route_plan = check_route(check, r.x, r.gates, r.options);
+  check_same_bank(check, route_plan, plan);
+  Call call(r.x);
+  const Route route = route_arguments(route_plan, call, r.x, r.gates, r.options);
+  const Tensor weights = new_tensor(r.x, {route.T, route.K}, accumulator(route.wide));
+  const Tensor experts = new_tensor(r.x, {route.T, route.K}, ScalarType::Int);
+  if (route.T > 0 && route.T <= kDecodeTokens) {
+    const LoraArguments args = chosen(check, plan, call, r, weights, experts);
+    Decode decode{};
+    decode.route = route;
+    decode.route.weights = call.write(weights);
+    decode.route.experts = static_cast<int32_t*>(call.write(experts));
+    decode.a = args.a, decode.b = args.b, decode.lora_bias = args.bias, decode.factored = r.factored;
+    decode.parts = static_cast<float*>(call.workspace(kDecodeParts * route.T * route.K * plan.R * 4));
+    place(call, decode);
+    if (routed_decode(decode, call.stream())) {
+      call.finish();
+      return {weights, experts, true};
+    }
+  }
+  run_route(route, call, weights, experts);
+  return {weights, experts, false};
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b,
@@ -149,11 +185,18 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   check_base(check, base, x);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const LoraPlan plan = check_bank(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, packed);
-  const auto [weights, experts] = routed(check, plan, x, gates, options);
-  Call call(base);
-  const LoraArguments args(check, plan, call, x, lora_a, lora_b, weights, experts, lora_bias, std::nullopt, factored,
-                           packed);
-  return {forward(args, call, base), weights, experts};
+  const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
+  const Tensor out = new_tensor(base, {plan.T, plan.O}, base.scalar_type());
+  const Routed found = routed(check, plan, routing, [&](Call& call, Decode& decode) {
+    const Tensor from = readable_rows(base);
+    decode.base = matrix(from, call.read(from));
+    decode.out = matrix(out, call.write(out));
+  });
+  if (!found.applied) {
+    Call call(base);
+    forward(chosen(check, plan, call, routing, found.weights, found.experts), call, base, out);
+  }
+  return {out, found.weights, found.experts};
 }
 
 void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
@@ -164,13 +207,19 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
   base = flattened(check, base, "base");
   x = flattened(check, x, "x");
   check_base(check, base, x);
+  check_no_overlap(check, base);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const LoraPlan plan = check_bank(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, packed);
-  const auto [weights, experts] = routed(check, plan, x, gates, options);
-  Call call(base);
-  const LoraArguments args(check, plan, call, x, lora_a, lora_b, weights, experts, lora_bias, std::nullopt, factored,
-                           packed);
-  update(check, args, call, base);
+  const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
+  const Tensor target = readable_rows(base);
+  const Routed found = routed(check, plan, routing, [&](Call& call, Decode& decode) {
+    decode.base = decode.out = matrix(target, call.update(target));
+  });
+  if (!found.applied) {
+    Call call(base);
+    update(chosen(check, plan, call, routing, found.weights, found.experts), call, target);
+  }
+  if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
@@ -187,13 +236,19 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
   const Tensor y = flattened(check, out, "y");
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const LoraPlan plan = check_bank(check, tokens, y.size(1), false, lora_a, lora_b, lora_bias, packed);
-  const auto [weights, experts] = routed(check, plan, tokens, gates, options);
-  Call call(y);
-  const LoraArguments args(check, plan, call, tokens, lora_a, lora_b, weights, experts, lora_bias, std::nullopt,
-                           factored, packed);
-  linear_into(y, tokens, weight, linear_bias);
-  update(check, args, call, y);
-  return {out, weights, experts};
+  const Routing routing{tokens, gates, lora_a, lora_b, options, lora_bias, factored, packed};
+  const Routed found = routed(check, plan, routing, [&](Call& call, Decode& decode) {
+    const Tensor w = readable_rows(weight);
+    decode.weight = matrix(w, call.read(w));
+    if (linear_bias) decode.linear_bias = call.read(dense(*linear_bias));
+    decode.out = matrix(y, call.write(y));
+  });
+  if (!found.applied) {
+    linear_into(y, tokens, weight, linear_bias);
+    Call call(y);
+    update(chosen(check, plan, call, routing, found.weights, found.experts), call, y);
+  }
+  return {out, found.weights, found.experts};
 }
 
 // Which gradients are wanted, and where they go: null is not wanted.

@@ -20,20 +20,18 @@ Route route_arguments(const RoutePlan& plan, Call& call, const Tensor& x_in, con
   p.x = matrix(x, call.read(x));
   p.gates = matrix(gates, call.read(gates));
   p.statistics = call.workspace(p.T * kStatistics * accumulator_size(p.wide));
-  p.similarity = call.workspace(p.T * p.E * accumulator_size(p.wide));
+  p.parts = score_parts(p);
+  p.similarity = call.workspace(p.parts * p.T * p.E * accumulator_size(p.wide));
   return p;
 }
 
-std::tuple<Tensor, Tensor> run_route(Route p, Call& call, const Tensor& x) {
-  Tensor weights = new_tensor(x, {p.T, p.K}, accumulator(p.wide));
-  Tensor experts = new_tensor(x, {p.T, p.K}, ScalarType::Int);
-  if (p.T == 0) return {weights, experts};
+void run_route(Route p, Call& call, const Tensor& weights, const Tensor& experts) {
+  if (p.T == 0) return;
   p.weights = call.write(weights);
   p.experts = static_cast<int32_t*>(call.write(experts));
   route_scores(p, call.stream());
   route_select(p, call.stream());
   call.finish();
-  return {weights, experts};
 }
 
 namespace {
@@ -45,7 +43,11 @@ std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::str
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const RoutePlan plan = check_route(check, x, gates, options);
   Call call(x);
-  return run_route(route_arguments(plan, call, x, gates, options), call, x);
+  const Route p = route_arguments(plan, call, x, gates, options);
+  Tensor weights = new_tensor(x, {p.T, p.K}, accumulator(p.wide));
+  Tensor experts = new_tensor(x, {p.T, p.K}, ScalarType::Int);
+  run_route(p, call, weights, experts);
+  return {weights, experts};
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_backward_op(Tensor grad_weights, Tensor weights, Tensor experts, Tensor x,
@@ -80,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> route_backward_op(Tensor grad_weights, Tensor
   g.score_gradient = call.workspace(p.T * p.E * accumulator_size(p.wide));
   g.forward = p;
   route_scores(p, call.stream());
+  route_add_parts(p, call.stream());
   route_backward(g, call.stream());
   call.finish();
   return {grad_x, grad_gates, grad_bias};
