@@ -5,12 +5,14 @@ import sys
 from ._version import __version__
 
 
-def _diagnosing() -> bool:
-    """True in `moerge doctor`, which must be able to speak when nothing else can be imported."""
-    return sys.argv[0].rpartition("/")[2] in ("-m", "moerge", "__main__.py") and sys.argv[1:2] == ["doctor"]
+def _bare() -> bool:
+    """True in `moerge doctor`, which must speak when nothing else can be imported, and in `moerge --help`."""
+    words = sys.orig_argv  # while `python -m` looks for its module, sys.argv does not say which
+    ours = words[words.index("-m") + 1 :][:1] == ["moerge_ext"] if "-m" in words else sys.argv[0].endswith("/moerge")
+    return ours and sys.argv[1:2] in ([], ["doctor"], ["--help"], ["-h"], ["--version"])
 
 
-if not _diagnosing():
+if not _bare():
     import torch  # noqa: F401  (first: the compiled ops are loaded into it)
 
     from . import ops, reference

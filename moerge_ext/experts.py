@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter_files.kinds import SIGMOID_GATE
 from .adapter_files.safefile import FLOATS
 from .adapters import GateSet, write_gates
-from .loading import MAX_LISTED, Source, check_together, collect_sources, stack_modules
+from .loading import MAX_LISTED, Source, collect_sources, stack_modules
 from .module_bank import ModuleBank
 
 __all__ = ["ExpertBank", "ModuleBank", "load_experts"]
@@ -260,7 +260,6 @@ def load_experts(
     _check_dtype(dtype)
     device = _usable_device("cpu" if device is None else device, "load_experts")
     sources = collect_sources(paths)
-    check_together(sources)
     _warn_of_notes(sources)
     modules = stack_modules(sources, dtype, device)
     _place_gates(sources, modules)

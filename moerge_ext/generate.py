@@ -7,8 +7,10 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from .methods.base import Method
-from .query.options import add_embedder, add_writer, build_routers, check_writer
+from .methods.base import HIDDEN_STATES, Method
+from .query.options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
+
+ALL = "all"  # experts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
     )
     add("--method", default="phatgoose", help="a row of `moerge methods`, or expert:<name> (default: %(default)s)")
-    add("--top-k", type=int, help="experts per token (default: the method's)")
+    add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")
     add(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, such as top_p=0.5"
     )
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=("native", "reference"), default="native", help="kernels or plain torch")
     add("--trace", action="store_true", help="print afterwards which experts were used")
     add_embedder(parser)
+    add_hidden_layer(parser)
     add_writer(parser)
 
 
@@ -65,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     handle = patch(model, experts, method.name, backend=args.backend, **options)
     rows = nullcontext()
     if method.source is not None:
-        rows = handle.queries(prompt, build_routers(args, experts, [method.name])[method.source])
+        routers = build_routers(args, experts, [method.name], lambda: (model, tokenizer))
+        rows = handle.queries(prompt, routers[method.router], tokenizer=tokenizer)
     kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
@@ -90,11 +94,17 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
     if args.top_k is not None:
         if "top_k" in options:
             raise ValueError("give --top-k or --option top_k=..., not both")
-        options["top_k"] = args.top_k
+        options["top_k"] = None if args.top_k == ALL else args.top_k
     method = get_method(args.method)
     method.configure(**options)
     check_writer(args)
-    if method.bias is not None and (method.source is None or not (args.embedder or args.writer)):
+    if method.source == "few-shot":
+        raise ValueError(
+            f"method '{method.name}' searches its weights with solved examples of a task: use `moerge eval`, or "
+            "moerge_ext.lorahub(model, experts, data) in Python"
+        )
+    given = args.embedder or args.writer or method.embedder == HIDDEN_STATES
+    if method.bias is not None and (method.source is None or not given):
         raise ValueError(
             f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
             "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"
@@ -118,12 +128,17 @@ def check_decoding(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
 
 
+def top_k(text: str) -> int | str:
+    """What --top-k takes: a number or ALL."""
+    return ALL if text.lower() in (ALL, "none") else int(text)
+
+
 def parse_option(text: str) -> tuple[str, Any]:
-    """ "name=value" with value an int, a float, true/false, none, or a string."""
+    """ "name=value" with value an int, a float, true/false, none, or a string; top_k=all and keep=all are none."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f"--option takes NAME=VALUE, such as top_p=0.5, got {text!r}")
-    words = {"true": True, "false": False, "none": None}
+    words = {"true": True, "false": False, "none": None} | ({ALL: None} if name in ("top_k", "keep") else {})
     if value.lower() in words:
         return name, words[value.lower()]
     for kind in (int, float):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE
 
-ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "moerge_gates*.safetensors")
+ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "moerge_gates*.safetensors", "moerge_examples*.safetensors")
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
 _HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?P<sub>(/{_PART})*)(@(?P<revision>[A-Za-z0-9_][\w.\-/]*))?", re.A)
 
@@ -39,8 +39,8 @@ def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
     match = _HUB_ID.fullmatch(text) if isinstance(source, str) else None
     if match is None or ".." in text:
         raise ValueError(
-            f"there is no folder {text!r}, and it is not a hub id (user/repo, user/repo/subfolder, each with "
-            "@revision or without)"
+            f"there is no local folder {text!r}, and it is no hub id (user/repo, user/repo/subfolder, each with "
+            "@revision or without): check the path"
         )
     folder = _snapshot(match["repo"], match["sub"].strip("/"), match["revision"])
     return (match["repo"] + match["sub"]).rsplit("/", 1)[-1], folder
@@ -56,9 +56,8 @@ def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"there is no local folder {where!r}, and the hub id could not be resolved "
-            f"({reason}). Check the name, "
-            "the revision, the network and your access, or pass the path of a folder."
+            f"there is no local folder {where!r}, and the hub has no such adapter for you ({reason}): check the path, "
+            "or the id, the revision, the network and your access"
         ) from error
     folder = root / subfolder
     if not folder.is_dir():

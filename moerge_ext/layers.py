@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,14 +42,16 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def watch_batch(model: nn.Module, rows: int) -> Any:
+def watch_batch(model: nn.Module, rows: int, applies: Callable[[], bool]) -> Any:
     """A hook (`.remove()` ends it) that refuses a forward whose batch does not share its sequences among `rows` evenly.
 
     Beams and several returned sequences give each row several neighbouring sequences. A layer itself sees only tokens,
-    of which any number can divide evenly.
+    of which any number can divide evenly. Nothing is refused while `applies()` is False.
     """
 
     def check(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not applies():
+            return
         inputs = [kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids")] + list(args[:1])
         batch = next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 1), rows)
         if batch % rows:

@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 def collect_sources(paths: Any) -> list[Source]:
-    """Find and check every expert. ValueError lists all problems of all of them."""
+    """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
     bad: dict[str, list[str]] = {}
     if isinstance(paths, nn.Module):
         if not is_peft_model(paths):
@@ -60,10 +60,12 @@ def collect_sources(paths: Any) -> list[Source]:
                 sources.append(inspect_adapter(name, folder))
             except AdapterError as error:
                 bad[f"{name!r} ({folder})"] = error.problems
+    if not sources and not bad:
+        raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
+    bad |= _misfits(sources)
     if bad:
         raise _refusal(bad, total)
-    if not sources:
-        raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
+    _check_padding(sources)
     return sources
 
 
@@ -108,26 +110,28 @@ def _refusal(bad: Mapping[str, Sequence[str]], total: int) -> AdapterError:
     return error
 
 
-def check_together(sources: Sequence[Source]) -> None:
-    """ValueError when experts disagree about a module's D and O, or when padding would waste memory
-    wildly.
-    """
-    bad: dict[str, list[str]] = {}
+def _misfits(sources: Sequence[Source]) -> dict[str, list[str]]:
+    """{expert: what is wrong}, one line each, for experts whose modules have another D or O than most experts'."""
+    differing: dict[int, list[str]] = {}
+    agreeing: dict[int, set[int]] = {}
     for path, holders in _by_module(sources).items():
         shapes = Counter((m.out_features, m.in_features) for _, m in holders)
-        if len(shapes) < 2:
-            continue
         (usual, count), *_ = shapes.most_common()
         for e, module in holders:
             shape = (module.out_features, module.in_features)
             if shape != usual:
-                bad.setdefault(repr(sources[e].name), []).append(
+                differing.setdefault(e, []).append(
                     f"{path}: made for a layer [O={shape[0]}, D={shape[1]}], {count} other expert(s) for "
                     f"[O={usual[0]}, D={usual[1]}]"
                 )
-    if bad:
-        raise _refusal(bad, len(sources))
-    _check_padding(sources)
+                agreeing.setdefault(e, set()).update(o for o, m in holders if (m.out_features, m.in_features) == usual)
+    bad = {}
+    for e, said in differing.items():
+        more = f"; {len(said)} of its {len(sources[e].modules)} modules differ" if len(said) > 1 else ""
+        theirs = sorted({sources[o].base_model or "not named" for o in agreeing[e]})
+        bases = f" (its base model: {sources[e].base_model or 'not named'}; theirs: {', '.join(theirs)})"
+        bad[repr(sources[e].name)] = [said[0] + more + bases]
+    return bad
 
 
 def _check_padding(sources: Sequence[Source]) -> None:

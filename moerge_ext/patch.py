@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .experts import ExpertBank
+from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
 from .methods import get_method
 from .methods.base import Method, Plan, Routing
@@ -19,6 +20,12 @@ from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .trace import Trace
 
 _SHOWN = 20  # problems listed in full before the rest is only counted
+# what `queries` asks, by the `source` of a method
+ROUTERS = {
+    "instruction": "moerge_ext.QueryRouter(experts, embedder, ...)",
+    "examples": "moerge_ext.ExampleRouter(experts, embedder)",
+    "ask": "moerge_ext.AskRouter(experts, writer)",
+}
 
 
 class Handle:
@@ -30,7 +37,7 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
-        self.router: Any = None  # a QueryRouter or ExampleRouter: what `queries` asks
+        self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
 
     def remove(self) -> None:
@@ -92,31 +99,63 @@ class Handle:
             yield
 
     @contextmanager
-    def queries(self, texts: str | Sequence[str], router: Any = None) -> Iterator[None]:
+    def queries(self, texts: str | Sequence[str], router: Any = None, *, tokenizer: Any = None) -> Iterator[None]:
         """Routes the sequences of the forwards inside the block by their texts.
 
         Args:
             texts: N queries, in the order of the batch's rows (one text serves all rows).
             router: what scores them, a `QueryRouter` or `ExampleRouter`; default `handle.router`, set once.
+            tokenizer: the model's, for a method that reads the text again as `generate` makes it longer
+                (`token_level`); a forward outside of `generate` is routed by the queries alone.
 
-        ValueError for a method without a global part, a router of another kind or of other experts, and a batch that
-        does not hold the same number of rows per query.
+        ValueError for a method that reads no queries, a missing router or tokenizer, a router of another kind or of
+        other experts, and a batch that does not hold the same number of rows per query.
         """
         self._check_alive()
         router = self.router if router is None else router
-        if router is None:
+        if self.method.source not in ROUTERS:
             raise ValueError(
-                "queries() needs a router: set handle.router = moerge_ext.QueryRouter(experts, embedder, ...) first"
+                f"method '{self.method.name}' does not read queries: leave `with handle.queries(...)` out, or patch "
+                "with a method that does, such as glider, retrieval or centroid"
             )
-        with self._rows(router.bias(texts, self.method, self.options, self.names)):
+        if router is None:
+            raise ValueError(f"queries() needs a router: set handle.router = {ROUTERS[self.method.source]} first")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if "every" not in self.options:
+            with self._rows(router.bias(texts, self.method, self.options, self.names)):
+                yield
+            return
+        if tokenizer is None:
+            raise ValueError(
+                f"method '{self.method.name}' reads the text again as it grows: pass handle.queries(texts, "
+                "tokenizer=tokenizer), the model's"
+            )
+        router = router.without_cache()  # every prefix is seen once
+        follow = GrowingTexts(texts, tokenizer, self.options["every"])
+
+        def see(ids: Tensor) -> None:
+            if (grown := follow(ids)) is not None:
+                self._state.set_bias(router.bias(grown, self.method, self.options, self.names))
+
+        with self._rows(router.bias(texts, self.method, self.options, self.names)), watch_steps(self.model, see):
             yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model alone for the forwards inside the block; what `queries` or `affinities` set stays."""
+        self._check_alive()
+        before, self._state.enabled = self._state.enabled, False
+        try:
+            yield
+        finally:
+            self._state.enabled = before
 
     @contextmanager
     def _rows(self, bias: Tensor) -> Iterator[None]:
         """bias [N,E] added to the scores of the forwards inside the block."""
         before = self._state.bias.clone() if self._state.active else None
         self._state.set_bias(bias)
-        watch = watch_batch(self.model, bias.shape[0])
+        watch = watch_batch(self.model, bias.shape[0], lambda: self._state.enabled)
         try:
             yield
         finally:
@@ -154,12 +193,7 @@ def patch(
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
-    if not isinstance(experts, ExpertBank):
-        raise ValueError(f"experts must be an ExpertBank, from load_experts(...), got {type(experts).__name__}")
-    row = get_method(method)
-    routing, aggregation, settings = row.configure(**options)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'native' or 'reference', got {backend!r}")
+    row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
     problems = _model_problems(model, experts, routing)
     plans: dict[str, Plan] = {}
     for name, bank in experts.modules.items():
@@ -168,7 +202,7 @@ def patch(
         except ValueError as error:
             problems.append(str(error))
     if not problems:
-        problems += _device_problems(model, plans, backend)
+        problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
     state = RoutingState()
@@ -191,6 +225,28 @@ def patch(
     handle.modules = tuple(routed)
     model._moerge_handle = handle
     return handle
+
+
+def check_patch(
+    model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
+) -> None:
+    """Raises the ValueError that `patch` would, without building what the method needs."""
+    row, (routing, _, _) = _configured(experts, method, backend, options)
+    problems = _model_problems(model, experts, routing)
+    if row.lacks is not None:
+        problems += row.lacks(experts)
+    if problems := problems or _device_problems(model, experts, backend):
+        raise ValueError(_listing(method, problems))
+
+
+def _configured(experts: ExpertBank, method: str, backend: str, options: dict[str, Any]):
+    """(the row, what it makes of the options)."""
+    if not isinstance(experts, ExpertBank):
+        raise ValueError(f"experts must be an ExpertBank, from load_experts(...), got {type(experts).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'native' or 'reference', got {backend!r}")
+    row = get_method(method)
+    return row, row.configure(**options)
 
 
 def get_handle(model: nn.Module) -> Handle:
@@ -241,8 +297,8 @@ def _near(name: str, layers: dict[str, nn.Module]) -> str:
     return ""
 
 
-def _device_problems(model: nn.Module, plans: dict[str, Plan], backend: str) -> list[str]:
-    devices = {execution_device(model.get_submodule(name)).type for name in plans}
+def _device_problems(model: nn.Module, experts: ExpertBank, backend: str) -> list[str]:
+    devices = {execution_device(model.get_submodule(name)).type for name in experts.modules}
     problems = []
     if "meta" in devices:
         problems.append("the model's weights are on the meta device: load them before the patch")

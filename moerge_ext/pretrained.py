@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,21 +27,38 @@ def usable_device(name: str) -> torch.device:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
+    """The tokenizer of a model folder or hub id; ValueError when there is none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    with _named(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path)
 
 
 def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
     """The model (causal or encoder-decoder) of a folder or hub id, in eval mode.
 
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Errors: OSError when there is no such model.
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Errors: ValueError when there is no such model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    auto = AutoModelForSeq2SeqLM if is_seq2seq(AutoConfig.from_pretrained(path)) else AutoModelForCausalLM
-    return auto.from_pretrained(path, dtype=dtype).eval().to(device)
+    with _named(path, "model"):
+        auto = AutoModelForSeq2SeqLM if is_seq2seq(AutoConfig.from_pretrained(path)) else AutoModelForCausalLM
+        return auto.from_pretrained(path, dtype=dtype).eval().to(device)
+
+
+@contextmanager
+def _named(path: str, what: str) -> Iterator[None]:
+    """transformers' errors, of which some do not say what was looked for, as one that does."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if Path(path).is_dir():
+            raise ValueError(f"folder {path!r} holds no {what} that transformers can load ({reason})") from error
+        raise ValueError(
+            f"there is no local folder {path!r}, and the hub has no such {what} for you ({reason}): check the path, or "
+            "the id, the network and your access"
+        ) from error
 
 
 def is_seq2seq(config: Any) -> bool:

@@ -83,6 +83,13 @@ def completion(text):
 
 
 def wide_tokenizer(folder):
+    """The tokenizer `letters`, saved in a folder."""
+    tokenizer = letters()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def letters():
     """One character per id of the tiny models (96), so that whatever they write can be read."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -90,6 +97,4 @@ def wide_tokenizer(folder):
     characters = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .:=", *(chr(0x4E00 + i) for i in range(63))]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from builders import random_experts, tiny_llama
@@ -41,6 +47,14 @@ def test_generate_streams_the_routed_models_text(folders, capsys):
     assert printed == [f"w{i}" for i in ids.tolist() if i > 2]
 
 
+def test_generate_takes_all_experts(folders, capsys):
+    said = []
+    for more in (["--top-k", "all"], ["--option", "top_k=none"], ["--top-k", "2"], ["--top-k", "1"]):
+        assert generate(folders, "--method", "arrow", "--option", "temperature=10.0", "--trace", *more) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != said[3]
+
+
 def test_generate_traces_and_takes_options(folders, capsys):
     assert generate(folders, "--method", "arrow", "--top-k", "1", "--option", "temperature=0.5", "--trace") == 0
     out = capsys.readouterr().out
@@ -68,11 +82,29 @@ def test_generate_traces_and_takes_options(folders, capsys):
         (["--device", "nonsense"], "device 'nonsense' cannot be used here"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--device", "meta"], "device 'meta' cannot be used here"),
+        (["--method", "lorahub"], "use `moerge eval`, or moerge_ext.lorahub"),
     ],
 )
 def test_generate_explains_what_is_wrong(folders, capsys, more, text):
     assert generate(folders, *more) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nosuch", "no/such"])
+def test_what_is_not_there_is_named(folders, capsys, monkeypatch, name):
+    def nothing(*_args, **_kwargs):
+        raise OSError("the hub says no\nand much more")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
+    assert generate(folders, "--model", name) == 2
+    told = f"there is no local folder '{name}', and the hub has no such tokenizer for you (the hub says no): check the"
+    assert told in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
+    assert generate(folders, "--experts", name) == 2
+    assert f"there is no local folder '{name}', and " in capsys.readouterr().err
+    assert generate(folders, "--model", str(folders[0].parent)) == 2  # a folder without a model
+    assert "holds no tokenizer that transformers can load" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--option", "top_p=abc"], ["--method", "glider"], ["--device", "meta"], ["--chat"]])
@@ -134,12 +166,15 @@ def test_parse_option():
     assert parse_option("a=none") == ("a", None)
     assert parse_option("a=True") == ("a", True)
     assert parse_option("a=factored") == ("a", "factored")
+    assert parse_option("neighbours=all") == ("neighbours", "all") and parse_option("top_k=all") == ("top_k", None)
 
 
 def test_methods_lists_every_row(capsys):
     assert cli.main(["methods", "--verbose"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS) and "expert:<name>" in out
+    for text in ("gamma=100.0, beta=3.0; top_k=2, normalize=standardize", "top_p=None", "embedder: all-MiniLM-L6-v2"):
+        assert text in out
 
 
 def test_help_names_every_command(capsys):
@@ -148,3 +183,22 @@ def test_help_names_every_command(capsys):
     out = capsys.readouterr().out
     for command in ("doctor", "methods", "generate", "train-gates", "describe", "demo"):
         assert command in out
+
+
+def test_help_needs_no_torch(tmp_path):
+    """`moerge --help` answers at once; another program with the same words still gets the whole package."""
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("import moerge_ext\nassert callable(moerge_ext.patch)\n")
+    (tmp_path / "program" / "__main__.py").write_text("print('ran')\n")
+    paths = {"PYTHONPATH": os.pathsep.join([str(root), str(tmp_path)])}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, env=os.environ | paths, timeout=300, check=True
+        )
+        return done.stdout + done.stderr
+
+    said = run("-X", "importtime", "-m", "moerge_ext", "--help")
+    assert "train-router" in said and not re.search(r"\|\s+torch\b", said)
+    assert run("-m", "program", "--help") == "ran\n"

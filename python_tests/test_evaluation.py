@@ -13,13 +13,15 @@ from query_cases import described, fake_embedder
 from test_gates_cli import make_tokenizer
 
 import moerge_ext as moerge
+import moerge_ext.evaluation.evaluate
 from moerge_ext import cli
 from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.evaluate import Score, Settings, derive, evaluate
 from moerge_ext.evaluation.metrics import accuracy, exact_match, paired_difference, wilson
-from moerge_ext.evaluation.report import cells, markdown, mean
+from moerge_ext.evaluation.report import cells, markdown, mean, terminal
 from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs
 from moerge_ext.evaluation.tasks import load_task
+from moerge_ext.training.lorahub import LoraHubRouter
 
 TARGETS = ("ab", "cde", "f")
 
@@ -186,6 +188,46 @@ def test_evaluate_goes_on_where_it_stopped(setup, tmp_path, monkeypatch):
         evaluate(model, tokenizer, experts, runs, loaded, **{**options, "settings": Settings("Q: {input}")})
 
 
+def test_a_run_patches_once(setup, monkeypatch):
+    _, model, tokenizer, folders, tasks = setup
+    patched = []
+    real = moerge_ext.evaluation.evaluate.patch
+    monkeypatch.setattr(
+        "moerge_ext.evaluation.evaluate.patch", lambda *args, **kw: patched.append(args[2]) or real(*args, **kw)
+    )
+    runs = [parse_run(text) for text in ("base", "arrow/top_k=2", "expert:ant", "phatgoose")]
+    options = {"settings": Settings(max_new_tokens=1), "progress": False}
+    evaluate(model, tokenizer, moerge.load_experts(folders), runs, [load_task(tasks[0], limit=1)], **options)
+    assert patched == ["arrow", "expert:ant", "phatgoose"]
+
+
+def test_task_level_routers_read_inputs_or_solved_rows(setup, monkeypatch):
+    """Which rows decide: inputs of the evaluated file for retrieval, solved training rows for LoraHub."""
+    pytest.importorskip("nevergrad")
+    _, model, tokenizer, folders, tasks = setup
+    task = load_task(tasks[0], limit=2)
+    for folder in folders.values():
+        moerge.index_examples(folder, task.examples(), fake_embedder())
+    experts, seen, solved = moerge.load_experts(folders), [], []
+    router = moerge.ExampleRouter(experts, fake_embedder())
+    real = router.embedder.embed
+    router.embedder.embed = lambda texts: seen.append(texts) or real(texts)
+    hub = LoraHubRouter(tokenizer, "Q: {input}")
+    search = hub.task_affinities
+    monkeypatch.setattr(hub, "task_affinities", lambda rows, handle: solved.append(rows) or search(rows, handle))
+    runs = [parse_run("retrieval_task/queries=5"), parse_run("adapter_soup"), parse_run("lorahub/budget=3/count=2")]
+    settings = Settings("Q: {input}", batch_size=1, max_new_tokens=1)
+    scores = evaluate(
+        model, tokenizer, experts, runs, [task], settings, routers={"examples": router, "few-shot": hub}, progress=False
+    )
+    assert [score.n for score in scores] == [2, 2, 2]
+    assert [len(texts) for texts in seen] == [5, 7] and {t for texts in seen for t in texts} <= set(task.inputs())
+    assert [len(rows) for rows in solved] == [5] and all(row in task.examples() for row in solved[0])
+    for text in ("lorahub/budget=0", "lorahub/optimizer=adam"):
+        with pytest.raises(ValueError, match="lorahub: (budget must be positive|optimizer must be one of)"):
+            evaluate(model, tokenizer, experts, [parse_run(text)], [task], settings, routers={"few-shot": hub})
+
+
 def test_rank_classification(setup):
     _, model, tokenizer, folders, tasks = setup
     task = load_task(tasks[1])
@@ -237,6 +279,9 @@ def test_table():
     assert rows[0] == ["", "mean held-in", "mean held-out", "s (n=10)", "t (n=10)", "u (n=10)"]
     assert rows[1] == ["chance", "50.0", "50.0", "50.0", "50.0", "50.0"]
     assert rows[2][:2] == ["m", "50.0 ± 13.1"] and rows[2][3] == "90.0 (60-98)"
+    wide = [score(f"m{i}", f"t{j}", 5, part="heldout" if j else "train") for i in range(7) for j in range(7)]
+    assert [len(terminal(scores).columns) for scores in (wide[:7], wide)] == [3, 3]
+    assert [terminal(scores).row_count for scores in (wide[:7], wide)] == [9, 8]  # every task, or every method
     assert mean([score("m", "s", 5)])[1] == pytest.approx(1.96 * (0.25 / 10) ** 0.5, abs=1e-4)
     assert markdown([score("m", "s", 9)]).splitlines()[1] == "| --- | ---: | ---: |"
 
@@ -266,6 +311,23 @@ def test_eval_command(setup, tmp_path, capsys):
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(rows) == 21
     assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in | mean held-out |")
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+
+
+def test_the_base_indexes_and_routes_from_the_shell(setup, tmp_path, monkeypatch, capsys):
+    root, _, _, folders, tasks = setup
+    for name, folder in folders.items():
+        words = ["--adapter", folder, "--examples", tasks[0] / "train.jsonl", "--index", 3]
+        words += ["--embedder", root / "model", "--embedder-name", "tiny", "--hidden-layer", -1]
+        assert cli.main(["describe", *map(str, words)]) == 0, capsys.readouterr().err
+        moerge.index_examples(folder, [{"input": name}], fake_embedder())
+    monkeypatch.setattr("moerge_ext.query.options.build_embedder", lambda *_: fake_embedder())
+    assert "moerge_examples.tiny_hidden_state_-1.safetensors" in capsys.readouterr().out
+    assert command(setup, tmp_path, "--methods", "dam", "--base-name", "tiny") == 2
+    assert "indexed only by bag, tiny_hidden_state_-1" in capsys.readouterr().err
+    more = ["--methods", "dam,token_level", "--base-name", "tiny", "--hidden-layer", "-1", "--limit", 2]
+    assert command(setup, tmp_path, *more) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(rows) == 6 and {row["method"] for row in rows} == {"dam", "token_level"}
 
 
 def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):

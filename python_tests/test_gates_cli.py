@@ -149,7 +149,8 @@ def test_command_checks_the_device_before_the_model(tmp_path):
 
 
 def test_command_encodes_and_refuses(tmp_path):
-    from moerge_ext.training.cli import collator, encode, read_rows
+    from moerge_ext.rows import read_rows
+    from moerge_ext.training.cli import collator, encode
 
     tokenizer = make_tokenizer(tmp_path)
     ids = lambda text: tokenizer(text).input_ids  # noqa: E731
@@ -164,7 +165,9 @@ def test_command_encodes_and_refuses(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"input": "a"}\n\nnonsense\n{"text": "fine"}\n')
     with pytest.raises(ValueError, match=r"line 1: expected(.|\n)*line 3: not JSON"):
-        read_rows(bad)
+        read_rows(bad, text=True)
     bad.write_text("\n")
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="no rows"):
         read_rows(bad)
+    with pytest.raises(ValueError, match=r"no file .*nosuch.jsonl: expected JSON lines .* or \{\"text\": str\}"):
+        read_rows(tmp_path / "nosuch.jsonl", text=True)

@@ -113,4 +113,5 @@ def test_only_the_adapters_files_are_fetched(monkeypatch, tmp_path):
         "sub/adapter_config.json",
         "sub/adapter_model.safetensors",
         "sub/moerge_gates*.safetensors",
+        "sub/moerge_examples*.safetensors",
     ]

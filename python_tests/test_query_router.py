@@ -173,8 +173,8 @@ def test_queries_that_do_not_fit_are_refused(experts):
     handle.remove()
     with pytest.raises(ValueError, match="removed"), handle.queries(QUERIES):
         pass
-    model, handle = patched(experts, method="phatgoose")
-    with pytest.raises(ValueError, match="does not route by the query's text"), handle.queries(QUERIES):
+    handle = moerge.patch(model, experts, method="phatgoose")  # without a router
+    with pytest.raises(ValueError, match="'phatgoose' does not read queries"), handle.queries(QUERIES):
         pass
     handle.remove()
     some = moerge.load_experts(dict(zip(experts.names[:2], experts.folders[:2], strict=True)))
@@ -313,6 +313,8 @@ def test_describe_and_generate_commands(folders, encoder, tmp_path, capsys):
         (["--instruction", "x", "--index", "5"], "--index takes the number of --examples to embed"),
         (["--instruction", "x", "--writer-url", "http://y"], "--writer-url needs --writer MODEL"),
         (["--instruction", "x", "--writer-timeout", "0"], "--writer-timeout must be positive, got 0"),
+        (["--writer", "x"], "--writer writes from examples: pass --examples FILE"),
+        (["--instruction", "x", "--hidden-layer", "-2"], "--hidden-layer is for --index alone"),
     ],
 )
 def test_describe_command_explains(folders, words, text, capsys):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.quality import tasks  # noqa: E402
 from moerge_ext import cli  # noqa: E402
-from moerge_ext.evaluation.tasks import read_rows  # noqa: E402
+from moerge_ext.rows import read_rows  # noqa: E402
 
 DOMAINS = ("clinc_banking", "clinc_home", "clinc_kitchen_and_dining", "clinc_travel")
 TRAIN, TEST = 400, 600  # questions, evenly from the domains

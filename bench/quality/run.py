@@ -1,9 +1,10 @@
-"""The quality table: all methods on held-in and held-out tasks, with the experts that train.py made.
+"""The quality tables: all methods on held-in and held-out tasks, with the experts that train.py made.
 
-python bench/quality/run.py --data ../shared/data --cache DIR --embedder MODEL [--limit 100]
+python bench/quality/run.py --data ../shared/data --cache DIR --embedder MODEL [--limit 50] [--rank 25]
 
-Answers lie in the cache; a run that was cut off goes on. Writes bench/results/quality.jsonl and, from it, the table of
-bench/quality/README.md.
+Two measures: the generated answer, and (`--rank`) the closed set of answers ranked by log-likelihood, for fewer items
+and methods as every answer is a sequence. Answers lie in the cache; a run that was cut off goes on. Writes
+bench/results/quality.jsonl and, from it, the tables of bench/quality/README.md.
 """
 
 from __future__ import annotations
@@ -19,40 +20,66 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.quality import tasks  # noqa: E402
-from bench.quality.train import MULTITASK, RECIPE  # noqa: E402
-from moerge_ext import Embedder, cli, describe, index_examples  # noqa: E402
+from bench.quality.train import MULTITASK, RECIPE, features  # noqa: E402
+from moerge_ext import Embedder, average_activation, cli, describe, index_examples  # noqa: E402
+from moerge_ext.adapter_files.gates import read_gates  # noqa: E402
+from moerge_ext.adapter_files.kinds import AVERAGE_ACTIVATION  # noqa: E402
 from moerge_ext.evaluation.metrics import Z  # noqa: E402
-from moerge_ext.evaluation.tasks import read_rows  # noqa: E402
-from moerge_ext.query.index import INDEX_FILE  # noqa: E402
+from moerge_ext.evaluation.tasks import load_task  # noqa: E402
+from moerge_ext.pretrained import load_model, load_tokenizer  # noqa: E402
+from moerge_ext.query.hidden import base_name  # noqa: E402
+from moerge_ext.query.index import index_file  # noqa: E402
+from moerge_ext.rows import read_rows  # noqa: E402
+from moerge_ext.training.cli import collator  # noqa: E402
 
 METHODS = (
-    "base,merged,merged_factors,arrow,phatgoose,glider,glider_code,glider_code/alpha=100,retrieval,retrieval_task,knn,"
-    "centroid,centroid_factors,adapter_soup,oracle_dataset,best_individual"
+    "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,glider_code/alpha=100,retrieval,"
+    "retrieval_task,knn,centroid,dam,token_level,adapter_soup,adapter_soup/neighbours=mixture,lorahub,oracle_dataset,"
+    "best_individual"
+)
+RANKED = (
+    "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,retrieval,retrieval_task,centroid,dam,"
+    "adapter_soup"
 )
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 EMBEDDER = "all-MiniLM-L6-v2"
+ACTIVATIONS = 300  # examples per expert whose mean input is taken
 
 
 def prepare(data: Path, cache: Path, model: str) -> None:
-    """Describe every expert by its task's instruction (meta.json) and index 1000 of its examples."""
-    embedder = None
+    """Describe every expert by its task's instruction (meta.json), index 1000 of its examples by both embedders, and
+    take the mean inputs of its layers.
+    """
+    base = tasks.base(data)
+    language, tokenizer = load_model(str(base), dtype="float32", device="cpu"), load_tokenizer(str(base))
+    text = Embedder.from_sentence_transformers(model, name=EMBEDDER)
+    hidden = Embedder.from_hidden_states(language, tokenizer, name=base_name(str(base)))
     for name in tasks.HELD_IN:
-        if (cache / name / INDEX_FILE).is_file():
-            continue
-        embedder = embedder or Embedder.from_sentence_transformers(model, name=EMBEDDER)
         folder = data / "tasks" / "train" / name
-        instruction = json.loads((folder / "meta.json").read_text())["instruction"]
-        describe(cache / name, [], embedder, instruction=instruction)
-        index_examples(cache / name, read_rows(folder / "train.jsonl"), embedder)
+        rows = read_rows(folder / "train.jsonl")
+        if not (cache / name / index_file(text.name)).is_file():
+            instruction = json.loads((folder / "meta.json").read_text())["instruction"]
+            describe(cache / name, [], text, instruction=instruction)
+        for embedder in (text, hidden):
+            if not (cache / name / index_file(embedder.name)).is_file():
+                index_examples(cache / name, rows, embedder)
+        if AVERAGE_ACTIVATION not in read_gates(cache / name):
+            examples = features(folder, "train", tokenizer)[:ACTIVATIONS]
+            average_activation(language, cache / name, examples, collate_fn=collator(tokenizer), batch_size=32)
 
 
-def evaluate(data: Path, cache: Path, model: str, limit: int, methods: str) -> list[dict]:
-    output = cache / f"eval-{limit}"
-    words = ["eval", "--model", tasks.base(data), "--experts", *(cache / name for name in tasks.HELD_IN)]
-    words += ["--tasks", *tasks.folders(data), "--template", tasks.TEMPLATE, "--methods", methods]
-    words += ["--embedder", model, "--embedder-name", EMBEDDER, "--multitask", cache / MULTITASK]
-    words += ["--calibrate", *(data / "tasks" / "train" / name for name in tasks.HELD_IN)]
-    words += ["--limit", limit, "--batch-size", 50, "--output", output]
+def evaluate(args: argparse.Namespace, metric: str | None, methods: str, limit: int) -> list[dict]:
+    """The rows of one measure; `metric` None: the tasks' own, by generation."""
+    folders = tasks.folders(args.data)
+    if metric == "rank":
+        folders = [folder for folder in folders if load_task(folder).choices]
+    output = args.cache / f"eval-{limit}{'-rank' if metric else ''}"
+    words = ["eval", "--model", tasks.base(args.data), "--experts", *(args.cache / name for name in tasks.HELD_IN)]
+    words += ["--tasks", *folders, "--template", tasks.TEMPLATE, "--methods", methods]
+    words += ["--embedder", args.embedder, "--embedder-name", EMBEDDER, "--multitask", args.cache / MULTITASK]
+    words += ["--calibrate", *(args.data / "tasks" / "train" / name for name in tasks.HELD_IN)]
+    words += ["--metric", metric] if metric else []
+    words += ["--limit", limit, "--batch-size", 150 if metric else 50, "--output", output]
     if status := cli.main([str(word) for word in words]):
         raise SystemExit(status)
     return json.loads((output / "results.json").read_text())
@@ -64,6 +91,9 @@ def table(rows: list[dict]) -> str:
     names = {part: list(dict.fromkeys(r["task"] for r in rows if r["part"] == part)) for part in parts}
     lines = ["| method | " + " | ".join(f"{parts[p]}: {len(names[p])} tasks" for p in parts) + " |"]
     lines.append("| --- | ---: | ---: |")
+    first = {row["task"]: row for row in rows}
+    chance = [[r["chance"] for r in first.values() if r["part"] == part] for part in parts]
+    lines.append("| chance | " + " | ".join(f"{100 * sum(c) / len(c):.1f}" for c in chance) + " |")
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
         for part in parts:
@@ -82,14 +112,18 @@ def main() -> None:
     parser.add_argument("--embedder", required=True, help=f"{EMBEDDER}: hub id or folder")
     parser.add_argument("--limit", type=int, default=100, help="items per task (default: %(default)s)")
     parser.add_argument("--methods", default=METHODS, help="(default: all)")
+    parser.add_argument("--rank", type=int, metavar="N", help="also rank the closed answers of N items per task")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare(args.data, args.cache, args.embedder)
-    rows = evaluate(args.data, args.cache, args.embedder, args.limit, args.methods)
-    facts = {"recipe": RECIPE, "limit": args.limit}
-    RESULTS.write_text("".join(json.dumps({**row, **facts}) + "\n" for row in rows))
-    tasks.fill("table", table(rows))
+    measures = {"table": evaluate(args, None, args.methods, args.limit)}
+    if args.rank:
+        measures["rank"] = evaluate(args, "rank", RANKED, args.rank)
+    every = [{"measure": name, **row, "recipe": RECIPE} for name, rows in measures.items() for row in rows]
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in every))
+    for name, rows in measures.items():
+        tasks.fill(name, table(rows))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter_files.atomic import write_atomically
-from ..evaluation.tasks import read_rows
 from ..query.options import add_embedder, build_embedder
+from ..rows import read_rows
 from .judge import JUDGES
 
 

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.tasks import read_rows
 from ..query.embedder import Embedder, unit
+from ..rows import read_rows
 from .prompts import (
     DEMONSTRATIONS,
     PromptExpert,
@@ -36,6 +36,8 @@ def read_experts(path: Path, make_embedder: Callable[[], Embedder]) -> tuple[lis
     Only the name is needed (few-shot; count 0 without demonstrations). Paths are relative to the file; passages are
     one per line, searched with `make_embedder()`. ValueError lists every problem of every expert.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: expected a JSON list of prompt experts, see docs/ensemble.md")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -80,7 +82,10 @@ def _expert(entry: dict[str, Any], root: Path, loras: dict[str, Path], make_embe
     if kind == "retrieval":
         if "passages" not in entry:
             raise ValueError('kind "retrieval" needs "passages", a text file with one passage per line')
-        lines = (root / entry["passages"]).read_text(encoding="utf-8").splitlines()
+        file = root / entry["passages"]
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}: expected one passage per line")
+        lines = file.read_text(encoding="utf-8").splitlines()
         retriever = nearest_passages(make_embedder(), [line for line in lines if line.strip()])
         return retrieval_augmented(name, retriever, rows, passages=entry.get("passage_count", 10), **common)
     return few_shot(name, rows, **common)

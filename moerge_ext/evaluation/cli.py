@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..methods.fixed import PREFIX
-from ..query.options import add_embedder, add_writer, build_routers, check_writer
+from ..query.options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
 from .runs import DERIVED, MULTITASK, Run, ablation, parse_runs
 from .tasks import METRICS, Task, load_task
 
@@ -25,6 +26,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add("--no-progress", action="store_true", help="no progress bar")
     add_embedder(parser)
+    add_hidden_layer(parser)
     add_writer(parser)
 
 
@@ -93,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names)
-    routers = build_routers(args, experts, [run.method for run in runs])
+    loaded = cache(partial(load, args))
+    routers = build_routers(args, experts, [run.method for run in runs], loaded)
     if args.calibrate:
         calibrate(args, routers)
-    model, tokenizer = load(args)
+    model, tokenizer = loaded()
     facts = {"model": args.model, "experts": [str(path) for path in args.experts]}
     scores = evaluate(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from tqdm.auto import tqdm
 from ..experts import ExpertBank
 from ..methods import get_method
 from ..methods.fixed import PREFIX
-from ..patch import Handle, patch
-from ..query.describe import EXAMPLES, draw
+from ..patch import Handle, check_patch, patch
+from ..query.describe import draw
 from ..query.router import QueryRouter, similar_examples
 from .answers import Answerer
 from .metrics import accuracy, exact_match, wilson
@@ -122,10 +123,11 @@ def evaluate(
 
 
 def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
-    """ValueError for the first run that cannot patch the model or lacks a router; the model is as before."""
+    """ValueError for the first run that cannot patch the model or lacks a router; nothing is patched or built."""
     for run in runs:
-        with patched(model, experts, run, routers):
-            pass
+        if run.method is not None:
+            check_patch(model, experts, run.method, **run.options)
+            router_of(run, routers)
 
 
 def label(run: Run, handle: Handle | None) -> str:
@@ -138,20 +140,21 @@ def patched(model: nn.Module, experts: ExpertBank, run: Run, routers: Mapping[st
     """A context with the run's handle, None for the base."""
     if run.method is None:
         return nullcontext()
-    method = get_method(run.method)
     handle = patch(model, experts, run.method, **run.options)
-    if method.bias is None:
-        return handle
-    router = (routers or {}).get(method.source)
-    try:
-        if router is None:
-            raise ValueError(f"method '{run.label}' routes by the query's text: it needs a router by {method.source}")
-        router.settings(run.method, handle.options)
-    except ValueError:
-        handle.remove()
-        raise
-    handle.router = router
+    handle.router = router_of(run, routers)
     return handle
+
+
+def router_of(run: Run, routers: Mapping[str, Any] | None) -> Any:
+    """The router of a run, None for a method that has none; ValueError for one that is missing or lacks a setting."""
+    method = get_method(run.method)
+    if method.bias is None:
+        return None
+    router = (routers or {}).get(method.router)
+    if router is None:
+        raise ValueError(f"method '{run.label}' routes by more than the tokens: it needs a router by {method.router}")
+    router.settings(run.method, method.configure(**run.options)[2])
+    return router
 
 
 def _header(run: Run, task: Task, settings: Settings, handle: Handle | None, facts) -> dict[str, Any]:
@@ -170,26 +173,34 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None, fac
     if router is not None:
         options = router.settings(run.method, handle.options)
         header |= {"options": {key: str(value) for key, value in options.items()}, "similar": settings.similar}
+        header |= {"seed": settings.seed} if handle.method.per_task else {}
         header |= {part: getattr(getattr(router, part, None), "name", None) for part in ("embedder", "writer")}
     return header
 
 
 def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: Task, settings: Settings, bar) -> None:
+    if len(stored.items) == len(task.rows):
+        return
     limit = settings.max_new_tokens
     if limit is None and task.metric != "rank":
         limit = max(len(answerer.target_ids(row["target"])) for row in task.rows)
-    while len(stored.items) < len(task.rows):
-        start = len(stored.items)
-        rows = task.rows[start : start + settings.batch_size]
-        if task.metric == "rank":
-            items = _ranked(answerer, handle, task, rows, settings)
-        else:
-            right = exact_match if task.metric == "exact_match" else accuracy
-            with row_queries(handle, task, rows, settings):
-                answers = answerer.generate([settings.prompt(row) for row in rows], limit)
-            items = [{"answer": a, "right": right(a, row["target"])} for a, row in zip(answers, rows, strict=True)]
-        stored.add(items)
-        bar.update(len(items))
+    with task_queries(handle, task, settings):
+        while len(stored.items) < len(task.rows):
+            start = len(stored.items)
+            rows = task.rows[start : start + settings.batch_size]
+            if task.metric == "rank":
+                items = _ranked(answerer, handle, task, rows, settings)
+            else:
+                items = _generated(answerer, handle, task, rows, settings, limit)
+            stored.add(items)
+            bar.update(len(items))
+
+
+def _generated(answerer, handle, task: Task, rows: Sequence[dict], settings: Settings, limit: int) -> list[dict]:
+    right = exact_match if task.metric == "exact_match" else accuracy
+    with row_queries(handle, rows, answerer.tokenizer):
+        answers = answerer.generate([settings.prompt(row) for row in rows], limit)
+    return [{"answer": a, "right": right(a, row["target"])} for a, row in zip(answers, rows, strict=True)]
 
 
 def _ranked(answerer, handle, task: Task, rows: Sequence[dict], settings: Settings) -> list[dict[str, Any]]:
@@ -198,7 +209,7 @@ def _ranked(answerer, handle, task: Task, rows: Sequence[dict], settings: Settin
     values = []
     for start in range(0, len(flat), settings.batch_size):
         part = flat[start : start + settings.batch_size]
-        with row_queries(handle, task, [row for row, _ in part], settings):
+        with row_queries(handle, [row for row, _ in part], answerer.tokenizer):
             prompts, choices = [settings.prompt(row) for row, _ in part], [choice for _, choice in part]
             values += answerer.log_likelihoods(prompts, choices, length_norm=settings.length_norm).tolist()
     items, values = [], iter(values)
@@ -216,19 +227,27 @@ def show_similar(handle: Handle | None, task: Task, settings: Settings) -> None:
         router.similar = similar_examples(router.embedder, task.examples(), settings.similar)
 
 
-def row_queries(handle: Handle | None, task: Task, rows: Sequence[dict], settings: Settings):
-    """A context in which the run's router, if it has one, has seen the rows (or examples of their task)."""
+def task_queries(handle: Handle | None, task: Task, settings: Settings):
+    """A context in which a router that decides for a whole task has done so; nothing for the other methods.
+
+    By examples: from `queries` (an option) random inputs of the evaluated file; else from solved rows of train.jsonl.
+    """
     router = getattr(handle, "router", None)
-    if router is None:
+    if router is None or not handle.method.per_task:
         return nullcontext()
-    if not handle.method.per_task:
-        return handle.queries([row["input"] for row in rows])
     if router.source == "examples":
-        known = task.examples()
-        chosen = draw(known, min(router.task_examples, len(known)), settings.seed)
-        return handle.queries([row["input"] for row in chosen])
-    examples = draw(task.examples(), EXAMPLES, settings.seed)
-    return handle.affinities(router.task_affinities(examples))
+        inputs = task.inputs()
+        return handle.queries(random.Random(settings.seed).sample(inputs, min(handle.options["queries"], len(inputs))))
+    examples = draw(task.examples(), router.task_examples, settings.seed)
+    return handle.affinities(router.task_affinities(examples, handle))
+
+
+def row_queries(handle: Handle | None, rows: Sequence[dict], tokenizer: Any):
+    """A context in which a router that decides for every query has seen the rows; nothing for the other methods."""
+    router = getattr(handle, "router", None)
+    if router is None or handle.method.per_task:
+        return nullcontext()
+    return handle.queries([row["input"] for row in rows], tokenizer=tokenizer)
 
 
 def _score(name: str, task: Task, stored: Answers) -> Score:

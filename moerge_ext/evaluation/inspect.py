@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..experts import ExpertBank
 from .answers import Answerer
-from .evaluate import Settings, check_runs, label, patched, row_queries
+from .evaluate import Settings, check_runs, label, patched, row_queries, task_queries
 from .probe import ModuleSums, probe
 from .runs import Run
 from .tasks import Task
@@ -102,9 +102,9 @@ def inspect(
             with patched(model, experts, run, routers) as handle:
                 for task in tasks:
                     bar.set_description(f"{run.label}: {task.name}")
-                    with probe(model) as sums:
+                    with task_queries(handle, task, settings), probe(model) as sums:
                         for row in task.rows:
-                            with row_queries(handle, task, [row], settings):
+                            with row_queries(handle, [row], tokenizer):
                                 answerer.log_likelihoods([settings.prompt(row)], [row["target"]], length_norm=True)
                             bar.update()
                     name = label(run, handle)

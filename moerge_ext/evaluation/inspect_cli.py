@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     runs, derived = parse_runs([text for text in args.methods.split(",") if text.strip()], experts.names)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
-    routers = build_routers(args, experts, [run.method for run in runs])
-    model, tokenizer = load(args)
+    loaded = cache(partial(load, args))
+    routers = build_routers(args, experts, [run.method for run in runs], loaded)
+    model, tokenizer = loaded()
     settings = Settings(template=args.template.replace("\\n", "\n"))
     best = {task: expert for task, expert in best_experts(results).items() if expert in experts.names}
     found = inspect(

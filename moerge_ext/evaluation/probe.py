@@ -43,6 +43,8 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
     sums: dict[str, ModuleSums] = {}
 
     def before(layer: RoutedLinear, args: tuple) -> None:
+        if not layer.state.enabled:
+            return
         tokens = args[0].detach().reshape(-1, layer.in_features)
         applied, p = distributions(layer, tokens)
         if layer.name not in sums:

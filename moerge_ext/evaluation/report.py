@@ -17,6 +17,7 @@ from .evaluate import Score
 from .metrics import Z
 
 CHANCE = "chance"
+COLUMNS = 6  # that fit on a terminal
 
 
 def grid(scores: Sequence[Score]) -> tuple[list[str], list[str], dict[tuple[str, str], Score]]:
@@ -64,11 +65,14 @@ def markdown(scores: Sequence[Score]) -> str:
 
 
 def terminal(scores: Sequence[Score]) -> Table:
-    """The same table for rich: tasks as rows when there are many."""
-    rows = cells(scores)
-    if len(rows[0]) > 6:
+    """The same table for rich: tasks as rows when there are many; of many tasks and methods only the means."""
+    rows, title = cells(scores), "% right, with 95 % intervals"
+    if len(rows[0]) > COLUMNS and len(rows) - 1 > COLUMNS:
+        parts = len({score.part for score in scores})
+        rows, title = [row[: 1 + parts] for row in rows], title + " (every task: results.md)"
+    elif len(rows[0]) > COLUMNS:
         rows = [list(column) for column in zip(*rows, strict=True)]
-    table = Table(title="% right, with 95 % intervals", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left", no_wrap=not i)
     for row in rows[1:]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..rows import read_rows
+
 METRICS = ("exact_match", "accuracy", "rank")
 MAX_CHOICES = 32  # distinct training targets that still count as a closed set of answers
 
@@ -18,7 +20,7 @@ class Task:
     """One evaluation set.
 
     rows: {"input", "target"} and perhaps "choices"; metric: one of METRICS; choices: the closed set of answers, or
-    None; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows.
+    None; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows; split: their file.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Task:
     part: str
     folder: Path
     digest: str
+    split: str = "test"
 
     def choices_of(self, row: dict) -> tuple[str, ...]:
         """The answers that rank classification compares for one row."""
@@ -40,8 +43,12 @@ class Task:
         return sum(1 / size for size in sizes if size) / len(self.rows)
 
     def examples(self, split: str = "train") -> list[dict]:
-        """The rows of another split; ValueError when there is none."""
+        """The rows of a split; ValueError when there is none."""
         return read_rows(self.folder / f"{split}.jsonl")
+
+    def inputs(self) -> list[str]:
+        """The inputs of the whole file that the rows were taken from."""
+        return [row["input"] for row in self.examples(self.split)]
 
 
 def load_task(
@@ -73,6 +80,7 @@ def load_task(
         choices=choices,
         part=meta.get("split", ""),
         folder=folder,
+        split=split,
         digest=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
     )
     if metric == "rank":
@@ -94,28 +102,3 @@ def _choices(meta: dict, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] 
     found = sorted({row["target"] for row in read_rows(train)})
     closed = len(found) <= MAX_CHOICES and {row["target"] for row in rows} <= set(found)
     return tuple(found) if closed else None
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows {"input": str, "target": str, ...} of a JSON lines file; one ValueError with every bad line."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path}: a task is a folder with test.jsonl, train.jsonl, ... and meta.json")
-    rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not JSON ({error.msg})")
-            continue
-        if isinstance(row, dict) and isinstance(row.get("input"), str) and isinstance(row.get("target"), str):
-            rows.append(row)
-        else:
-            problems.append(f'line {number}: expected {{"input": str, "target": str}}')
-    if not rows and not problems:
-        problems.append("the file has no rows")
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems[:20] + more))
-    return rows

@@ -17,7 +17,7 @@ from functools import partial
 from ..adapter_files.kinds import AVERAGE_ACTIVATION as KIND
 from .arrow import PAPER as ARROW_PAPER
 from .base import Method, Routing
-from .gating import InverseTemperature, average_activation_plan, check_gate_norm
+from .gating import InverseTemperature, average_activation_plan, check_gate_norm, gates_lacking
 from .phatgoose import PAPER, TAXONOMY
 
 AVERAGE_ACTIVATION = Method(
@@ -31,6 +31,7 @@ AVERAGE_ACTIVATION = Method(
     options={"gate_norm": "standardize"},
     finish=partial(check_gate_norm, method="average_activation"),
     gate_kind=KIND,
+    lacks=partial(gates_lacking, kind=KIND),
 )
 
 AVERAGE_ACTIVATION_MTTL = Method(
@@ -44,6 +45,7 @@ AVERAGE_ACTIVATION_MTTL = Method(
     options={"gate_norm": "none"},
     finish=partial(check_gate_norm, method="average_activation_mttl"),
     gate_kind=KIND,
+    lacks=partial(gates_lacking, kind=KIND),
 )
 
 ROWS = (AVERAGE_ACTIVATION, AVERAGE_ACTIVATION_MTTL)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..experts import ExpertBank, ModuleBank
 
+HIDDEN_STATES = "the base model's hidden states"  # `Embedder.from_hidden_states`
 GATE_EPS = 1e-5  # the epsilon of `route`'s standardization, used on gates as well
 
 
@@ -78,7 +79,8 @@ class Method:
     """One row of METHODS.
 
     plan(bank, module_bank, module_name, options) builds a module's `Plan`; it raises ValueError listing what is missing
-    (a gate, an expert). bias(affinities [N,E], options) -> [N,E] float32 turns per-row global affinities into
+    (a gate, an expert). lacks(bank) lists the same for all modules and builds nothing; None when any bank will do.
+    bias(affinities [N,E], options) -> [N,E] float32 turns per-row global affinities into
     the additive score bias of `route` (GLIDER); None when the method has no global part. `options` are the
     method's own parameters with their defaults; `patch(..., **options)` overrides them by name, and the fields of
     `routing` (top_k, top_p, ...) likewise.
@@ -95,10 +97,18 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     # (routing, options) -> routing: for options that change the route's numbers, such as a temperature
     finish: Callable[[Routing, Mapping[str, Any]], Routing] | None = None
+    lacks: Callable[[ExpertBank], list[str]] | None = None
     gate_kind: str | None = None  # the kind of gate it reads from the sidecars; None: it needs none
-    # what `handle.queries` takes the affinities from: "instruction" (QueryRouter), "examples" (ExampleRouter)
+    # where the affinities come from: "instruction" (QueryRouter), "examples" (ExampleRouter), "ask" (AskRouter),
+    # "few-shot" (solved examples of the task, LoraHub)
     source: str | None = None
     per_task: bool = False  # one row of affinities for all queries of a task
+    embedder: str | None = None  # the paper's; HIDDEN_STATES is required, others are a recommendation
+
+    @property
+    def router(self) -> str | None:
+        """What tells the routers of an evaluation apart: `source`, or HIDDEN_STATES when the base embeds."""
+        return HIDDEN_STATES if self.embedder == HIDDEN_STATES else self.source
 
     def configure(self, /, **overrides: Any) -> tuple[Routing | None, str, dict[str, Any]]:
         """(routing, aggregation, options) after the caller's overrides. ValueError names every unknown key."""

@@ -35,8 +35,8 @@ def fixed_plan(
     Copied, so that the bank of all experts need not stay in memory. ValueError lists the names when no expert
     has this one.
     """
-    if expert not in bank.names:
-        raise ValueError(f"no expert named '{expert}'; there are: {', '.join(bank.names)}")
+    if missing := unknown_expert(bank, expert=expert):
+        raise ValueError(missing[0])
     index = bank.names.index(expert)
     present = bool(module_bank.present[index])
     rank = max(1, module_bank.ranks[index]) if present else 1
@@ -50,6 +50,11 @@ def fixed_plan(
     )
 
 
+def unknown_expert(bank: ExpertBank, *, expert: str) -> list[str]:
+    """`Method.lacks`: what is wrong when the bank has no expert of this name."""
+    return [] if expert in bank.names else [f"no expert named '{expert}'; there are: {', '.join(bank.names)}"]
+
+
 def fixed_expert(name: str) -> Method:
     """The row `expert:<name>`; whether the bank has such an expert is checked when the plan is built."""
     return Method(
@@ -59,4 +64,5 @@ def fixed_expert(name: str) -> Method:
         taxonomy=TAXONOMY,
         plan=partial(fixed_plan, expert=name),
         routing=None,
+        lacks=partial(unknown_expert, expert=name),
     )

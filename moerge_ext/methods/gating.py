@@ -60,6 +60,17 @@ def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, ki
     return gates.float()
 
 
+def gates_lacking(bank: ExpertBank, *, kind: str) -> list[str]:
+    """`Method.lacks` of rows that need stored gates of `kind`."""
+    problems = []
+    for name, module_bank in bank.modules.items():
+        try:
+            stored_gates(bank, module_bank, name, kind)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _expert_with_folder(bank: ExpertBank, expert: int) -> str:
     folder = bank.folders[expert]
     return f"'{bank.names[expert]}'" + (f" ({folder})" if folder is not None else "")

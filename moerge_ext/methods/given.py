@@ -5,11 +5,14 @@
 Weights may have any sign. A row of zeros is the base alone, a one-hot row one expert alone, so the sequences of one
 batch can use different experts. Lower `top_k` when rows have few weights above zero: an expert that is not among the
 top_k is never read.
+
+`lorahub` is the same with the factors averaged apart; its options are those of the search, `moerge_ext.lorahub`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,11 +58,26 @@ def as_given(weights: Tensor, options: Mapping[str, Any]) -> Tensor:
 GIVEN = Method(
     name="given",
     summary="the weights you give for every sequence",
-    paper="weights fixed beforehand, as LoRAHub's (arXiv 2307.13269) with aggregation='factored'",
+    paper="no paper's router: weights fixed beforehand (those of LoraHub, arXiv 2307.13269, are row lorahub)",
     taxonomy=TAXONOMY,
     plan=ungated_plan,
     routing=WEIGHTS,
     bias=as_given,
 )
 
-ROWS = (GIVEN,)
+LORAHUB = Method(
+    name="lorahub",
+    summary="weights for a task, searched with a few of its examples",
+    paper="LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition, arXiv 2307.13269, section 3",
+    taxonomy=replace(TAXONOMY, input_granularity="Task", aggregation="Parameter"),
+    plan=ungated_plan,
+    routing=WEIGHTS,
+    aggregation="factored",
+    bias=as_given,
+    # of the search, `moerge_ext.lorahub`
+    options={"count": 20, "budget": 40, "bound": 1.5, "l1": 0.05, "optimizer": "nevergrad", "seed": 0},
+    source="few-shot",
+    per_task=True,
+)
+
+ROWS = (GIVEN, LORAHUB)

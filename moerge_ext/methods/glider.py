@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..adapter_files.kinds import SIGMOID_GATE
 from .base import Method, Routing, is_finite_number
-from .gating import InverseTemperature, sigmoid_gate_plan
+from .gating import InverseTemperature, gates_lacking, sigmoid_gate_plan
 from .phatgoose import TAXONOMY as LOCAL_TAXONOMY
 
 PAPER = "Glider: Global and Local Instruction-Driven Expert Router, arXiv 2410.07172"
@@ -85,6 +85,7 @@ GLIDER = Method(
     options={"threshold": None, "gamma": 100.0, "beta": 3.0},
     finish=partial(check_numbers, method="glider"),
     gate_kind=SIGMOID_GATE,
+    lacks=partial(gates_lacking, kind=SIGMOID_GATE),
     source="instruction",
 )
 
@@ -99,6 +100,7 @@ GLIDER_CODE = Method(
     options={"alpha": 3.0},
     finish=partial(check_numbers, method="glider_code"),
     gate_kind=SIGMOID_GATE,
+    lacks=partial(gates_lacking, kind=SIGMOID_GATE),
     source="instruction",
     per_task=True,
 )

@@ -10,9 +10,11 @@ and divides by their sum + 1e-6, which is the same up to 3e-6.
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..adapter_files.kinds import SIGMOID_GATE
 from .base import Method, Routing, Taxonomy
-from .gating import sigmoid_gate_plan
+from .gating import gates_lacking, sigmoid_gate_plan
 
 PAPER = "Learning to Route Among Specialized Experts for Zero-Shot Generalization, arXiv 2402.05859"
 
@@ -36,6 +38,7 @@ PHATGOOSE = Method(
     plan=sigmoid_gate_plan,
     routing=Routing(top_k=2, normalize="standardize", scale=None, weighting="softmax"),
     gate_kind=SIGMOID_GATE,
+    lacks=partial(gates_lacking, kind=SIGMOID_GATE),
 )
 
 ROWS = (PHATGOOSE,)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich import box
@@ -34,7 +35,8 @@ def rows() -> list[dict[str, Any]]:
 
     Keys: name, summary, gates (the kind it needs, or "none"), top_k ("2", "all", "-"), weighting ("fixed" if
     nothing is routed), aggregation ("output" or "factored": how the selected are applied), options
-    ("name=default, ..."), taxonomy (a dict with the fields of `Taxonomy`), paper.
+    ("name=default, ..."), routing (the options of `route`, likewise), embedder (the paper's, or "-"), taxonomy (a dict
+    with the fields of `Taxonomy`), paper.
     """
     return [_row(method) for method in (*METHODS.values(), fixed_expert("<name>"))]
 
@@ -49,14 +51,28 @@ def _row(method: Method) -> dict[str, Any]:
         "top_k": top_k,
         "weighting": "fixed" if routing is None else routing.weighting,
         "aggregation": method.aggregation,
-        "options": ", ".join(f"{key}={value}" for key, value in method.options.items()) or "-",
+        "options": _listed(method.options) or "-",
+        "routing": _listed(_routing(method)),
+        "embedder": method.embedder or "-",
         "taxonomy": asdict(method.taxonomy),
         "paper": method.paper,
     }
 
 
+def _routing(method: Method) -> dict[str, Any]:
+    """The options that `patch` hands to `route`, and how the selected experts are applied."""
+    shown = {} if method.routing is None else {f.name: getattr(method.routing, f.name) for f in fields(method.routing)}
+    if callable(shown.get("scale")):
+        shown["scale"] = "by D and E"
+    return shown | {"aggregation": method.aggregation}
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
 def render(console: Console, *, verbose: bool = False) -> None:
-    """Print the methods; `verbose` adds the survey's taxonomy, the options and the papers."""
+    """Print the methods; `verbose` adds the survey's taxonomy, the options, embedders and papers."""
     data = rows()
     console.print(f"[bold]{len(data)} routing methods[/bold] (patch(model, experts, method=...))")
     table = _table("method", "what it does", "gates", "top-k", "weights", "applied", "arXiv", wraps="what it does")
@@ -77,9 +93,11 @@ def _render_details(console: Console, data: list[dict[str, Any]]) -> None:
     for row in data:
         table.add_row(row["name"], *(row["taxonomy"][name] for name in TAXONOMY_HEADERS))
     console.print(table)
-    console.print("\n[bold]Options with their defaults, and papers[/bold]")
+    console.print("\n[bold]Options with their defaults (own; of the routing), embedders and papers[/bold]")
     for row in data:
-        console.print(f"[cyan]{row['name']}[/cyan]  {row['options']}", highlight=False)
+        console.print(f"[cyan]{row['name']}[/cyan]  {row['options']}; {row['routing']}", highlight=False)
+        if row["embedder"] != "-":
+            console.print(f"    embedder: {row['embedder']}", highlight=False)
         console.print(f"    {row['paper']}", highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""Embedder: texts to vectors, by sentence-transformers, a transformers encoder, or any callable."""
+"""Embedder: texts to vectors, by sentence-transformers, a transformers encoder, the base model, or any callable."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Embedder:
         prefix: put before every text (some models want "search_query: " or the like); part of the name.
         cache, identity: as in InstructionWriter.
         batch_size: texts per call of `embed`.
+        of_base: the vectors are hidden states of the base model.
     """
 
     def __init__(
@@ -31,12 +32,13 @@ class Embedder:
         cache: TextCache | None = None,
         identity: str | None = None,
         batch_size: int = 64,
+        of_base: bool = False,
     ):
         if not callable(embed):
             raise ValueError(f"embed must be a callable texts -> [N, G], got {type(embed).__name__}")
         self.embed, self.prefix, self.cache, self.batch_size = embed, prefix, cache, batch_size
         self.name = f"{name} (prefix {prefix!r})" if prefix else name
-        self.identity = identity or self.name
+        self.identity, self.of_base = identity or self.name, of_base
 
     @classmethod
     def from_sentence_transformers(
@@ -98,6 +100,27 @@ class Embedder:
             return mean_pool(hidden, inputs["attention_mask"])
 
         return cls._of_model(embed, path, name, prefix, cache, batch_size)
+
+    @classmethod
+    def from_hidden_states(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        *,
+        layer: int = -2,
+        name: str | None = None,
+        max_length: int = 512,
+        batch_size: int = 16,
+    ) -> Embedder:
+        """The base model as embedder (DAM): the mean of its hidden state `layer` over a text's tokens, without experts.
+
+        model: loaded, patched or not; layer: -2 is the penultimate one; name: default the model's own. Keeps no cache.
+        """
+        from .hidden import base_name, hidden_states
+
+        name = name or base_name(getattr(model.config, "_name_or_path", ""))
+        embed = hidden_states(model, tokenizer, layer, max_length)
+        return cls(embed, name=f"{name} hidden state {layer}", batch_size=batch_size, of_base=True)
 
     @classmethod
     def _of_model(cls, embed, path: str, name: str | None, prefix: str, cache, batch_size: int) -> Embedder:

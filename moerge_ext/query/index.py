@@ -1,9 +1,10 @@
-"""Embedded examples of an expert's training data, in a safetensors file beside its adapter."""
+"""Embedded examples of an expert's training data, in a safetensors file beside its adapter, one per embedder."""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..adapters import inspect_adapter
 from .embedder import Embedder, unit
 from .writer import Example
 
-INDEX_FILE = "moerge_examples.safetensors"
+PREFIX, SUFFIX = "moerge_examples.", ".safetensors"
 FORMAT, KEY = "moerge-examples", "embeddings"
 SAMPLES = 1000  # per expert: PHATGOOSE, arXiv 2402.05859, section 4.2, baseline "Retrieval"
 
@@ -53,22 +54,39 @@ def index_examples(
     chosen = random.Random(seed).sample(list(examples), min(samples, len(examples)))
     vectors = unit(embedder([row.get("input", row.get("text", "")) for row in chosen]))
     metadata = {"format": FORMAT, "version": "1", "embedder": embedder.name, "seed": str(seed)}
-    path = folder / INDEX_FILE
+    path = folder / index_file(embedder.name)
     write_atomically(path, lambda file: save_file({KEY: vectors.contiguous()}, file, metadata))
     return path
 
 
-def read_index(folder: str | os.PathLike) -> ExampleIndex:
-    """The index beside an adapter; AdapterError (a ValueError) when there is none or it cannot be used."""
+def index_file(embedder: str) -> str:
+    """The name of the file for the embedder of this name."""
+    return PREFIX + re.sub(r"[^A-Za-z0-9.=-]+", "_", embedder)[:100] + SUFFIX
+
+
+def read_index(folder: str | os.PathLike, embedder: str) -> ExampleIndex:
+    """The index beside an adapter that this embedder made; AdapterError (a ValueError) when none can be used."""
     folder = Path(folder).resolve()
-    if not (folder / INDEX_FILE).is_file():
-        raise AdapterError([f"{folder} has no {INDEX_FILE}: make it with moerge_ext.index_examples(adapter, ...)"])
-    with open_tensors(file_inside(folder, INDEX_FILE)) as handle:
+    path = folder / index_file(embedder)
+    if not path.is_file():
+        others = [file.name[len(PREFIX) : -len(SUFFIX)] for file in sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))]
+        found = f"only by {', '.join(others)}" if others else "not at all"
+        raise AdapterError(
+            [
+                f"its examples are indexed {found}, and the queries' embedder is '{embedder}': run `moerge describe "
+                f"--adapter {folder} --index 1000 ...` or moerge_ext.index_examples(adapter, rows, embedder)"
+            ]
+        )
+    with open_tensors(file_inside(folder, path.name)) as handle:
         metadata, headers = dict(handle.metadata() or {}), read_headers(handle)
         header = headers.get(KEY)
         if metadata.get("format") != FORMAT or header is None or header.dtype not in FLOATS or len(header.shape) != 2:
-            raise AdapterError([f"{folder / INDEX_FILE} is no index of examples"])
+            raise AdapterError([f"{path} is no index of examples"])
+        if metadata.get("embedder") != embedder:
+            raise AdapterError(
+                [f"{path} was made by embedder '{metadata.get('embedder')}', the queries' is '{embedder}': index again"]
+            )
         vectors = read_tensor(handle, KEY, header).to(torch.float32, copy=True)
     if not vectors.numel() or not vectors.isfinite().all():
-        raise AdapterError([f"{folder / INDEX_FILE} holds no vectors, or values that are not finite"])
-    return ExampleIndex(unit(vectors), metadata.get("embedder", ""))
+        raise AdapterError([f"{path} holds no vectors, or values that are not finite"])
+    return ExampleIndex(unit(vectors), embedder)

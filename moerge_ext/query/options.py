@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..methods.base import HIDDEN_STATES
 from .embedder import Embedder
+from .hidden import GENERIC, base_name
 from .writer import InstructionWriter
 
+HIDDEN_LAYER = -2  # DAM: the penultimate one
 KEY = "OPENAI_API_KEY"  # the environment variable that clients of such servers read
 
 
@@ -43,7 +47,7 @@ def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
     if not args.embedder:
         raise ValueError("--embedder is needed: a sentence-transformers model, or with --mean-pool any encoder")
     name = args.embedder_name
-    if name is None and Path(args.embedder).is_dir() and Path(args.embedder).name in ("model", "hf", "snapshot"):
+    if name is None and Path(args.embedder).is_dir() and Path(args.embedder).name in GENERIC:
         raise ValueError(
             f"--embedder {args.embedder} does not say which model it is: pass --embedder-name, such as all-MiniLM-L6-v2"
         )
@@ -71,26 +75,48 @@ def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWr
     return InstructionWriter.from_transformers(args.writer, device=device)
 
 
-def build_routers(args: argparse.Namespace, experts: Any, methods: list[str | None]) -> dict[str, Any]:
-    """The routers that the methods ask for, {source: router}."""
+def add_hidden_layer(parser: argparse.ArgumentParser) -> None:
+    """Declare the option of methods that embed by the base model."""
+    parser.add_argument(
+        "--hidden-layer",
+        type=int,
+        default=HIDDEN_LAYER,
+        metavar="N",
+        help="of the base model that method dam reads; -2: the last but one (default: %(default)s)",
+    )
+    parser.add_argument("--base-name", metavar="NAME", help="what dam's index calls the base (default: from --model)")
+
+
+def build_routers(
+    args: argparse.Namespace, experts: Any, methods: list[str | None], load: Callable[[], tuple[Any, Any]]
+) -> dict[str, Any]:
+    """The routers that the methods ask for, {`Method.router`: router}.
+
+    load() -> (model, tokenizer), called only for a method that needs them.
+    """
     from ..methods import get_method
     from .example_router import ExampleRouter
     from .router import AskRouter, QueryRouter
 
-    sources = {get_method(name).source for name in methods if name is not None} - {None}
-    if not sources:
-        return {}
+    kinds = {get_method(name).router for name in methods if name is not None} - {None}
     routers: dict[str, Any] = {}
-    writer = build_writer(args, args.device) if sources & {"instruction", "ask"} else None
-    if "ask" in sources:
+    writer = build_writer(args, args.device) if kinds & {"instruction", "ask"} else None
+    if "ask" in kinds:
         if writer is None:
             raise ValueError("ask_llm needs --writer, the language model that picks the expert")
         routers["ask"] = AskRouter(experts, writer)
-    if sources == {"ask"}:
-        return routers
-    embedder = build_embedder(args, args.device)
-    if "instruction" in sources:
+    embedder = build_embedder(args, args.device) if kinds & {"instruction", "examples"} else None
+    if "instruction" in kinds:
         routers["instruction"] = QueryRouter(experts, embedder, writer)
-    if "examples" in sources:
+    if "examples" in kinds:
         routers["examples"] = ExampleRouter(experts, embedder)
+    if HIDDEN_STATES in kinds:
+        base = Embedder.from_hidden_states(
+            *load(), layer=args.hidden_layer, name=args.base_name or base_name(args.model)
+        )
+        routers[HIDDEN_STATES] = ExampleRouter(experts, base)
+    if "few-shot" in kinds:
+        from ..training.lorahub import LoraHubRouter
+
+        routers["few-shot"] = LoraHubRouter(load()[1], getattr(args, "template", "{input}").replace("\\n", "\n"))
     return routers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ..adapter_files.kinds import INSTRUCTION
 from ..experts import ExpertBank
-from ..methods.base import Method
+from ..methods.base import HIDDEN_STATES, Method
+from .describe import EXAMPLES
 from .embedder import Embedder, unit
 from .writer import Example, InstructionWriter
 
@@ -24,6 +26,7 @@ class Router:
 
     source: str
     names: tuple[str, ...]
+    embedder: Embedder | None = None
 
     def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
         """texts (N) -> affinities [N,E] float32 under a method's options."""
@@ -33,14 +36,25 @@ class Router:
         """The method's options, completed with what depends on the router."""
         return dict(options)
 
+    def without_cache(self) -> Router:
+        """The same router, which keeps no embedding on disk: for texts that are seen once."""
+        router = copy.copy(self)
+        if router.embedder is not None:
+            router.embedder = copy.copy(router.embedder)
+            router.embedder.cache = None
+        return router
+
     def bias(self, texts: Sequence[str], method: Method, options: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
         """The score bias [N,E] of `texts` under `method`; ValueError when the router does not fit method or experts."""
-        if method.source is None:
-            raise ValueError(f"method '{method.name}' does not route by the query's text; glider and retrieval do")
         if self.source != method.source or tuple(self.names) != tuple(names):
             raise ValueError(
                 f"method '{method.name}' takes a router by {method.source} over the experts {', '.join(names)}; "
                 f"got one by {self.source} over {', '.join(self.names)}"
+            )
+        if method.embedder == HIDDEN_STATES and (self.embedder is None or not self.embedder.of_base):
+            raise ValueError(
+                f"method '{method.name}' routes by {HIDDEN_STATES}: index the experts with "
+                "Embedder.from_hidden_states(model, tokenizer) and give the router that embedder"
             )
         settings = self.settings(method.name, options)
         return method.bias(self.scores(texts, settings), settings)
@@ -62,6 +76,7 @@ class QueryRouter(Router):
     """
 
     source = "instruction"  # of the methods that it serves
+    task_examples = EXAMPLES  # solved examples that say what a task is
 
     def __init__(
         self,
@@ -108,8 +123,11 @@ class QueryRouter(Router):
         """texts (N) -> cosines [N,E] float32."""
         return unit(self.embedder(self.describe(texts))) @ self.vectors.T
 
-    def task_affinities(self, examples: Sequence[Example]) -> Tensor:
-        """Solved examples of one task -> [1,E]: one vector per task, as `glider_code` was run."""
+    def task_affinities(self, examples: Sequence[Example], handle: Any = None) -> Tensor:
+        """Solved examples of one task -> [1,E]: one vector per task, as `glider_code` was run.
+
+        handle: of the patched model; this router does not need it.
+        """
         text = [example["input"] for example in examples] if self.writer is None else [self.writer.task(examples)]
         return unit(unit(self.embedder(text)).mean(0, keepdim=True)) @ self.vectors.T
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter_files.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
+from ..rows import read_rows
 
 if TYPE_CHECKING:
     from .batches import Batch, Collate
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError for what the user can mend."""
     training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
     check(args, training)
-    rows = read_rows(args.data)
-    held_out = read_rows(training["validation"]) if "validation" in training else None
+    rows = read_rows(args.data, text=True)
+    held_out = read_rows(training["validation"], text=True) if "validation" in training else None
 
     # these take seconds to import, and `moerge --help` needs neither
     import torch
@@ -145,32 +145,6 @@ def plan_of(examples: int, *, batch_size: int, **training: Any) -> str:
         f"{steps} steps of up to {min(batch_size, examples) * accumulate} sequences (batch size {batch_size}, "
         f"accumulate {accumulate}): {total} sequences in all, from {examples} examples"
     )
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The examples of a JSON lines file; one ValueError with every line that is none."""
-    rows, problems = [], []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"line {number}: not JSON ({error.msg})")
-                continue
-            if isinstance(row, dict) and any(
-                all(isinstance(row.get(key), str) for key in keys) for keys in (("input", "target"), ("text",))
-            ):
-                rows.append(row)
-            else:
-                problems.append(f'line {number}: expected {{"input": str, "target": str}} or {{"text": str}}')
-    if not rows and not problems:
-        problems.append("the file has no examples")
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems[:20] + more))
-    return rows
 
 
 def encode(row: dict[str, str], tokenizer: Any, max_length: int, *, seq2seq: bool) -> dict[str, list[int]]:

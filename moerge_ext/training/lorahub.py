@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..experts import ExpertBank
-from ..patch import patch
-from .batches import BatchSource, Collate
+from ..patch import Handle, patch
+from ..pretrained import is_seq2seq
+from .batches import Batch, BatchSource, Collate
 from .loop import batch_loss
 
 OPTIMIZERS = ("nevergrad", "cobyla")
@@ -49,7 +50,7 @@ def lorahub(
 
     by nevergrad's NGOpt, as the authors do, or by scipy's COBYLA ("cobyla", our alternative). At most `budget`
     evaluations, the first at w = 0 (the base). Use the result with
-    `patch(model, experts, "given", aggregation="factored")` and `handle.affinities(result.weights)`.
+    `patch(model, experts, "lorahub")` and `with handle.affinities(result.weights):`.
 
     `data`, `collate_fn` and `batch_size` are as in `train_gates`. The model is as before afterwards. Errors:
     ImportError with the install line; ValueError for arguments out of range, empty data, and what `patch` refuses.
@@ -58,17 +59,44 @@ def lorahub(
     batches = list(BatchSource(data, collate_fn=collate_fn, batch_size=batch_size).epoch())
     if not batches:
         raise ValueError("lorahub: data is empty: a few examples of the task are needed")
-    drawn = sorted(random.Random(seed).sample(range(len(experts)), min(count, len(experts))))
-    history, best, was_training = [], (float("inf"), torch.zeros(len(experts))), model.training
+    with patch(model, experts, "lorahub") as handle:
+        return _search(
+            handle,
+            batches,
+            count=count,
+            budget=budget,
+            bound=bound,
+            l1=l1,
+            optimizer=optimizer,
+            seed=seed,
+            progress=progress,
+        )
+
+
+def _search(
+    handle: Handle,
+    batches: Sequence[Batch],
+    *,
+    count: int,
+    budget: int,
+    bound: float,
+    l1: float,
+    optimizer: str,
+    seed: int,
+    progress: bool,
+) -> LoraHubResult:
+    """The weights on a patched model, whose mode of training is as before afterwards."""
+    model, size = handle.model, len(handle.names)
+    drawn = sorted(random.Random(seed).sample(range(size), min(count, size)))
+    history, best, was_training = [], (float("inf"), torch.zeros(size)), model.training
     model.eval()
     try:
-        patched = patch(model, experts, "given", aggregation="factored")
-        with patched as handle, tqdm(total=budget, desc="lorahub", disable=not progress) as bar, torch.no_grad():
+        with tqdm(total=budget, desc="lorahub", disable=not progress) as bar, torch.no_grad():
 
             def objective(values: Any) -> float:
                 nonlocal best
                 chosen = torch.as_tensor(values, dtype=torch.float32)
-                weights = torch.zeros(len(experts))
+                weights = torch.zeros(size)
                 weights[drawn] = chosen
                 with handle.affinities(weights):
                     loss = sum(batch_loss(model, batch).item() for batch in batches) / len(batches)
@@ -85,6 +113,34 @@ def lorahub(
     finally:
         model.train(was_training)
     return LoraHubResult(best[1], best[0], history)
+
+
+class LoraHubRouter:
+    """Finds the weights of method `lorahub` for a task from a few solved examples; what `moerge eval` asks.
+
+    tokenizer: the model's; template: the prompt, with {input}.
+    """
+
+    source = "few-shot"
+    task_examples = 5  # of the paper
+
+    def __init__(self, tokenizer: Any, template: str = "{input}", *, max_length: int = 512):
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+
+    def settings(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's options; ValueError for those out of range."""
+        _check(**{name: value for name, value in options.items() if name != "seed"})
+        return dict(options)
+
+    def task_affinities(self, examples: Sequence[Mapping[str, str]], handle: Handle) -> Tensor:
+        """Solved examples {"input", "target"} of one task -> weights [1,E], by `handle.options`."""
+        from .cli import collator, encode
+
+        rows = [{**row, "input": self.template.replace("{input}", row["input"])} for row in examples]
+        seq2seq = is_seq2seq(handle.model.config)
+        features = [encode(row, self.tokenizer, self.max_length, seq2seq=seq2seq) for row in rows]
+        found = _search(handle, [collator(self.tokenizer)(features)], progress=False, **handle.options)
+        return found.weights[None]
 
 
 def _check(*, l1: float, optimizer: str, **positive: float) -> None:
