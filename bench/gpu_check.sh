@@ -2,11 +2,14 @@
 # Everything that waits for a GPU, in one command: builds for the card, runs the correctness tests on it, runs
 # compute-sanitizer on a few, times, and prints a short table last. Rows go to bench/results/<card>.jsonl.
 #
-#   bench/gpu_check.sh                          # all parts, about ten minutes on a fast machine
+#   bench/gpu_check.sh                          # all parts
 #   bench/gpu_check.sh --part build,tests       # some: build, tests, sanitizer, linear, graphs, model, table
 #   bench/gpu_check.sh --device cpu --tiny      # a dry run of the same steps without a GPU, in seconds to minutes
+#   bench/gpu_check.sh --results FOLDER         # where the rows go (bench/results)
 #
-# Needs python with torch (CUDA), pybind11, cmake, ninja, pytest, transformers and peft, and nvcc; nothing is installed.
+# Where a call may take ten minutes at most: build,tests; then sanitizer; then linear,table; graphs,table; model.
+# Needs python with torch (CUDA), pybind11, pytest, transformers and peft; cmake, ninja, nvcc. It installs and downloads
+# nothing, and leaves out what does not work here by its name. MAX_JOBS bounds the compilers that run at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,14 +17,15 @@ parts=build,tests,sanitizer,linear,graphs,model,table
 device=cuda
 tiny=""
 results=bench/results
-python=${PYTHON:-python}
+python=$(command -v "${PYTHON:-python}" || command -v python3)
+if ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then export PATH="/usr/local/cuda/bin:$PATH"; fi
 while [ $# -gt 0 ]; do
   case "$1" in
     --part) parts=$2; shift ;;
     --device) device=$2; shift ;;
     --tiny) tiny=--tiny ;;
     --results) results=$2; shift ;;
-    -h | --help) sed -n '2,9p' "$0" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,12p' "$0" | cut -c3-; exit 0 ;;
     *) echo "gpu_check: unknown option $1 (see --help)" >&2; exit 2 ;;
   esac
   shift
@@ -32,43 +36,60 @@ failed=""
 
 wanted() { case ",$parts," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
 step() { # step NAME COMMAND...: runs it, goes on when it fails, remembers
-  local name=$1
+  local name=$1 begin=$SECONDS
   shift
   echo "== $name"
-  if "$@"; then echo "== $name: ok"; else
+  if "$@"; then echo "== $name: ok ($((SECONDS - begin)) s)"; else
     failed="$failed $name"
-    echo "== $name: FAILED"
+    echo "== $name: FAILED ($((SECONDS - begin)) s)"
   fi
 }
 
+# Straight through CMake: setuptools may not be there.
 build() {
-  if [ "$device" = cpu ]; then
-    "$python" -c "import moerge_ext" || "$python" setup.py -q build_ext --inplace
-  else
-    local card
-    card=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")
-    MOERGE_CUDA=1 CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=$card-real" "$python" setup.py -q build_ext --inplace
+  local cuda=OFF card=() suffix library
+  if [ "$device" = cuda ]; then
+    cuda=ON
+    card=("-DCMAKE_CUDA_ARCHITECTURES=$("$python" -c \
+      "import torch; print('%d%d-real' % torch.cuda.get_device_capability())")") || return 1
+  elif "$python" -c "import moerge_ext" 2>/dev/null; then
+    "$python" -m moerge_ext doctor
+    return
   fi
+  cmake -S . -B build/check -G Ninja "-DPython_EXECUTABLE=$python" "-DMOERGE_CUDA=$cuda" "${card[@]}" || return 1
+  cmake --build build/check --parallel "${MAX_JOBS:-$(nproc)}" --target _kernels _C || return 1
+  suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))") || return 1
+  for library in _kernels _C; do
+    cp "build/check/out/$library.so" "moerge_ext/.$library.new" || return 1
+    mv "moerge_ext/.$library.new" "moerge_ext/$library$suffix" || return 1
+  done
   "$python" -m moerge_ext doctor
 }
 
 tests() {
   local on=()
   [ "$device" = cuda ] && on=(--cuda)
-  local files=(python_tests/test_ops_{route,lora,16bit,mix,autograd}.py)
+  local files=(python_tests/test_ops_{route,lora,16bit,linear,mix,autograd,cuda,grid}.py)
+  files+=(python_tests/test_patch_compiled.py)
   [ -n "$tiny" ] && files=(python_tests/test_ops_mix.py)
-  "$python" -m pytest "${on[@]}" -m "not slow" "${files[@]}"
+  "$python" -m pytest "${on[@]}" -m "not slow" --maxfail=40 "${files[@]}"
 }
 
+# A first small program tells whether the tool works here at all. Torch's cache of memory would hide a bad access.
 sanitizer() {
   if [ "$device" = cpu ] || ! command -v compute-sanitizer >/dev/null; then
     echo "skipped: needs a GPU and compute-sanitizer"
     return 0
   fi
-  local tool
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local tool run=(timeout 280 compute-sanitizer --error-exitcode 9)
+  if ! "${run[@]}" "$python" -c "import torch; torch.ones(1000).cuda().sum().item()"; then
+    echo "skipped: compute-sanitizer does not work on this machine"
+    return 0
+  fi
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest --cuda python_tests/test_ops_16bit.py -k "test_shapes and (33 or 129)" || return 1
+    "${run[@]}" --tool "$tool" "$python" -m pytest --cuda python_tests/test_ops_16bit.py -k "test_shapes and 33" ||
+      return 1
   done
 }
 

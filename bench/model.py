@@ -144,7 +144,8 @@ def run(size_name: str, recorder: Recorder, device: torch.device, settings: Sett
     for dtype in ("float32", "bfloat16"):
         facts = {"size": size_name, "dtype": dtype} | size.facts()
         jobs.append((facts | {"mode": "time"}, lambda d=dtype: time_size(size, d, clock, settings)))
-        jobs.append((facts | {"mode": "memory"}, lambda d=dtype: memory_rows(size_name, d, device)))
+        if dtype == "float32" or size_name == "full":  # four processes that each build the model: half a minute
+            jobs.append((facts | {"mode": "memory"}, lambda d=dtype: memory_rows(size_name, d, device)))
     for facts, work in jobs:
         cell = {"suite": "model"} | facts
         label = f"model {facts['mode']} {facts.get('size', '')} {facts.get('dtype', '')}".rstrip()

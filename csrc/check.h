@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -67,12 +68,15 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
-// The checks of one op; `op` is its name without the namespace.
+enum class Device { cpu, cuda };
+
+// The checks of one op; `op` is its name without the namespace, and its tensors live on `device`.
 struct Check {
   const char* op;
+  Device device;
 
   template <class... Parts>
-  [[noreturn]] void fail(const Parts&... parts) const {
+  [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) const {
     throw std::runtime_error(text("moerge::", op, ": ", parts...));
   }
 
@@ -89,13 +93,23 @@ struct Check {
     if (!ok) fail(name, " must be ", wanted..., ", got ", shape_of(tensor));
   }
 
+  // Torch hands the op of the CPU no tensor from elsewhere; that of a GPU may get tensors of the CPU beside its own.
+  void here(const Tensor& tensor, const char* name) const {
+    if (device == Device::cpu || tensor.is_cuda()) return;
+    fail(name, " must be on a CUDA device like the others, got one on ",
+         tensor.is_cpu() ? "the CPU" : "another device");
+  }
+
   void floating(const Tensor& tensor, const char* name) const {
+    here(tensor, name);
     if (!is_floating(tensor.scalar_type()))
       fail(name, " must be float16, bfloat16, float32 or float64, got ", name_of(tensor.scalar_type()));
   }
 
-  void dtype(const Tensor& tensor, const char* name, ScalarType type) const {
-    if (tensor.scalar_type() != type) fail(name, " must be ", name_of(type), ", got ", name_of(tensor.scalar_type()));
+  void dtype(const Tensor& tensor, const char* name, ScalarType type, const char* why = "") const {
+    here(tensor, name);
+    if (tensor.scalar_type() != type)
+      fail(name, " must be ", name_of(type), why, ", got ", name_of(tensor.scalar_type()));
   }
 };
 
@@ -103,23 +117,3 @@ struct Check {
 
 // Fails unless `ok`. A macro, so that the parts of the message are made only then: texts cost more than the checks.
 #define MOERGE_CHECK(check, ok, ...) ((ok) ? void() : (check).fail(__VA_ARGS__))
-
-namespace moerge {
-
-// [..., C] -> [T, C] without a call of the dispatcher, which costs as much as the rest of a small op.
-inline Tensor flattened(const Check& check, const Tensor& tensor, const char* name) {
-  const int64_t dims = tensor.dim();
-  if (dims == 2) return tensor;
-  MOERGE_CHECK(check, dims > 2 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
-               "], or contiguous with more dimensions, got ", shape_of(tensor));
-  const int64_t columns = tensor.size(dims - 1);
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  AtenTensorHandle flat;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &flat));
-  return Tensor(flat);
-}
-
-}  // namespace moerge

@@ -13,13 +13,13 @@ namespace moerge {
 inline void check_linear(const Check& check, const Tensor& x, const Tensor& weight,
                          const std::optional<Tensor>& linear_bias) {
   check.floating(x, "x");
+  check.here(weight, "weight");
   check.shape(weight, "weight", {-1, x.size(1)}, "[O, D=", x.size(1), "] to match x");
-  MOERGE_CHECK(check, weight.scalar_type() == x.scalar_type(), "weight must be ", name_of(x.scalar_type()),
-               " like x, got ", name_of(weight.scalar_type()));
+  check.dtype(weight, "weight", x.scalar_type(), " like x");
   if (!linear_bias) return;
+  check.here(*linear_bias, "linear_bias");
   check.shape(*linear_bias, "linear_bias", {weight.size(0)}, "[O=", weight.size(0), "] to match weight");
-  MOERGE_CHECK(check, linear_bias->scalar_type() == x.scalar_type(), "linear_bias must be ", name_of(x.scalar_type()),
-               " like x, got ", name_of(linear_bias->scalar_type()));
+  check.dtype(*linear_bias, "linear_bias", x.scalar_type(), " like x");
 }
 
 // y [T,O] <- x weight^T + linear_bias, rounded to y's dtype. The out= form is the one that autocast leaves alone.

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moerge_ext import ops, reference
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Inputs = dict[str, Tensor]
 
@@ -68,6 +70,29 @@ def same_experts(ours: Tensor, truth: Tensor, scores: Tensor, margin: float = 1e
     gap = scores.gather(-1, ours.long()) - scores.gather(-1, truth.long())
     clash = (ours != truth) & ~(gap.abs() <= margin)
     assert not clash.any(), f"other experts at {clash.nonzero()[:5].tolist()}"
+
+
+def check_route(x, gates, **options):
+    """Compares ids outside a tie margin and weights by the 2x rule; returns ours."""
+    weights, experts = ops.route(x, gates, **options)
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    plain, _ = reference.route(x, gates, **options)
+    truth, ids = reference.route(x.double(), gates.double(), **wide)
+    every = {**wide, "top_k": gates.shape[0], "weighting": "score", "top_p": None, "mask": None}
+    sorted_scores, order = reference.route(x.double(), gates.double(), **every)
+    scores = torch.empty_like(sorted_scores).scatter_(-1, order.long(), sorted_scores)
+    same_experts(experts, ids, scores.nan_to_num(0.0))
+    assert experts.dtype == torch.int32
+    assert_as_good(weights, plain, truth, atol=2e-6)
+    return weights, experts
+
+
+def check_lora(case, atol=2e-6, **options):
+    """y of lora_apply, compared by the rule above."""
+    y = ops.lora_apply(**case, **options)
+    plain = reference.lora_apply(**case, **options)
+    assert_as_good(y, plain, reference.lora_apply(**double(case), **options), atol)
+    return y
 
 
 def _wider(t: Tensor, last: int) -> Tensor:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import FLOATS, LAYOUTS, assert_as_good, double, lora, rand, same_experts
+from op_cases import FLOATS, LAYOUTS, check_lora, lora, rand, same_experts
 
 from moerge_ext import ops, reference
 
 NAN, INF = float("nan"), float("inf")
-
-
-def check_lora(case, atol=2e-6, **options):
-    y = ops.lora_apply(**case, **options)
-    plain = reference.lora_apply(**case, **options)
-    assert_as_good(y, plain, reference.lora_apply(**double(case), **options), atol)
-    return y
 
 
 SHAPES = [  # T, D, E, K, R, O

@@ -6,26 +6,11 @@ import math
 
 import pytest
 import torch
-from op_cases import FLOATS, LAYOUTS, assert_as_good, rand, router, same_experts
+from op_cases import FLOATS, LAYOUTS, check_route, rand, router
 
 from moerge_ext import ops, reference
 
 NAN, INF = float("nan"), float("inf")
-
-
-def check_route(x, gates, **options):
-    """Compares ids outside a tie margin and weights by the 2x rule; returns ours."""
-    weights, experts = ops.route(x, gates, **options)
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
-    plain, _ = reference.route(x, gates, **options)
-    truth, ids = reference.route(x.double(), gates.double(), **wide)
-    every = {**wide, "top_k": gates.shape[0], "weighting": "score", "top_p": None, "mask": None}
-    sorted_scores, order = reference.route(x.double(), gates.double(), **every)
-    scores = torch.empty_like(sorted_scores).scatter_(-1, order.long(), sorted_scores)
-    same_experts(experts, ids, scores.nan_to_num(0.0))
-    assert experts.dtype == torch.int32
-    assert_as_good(weights, plain, truth, atol=2e-6)
-    return weights, experts
 
 
 SHAPES = [  # T, D, E, K

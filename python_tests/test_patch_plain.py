@@ -93,6 +93,12 @@ def test_where_it_is_not_taken(short, layer, monkeypatch):
     layer(x)
     hook.remove()
     assert seen and error(layer(x.transpose(0, 1).contiguous().transpose(0, 1)), expected) < 1e-6
+    base = layer.base_layer
+    weight = base._parameters.pop("weight")
+    base.weight = weight.detach()  # a plain attribute, as some quantizers leave it
+    assert error(layer(x), expected) < 1e-6
+    del base.weight
+    base.weight = weight
     with torch.enable_grad():
         assert layer(x.requires_grad_()).requires_grad
     assert len(short) == 1

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = ("route", "lora", "linear", "16bit", "mix", "autograd", "torch", "cuda")
+OP_TESTS = ("route", "lora", "linear", "16bit", "mix", "autograd", "torch", "cuda", "grid")
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +61,61 @@ def test_op_tests_over_the_emulator(simt_build, op):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "registered at" in done.stderr + done.stdout and "csrc/cuda/bind_" in done.stderr + done.stdout
+
+
+SANITIZERS = "address,undefined"
+# sizes that are no multiples of 16 bytes, where something lies between the data and the page behind it
+SANITIZED = ["test_ops_16bit.py", "test_ops_mix.py", "test_ops_grid.py", "test_ops_cuda.py", "test_ops_autograd.py"]
+
+
+def run_sanitized(library: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """pytest over a library that is built with SANITIZERS: their libraries come first, and C++'s for its exceptions."""
+    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    found = [subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip() for name in names]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip("needs libasan and libubsan of the compiler")
+    env = os.environ | {"LD_PRELOAD": " ".join(found), "UBSAN_OPTIONS": "print_stacktrace=1"}
+    env["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+    command = [sys.executable, "-m", "pytest", "-s", "-m", "not slow", "--simt", library, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SANITIZED)
+def test_the_kernels_under_sanitizers(simt_build, file):
+    """`pytest -m slow python_tests/test_simt.py -k sanitizers`: accesses out of bounds, misaligned, overflows."""
+    done = run_sanitized(simt_build("_simt", SANITIZERS) / "_simt.so", f"python_tests/{file}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+
+
+@pytest.mark.slow
+def test_the_sanitizers_see_a_read_that_changes_no_result(simt_build, tmp_path):
+    """One number past the end of the logits, within the 16 bytes that nothing else watches, and its maximum unused."""
+    library = simt_build("_simt", SANITIZERS) / "_simt.so"
+    planted = plant(library, "mix.cu", "v < p.V; v += kThreads) highest", "v <= p.V; v += kThreads) highest", tmp_path)
+    chosen = ("python_tests/test_ops_mix.py", "-k", "test_matches_reference and 41 and dtype0")
+    assert run_sanitized(library, *chosen).returncode == 0
+    done = run_sanitized(planted, *chosen)
+    assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr and "mix.cu:" in done.stderr, done.stderr
+
+
+def plant(library: Path, source: str, old: str, new: str, folder: Path) -> Path:
+    """The library with one kernel file changed."""
+    text = (ROOT / "csrc" / "cuda" / source).read_text()
+    assert text.count(old) == 1
+    (folder / source).write_text(text.replace(old, new))
+    build = library.parents[1]
+    objects = [path for path in build.glob("csrc/simt/CMakeFiles/_simt.dir/**/*.o") if path.name != f"{source}.o"]
+    includes = [f"-I{ROOT / 'csrc' / name}" for name in ("simt", "cuda")]
+    compiler = ["c++", "-shared", "-fPIC", "-std=c++20", "-O1", "-g1", f"-fsanitize={SANITIZERS}"]
+    torch_lib = Path(torch.__file__).parent / "lib"
+    done = subprocess.run(
+        [*compiler, *includes, *objects, "-x", "c++", folder / source, "-o", folder / "planted.so",
+         f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", "-ltorch", "-ltorch_cpu"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "planted.so"
 
 
 @pytest.mark.slow

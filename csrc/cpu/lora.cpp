@@ -3,51 +3,25 @@
 
 namespace moerge::cpu {
 
-LoraArgs::LoraArgs(const Check& check, const Tensor& x_in, int64_t out_features, bool wide, const Tensor& lora_a,
-                   const Tensor& lora_b, std::optional<Tensor> lora_bias_in, bool factored,
-                   std::optional<Tensor> packed)
-    : check(check),
-      x(x_in),
-      a((MOERGE_CHECK(check, lora_a.dim() == 3, "lora_a must be [E, R, D], got ", shape_of(lora_a)), lora_a), 1, 2),
-      b((MOERGE_CHECK(check, lora_b.dim() == 3, "lora_b must be [E, O, R], got ", shape_of(lora_b)), lora_b), 2, 1),
-      lora_bias(lora_bias_in),
-      factored(factored),
-      wide(wide || is_double(x_in) || is_double(lora_a) || is_double(lora_b)) {
-  MOERGE_CHECK(check, x.dim() == 2, "x must be [T, D], got ", shape_of(x));
-  T = x.size(0), D = x.size(1), O = out_features;
-  using Named = std::pair<const Tensor*, const char*>;
-  for (const auto& [tensor, name] : {Named{&x, "x"}, Named{&lora_a, "lora_a"}, Named{&lora_b, "lora_b"}}) {
-    check.floating(*tensor, name);
-    MOERGE_CHECK(check, tensor->is_cpu(), name, " must be on the CPU like base");
-  }
-  check.shape(lora_a, "lora_a", {-1, -1, D}, "[E, R, D=", D, "] to match x");
-  E = lora_a.size(0), R = lora_a.size(1);
-  check.shape(lora_b, "lora_b", {E, O, R}, "[E=", E, ", O=", O, ", R=", R, "] to match lora_a and base");
-  if (lora_bias) {
-    check.floating(*lora_bias, "lora_bias");
-    check.shape(*lora_bias, "lora_bias", {E, O}, "[E=", E, ", O=", O, "]");
-    lora_bias = rows_contiguous(*lora_bias);
-  }
+LoraArgs::LoraArgs(const Check& check, const Tensor& x_in, int64_t out_features, bool wide_output, const Tensor& lora_a,
+                   const Tensor& lora_b, const std::optional<Tensor>& lora_bias_in, bool factored,
+                   const std::optional<Tensor>& packed)
+    : LoraPlan(check_bank(check, x_in, out_features, wide_output, lora_a, lora_b, lora_bias_in, packed)),
+      check(check),
+      x(rows_contiguous(x_in)),
+      a(lora_a, 1, 2),
+      b(lora_b, 2, 1),
+      factored(factored) {
+  if (lora_bias_in) lora_bias = rows_contiguous(*lora_bias_in);
   if (packed) {
-    const int64_t columns = R * D + R * O;
-    check.shape(*packed, "packed", {E, columns}, "[E=", E, ", R*D + R*O=", columns, "] from pack_experts");
-    check.floating(*packed, "packed");
-    MOERGE_CHECK(check, packed->is_contiguous(), "packed must be contiguous, as pack_experts returns it");
     a = Factors(*packed, 0, R, D, 1, R);
     b = Factors(*packed, R * D, R, O, O, 1);
   }
-  x = rows_contiguous(x);
 }
 
 void LoraArgs::set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows) {
-  check.floating(weights, "weights");
-  MOERGE_CHECK(check, weights.dim() == 2, "weights must be [T, K] or [N, K], got ", shape_of(weights));
-  N = weights.size(0), K = weights.size(1);
-  check.shape(experts, "experts", {N, K}, "[", N, ", K=", K, "] like weights");
-  check.dtype(experts, "experts", ScalarType::Int);
-  MOERGE_CHECK(check, N > 0 || T == 0, "weights must have at least one row for T=", T, " tokens, got ",
-               shape_of(weights));
-  row = row_map(check, rows, T, N, rows_);
+  check_slots(check, weights, experts, rows, *this);
+  row = row_map(check, rows, T, N, tokens_per_row, rows_);
   experts_ = dense(experts);
   ids = static_cast<const int32_t*>(experts_.data_ptr());
   for (int64_t i = 0; i < N * K; ++i)

@@ -106,7 +106,7 @@ struct Results {
 template <class Acc>
 void backward(const LoraArgs& args, const Tensor& weights, const Tensor& grad_y, const Needs& needs,
               const Results& out) {
-  const Tensor weight_values = as_accumulator(weights, args.wide);
+  const Tensor weight_values = dense(weights, accumulator(args.wide));
   const Acc* w = static_cast<const Acc*>(weight_values.data_ptr());
   const Matrix x(args.x), dy(grad_y);
   // grad_weights is true at a weight of 0 too, so those pairs are read for it
@@ -144,10 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_apply_backward(Tensor gr
                                                                        Tensor lora_b, Tensor weights, Tensor experts,
                                                                        int64_t needs, std::optional<Tensor> lora_bias,
                                                                        std::optional<Tensor> rows, bool factored) {
-  const Check check{"lora_apply_backward"};
-  check.floating(grad_y, "grad_y");
-  MOERGE_CHECK(check, grad_y.dim() == 2 && x.dim() == 2 && grad_y.size(0) == x.size(0),
-               "grad_y must be [T, O] with the T of x ", shape_of(x), ", got ", shape_of(grad_y));
+  const Check check{"lora_apply_backward", Device::cpu};
+  check_grad_y(check, grad_y, x);
   LoraArgs args(check, x, grad_y.size(1), is_double(grad_y), lora_a, lora_b, lora_bias, factored, std::nullopt);
   args.set_slots(weights, experts, rows);
   const Needs need{bool(needs & 1), bool(needs & 2), bool(needs & 4), bool(needs & 8), lora_bias && (needs & 16)};

@@ -1,4 +1,4 @@
-// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_, routed_linear and pack_experts on the CPU.
+// moerge::lora_apply, lora_apply_, routed_lora, routed_lora_ and routed_linear on the CPU.
 //
 //   y_t = base_t + sum_k w_tk (B_e A_e x_t + bias_e)                           e = experts[t,k]
 //   factored: y_t = base_t + (sum_k w_tk B_e)(sum_k w_tk A_e) x_t + sum_k w_tk bias_e
@@ -50,29 +50,10 @@ struct Branch {
   }
 };
 
-void check_base(const Check& check, const Tensor& base, const Tensor& x) {
-  check.floating(base, "base");
-  MOERGE_CHECK(check, base.dim() == 2, "base must be [T, O], got ", shape_of(base));
-  MOERGE_CHECK(check, x.dim() != 2 || base.size(0) == x.size(0), "base must have T=", x.dim() ? x.size(0) : 0,
-               " rows to match x, got ", shape_of(base));
-}
-
-// Whether elements may share memory, as in an expanded tensor: then writing into it has no meaning.
-bool overlaps_itself(const Tensor& matrix) {
-  const int near = matrix.stride(1) <= matrix.stride(0) ? 1 : 0;
-  int64_t reach = 0;
-  for (int axis : {near, 1 - near}) {
-    if (matrix.size(axis) <= 1) continue;
-    if (matrix.stride(axis) <= reach) return true;
-    reach += matrix.stride(axis) * (matrix.size(axis) - 1);
-  }
-  return false;
-}
-
 template <class Acc>
 void apply(const LoraArgs& args, const Tensor& weights, const Tensor& base, const Tensor& out) {
   Workspace workspace;
-  const Tensor values = as_accumulator(weights, args.wide);
+  const Tensor values = dense(weights, accumulator(args.wide));
   const Matrix from(base), to(out);
   Branch<Acc> branch(args, static_cast<const Acc*>(values.data_ptr()), from, to, workspace);
   Team::work(branch.cost(), [&](Team& team) { branch.run(team, 0); });
@@ -81,8 +62,7 @@ void apply(const LoraArgs& args, const Tensor& weights, const Tensor& base, cons
 // Writes through a contiguous copy when the rows of `base` are not.
 template <class F>
 void in_place(const Check& check, const Tensor& base, const F& write) {
-  MOERGE_CHECK(check, !overlaps_itself(base), "base must not overlap itself in memory, got strides [", base.stride(0),
-               ", ", base.stride(1), "]");
+  check_no_overlap(check, base);
   const Tensor target = rows_contiguous(base);
   write(target);
   if (target.data_ptr() == base.data_ptr()) return;
@@ -101,7 +81,7 @@ void lora(const LoraArgs& args, const Tensor& weights, const Tensor& base, const
 Tensor lora_apply(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
                   std::optional<Tensor> lora_bias, std::optional<Tensor> rows, bool factored,
                   std::optional<Tensor> packed) {
-  const Check check{"lora_apply"};
+  const Check check{"lora_apply", Device::cpu};
   check_base(check, base, x);
   LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
   args.set_slots(weights, experts, rows);
@@ -113,7 +93,7 @@ Tensor lora_apply(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor we
 void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor experts,
                  std::optional<Tensor> lora_bias, std::optional<Tensor> rows, bool factored,
                  std::optional<Tensor> packed) {
-  const Check check{"lora_apply_"};
+  const Check check{"lora_apply_", Device::cpu};
   check_base(check, base, x);
   LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
   args.set_slots(weights, experts, rows);
@@ -146,13 +126,12 @@ void route_and_apply(const RouteArgs& route, LoraArgs& args, RouteAcc* weights, 
 // weights [T,K] of the router's type and experts [T,K]: where to put what it chooses, or null.
 void routed(const RouteArgs& route, LoraArgs& args, void* weights, int32_t* experts, const Tensor& base,
             const Tensor& out) {
-  MOERGE_CHECK(args.check, args.E == route.E, "lora_a must be [E=", route.E, ", R, D] to match gates, got E=", args.E);
+  check_same_bank(args.check, route, args);
   if (args.T == 0) return;
   Workspace workspace;
-  const bool wide = is_double(route.x);
   const int64_t slots = args.T * route.top_k;
-  if (!weights) weights = workspace.get<char>(slots * (wide ? 8 : 4)), experts = workspace.get<int32_t>(slots);
-  if (wide)
+  if (!weights) weights = workspace.get<char>(slots * (route.wide ? 8 : 4)), experts = workspace.get<int32_t>(slots);
+  if (route.wide)
     route_and_apply<double, double>(route, args, static_cast<double*>(weights), experts, base, out, workspace);
   else if (args.wide)
     route_and_apply<float, double>(route, args, static_cast<float*>(weights), experts, base, out, workspace);
@@ -167,11 +146,14 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
                                                std::optional<double> top_p, std::string weighting,
                                                std::optional<Tensor> lora_bias, bool factored,
                                                std::optional<Tensor> packed) {
-  const Check check{"routed_lora"};
+  const Check check{"routed_lora", Device::cpu};
   check_base(check, base, x);
-  const RouteArgs route(check, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
+  const RouteOptions options{
+      top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),
+      top_p, std::move(weighting)};
+  const RouteArgs route(check, x, gates, options);
   LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
-  const Tensor weights = new_tensor(x, {args.T, top_k}, is_double(x) ? ScalarType::Double : ScalarType::Float);
+  const Tensor weights = new_tensor(x, {args.T, top_k}, accumulator(route.wide));
   const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
   const Tensor out = new_tensor(base, {args.T, args.O}, base.scalar_type());
   routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), rows_contiguous(base), out);
@@ -182,11 +164,14 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
                   std::string normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
                   std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
                   std::string weighting, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
-  const Check check{"routed_lora_"};
+  const Check check{"routed_lora_", Device::cpu};
   base = flattened(check, base, "base");
   x = flattened(check, x, "x");
   check_base(check, base, x);
-  const RouteArgs route(check, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
+  const RouteOptions options{
+      top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),
+      top_p, std::move(weighting)};
+  const RouteArgs route(check, x, gates, options);
   LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
   in_place(check, base, [&](const Tensor& target) { routed(route, args, nullptr, nullptr, target, target); });
 }
@@ -199,33 +184,21 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
                                                  std::optional<Tensor> mask, std::optional<double> top_p,
                                                  std::string weighting, std::optional<Tensor> lora_bias, bool factored,
                                                  std::optional<Tensor> packed) {
-  const Check check{"routed_linear"};
+  const Check check{"routed_linear", Device::cpu};
   const Tensor tokens = flattened(check, x, "x");
   check_linear(check, tokens, weight, linear_bias);
-  const RouteArgs route(check, tokens, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
+  const RouteOptions options{
+      top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),
+      top_p, std::move(weighting)};
+  const RouteArgs route(check, tokens, gates, options);
   LoraArgs args(check, tokens, weight.size(0), false, lora_a, lora_b, lora_bias, factored, packed);
-  const Tensor weights = new_tensor(x, {args.T, top_k}, is_double(x) ? ScalarType::Double : ScalarType::Float);
+  const Tensor weights = new_tensor(x, {args.T, top_k}, accumulator(route.wide));
   const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
   const Tensor out = torch::stable::new_empty(x, with_columns(x, args.O), x.scalar_type());
   const Tensor y = flattened(check, out, "y");
   linear_into(y, tokens, weight, linear_bias);
   routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), y, y);
   return {out, weights, experts};
-}
-
-Tensor pack_experts(Tensor lora_a, Tensor lora_b) {
-  const Check check{"pack_experts"};
-  check.floating(lora_a, "lora_a");
-  MOERGE_CHECK(check, lora_a.dim() == 3, "lora_a must be [E, R, D], got ", shape_of(lora_a));
-  const int64_t E = lora_a.size(0), R = lora_a.size(1), D = lora_a.size(2);
-  check.shape(lora_b, "lora_b", {E, -1, R}, "[E=", E, ", O, R=", R, "] to match lora_a");
-  check.dtype(lora_b, "lora_b", lora_a.scalar_type());
-  const int64_t O = lora_b.size(1);
-  Tensor packed = new_tensor(lora_a, {E, R * D + R * O}, lora_a.scalar_type());
-  Tensor a = torch::stable::narrow(packed, 1, 0, R * D), b = torch::stable::narrow(packed, 1, R * D, R * O);
-  torch::stable::copy_(a, torch::stable::reshape(torch::stable::transpose(lora_a, 1, 2), {E, D * R}));
-  torch::stable::copy_(b, torch::stable::reshape(torch::stable::transpose(lora_b, 1, 2), {E, R * O}));
-  return packed;
 }
 
 }  // namespace
@@ -236,7 +209,6 @@ STABLE_TORCH_LIBRARY_IMPL(moerge, CPU, m) {
   m.impl("routed_lora", TORCH_BOX(&routed_lora));
   m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
   m.impl("routed_linear", TORCH_BOX(&routed_linear));
-  m.impl("pack_experts", TORCH_BOX(&pack_experts));
 }
 
 }  // namespace moerge::cpu

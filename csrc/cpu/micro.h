@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-namespace moerge::cpu {
+#include "../types.h"
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+namespace moerge::cpu {
 
 inline int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
 
@@ -54,8 +54,5 @@ struct RowMicro {
 
 template <class Acc>
 const RowMicro<Acc>& row_micro();
-
-// "avx512", "avx2" or "portable": what this machine runs.
-const char* instruction_set();
 
 }  // namespace moerge::cpu

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../check_mix.h"
 #include "view.h"
 
 namespace moerge::cpu {
@@ -136,19 +137,10 @@ struct Mix {
   }
 };
 
-void check_inputs(const Check& check, const Tensor& logits, const Tensor& weights) {
-  check.floating(logits, "logits");
-  check.floating(weights, "weights");
-  MOERGE_CHECK(check, logits.dim() == 3, "logits must be [K, N, V], got ", shape_of(logits));
-  check.shape(weights, "weights", {logits.size(1), logits.size(0)}, "[N=", logits.size(1), ", K=", logits.size(0),
-              "] to match logits");
-}
-
 Tensor mix_log_probs(Tensor logits, Tensor weights) {
-  check_inputs(Check{"mix_log_probs"}, logits, weights);
+  check_mix(Check{"mix_log_probs", Device::cpu}, logits, weights);
   const bool wide = is_double(logits);
-  const Tensor out =
-      new_tensor(logits, {logits.size(1), logits.size(2)}, wide ? ScalarType::Double : ScalarType::Float);
+  const Tensor out = new_tensor(logits, {logits.size(1), logits.size(2)}, accumulator(wide));
   if (out.numel() == 0) return out;
   if (wide)
     Mix<double>(logits, weights).forward(static_cast<double*>(out.data_ptr()));
@@ -171,11 +163,10 @@ void run_backward(const Tensor& grad, const Tensor& result, const Tensor& logits
 
 std::tuple<Tensor, Tensor> mix_log_probs_backward(Tensor grad, Tensor result, Tensor logits, Tensor weights,
                                                   int64_t needs) {
-  const Check check{"mix_log_probs_backward"};
-  check_inputs(check, logits, weights);
+  const Check check{"mix_log_probs_backward", Device::cpu};
+  check_mix(check, logits, weights);
   const int64_t K = logits.size(0), N = logits.size(1), V = logits.size(2);
-  check.shape(grad, "grad", {N, V}, "[N=", N, ", V=", V, "]");
-  check.shape(result, "result", {N, V}, "[N=", N, ", V=", V, "]");
+  check_mix_results(check, grad, result, logits);
   const bool need_logits = needs & 1, need_weights = needs & 2;
   Tensor grad_logits =
       need_logits ? new_tensor(logits, {K, N, V}, logits.scalar_type()) : new_tensor(logits, {0}, logits.scalar_type());

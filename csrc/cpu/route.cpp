@@ -11,21 +11,6 @@ namespace {
 
 constexpr int64_t kFewSelected = 8;
 
-Normalize parse_normalize(const Check& check, const std::string& name) {
-  if (name == "standardize") return Normalize::standardize;
-  if (name == "unit") return Normalize::unit;
-  if (name == "none") return Normalize::none;
-  check.fail("normalize must be 'standardize', 'unit' or 'none', got '", name, "'");
-}
-
-Weighting parse_weighting(const Check& check, const std::string& name) {
-  if (name == "softmax") return Weighting::softmax;
-  if (name == "softmax_all") return Weighting::softmax_all;
-  if (name == "sigmoid") return Weighting::sigmoid;
-  if (name == "score") return Weighting::score;
-  check.fail("weighting must be 'softmax', 'softmax_all', 'sigmoid' or 'score', got '", name, "'");
-}
-
 // Numbers before NaN, then the higher score, then the lower id.
 template <class Acc>
 struct Better {
@@ -124,49 +109,14 @@ void RouteForward<Acc>::choose(int64_t token, Acc* scores, int32_t* ids) const {
   }
 }
 
-RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates_in, int64_t top_k,
-                     const std::string& normalize, bool absolute, std::optional<double> scale,
-                     std::optional<Tensor> bias_in, std::optional<Tensor> rows, std::optional<Tensor> mask_in,
-                     std::optional<double> top_p, const std::string& weighting)
-    : check(check),
-      x(x_in),
+RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates_in, const RouteOptions& options)
+    : RoutePlan(check_route(check, x_in, gates_in, options)),
+      check(check),
+      x(rows_contiguous(x_in)),
       gates(gates_in),
-      top_k(top_k),
-      normalize(parse_normalize(check, normalize)),
-      absolute(absolute),
-      top_p(top_p.value_or(0)),
-      weighting(parse_weighting(check, weighting)) {
-  check.floating(x, "x");
-  check.floating(gates, "gates");
-  MOERGE_CHECK(check, x.dim() == 2, "x must be [T, D], got ", shape_of(x));
-  T = x.size(0), D = x.size(1);
-  check.shape(gates, "gates", {-1, D}, "[E, D=", D, "] to match x");
-  E = gates.size(0);
-  MOERGE_CHECK(check, top_k >= 1 && top_k <= E, "top_k must be in [1, E=", E, "], got ", top_k);
-  MOERGE_CHECK(check, !top_p || (*top_p > 0 && *top_p <= 1), "top_p must be in (0, 1], got ", top_p.value_or(0));
-  this->scale = scale.value_or(this->normalize == Normalize::standardize && D > 0 ? 1 / std::sqrt(double(D)) : 1);
-  n_rows = 0;
-  const ScalarType acc = is_double(x) ? ScalarType::Double : ScalarType::Float;
-  if (bias_in) {
-    check.floating(*bias_in, "bias");
-    check.shape(*bias_in, "bias", {-1, E}, "[N, E=", E, "]");
-    n_rows = bias_in->size(0);
-    MOERGE_CHECK(check, n_rows > 0 || T == 0, "bias must have at least one row, got ", shape_of(*bias_in));
-    bias = dense(*bias_in, acc);
-  }
-  if (mask_in) {
-    check.dtype(*mask_in, "mask", ScalarType::Bool);
-    if (mask_in->dim() == 2) {
-      check.shape(*mask_in, "mask", {n_rows ? n_rows : -1, E}, "[E=", E, "] or [N, E=", E, "] with bias's N");
-      n_rows = mask_in->size(0);
-      MOERGE_CHECK(check, n_rows > 0 || T == 0, "mask must have at least one row, got ", shape_of(*mask_in));
-    } else {
-      check.shape(*mask_in, "mask", {E}, "[E=", E, "] or [N, E=", E, "]");
-    }
-    mask = dense(*mask_in);
-  }
-  row = row_map(check, rows, T, n_rows, rows_storage);
-  x = rows_contiguous(x);
+      row(row_map(check, options.rows, T, n_rows, tokens_per_row, rows_storage)) {
+  if (options.bias) bias = dense(*options.bias, accumulator(wide));
+  if (options.mask) mask = dense(*options.mask);
   tall_gates = gates.stride(1) != 1 && (gates.stride(0) == 1 || E == 1);
   if (!tall_gates) gates = rows_contiguous(gates);
   gate_stride = gates.stride(tall_gates ? 1 : 0);
@@ -248,12 +198,14 @@ void run(const RouteArgs& args, const Tensor& weights, const Tensor& experts) {
 std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::string normalize, bool absolute,
                                  std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
                                  std::optional<Tensor> mask, std::optional<double> top_p, std::string weighting) {
-  const Check check{"route"};
-  const RouteArgs args(check, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
-  const bool wide = is_double(x);
-  Tensor weights = new_tensor(x, {args.T, top_k}, wide ? ScalarType::Double : ScalarType::Float);
+  const Check check{"route", Device::cpu};
+  const RouteOptions options{
+      top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),
+      top_p, std::move(weighting)};
+  const RouteArgs args(check, x, gates, options);
+  Tensor weights = new_tensor(x, {args.T, top_k}, accumulator(args.wide));
   Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
-  if (args.T > 0 && wide)
+  if (args.T > 0 && args.wide)
     run<double>(args, weights, experts);
   else if (args.T > 0)
     run<float>(args, weights, experts);

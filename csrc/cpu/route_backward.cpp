@@ -190,14 +190,10 @@ std::tuple<Tensor, Tensor, Tensor> route_backward(Tensor grad_weights, Tensor we
                                                   std::optional<Tensor> bias, std::optional<Tensor> rows,
                                                   std::optional<Tensor> mask, std::optional<double> top_p,
                                                   std::string weighting) {
-  const Check check{"route_backward"};
-  const RouteArgs args(check, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting);
-  check.shape(grad_weights, "grad_weights", {args.T, top_k}, "[T=", args.T, ", K=", top_k, "]");
-  check.shape(weights, "weights", {args.T, top_k}, "[T=", args.T, ", K=", top_k, "]");
-  check.shape(experts, "experts", {args.T, top_k}, "[T=", args.T, ", K=", top_k, "]");
-  const bool wide = is_double(x);
-  check.dtype(weights, "weights", wide ? ScalarType::Double : ScalarType::Float);
-  check.dtype(experts, "experts", ScalarType::Int);
+  const Check check{"route_backward", Device::cpu};
+  const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
+  const RouteArgs args(check, x, gates, options);
+  check_route_results(check, args, grad_weights, weights, experts);
   const auto result = [&](int bit, const Tensor& like, int64_t rows, int64_t columns) {
     const bool needed = needs & (1 << bit);
     Tensor out =
@@ -211,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> route_backward(Tensor grad_weights, Tensor we
   if (args.T == 0) return {grad_x, grad_gates, grad_bias};
   const Tensor *dx = needs & 1 ? &grad_x : nullptr, *dg = needs & 2 ? &grad_gates : nullptr;
   const Tensor* db = bias && (needs & 4) ? &grad_bias : nullptr;
-  if (wide)
+  if (args.wide)
     run<double>(args, grad_weights, weights, experts, dx, dg, db);
   else
     run<float>(args, grad_weights, weights, experts, dx, dg, db);

@@ -9,34 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "../check.h"
+#include "../tensors.h"
 #include "micro.h"
 #include "team.h"
 
 namespace moerge::cpu {
-
-inline DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    default:
-      return DType::f16;
-  }
-}
-
-inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-// The tensor itself when it is so already (a call into torch costs microseconds), else a copy.
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-inline Tensor dense(const Tensor& tensor, ScalarType type) {
-  return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
 
 // The tensor itself when its last axis has stride 1 (or one element), else a contiguous copy.
 inline Tensor rows_contiguous(const Tensor& tensor) {
@@ -99,26 +76,17 @@ struct RowMap {
   int64_t operator()(int64_t token) const { return rows ? rows[token] : token / tokens_per_row; }
 };
 
-// Checks `rows` (or that T divides evenly) and builds the map. `n_rows` 0: nothing is per row, and rows do not matter.
+// The map whose arguments check_rows has seen. `n_rows` 0: nothing is per row, and rows do not matter.
 inline RowMap row_map(const Check& check, const std::optional<Tensor>& rows, int64_t tokens, int64_t n_rows,
-                      Tensor& keep_alive) {
+                      int64_t tokens_per_row, Tensor& keep_alive) {
   RowMap map;
-  if (rows) {
-    check.dtype(*rows, "rows", ScalarType::Int);
-    check.shape(*rows, "rows", {tokens}, "[T=", tokens, "]");
-  }
-  if (rows && n_rows) {
-    keep_alive = dense(*rows);
-    map.rows = static_cast<const int32_t*>(keep_alive.data_ptr());
-    for (int64_t t = 0; t < tokens; ++t)
-      MOERGE_CHECK(check, map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows,
-                   "), got ", map.rows[t], " for token ", t);
-    return map;
-  }
-  n_rows = std::max<int64_t>(1, n_rows);
-  MOERGE_CHECK(check, tokens % n_rows == 0, "the number of tokens T=", tokens, " must be a multiple of N=", n_rows,
-               " rows, or rows [T] must say which row each token belongs to");
-  map.tokens_per_row = std::max<int64_t>(1, tokens / n_rows);
+  map.tokens_per_row = tokens_per_row;
+  if (!rows || !n_rows) return map;
+  keep_alive = dense(*rows);
+  map.rows = static_cast<const int32_t*>(keep_alive.data_ptr());
+  for (int64_t t = 0; t < tokens; ++t)
+    MOERGE_CHECK(check, map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows, "), got ",
+                 map.rows[t], " for token ", t);
   return map;
 }
 
@@ -171,10 +139,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return b > 0 ? (a + b - 1) / b :
 
 template <class Acc>
 constexpr ScalarType scalar_type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
-
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
 
 template <class Acc>
 constexpr DType dtype_as = std::is_same_v<Acc, double> ? DType::f64 : DType::f32;

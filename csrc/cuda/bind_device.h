@@ -15,8 +15,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace moerge::cuda {
 
-constexpr const char* kDevice = "a CUDA device";
-inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+constexpr Device kDevice = Device::cuda;
 
 // One call of an op: kernels run on the current stream of the device of `like`, and workspace is torch's.
 class Call {

@@ -1,18 +1,10 @@
 // moerge::mix_log_probs and its gradient.
+#include "../check_mix.h"
 #include "bind.h"
 
 namespace moerge::cuda {
 
 namespace {
-
-void check_inputs(const Check& check, const Tensor& logits, const Tensor& weights) {
-  MOERGE_CHECK(check, on_device(logits) && on_device(weights), "logits and weights must be on ", kDevice);
-  check.floating(logits, "logits");
-  check.floating(weights, "weights");
-  MOERGE_CHECK(check, logits.dim() == 3, "logits must be [K, N, V], got ", shape_of(logits));
-  check.shape(weights, "weights", {logits.size(1), logits.size(0)}, "[N=", logits.size(1), ", K=", logits.size(0),
-              "] to match logits");
-}
 
 Mix arguments(Call& call, const Tensor& logits, const Tensor& weights) {
   Mix p{};
@@ -26,7 +18,7 @@ Mix arguments(Call& call, const Tensor& logits, const Tensor& weights) {
 }
 
 Tensor mix_log_probs(Tensor logits, Tensor weights) {
-  check_inputs(Check{"mix_log_probs"}, logits, weights);
+  check_mix(Check{"mix_log_probs", kDevice}, logits, weights);
   Call call(logits);
   const Mix p = arguments(call, logits, weights);
   Tensor out = new_tensor(logits, {p.N, p.V}, accumulator(p.wide));
@@ -38,13 +30,11 @@ Tensor mix_log_probs(Tensor logits, Tensor weights) {
 
 std::tuple<Tensor, Tensor> mix_log_probs_backward(Tensor grad, Tensor result, Tensor logits, Tensor weights,
                                                   int64_t needs) {
-  const Check check{"mix_log_probs_backward"};
-  check_inputs(check, logits, weights);
+  const Check check{"mix_log_probs_backward", kDevice};
+  check_mix(check, logits, weights);
+  check_mix_results(check, grad, result, logits);
   Call call(logits);
   const Mix p = arguments(call, logits, weights);
-  const std::string shape = text("[N=", p.N, ", V=", p.V, "]");
-  check.shape(grad, "grad", {p.N, p.V}, shape);
-  check.shape(result, "result", {p.N, p.V}, shape);
   const bool need_logits = needs & 1, need_weights = needs & 2;
   Tensor grad_logits = need_logits ? new_tensor(logits, {p.K, p.N, p.V}, logits.scalar_type())
                                    : new_tensor(logits, {0}, logits.scalar_type());

@@ -219,8 +219,17 @@ MOERGE_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_
 
 // ---- launch -------------------------------------------------------------------------------------------------------
 
+// Blocks per processor that a kernel's registers must allow; without kLeastBlocks the compiler chooses.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+constexpr int least_blocks() {
+  if constexpr (requires { Kernel::kLeastBlocks; })
+    return Kernel::kLeastBlocks;
+  else
+    return 0;
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, least_blocks<Kernel>()) run(const __grid_constant__ Kernel kernel) {
   kernel();
 }
 

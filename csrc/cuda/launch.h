@@ -8,11 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../types.h"
+#include "crossovers.h"
+
 namespace moerge::cuda {
 
 using Stream = void*;
-
-enum class DType : int { f32, f64, bf16, f16 };
 
 struct Grid {
   int64_t x, y = 1, z = 1;
@@ -41,9 +42,6 @@ struct Rows {
 
 // ---- route ----------------------------------------------------------------------------------------------------------
 
-enum class Normalize : int { standardize, unit, none };
-enum class Weighting : int { softmax, softmax_all, sigmoid, score };
-
 // norm(x) = (x - shift - rest) * factor; `clamped` is 1 where "unit" met its floor. Four per token, in the accumulator.
 constexpr int kStatistics = 4;
 
@@ -60,13 +58,17 @@ struct Route {
   Rows row;
   bool wide;         // the accumulator is double
   void* statistics;  // [T, kStatistics]
-  void* similarity;  // [T,E]: norm(x) . g
+  int64_t parts;     // of the sums over D in similarity, see score_parts
+  void* similarity;  // [parts,T,E]: norm(x) . g; route_select adds the parts up
   void* weights;     // [T,K]
   int32_t* experts;  // [T,K]
 };
 
-void route_scores(const Route&, Stream);  // statistics and similarity
-void route_select(const Route&, Stream);  // weights and experts from similarity
+// How many parts let the scores use the whole device.
+int64_t score_parts(const Route&);
+void route_scores(const Route&, Stream);     // statistics and similarity
+void route_add_parts(const Route&, Stream);  // the same sums, without selecting
+void route_select(const Route&, Stream);     // weights and experts from similarity
 
 struct RouteGradient {
   Route forward;
@@ -75,7 +77,7 @@ struct RouteGradient {
   Matrix x, gates, bias;  // where the gradients go; data null: not wanted
 };
 
-void route_backward(const RouteGradient&, Stream);  // after route_scores
+void route_backward(const RouteGradient&, Stream);  // after route_scores and route_add_parts
 
 // ---- lora_apply -----------------------------------------------------------------------------------------------------
 
@@ -85,24 +87,28 @@ struct Lora {
   const int32_t* experts;  // [N,K]; an id outside [0,E) is skipped
   Rows row;
   bool factored;
-  bool wide;  // the accumulator is double
+  bool wide;          // the accumulator is double
+  int64_t parts = 1;  // of the sums in h, see shrink_parts
 };
 
 // The pairs t*K+k of each expert in ascending order: those of e are order[offsets[e] .. offsets[e+1]). They are cut
-// into tiles of kTilePairs, which never hold two experts: tile i belongs to tile_expert[i], whose first is tiles[e].
+// into tiles of kTilePairs, which never hold two experts: the first of e is tile offsets[e] / kTilePairs + e, and tile
+// i belongs to tile_expert[i], -1 when it holds nothing.
 constexpr int64_t kTilePairs = 64;
 struct Groups {
-  int32_t *order, *counts, *offsets;  // [T*K], [E], [E+1]
-  int32_t *tiles, *tile_expert;       // [E+1], [most_tiles]
+  int32_t *order, *offsets, *tile_expert;  // [T*K], [E+1], [most_tiles]
 };
 inline int64_t most_tiles(const Lora& p) { return (p.T * p.K + kTilePairs - 1) / kTilePairs + p.E; }
 
 // Pairs of weight 0 are left out when skip_zero.
 void group_pairs(const Lora&, bool skip_zero, const Groups&, Stream);
 
-// h[pair,r] = sum_c x[token,c] w[expert,r,c] in the accumulator; a pair that is left out (see above) is not written.
+// h[parts,pair,r] = sum_c x[token,c] w[expert,r,c] in the accumulator, in parts that the readers of h add up; a pair
+// that is left out (see above) is not written.
 // Where shrink_uses_groups, `groups` must be those of the same skip_zero; else it is not looked at.
 bool shrink_uses_groups(const Lora&, const Matrix& x, const Factors& w);
+// How many parts let the shrink use the whole device; where it does not use groups, one is all there can be.
+int64_t shrink_parts(const Lora&, const Matrix& x, const Factors& w);
 void lora_shrink(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h, Stream);
 
 // out[t,c] = base[t,c] + sum_k H[t,k,:] . w[e,:,c] + sum_k w_tk bias[e,c]; base and bias may be absent (null data),
@@ -119,6 +125,22 @@ void lora_outer(const Lora&, const Groups&, const void* q, int64_t R, const Matr
 // order. per_pair is a workspace [T,K] in the accumulator.
 void lora_weight_gradient(const Lora&, const void* h, const void* q, const Matrix& dy, int64_t O, const Matrix& bias,
                           void* per_pair, void* out, DType dtype, Stream);
+
+// ---- routed_lora and routed_linear for few tokens, in one launch ----------------------------------------------------
+
+struct Decode {
+  Route route;   // its statistics are not used
+  Factors a, b;  // [E,R,D] and [E,R,O]
+  bool factored;
+  Matrix weight;            // [O,D]; data null: base is given instead
+  const void* linear_bias;  // [O] of weight's type, or null
+  Matrix base;              // may be out
+  Matrix lora_bias, out;    // lora_bias may be absent (null data)
+  float* parts;             // workspace [kDecodeParts, T*K, R]
+};
+
+// False: nothing is done, since the arguments are not what the one launch is for.
+bool routed_decode(const Decode&, Stream);
 
 // ---- mix_log_probs --------------------------------------------------------------------------------------------------
 

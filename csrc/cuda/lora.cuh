@@ -22,16 +22,22 @@ struct Slots {
   MOERGE_DEVICE bool named(int64_t k) const { return experts && experts[k] >= 0 && experts[k] < p.E; }
   MOERGE_DEVICE bool used(int64_t k) const { return named(k) && weights[k] != 0; }
 
+  // h[k,r] of a token whose h [parts,T,K,R] begins here
+  MOERGE_DEVICE Acc value(const Acc* h, int64_t k, int64_t r) const {
+    Acc sum = h[k * p.R + r];
+    for (int64_t part = 1; part < p.parts; ++part) sum += h[part * p.T * p.K * p.R + k * p.R + r];
+    return sum;
+  }
   // sum_k w_k h[k,r] over the used slots
   MOERGE_DEVICE Acc mean(const Acc* h, int64_t r) const {
     Acc sum = 0;
     for (int64_t k = 0; k < p.K; ++k)
-      if (used(k)) sum += weights[k] * h[k * p.R + r];
+      if (used(k)) sum += weights[k] * value(h, k, r);
     return sum;
   }
-  // What slot k, which is used, contributes: w_k h[k,r], or w_k times the mean; h [K,R] is the token's
+  // What slot k, which is used, contributes: w_k h[k,r], or w_k times the mean; h as above
   MOERGE_DEVICE Acc hidden(const Acc* h, int64_t k, int64_t r) const {
-    return weights[k] * (p.factored ? mean(h, r) : h[k * p.R + r]);
+    return weights[k] * (p.factored ? mean(h, r) : value(h, k, r));
   }
 };
 

@@ -76,7 +76,7 @@ struct LoraPairGradient {
       const Acc* ht = static_cast<const Acc*>(h) + t * p.K * p.R;
       const Acc* qt = static_cast<const Acc*>(q) + t * p.K * p.R;
       for (int64_t r = lane(); r < p.R; r += 32) {
-        const Acc hk = ht[k * p.R + r], qk = qt[k * p.R + r];
+        const Acc hk = slots.value(ht, k, r), qk = slots.value(qt, k, r);
         sum += p.factored ? qk * slots.mean(ht, r) + hk * slots.mean(qt, r) : qk * hk;
       }
       if (bias.data)

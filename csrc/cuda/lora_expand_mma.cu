@@ -15,12 +15,12 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 64;              // of a block; each warp owns 16 of them
 constexpr int kSumStride = kColumns + 4;  // floats
 constexpr int64_t kMostExperts = 1024;
-constexpr int64_t kMostSlots = 8;     // experts per token
-constexpr int64_t kManyTokens = 512;  // from here on blocks have 64 tokens, not 16; a guess, not measured on a GPU yet
+constexpr int64_t kMostSlots = 8;  // experts per token
 
 template <class T, int ranks, bool kRanksAdjacent, int kTiles>
 struct LoraExpandMma {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLeastBlocks = 3;
   static constexpr const char* kName = "lora_expand_mma";
   static constexpr int kTokens = 16 * kTiles, kStages = ranks <= 64 ? 4 : 2;
   static constexpr int kTile = kTileElements<ranks, kColumns, kRanksAdjacent>;
@@ -74,7 +74,7 @@ struct LoraExpandMma {
         float sum = 0;
         for (int j = k; inside && slots.used(k) && j < K; ++j)
           if (slots.used(j) && slots.experts[j] == slots.experts[k])
-            sum += slots.weights[j] * (p.factored ? mean : ht[j * p.R + r]);
+            sum += slots.weights[j] * (p.factored ? mean : slots.value(ht, j, r));
         from_float(sum, m.hidden[i / ranks * stride + k * ranks + r]);
       }
     }
@@ -146,9 +146,11 @@ struct LoraExpandMma {
       float value[8];
       for (int j = 0; j < 8; ++j) value[j] = m.sums[i / (kColumns / 8) * kSumStride + i % (kColumns / 8) * 8 + j];
       const Slots<float> slots(p, t);
-      for (int64_t k = 0; bias.data && k < p.K; ++k)
-        for (int j = 0; slots.used(k) && j < 8; ++j)
+      for (int64_t k = 0; bias.data && k < p.K; ++k) {
+        if (!slots.used(k)) continue;
+        for (int j = 0; j < 8; ++j)
           value[j] += slots.weights[k] * load_as<float>(bias.data, bias.dtype, slots.experts[k] * bias.stride + c + j);
+      }
       if (base.data) {
         float before[8];
         load_vector<T>(base.data, base.dtype, t * base.stride + c, before);
@@ -196,7 +198,7 @@ void run_tiles(const Lora& p, const void* h, const Factors& w, const Matrix& bas
                const Matrix& out, Stream stream) {
   using Large = LoraExpandMma<T, ranks, kRanksAdjacent, 4>;
   using Small = LoraExpandMma<T, ranks, kRanksAdjacent, 1>;
-  if (p.T >= kManyTokens && Large::shared(p.K) <= kMostShared)
+  if (p.T >= kExpandManyTokens && Large::shared(p.K) <= kMostShared)
     run<Large>(p, h, w, base, bias, out, stream);
   else
     run<Small>(p, h, w, base, bias, out, stream);
@@ -229,7 +231,7 @@ void run_ranks(const Lora& p, const void* h, const Factors& w, const Matrix& bas
 }  // namespace
 
 bool expand_uses_tensor_cores(const Lora& p, const Factors& w, const Matrix& base, const Matrix& out) {
-  return p.T >= kTensorCoreTokens && p.K > 0 && p.K <= kMostSlots && p.R > 0 && p.E <= kMostExperts && !p.wide &&
+  return p.T >= kLoraMmaTokens && p.K > 0 && p.K <= kMostSlots && p.R > 0 && p.E <= kMostExperts && !p.wide &&
          factors_fit(w) && out.dtype == w.dtype && aligned16(out.data, out.stride * 2) &&
          (!base.data || (base.dtype == w.dtype && aligned16(base.data, base.stride * 2)));
 }

@@ -1,5 +1,6 @@
 // The pairs of each expert, in ascending order: a counting sort without atomics, so that the lists are always the same.
-// One block per expert reads all ids (they are few and in the cache): first it counts, then it writes.
+// One block per expert reads all ids (they are few and in the cache): first it counts its own and those of the experts
+// before it, then it writes.
 #include "lora.cuh"
 
 namespace moerge::cuda {
@@ -9,73 +10,59 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 template <class Acc>
-MOERGE_DEVICE bool belongs(const Lora& p, bool skip_zero, int64_t pair, int64_t expert) {
-  if (pair >= p.T * p.K) return false;
-  const Slots<Acc> slots(p, pair / p.K);
-  const int64_t k = pair % p.K;
-  return (skip_zero ? slots.used(k) : slots.named(k)) && slots.experts[k] == expert;
-}
-
-MOERGE_DEVICE int tiles_of(int count) {
-  return (count + static_cast<int>(kTilePairs) - 1) / static_cast<int>(kTilePairs);
-}
-
-template <class Acc>
-struct GroupCount {
+struct GroupPairs {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr const char* kName = "lora_group_count";
+  static constexpr const char* kName = "lora_group_pairs";
   Lora p;
   bool skip_zero;
   Groups g;
+  int64_t tiles;  // that there is room for
 
-  MOERGE_DEVICE void operator()() const {
-    Shared shared;
-    int* slots = shared.take<int>(kWarps);
-    int count = 0;
-    for (int64_t pair = thread(); pair < p.T * p.K; pair += kThreads)
-      count += belongs<Acc>(p, skip_zero, pair, block_x());
-    count = block_sum<kThreads>(count, slots);
-    if (thread() == 0) g.counts[block_x()] = count;
+  // The expert of a pair; -1: none, or it is left out.
+  MOERGE_DEVICE int32_t expert_of(int64_t pair) const {
+    if (pair >= p.T * p.K) return -1;
+    const Slots<Acc> slots(p, pair / p.K);
+    const int64_t k = pair % p.K;
+    return (skip_zero ? slots.used(k) : slots.named(k)) ? slots.experts[k] : -1;
   }
-};
 
-template <class Acc>
-struct GroupFill {
-  static constexpr int kThreads = cuda::kThreads;
-  static constexpr const char* kName = "lora_group_fill";
-  Lora p;
-  bool skip_zero;
-  Groups g;
+  // Where the expert's pairs begin, and its tiles; those it does not fill hold nothing.
+  MOERGE_DEVICE void place(int32_t expert, int begin, int count) const {
+    constexpr int kTile = static_cast<int>(kTilePairs);
+    const bool last = expert == p.E - 1;
+    const int first = begin / kTile + expert, filled = (count + kTile - 1) / kTile;
+    const int next = last ? static_cast<int>(tiles) : (begin + count) / kTile + expert + 1;
+    if (thread() == 0) {
+      g.offsets[expert] = begin;
+      if (last) g.offsets[p.E] = begin + count;
+    }
+    for (int i = first + thread(); i < next; i += kThreads) g.tile_expert[i] = i - first < filled ? expert : -1;
+  }
 
   MOERGE_DEVICE void operator()() const {
     Shared shared;
     int* slots = shared.take<int>(kWarps);
-    const int64_t expert = block_x();
-    int at = 0, tile = 0;
-    for (int64_t e = thread(); e < expert; e += kThreads) {
-      at += g.counts[e];
-      tile += tiles_of(g.counts[e]);
+    const int32_t expert = static_cast<int32_t>(block_x());
+    int before = 0, count = 0;
+    for (int64_t pair = thread(); pair < p.T * p.K; pair += kThreads) {
+      const int32_t its = expert_of(pair);
+      before += its >= 0 && its < expert;
+      count += its == expert;
     }
-    at = block_sum<kThreads>(at, slots);
-    tile = block_sum<kThreads>(tile, slots);
-    const int count = g.counts[expert];
-    if (thread() == 0) {
-      g.offsets[expert] = at, g.tiles[expert] = tile;
-      if (expert == p.E - 1) g.offsets[p.E] = at + count, g.tiles[p.E] = tile + tiles_of(count);
-    }
-    for (int i = thread(); i < tiles_of(count); i += kThreads) g.tile_expert[tile + i] = static_cast<int32_t>(expert);
+    int at = block_sum<kThreads>(before, slots);
+    place(expert, at, block_sum<kThreads>(count, slots));
     for (int64_t first = 0; first < p.T * p.K; first += kThreads) {
       const int64_t pair = first + thread();
-      const bool mine = belongs<Acc>(p, skip_zero, pair, expert);
+      const bool mine = expert_of(pair) == expert;
       const uint32_t votes = ballot(mine);
       if (lane() == 0) slots[warp()] = count_bits(votes);
       sync_block();
-      int before = 0, all = 0;
+      int ahead = 0, all = 0;
       for (int i = 0; i < kWarps; ++i) {
-        if (i < warp()) before += slots[i];
+        if (i < warp()) ahead += slots[i];
         all += slots[i];
       }
-      if (mine) g.order[at + before + count_bits(votes & ((1u << lane()) - 1))] = static_cast<int32_t>(pair);
+      if (mine) g.order[at + ahead + count_bits(votes & ((1u << lane()) - 1))] = static_cast<int32_t>(pair);
       at += all;
       sync_block();
     }
@@ -84,9 +71,7 @@ struct GroupFill {
 
 template <class Acc>
 void run_group(const Lora& p, bool skip_zero, const Groups& groups, Stream stream) {
-  const size_t shared = shared_size(kWarps * sizeof(int));
-  launch({p.E}, shared, stream, GroupCount<Acc>{p, skip_zero, groups});
-  launch({p.E}, shared, stream, GroupFill<Acc>{p, skip_zero, groups});
+  launch({p.E}, shared_size(kWarps * sizeof(int)), stream, GroupPairs<Acc>{p, skip_zero, groups, most_tiles(p)});
 }
 
 }  // namespace

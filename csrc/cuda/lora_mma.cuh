@@ -10,9 +10,6 @@
 
 namespace moerge::cuda {
 
-// From how many tokens on tensor cores are used. A guess, not measured on a GPU yet.
-constexpr int64_t kTensorCoreTokens = 16;
-
 constexpr int kPad = 8;  // elements behind every row in shared memory: eight rows then lie in different banks
 constexpr size_t kMostShared = 96 * 1024;  // what every architecture from sm_80 on can give a block
 

@@ -1,6 +1,6 @@
-// h[pair,r] = sum_c x[token,c] w[expert,r,c] for many tokens: a block has up to 64 pairs of one expert (their rows of x
-// are gathered) and all ranks, and walks over the columns with kStages tiles of 64 under way. Each warp owns 16 pairs,
-// so a sum has one owner and a fixed order.
+// h[parts,pair,r] = sum_c x[token,c] w[expert,r,c] for many tokens: a block has up to 64 pairs of one expert (their
+// rows of x are gathered) and all ranks, and walks over its part of the columns with kStages tiles of 64 under way.
+// Each warp owns 16 pairs, so a sum has one owner and a fixed order.
 #include "lora_mma.cuh"
 
 namespace moerge::cuda {
@@ -29,10 +29,11 @@ struct LoraShrinkMma {
     const T* row[4];  // null: none
   };
 
-  MOERGE_DEVICE void copy_stage(const Source& source, int64_t expert, int64_t tile, T* rows, T* factors) const {
+  MOERGE_DEVICE void copy_stage(const Source& source, int64_t expert, int64_t tile, int64_t end, T* rows,
+                                T* factors) const {
     const int64_t stage = tile % kStages, first = tile * kColumns;
     const int64_t column = first + thread() % 8 * 8;
-    if (first < w.columns) {
+    if (tile < end) {
       for (int i = 0; i < 4; ++i) {
         const bool valid = source.row[i] && column < w.columns;
         T* to = rows + (stage * kTilePairs + thread() / 8 + 16 * i) * kRowStride + thread() % 8 * 8;
@@ -61,9 +62,10 @@ struct LoraShrinkMma {
     Shared shared;
     T* rows = shared.take<T>(kStages * kTilePairs * kRowStride);
     T* factors = shared.take<T>(kStages * kTile);
-    if (block_x() >= g.tiles[p.E]) return;
     const int32_t expert = g.tile_expert[block_x()];
-    const int32_t begin = g.offsets[expert] + static_cast<int32_t>((block_x() - g.tiles[expert]) * kTilePairs);
+    if (expert < 0) return;
+    const int64_t first_tile = g.offsets[expert] / kTilePairs + expert;
+    const int32_t begin = g.offsets[expert] + static_cast<int32_t>((block_x() - first_tile) * kTilePairs);
     const int32_t left = g.offsets[expert + 1] - begin;
     const int count = left < kTilePairs ? left : static_cast<int>(kTilePairs);
     Source source;
@@ -72,22 +74,23 @@ struct LoraShrinkMma {
       source.row[i] = row < count ? static_cast<const T*>(x.data) + g.order[begin + row] / p.K * x.stride : nullptr;
     }
     const int64_t tiles = (w.columns + kColumns - 1) / kColumns;
-    for (int64_t tile = 0; tile < kStages - 1; ++tile) copy_stage(source, expert, tile, rows, factors);
+    const int64_t from = tiles * block_y() / p.parts, to = tiles * (block_y() + 1) / p.parts;
+    for (int64_t tile = from; tile < from + kStages - 1; ++tile) copy_stage(source, expert, tile, to, rows, factors);
     float sum[ranks / 8][4] = {};
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t tile = from; tile < to; ++tile) {
       async_wait<kStages - 2>();
       sync_block();  // this tile is here, and nobody reads the one that is overwritten next
-      copy_stage(source, expert, tile + kStages - 1, rows, factors);
+      copy_stage(source, expert, tile + kStages - 1, to, rows, factors);
       const int64_t stage = tile % kStages;
       if (warp() * 16 < count) multiply(rows + stage * kTilePairs * kRowStride, factors + stage * kTile, sum);
     }
     for (int half = 0; half < 2; ++half) {
       const int row = warp() * 16 + lane() / 4 + half * 8;
       if (row >= count) continue;
-      float* to = h + g.order[begin + row] * p.R;
+      float* sums = h + (block_y() * p.T * p.K + g.order[begin + row]) * p.R;
       for (int n = 0; n < ranks / 8; ++n)
         for (int j = 0; j < 2; ++j)
-          if (const int r = n * 8 + lane() % 4 * 2 + j; r < p.R) to[r] = sum[n][half * 2 + j];
+          if (const int r = n * 8 + lane() % 4 * 2 + j; r < p.R) sums[r] = sum[n][half * 2 + j];
     }
   }
 };
@@ -95,7 +98,7 @@ struct LoraShrinkMma {
 template <class T, int ranks, bool kRanksAdjacent>
 void run(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
   using Kernel = LoraShrinkMma<T, ranks, kRanksAdjacent>;
-  launch({most_tiles(p)}, Kernel::kShared, stream, Kernel{p, x, w, groups, static_cast<float*>(h)});
+  launch({most_tiles(p), p.parts}, Kernel::kShared, stream, Kernel{p, x, w, groups, static_cast<float*>(h)});
 }
 
 template <class T, int ranks>
@@ -123,8 +126,14 @@ void run_ranks(const Lora& p, const Matrix& x, const Factors& w, const Groups& g
 }  // namespace
 
 bool shrink_uses_groups(const Lora& p, const Matrix& x, const Factors& w) {
-  return p.T >= kTensorCoreTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
+  return p.T >= kLoraMmaTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
          aligned16(x.data, x.stride * 2);
+}
+
+int64_t shrink_parts(const Lora& p, const Matrix& x, const Factors& w) {
+  if (!shrink_uses_groups(p, x, w)) return 1;
+  const int64_t pairs = p.T * p.K, tiles = ceil_div(pairs, kTilePairs) + (pairs < p.E ? pairs : p.E);
+  return parts_for(kShrinkBlocks, tiles, ceil_div(w.columns, kColumns), kShrinkParts);
 }
 
 void lora_shrink_mma(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {

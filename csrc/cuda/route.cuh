@@ -24,13 +24,14 @@ struct Statistics {
   }
 };
 
-// Of one row, by the whole block. Two passes around a value near the mean: no cancellation for a mean far from 0.
-template <class Acc, int threads, class X, int V>
-MOERGE_DEVICE Statistics<Acc> token_statistics(const void* row, DType dtype, int64_t D, Normalize mode, Acc* slots) {
+// Of one row, by a team. Two passes around a value near the mean: no cancellation for a mean far from 0.
+template <class Acc, class X, int V, class Team>
+MOERGE_DEVICE Statistics<Acc> token_statistics(const Team& team, const void* row, DType dtype, int64_t D,
+                                               Normalize mode) {
   if (mode == Normalize::none || D == 0) return {0, 0, 1, 0};
   Acc x[V];
   const auto over_row = [&](auto&& visit) {
-    for (int64_t d = thread() * V; d < D; d += threads * V) {
+    for (int64_t d = Team::rank() * V; d < D; d += Team::kSize * V) {
       load_vector<X>(row, dtype, d, x);
       for (int i = 0; i < V; ++i) visit(x[i]);
     }
@@ -39,9 +40,9 @@ MOERGE_DEVICE Statistics<Acc> token_statistics(const void* row, DType dtype, int
     // divided by the largest first: squares neither overflow nor vanish
     Acc largest = 0, squares = 0;
     over_row([&](Acc value) { largest = fmax(largest, fabs(value)); });
-    largest = block_max<threads>(largest, slots);
+    largest = team.max(largest);
     over_row([&](Acc value) { squares += largest > 0 ? (value / largest) * (value / largest) : value * value; });
-    squares = block_sum<threads>(squares, slots);
+    squares = team.sum(squares);
     const Acc norm = largest > 0 ? largest * sqrt(squares) : squares;
     const bool clamped = norm < Acc(1e-12);
     return {0, 0, clamped ? Acc(1e12) : 1 / norm, clamped ? Acc(1) : Acc(0)};
@@ -49,14 +50,14 @@ MOERGE_DEVICE Statistics<Acc> token_statistics(const void* row, DType dtype, int
   const Acc first = load_as<Acc>(row, dtype, 0);
   Acc sum = 0, squares = 0;
   over_row([&](Acc value) { sum += value - first; });
-  const Acc mean = first + block_sum<threads>(sum, slots) / static_cast<Acc>(D);
+  const Acc mean = first + team.sum(sum) / static_cast<Acc>(D);
   sum = 0;
   over_row([&](Acc value) {
     sum += value - mean;
     squares += (value - mean) * (value - mean);
   });
-  const Acc rest = block_sum<threads>(sum, slots) / static_cast<Acc>(D);
-  const Acc variance = block_sum<threads>(squares, slots) / static_cast<Acc>(D) - rest * rest;
+  const Acc rest = team.sum(sum) / static_cast<Acc>(D);
+  const Acc variance = team.sum(squares) / static_cast<Acc>(D) - rest * rest;
   return {mean, rest, 1 / sqrt(variance + Acc(1e-5)), 0};
 }
 

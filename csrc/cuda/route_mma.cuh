@@ -5,8 +5,7 @@
 
 namespace moerge::cuda {
 
-// From how many tokens on it is taken. A guess, not measured on a GPU yet.
-constexpr int64_t kTensorCoreTokens = 64;
+int64_t score_parts_mma(const Route&);
 
 // x and gates must allow 16-byte loads, gates be float32.
 void route_scores_mma(const Route&, Stream);

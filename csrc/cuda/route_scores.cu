@@ -25,7 +25,8 @@ struct RouteScores {
     Shared shared;
     Acc* slots = shared.take<Acc>(kWarps);
     const char* row = static_cast<const char*>(p.x.data) + t * p.x.stride * size_of(p.x.dtype);
-    const Statistics<Acc> stats = token_statistics<Acc, kThreads, X, V>(row, p.x.dtype, p.D, p.normalize, slots);
+    const Statistics<Acc> stats =
+        token_statistics<Acc, X, V>(BlockTeam<kThreads, Acc>{slots}, row, p.x.dtype, p.D, p.normalize);
     if (block_y() == 0 && thread() == 0) stats.store(p.statistics, t);
     const int64_t begin = block_y() * experts_per_block;
     const int64_t end = begin + experts_per_block < p.E ? begin + experts_per_block : p.E;
@@ -54,12 +55,22 @@ void run_scores(const Route& p, Stream stream) {
 
 }  // namespace
 
+namespace {
+
+bool rows_are_vectors(const Route& p) {
+  return p.D % 8 == 0 && !p.wide && p.gates.dtype == DType::f32 &&
+         aligned16(p.x.data, p.x.stride * (p.x.dtype == DType::f32 ? 4 : 2)) &&
+         aligned16(p.gates.data, p.gates.stride * 4);
+}
+
+}  // namespace
+
+int64_t score_parts(const Route& p) { return rows_are_vectors(p) && p.T >= kScoresMmaTokens ? score_parts_mma(p) : 1; }
+
 void route_scores(const Route& p, Stream stream) {
-  const bool vectors = p.D % 8 == 0 && !p.wide && p.gates.dtype == DType::f32 &&
-                       aligned16(p.x.data, p.x.stride * (p.x.dtype == DType::f32 ? 4 : 2)) &&
-                       aligned16(p.gates.data, p.gates.stride * 4);
+  const bool vectors = rows_are_vectors(p);
   if (p.wide) return run_scores<double, Any, Any, 1>(p, stream);
-  if (vectors && p.T >= kTensorCoreTokens) return route_scores_mma(p, stream);
+  if (vectors && p.T >= kScoresMmaTokens) return route_scores_mma(p, stream);
   if (vectors && p.x.dtype == DType::f32) return run_scores<float, float, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::bf16) return run_scores<float, bf16, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::f16) return run_scores<float, f16, float, 8>(p, stream);

@@ -110,6 +110,23 @@ MOERGE_DEVICE T block_max(T value, T* slots) {
   return highest;
 }
 
+// Who adds up together: the threads of a block, or the lanes of a warp. `rank` is one's place among `kSize`.
+template <int threads, class T>
+struct BlockTeam {
+  static constexpr int kSize = threads;
+  T* slots;
+  MOERGE_DEVICE static int rank() { return thread(); }
+  MOERGE_DEVICE T sum(T value) const { return block_sum<threads>(value, slots); }
+  MOERGE_DEVICE T max(T value) const { return block_max<threads>(value, slots); }
+};
+template <class T>
+struct WarpTeam {
+  static constexpr int kSize = 32;
+  MOERGE_DEVICE static int rank() { return lane(); }
+  MOERGE_DEVICE T sum(T value) const { return warp_sum(value); }
+  MOERGE_DEVICE T max(T value) const { return warp_max(value); }
+};
+
 // -1: the token belongs to no row
 MOERGE_DEVICE int64_t row_of(const Rows& map, int64_t token) {
   const int64_t row = map.rows ? map.rows[token] : token / map.tokens_per_row;

@@ -14,8 +14,7 @@
 
 namespace moerge::cuda {
 
-constexpr const char* kDevice = "the CPU";
-inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+constexpr Device kDevice = Device::cpu;
 
 class Call {
  public:

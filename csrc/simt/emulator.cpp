@@ -157,6 +157,14 @@ void prepare(Block& block, Index index) {
   for (auto& array : block.arrays) array->poison();
 }
 
+// Lets one block pass its barrier, so that blocks get ahead of each other; in order the first, else any.
+bool pass_one_barrier() {
+  const size_t first = settings().seed ? random_order() % blocks.size() : 0;
+  for (size_t i = 0; i < blocks.size(); ++i)
+    if (pass_barrier(blocks[(first + i) % blocks.size()])) return true;
+  return false;
+}
+
 // Runs the blocks that live at the same time to their end.
 void run_blocks() {
   std::vector<int> order(blocks.size() * now.threads);
@@ -180,9 +188,7 @@ void run_blocks() {
       alive = alive || me().state != State::done;
     }
     if (!alive) return;
-    if (progress) continue;
-    for (Block& block : blocks) progress = pass_barrier(block) || progress;
-    if (!progress && !pass_grid_barrier()) report_stuck();
+    if (!progress && !pass_one_barrier() && !pass_grid_barrier()) report_stuck();
   }
 }
 

@@ -9,6 +9,15 @@
 #include <cstring>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define MOERGE_FORBID(begin, end) __asan_poison_memory_region(begin, (end) - (begin))
+#define MOERGE_ALLOW(begin, end) __asan_unpoison_memory_region(begin, (end) - (begin))
+#else
+#define MOERGE_FORBID(begin, end) void()
+#define MOERGE_ALLOW(begin, end) void()
+#endif
+
 namespace moerge::simt {
 
 namespace {
@@ -31,15 +40,22 @@ Guarded::Guarded(size_t bytes) : bytes_(bytes) {
   map_ = static_cast<char*>(map);
   data_ = map_ + page() + pages_ - data;
   std::memset(map_ + page(), 0xFF, pages_);
+  forbid_margins();
   previous_ = nullptr, next_ = head;
   if (head) head->previous_ = this;
   head = this;
 }
 
 Guarded::~Guarded() {
+  MOERGE_ALLOW(map_, map_ + pages_ + 2 * page());
   (previous_ ? previous_->next_ : head) = next_;
   if (next_) next_->previous_ = previous_;
   munmap(map_, pages_ + 2 * page());
+}
+
+void Guarded::forbid_margins() const {
+  MOERGE_FORBID(map_ + page(), data_);
+  MOERGE_FORBID(data_ + bytes_, map_ + page() + pages_);
 }
 
 void Guarded::poison() { std::memset(data_, 0xFF, bytes_); }
@@ -49,7 +65,10 @@ bool Guarded::intact() const {
     return std::all_of(begin, end, [](char c) { return static_cast<unsigned char>(c) == 0xFF; });
   };
   const char* begin = map_ + page();
-  return untouched(begin, data_) && untouched(data_ + bytes_, begin + pages_);
+  MOERGE_ALLOW(begin, begin + pages_);
+  const bool ok = untouched(begin, data_) && untouched(data_ + bytes_, begin + pages_);
+  forbid_margins();
+  return ok;
 }
 
 const char* Guarded::describe(const void* address) {

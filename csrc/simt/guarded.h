@@ -1,6 +1,6 @@
 // Memory that catches who leaves it: the data ends where an inaccessible page begins, and what is left between the page
 // in front and the data is filled with a pattern that `intact` looks for. Everything starts as 0xFF bytes: NaN as any
-// floating-point type, -1 as an id.
+// floating-point type, -1 as an id. Under address sanitizer what lies between data and page cannot be read either.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +23,8 @@ class Guarded {
   static const char* describe(const void* address);
 
  private:
+  void forbid_margins() const;
+
   char *map_, *data_;
   size_t pages_, bytes_;  // pages_: bytes of the accessible part
   Guarded *previous_, *next_;

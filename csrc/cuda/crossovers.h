@@ -1,0 +1,30 @@
+// Where one kernel takes over from another, and how finely work is cut: the one table to tune. All are guesses from
+// arithmetic on an H200 with D = O = 4096; none has been measured on a GPU yet.
+#pragma once
+
+#include <cstdint>
+
+namespace moerge::cuda {
+
+// Up to how many tokens the routed ops are one launch (routed_decode.cu), and into how many parts it cuts D.
+constexpr int64_t kDecodeTokens = 16, kDecodeParts = 16;
+
+// From how many tokens on tensor cores are used by shrink and expand, and by the scores.
+constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 64;
+
+// From how many tokens on the blocks of the expand have 64 of them, not 16.
+constexpr int64_t kExpandManyTokens = 512;
+
+// With fewer blocks than this the sums over D are split, into so many parts at most.
+constexpr int64_t kShrinkBlocks = 512, kShrinkParts = 8;
+constexpr int64_t kScoresBlocks = 256, kScoresParts = 16;
+
+// How many parts: the fewest that give so many blocks, each with two tiles of the sum or more.
+constexpr int64_t parts_for(int64_t blocks_wanted, int64_t blocks, int64_t tiles, int64_t most) {
+  int64_t parts = (blocks_wanted + blocks - 1) / blocks;
+  if (parts > most) parts = most;
+  if (parts > tiles / 2) parts = tiles / 2;
+  return parts > 1 ? parts : 1;
+}
+
+}  // namespace moerge::cuda

@@ -1,0 +1,53 @@
+// Small words over torch's stable tensors, for both devices.
+#pragma once
+
+#include "check.h"
+#include "types.h"
+
+namespace moerge {
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      return DType::f16;
+  }
+}
+
+inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+inline ScalarType accumulator(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }
+
+// The tensor itself when it is so already (a call into torch costs microseconds), else a copy.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline Tensor dense(const Tensor& tensor, ScalarType type) {
+  return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// [..., C] -> [T, C] without a call of the dispatcher, which costs as much as the rest of a small op.
+inline Tensor flattened(const Check& check, const Tensor& tensor, const char* name) {
+  const int64_t dims = tensor.dim();
+  if (dims == 2) return tensor;
+  MOERGE_CHECK(check, dims > 2 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
+               "], or contiguous with more dimensions, got ", shape_of(tensor));
+  const int64_t columns = tensor.size(dims - 1);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle flat;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &flat));
+  return Tensor(flat);
+}
+
+}  // namespace moerge

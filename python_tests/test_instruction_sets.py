@@ -1,0 +1,60 @@
+"""The CPU kernels for narrower instruction sets than this machine's: the same answers in a process held to each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moerge_ext
+
+CHECK = """
+import itertools, torch
+from moerge_ext import ops, reference
+torch.manual_seed(0)
+limits = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+shapes = [(1, 300, 5, 3, 70), (50, 257, 37, 16, 33), (300, 640, 19, 8, 130)]
+for (T, D, E, R, O), dtype, banked in itertools.product(shapes, limits, (True, False)):
+    make = lambda *sizes: torch.randn(sizes, dtype=torch.float64).to(dtype)
+    x, base = make(T, D), make(T, O)
+    if banked:  # side by side, as in a bank
+        gates, a, b = make(D, E).t(), make(E, D, R).transpose(1, 2), make(E, R, O).transpose(1, 2)
+    else:
+        gates, a, b = make(E, D), make(E, R, D), make(E, O, R)
+    inputs = [t.requires_grad_() for t in (base, x, gates, a, b)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    y, weights, experts = ops.routed_lora(*inputs, top_k=3)
+    want, _, chosen = reference.routed_lora(*wide, top_k=3)
+    same = (experts == chosen).all(1)
+    assert same.float().mean() > 0.97, (T, D, E, dtype, banked)
+    error = ((y - want)[same].norm() / want[same].norm()).item()
+    assert error < limits[dtype], (T, D, E, R, O, dtype, banked, error)
+    if not same.all():
+        continue
+    for got, true in zip(torch.autograd.grad(y.double().sum(), inputs), torch.autograd.grad(want.sum(), wide)):
+        error = ((got - true).norm() / true.norm().clamp_min(1e-30)).item()
+        assert error < 10 * limits[dtype], (T, D, E, R, O, dtype, banked, error)
+print("all agree")
+"""
+
+
+def run(instruction_set: str) -> subprocess.CompletedProcess:
+    env = os.environ | {
+        "MOERGE_INSTRUCTION_SET": instruction_set,
+        "PYTHONPATH": str(Path(moerge_ext.__file__).parents[1]),
+    }
+    return subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("name", [n for n in moerge_ext.build_info()["instruction_sets"] if n != "avx512"])
+def test_it_computes_the_same(name):
+    done = run(name)
+    assert done.stdout.strip() == "all agree", done.stderr[-1500:]
+
+
+def test_an_unknown_one_is_refused():
+    done = run("mmx")
+    assert done.returncode and "MOERGE_INSTRUCTION_SET must be avx512, avx2 or portable, got mmx" in done.stderr
