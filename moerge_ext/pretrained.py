@@ -30,7 +30,7 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model folder or hub id; ValueError when there is none."""
     from transformers import AutoTokenizer
 
-    with _named(path, "tokenizer"):
+    with named(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path)
 
 
@@ -41,13 +41,13 @@ def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    with _named(path, "model"):
+    with named(path, "model"):
         auto = AutoModelForSeq2SeqLM if is_seq2seq(AutoConfig.from_pretrained(path)) else AutoModelForCausalLM
         return auto.from_pretrained(path, dtype=dtype).eval().to(device)
 
 
 @contextmanager
-def _named(path: str, what: str) -> Iterator[None]:
+def named(path: str, what: str) -> Iterator[None]:
     """transformers' errors, of which some do not say what was looked for, as one that does."""
     try:
         yield

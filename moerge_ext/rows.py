@@ -1,9 +1,10 @@
-"""Examples from JSON lines files: what training, evaluation and ensembles read."""
+"""Examples from JSON lines files, and other JSON: what training, evaluation and ensembles read."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 MAX_LISTED = 20  # bad lines that are shown
 FORMS = (("input", "target"), ("text",))
@@ -19,7 +20,7 @@ def read_rows(path: Path, *, text: bool = False) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: expected JSON lines {expected}")
     rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -37,3 +38,21 @@ def read_rows(path: Path, *, text: bool = False) -> list[dict]:
         more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems[:MAX_LISTED] + more))
     return rows
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """What a JSON file holds; ValueError, naming the file, when it is not there or not JSON."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: expected {expected}")
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): expected {expected}") from error
+
+
+def read_text(path: Path) -> str:
+    """The file's text; ValueError, naming the file, when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error

@@ -69,15 +69,25 @@ def test_experts_from_a_file(tmp_path):
     assert experts[0].prompt("new").count("?") == 17 and "Passage: digging ants\nQ" in experts[2].prompt("digging")
     bad = [
         {"name": "a", "kind": "x"},
-        {"kind": "few-shot"},
         {"name": "b", "oops": 1},
         {"name": "c", "template": {"x": ""}},
     ]
     (tmp_path / "experts.json").write_text(json.dumps([*bad, {"name": "d", "kind": "retrieval"}]))
     with pytest.raises(ValueError) as caught:
         read_experts(tmp_path / "experts.json", fake_embedder)
-    for text in ("kind must be one of", 'expected a "name"', "unknown key(s) oops", "template takes", '"passages"'):
+    for text in ("kind must be one of", "unknown key(s) oops", "template takes", '"passages"'):
         assert text in str(caught.value)
+    for content, text in (
+        ('[{"name": "a"}, {"kind": "few-shot"}]', r'expected a "name" for every expert; number 1 \(from 0\) has none'),
+        ("{oops", "is not JSON"),
+        ('{"name": "a"}', "must hold a list of objects"),
+        ('[{"name": "a", "kind": "retrieval", "passages": "nosuch.txt"}]', "there is no file .*nosuch.txt"),
+    ):
+        (tmp_path / "experts.json").write_text(content)
+        with pytest.raises(ValueError, match=text):
+            read_experts(tmp_path / "experts.json", fake_embedder)
+    with pytest.raises(ValueError, match="there is no file .*nosuch.json: expected a list of prompt experts"):
+        read_experts(tmp_path / "nosuch.json", fake_embedder)
     with pytest.raises(ValueError, match="no passages"):
         nearest_passages(fake_embedder(), [])
 

@@ -101,6 +101,20 @@ def test_tasks_explain_what_is_wrong(tmp_path):
     (folder / "test.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
         load_task(folder)
+    (folder / "test.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="test.jsonl is not UTF-8 text"):
+        load_task(folder)
+    (folder / "test.jsonl").write_text('{"input": "q", "target": "b", "choices": "ab"}')
+    with pytest.raises(ValueError, match="needs the choices of every row"):
+        load_task(folder, metric="rank")
+    for meta, text in (
+        ("{oops", "meta.json is not JSON"),
+        ("[]", "must hold an object"),
+        ('{"choices": 3}', "choices"),
+    ):
+        (folder / "meta.json").write_text(meta)
+        with pytest.raises(ValueError, match=text):
+            load_task(folder)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -253,7 +267,7 @@ def test_evaluate_refuses_before_the_first_answer(setup, monkeypatch):
         with pytest.raises(ValueError, match=text):
             evaluate(model, tokenizer, experts, [parse_run(r) for r in runs], loaded)
         assert not any(isinstance(m, moerge.RoutedLinear) for m in model.modules())
-    for wrong in ({"template": "x"}, {"batch_size": 0}, {"max_new_tokens": 0}):
+    for wrong in ({"template": "x"}, {"batch_size": 0}, {"max_new_tokens": 0}, {"similar": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**wrong)
 

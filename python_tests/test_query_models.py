@@ -179,6 +179,22 @@ def test_sentence_transformers_offline(cache):
     assert v.shape == (3, 384) and v[0] @ v[1] > 0.6 > 0.3 > v[0] @ v[2]
 
 
+def test_an_unknown_embedder_is_named(monkeypatch, tmp_path):
+    def nothing(*_args, **_kwargs):
+        raise OSError("the hub says no")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
+    with pytest.raises(ValueError, match="there is no local folder 'no/such', and the hub has no such tokenizer"):
+        Embedder.from_transformers("no/such")
+    monkeypatch.undo()
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", nothing)
+    with pytest.raises(ValueError, match="the hub has no such sentence-transformers model for you"):
+        Embedder.from_sentence_transformers("nosuch")
+    with pytest.raises(ValueError, match="holds no sentence-transformers model that transformers can load"):
+        Embedder.from_sentence_transformers(str(tmp_path))
+
+
 def test_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"moerge_ext\[embed\]"):

@@ -10,6 +10,7 @@ from typing import Any
 from ..adapter_files.atomic import write_atomically
 from ..query.options import add_embedder, build_embedder
 from ..rows import read_rows
+from .config import read_entries, read_experts
 from .judge import JUDGES
 
 
@@ -43,7 +44,6 @@ def build(args: argparse.Namespace) -> Any:
     """The ensemble of --model and --prompts, without a router."""
     from .. import load_experts, patch
     from ..pretrained import load_model, load_tokenizer, usable_device
-    from .config import read_experts
     from .mixture import PromptEnsemble
 
     experts, loras = read_experts(args.prompts, lambda: build_embedder(args, args.device))
@@ -56,7 +56,7 @@ def answering(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `answers_of`."""
     return {
         "output": args.output,
-        "facts": {"model": args.model, "prompts": json.loads(args.prompts.read_text(encoding="utf-8"))},
+        "facts": {"model": args.model, "prompts": read_entries(args.prompts)},
         "batch_size": args.batch_size,
         "progress": not args.no_progress,
         "max_new_tokens": args.max_new_tokens,
@@ -94,7 +94,7 @@ def run_train(args: argparse.Namespace) -> int:
 
     questions = [row["input"] for row in rows]
     if args.single_label:
-        names = [entry["name"] for entry in json.loads(args.prompts.read_text(encoding="utf-8"))]
+        names = [entry["name"] for entry in read_entries(args.prompts)]
         labels: Any = domains(rows, names)
     else:
         names, labels = labels_of(args, rows)

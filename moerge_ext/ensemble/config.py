@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..query.embedder import Embedder, unit
-from ..rows import read_rows
+from ..rows import read_json, read_rows, read_text
 from .prompts import (
     DEMONSTRATIONS,
     PromptExpert,
@@ -36,33 +35,35 @@ def read_experts(path: Path, make_embedder: Callable[[], Embedder]) -> tuple[lis
     Only the name is needed (few-shot; count 0 without demonstrations). Paths are relative to the file; passages are
     one per line, searched with `make_embedder()`. ValueError lists every problem of every expert.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: expected a JSON list of prompt experts, see docs/ensemble.md")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path} must hold a list of objects, one per prompt expert")
+    entries = read_entries(path)
     experts, loras, problems = [], {}, []
-    for i, entry in enumerate(entries):
+    for entry in entries:
         try:
             experts.append(_expert(entry, path.parent, loras, make_embedder))
         except ValueError as error:
-            problems.append(f"expert {entry.get('name', i)!r}: {error}")
+            problems.append(f"expert {entry['name']!r}: {error}")
     if problems:
         raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems))
     check_experts(experts)
     return experts, loras
 
 
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The objects of the file, each with a name; ValueError when it holds anything else."""
+    entries = read_json(path, "a list of prompt experts, see docs/ensemble.md")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} must hold a list of objects, one per prompt expert")
+    nameless = [i for i, entry in enumerate(entries) if not isinstance(entry.get("name"), str) or not entry["name"]]
+    if nameless:
+        raise ValueError(f'{path}: expected a "name" for every expert; number {nameless[0]} (from 0) has none')
+    return entries
+
+
 def _expert(entry: dict[str, Any], root: Path, loras: dict[str, Path], make_embedder) -> PromptExpert:
     unknown = sorted(set(entry) - _KEYS)
     if unknown:
         raise ValueError(f"unknown key(s) {', '.join(unknown)}; expected {', '.join(sorted(_KEYS))}")
-    name, kind = entry.get("name"), entry.get("kind", KINDS[0])
-    if not isinstance(name, str) or not name:
-        raise ValueError('expected a "name"')
+    name, kind = entry["name"], entry.get("kind", KINDS[0])
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     rows = read_rows(root / entry["demonstrations"]) if "demonstrations" in entry else []
@@ -85,7 +86,7 @@ def _expert(entry: dict[str, Any], root: Path, loras: dict[str, Path], make_embe
         file = root / entry["passages"]
         if not file.is_file():
             raise ValueError(f"there is no file {file}: expected one passage per line")
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
         retriever = nearest_passages(make_embedder(), [line for line in lines if line.strip()])
         return retrieval_augmented(name, retriever, rows, passages=entry.get("passage_count", 10), **common)
     return few_shot(name, rows, **common)

@@ -99,9 +99,9 @@ def _classifier(base: str, names: Sequence[str], kind: str, seed: int) -> tuple[
     """(the encoder with a new head for the experts, its tokenizer)."""
     from transformers import AutoModelForSequenceClassification
 
-    from ..pretrained import load_tokenizer
+    from ..pretrained import load_tokenizer, named
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), named(base, "encoder"):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             base,

@@ -71,6 +71,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.similar < 0:
+            raise ValueError(f"similar must not be negative, got {self.similar}")
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         return self.template.replace("{input}", row["input"])

@@ -11,6 +11,7 @@ from typing import Any
 from ..adapter_files.atomic import write_atomically
 from ..methods.fixed import PREFIX
 from ..query.options import build_routers, check_writer
+from ..rows import read_json
 from .cli import add_model, load, read_tasks
 from .runs import parse_runs
 
@@ -113,10 +114,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 def read_results(path: Path) -> list[dict]:
     """The rows of a results.json; ValueError when it is none."""
+    rows = read_json(path, "the results.json of `moerge eval`")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
         return [{key: row[key] for key in ("method", "task", "score")} for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no results.json of `moerge eval`") from error
 
 

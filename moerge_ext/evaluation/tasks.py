@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..rows import read_rows
+from ..rows import read_json, read_rows
 
 METRICS = ("exact_match", "accuracy", "rank")
+META = 'an object, with "choices", if any, a list of texts'
 MAX_CHOICES = 32  # distinct training targets that still count as a closed set of answers
 
 
@@ -66,7 +67,7 @@ def load_task(
             raise ValueError(f"limit must be at least 1, got {limit}")
         rows = rows[:limit]
     meta_file = folder / "meta.json"
-    meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
+    meta = _meta(meta_file) if meta_file.is_file() else {}
     metric = metric or meta.get("metric", "exact_match")
     if metric not in METRICS:
         raise ValueError(
@@ -84,13 +85,25 @@ def load_task(
         digest=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
     )
     if metric == "rank":
-        bad = [i for i, row in enumerate(rows) if row["target"] not in task.choices_of(row)]
+        bad = [
+            i
+            for i, row in enumerate(rows)
+            if not isinstance(row.get("choices", []), list) or row["target"] not in task.choices_of(row)
+        ]
         if bad:
             raise ValueError(
                 f"task {task.name}: rank classification needs the choices of every row, its target among them; row "
                 f'{bad[0]} (from 0) has none: give rows "choices", or meta.json a list "choices"'
             )
     return task
+
+
+def _meta(path: Path) -> dict:
+    meta = read_json(path, META)
+    choices = meta.get("choices", []) if isinstance(meta, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"{path} must hold {META}")
+    return meta
 
 
 def _choices(meta: dict, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] | None:

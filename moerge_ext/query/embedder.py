@@ -60,9 +60,11 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ImportError('this embedder needs sentence-transformers: pip install "moerge_ext[embed]"') from error
-        from ..pretrained import usable_device
+        from ..pretrained import named, usable_device
 
-        model = SentenceTransformer(path, device=str(usable_device(device)), trust_remote_code=trust_remote_code)
+        device = str(usable_device(device))
+        with named(path, "sentence-transformers model"):
+            model = SentenceTransformer(path, device=device, trust_remote_code=trust_remote_code)
 
         def embed(texts: list[str]) -> Tensor:
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False, batch_size=batch_size)
@@ -86,10 +88,11 @@ class Embedder:
         """
         from transformers import AutoModel
 
-        from ..pretrained import is_seq2seq, load_tokenizer, usable_device
+        from ..pretrained import is_seq2seq, load_tokenizer, named, usable_device
 
-        tokenizer = load_tokenizer(path)
-        model = AutoModel.from_pretrained(path).float().eval().to(usable_device(device))
+        tokenizer, device = load_tokenizer(path), usable_device(device)
+        with named(path, "encoder"):
+            model = AutoModel.from_pretrained(path).float().eval().to(device)
         model = model.get_encoder() if is_seq2seq(model.config) else model
 
         def embed(texts: list[str]) -> Tensor:

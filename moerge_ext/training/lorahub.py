@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,7 +163,9 @@ def _nevergrad(objective: Callable[[Any], float], size: int, bound: float, budge
         ) from error
     space = nevergrad.p.Array(init=[0.0] * size, lower=[-bound] * size, upper=[bound] * size)
     space.random_state.seed(seed)
-    nevergrad.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="COBYLA: Invalid")  # what NGOpt asks of scipy with a small budget
+        nevergrad.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective)
 
 
 def _cobyla(objective: Callable[[Any], float], size: int, bound: float, budget: int, seed: int) -> None:
