@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .peers import candidates as peers_of
 from .results import Recorder
 from .timing import PLAIN, PLAIN_AGAIN, Candidate, Clock, Settings, interleave, relative_error, summarize
 
+# a cell in which plain and plain_again differ by more is measured again, so often
+NOISY, RETRIES = 0.2, 2
 # relative error of the branch, Frobenius; the tests of the ops are far stricter, this catches a wrong answer
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.04, "float16": 0.01}
 
@@ -120,6 +123,16 @@ def measure_cell(
     return rows
 
 
+def undisturbed(measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of measure(); of more than one run where plain and plain_again differ by over NOISY: the best of them."""
+    best = measure()
+    for _ in range(RETRIES):
+        if best[0].get("noise", 0.0) <= NOISY:
+            break
+        best = min(best, measure(), key=lambda rows: rows[0].get("noise", 0.0))
+    return best
+
+
 def run(
     suite: str,
     cells: list[Cell],
@@ -150,7 +163,7 @@ def run(
             _free()
             weights = Weights(replace(cell, only=None, also=()), device, settings)
         with torch.no_grad():
-            rows = measure_cell(suite, cell, weights, ability, clock, settings)
+            rows = undisturbed(partial(measure_cell, suite, cell, weights, ability, clock, settings))
         recorder.add(identity, rows)
         problems += [f"{cell}: {r['candidate']}: {r['note']}" for r in rows if r.get("own") and r["status"] != "ok"]
         _report(label, rows, time.perf_counter() - begin)

@@ -46,13 +46,18 @@ def read_all(folder: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each machine, thread count, cell and candidate."""
-    last: dict[tuple, Row] = {}
+    """The rows of each machine, thread count and cell that were written last, all of one commit."""
+    cells: dict[tuple, tuple[Any, dict[tuple, Row]]] = {}
     for row in rows:
-        key = (row["machine"], row["threads"], identity(row))
-        last.pop(key, None)
-        last[key] = row
-    return list(last.values())
+        *cell, candidate, phase = identity(row)
+        key = (row["machine"], row["threads"], *cell)
+        commit, found = cells.pop(key, (None, {}))
+        if commit != row.get("commit"):
+            found = {}
+        found.pop((candidate, phase), None)
+        found[candidate, phase] = row
+        cells[key] = (row.get("commit"), found)
+    return [row for _, found in cells.values() for row in found.values()]
 
 
 class Recorder:

@@ -129,7 +129,7 @@ def interleave(
         if once < SLOW:  # the first call may have paid for one-time work
             once = max(clock.batch(candidate.call, 0 if clock.graphs else position + i, 1, copies) for i in range(2))
             position += 2
-        calls = max(1, min(1000, math.ceil(settings.min_sample / max(once, 1e-7))))
+        calls = max(1, min(10000, math.ceil(settings.min_sample / max(once, 1e-7))))
         main = candidate.own or candidate.label in (PLAIN, PLAIN_AGAIN)
         budget = settings.main_seconds if main else settings.candidate_seconds
         rounds = max(settings.min_rounds, min(settings.rounds, int(budget / (once * calls))))

@@ -270,3 +270,19 @@ def test_every_phase_of_the_model_keeps_its_row():
     row = {"machine": "m", "threads": 2, "suite": "model", "candidate": "ours", "T": 512}
     old, *phases = ({**row, "phase": phase, "us": us} for phase, us in (("prefill", 1), ("prefill", 2), ("decode", 3)))
     assert latest([old, *phases]) == phases
+
+
+def test_rows_of_an_older_commit_give_way():
+    cell = {"machine": "m", "threads": 2, "suite": "linear", "T": 1}
+    old = [cell | {"candidate": name, "commit": "a"} for name in ("ours", "peft_arrow")]
+    new = [cell | {"candidate": "ours", "commit": "b"}]
+    other = [cell | {"T": 16, "candidate": "ours", "commit": "a"}]
+    assert results.latest([*old, *other, *new]) == [*other, *new]
+
+
+def test_a_disturbed_cell_is_measured_again():
+    noises = [0.5, 0.3, 0.4]
+    runs = iter([{"noise": noise}] for noise in noises)
+    assert linear.undisturbed(lambda: next(runs)) == [{"noise": 0.3}] and next(runs, None) is None
+    runs = iter([[{"noise": 0.1}]])
+    assert linear.undisturbed(lambda: next(runs)) == [{"noise": 0.1}]
