@@ -47,8 +47,8 @@ STABLE_TORCH_LIBRARY(moerge, m) {
   m.def("routed_lora_(Tensor(a!) base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, " MOERGE_ROUTE_OPTIONS
         ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> ()");
 
-  // The base layer too: x [T,D] or [...,D] contiguous, weight [O,D], linear_bias [O] -> y [T,O] or [...,O] in x's dtype,
-  // weights [T,K], experts [T,K]
+  // The base layer too: x [T,D] or [...,D] contiguous, weight [O,D], linear_bias [O] -> y [T,O] or [...,O] in x's
+  // dtype, weights [T,K], experts [T,K]
   m.def(
       "routed_linear(Tensor x, Tensor weight, Tensor? linear_bias, Tensor gates, Tensor lora_a, Tensor "
       "lora_b, " MOERGE_ROUTE_OPTIONS

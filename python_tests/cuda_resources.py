@@ -3,10 +3,13 @@
 `python python_tests/cuda_resources.py` compiles csrc/cuda for every architecture (minutes) and writes the table that
 test_cuda_build.py holds: cuda_resources.json; with names of sources (`lora_shrink mix`) only their lines, with
 architectures (`80 90`) only for those. Instructions need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
+A source that compiled for all of them is entered in cuda_checked.json with a digest of its text and headers, so that CI
+compiles only what has changed since.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("cuda_resources.json")
+CHECKED = Path(__file__).with_name("cuda_checked.json")
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 # 16-byte accesses of global memory, asynchronous copies to shared memory, tensor cores
 INSTRUCTIONS = {"load16": r"\bLDG\.E\.128", "store16": r"\bSTG\.E\.128", "copy16": r"\bLDGSTS\.E.*\.128",
@@ -42,6 +46,23 @@ def nvcc_version() -> str:
 
 def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def digest(source: Path) -> str:
+    """Of the source and every header of ours that it includes, directly or not."""
+    found, todo = {}, [source]
+    while todo:
+        path = todo.pop()
+        if path not in found and path.is_file():
+            found[path] = path.read_bytes()
+            names = re.findall(rb'^#include "([^"]+)"', found[path], re.MULTILINE)
+            todo += [(path.parent / name.decode()).resolve() for name in names]
+    return hashlib.sha256(b"\0".join(found[path] for path in sorted(found))).hexdigest()[:16]
+
+
+def checked() -> dict[str, str]:
+    """Source -> its digest when it last compiled for every architecture."""
+    return json.loads(CHECKED.read_text()) if CHECKED.exists() else {}
 
 
 def compile_source(source: Path, folder: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> tuple[Path, str]:
@@ -133,6 +154,8 @@ def main(arguments: list[str]) -> None:
         table = {name: per for name, per in table.items() if not in_source(name, source)}
         table.update(measure(source, architectures))
         write(table)
+        if architectures == ARCHITECTURES:
+            CHECKED.write_text(json.dumps(checked() | {source.stem: digest(source)}, indent=1, sort_keys=True) + "\n")
         print(source.name, file=sys.stderr)
 
 

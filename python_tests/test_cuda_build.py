@@ -60,6 +60,23 @@ def test_results_are_stored_16_bytes_at_a_time(name):
         assert found["store16"] > 0, (architecture, found)
 
 
+def test_the_digest_covers_headers(tmp_path):
+    (tmp_path / "a.cu").write_text('#include "b.h"\n')
+    (tmp_path / "b.h").write_text('#include "c.h"\n')
+    (tmp_path / "c.h").write_text("int c;\n")
+    before = cuda_resources.digest(tmp_path / "a.cu")
+    (tmp_path / "c.h").write_text("int d;\n")
+    assert cuda_resources.digest(tmp_path / "a.cu") != before
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", cuda_resources.sources(), ids=lambda s: s.stem)
+def test_a_source_that_changed_compiles(source, tmp_path):
+    """For one architecture, and only what has changed since it compiled for all: CI has minutes."""
+    if cuda_resources.checked().get(source.stem) != cuda_resources.digest(source):
+        cuda_resources.compile_source(source, tmp_path, ("90",))
+
+
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("source", cuda_resources.sources(), ids=lambda s: s.stem)

@@ -10,6 +10,7 @@ from op_cases import LAYOUTS, assert_as_good, double, gradients, lora, rand, sam
 
 from moerge_ext import ops, reference
 
+NAN = float("nan")
 HALVES = (torch.bfloat16, torch.float16)
 MASK = torch.tensor([True, False] + [True] * 5)
 OPTIONS = [
@@ -77,6 +78,31 @@ def test_few_tokens(shape, dtype):
     check(linear(T, D, E, R, O, dtype, N=T, biases=False), 4e-3, factored=True)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"factored": True, "top_k": 3, "top_p": 0.7}], ids=str)
+def test_the_branch_alone(shape, options):
+    """routed_lora of as few tokens and of a bank as it lies in memory; written into base it has the same bits."""
+    T, D, E, R, O = shape
+    case = linear(T, D, E, R, O, torch.bfloat16, N=1)
+    del case["weight"], case["linear_bias"]
+    options = {**options, "top_k": min(E, options.get("top_k", 2))}
+    base = rand(T, O + 8, seed=13, dtype=torch.bfloat16)[:, :O]
+    y, weights, experts = ops.routed_lora(base, **case, **options)
+    plain = reference.routed_lora(base, **case, **options)
+    truth = reference.routed_lora(base.double(), **double(case), **options)
+    assert torch.equal(experts, truth[2])
+    assert_as_good(weights, plain[1], truth[1], 1e-5)
+    assert_as_good(y, plain[0], truth[0], 4e-3)
+    again, written = ops.routed_lora(base, **case, **options), base.clone()
+    assert all(torch.equal(a, b) for a, b in zip(again, (y, weights, experts), strict=True))
+    ops.routed_lora_(written, **case, **options)
+    assert torch.equal(written, y)
+    whole = torch.full((T, O + 8), NAN, dtype=torch.bfloat16)
+    whole[:, :O] = base
+    ops.routed_lora_(whole[:, :O], **case, **options)
+    assert torch.equal(whole[:, :O], y) and whole[:, O:].isnan().all()
+
+
 def test_more_dimensions_and_rows():
     case = linear(12, N=3)
     want = check(case)
@@ -119,13 +145,13 @@ def test_nan_stays_where_it_belongs(dtype):
     case = linear(4, 64, 7, 8, 48, dtype)
     y, _, experts = ops.routed_linear(**case)
     bad = {**case, "x": case["x"].clone()}
-    bad["x"][2, 5] = float("nan")
+    bad["x"][2, 5] = NAN
     got = ops.routed_linear(**bad)[0]
     others = torch.arange(4) != 2
     assert torch.equal(got[others], y[others]) and got[2].isnan().all()
     expert = int(experts[0, 0])
     bad = {**case, "lora_b": case["lora_b"].clone(), "lora_a": case["lora_a"].clone()}
-    bad["lora_a"][expert], bad["lora_b"][expert] = float("nan"), float("nan")
+    bad["lora_a"][expert], bad["lora_b"][expert] = NAN, NAN
     got, uses = ops.routed_linear(**bad)[0], (experts == expert).any(-1)
     assert torch.equal(got[~uses], y[~uses]) and got[uses].isnan().all()
 
