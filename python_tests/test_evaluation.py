@@ -21,6 +21,7 @@ from moerge_ext.evaluation.metrics import accuracy, exact_match, paired_differen
 from moerge_ext.evaluation.report import cells, markdown, mean, terminal
 from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs
 from moerge_ext.evaluation.tasks import load_task
+from moerge_ext.query import calibration
 from moerge_ext.training.lorahub import LoraHubRouter
 
 TARGETS = ("ab", "cde", "f")
@@ -347,10 +348,16 @@ def test_the_base_indexes_and_routes_from_the_shell(setup, tmp_path, monkeypatch
 def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("moerge_ext.query.options.build_embedder", lambda *_: fake_embedder())
     tasks = setup[4]
+    drawn = {}
+    real = calibration.Calibration.plot
+    monkeypatch.setattr(
+        calibration.Calibration, "plot", lambda self, path: drawn.update(vars(self)) or real(self, path)
+    )
     more = ["--ablation", "glider", "--calibrate", tasks[0], "--limit", 2]
     assert command(setup, tmp_path, *more) == 0
     assert "threshold" in capsys.readouterr().out and (tmp_path / "out" / "threshold.png").is_file()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert drawn["held_in"]["ant"].shape == (4,) and drawn["held_out"]["new"].shape == (2,)
     labels = [row["method"] for row in rows if row["task"] == "ant"]
     assert len(labels) == 12 and "glider/gamma=0/beta=3000 (no writer)" in labels
 

@@ -1,10 +1,9 @@
-"""The quality tables: all methods on held-in and held-out tasks, with the experts that train.py made.
+"""The quality table: all methods on held-in and held-out tasks, with the experts that train.py made.
 
-python bench/quality/run.py --data ../shared/data --cache DIR --embedder MODEL [--limit 50] [--rank 25]
+python bench/quality/run.py --data ../shared/data --cache DIR --embedder MODEL [--limit 50]
 
-Two measures: the generated answer, and (`--rank`) the closed set of answers ranked by log-likelihood, for fewer items
-and methods as every answer is a sequence. Answers lie in the cache; a run that was cut off goes on. Writes
-bench/results/quality.jsonl and, from it, the tables of bench/quality/README.md.
+Answers lie in the cache; a run that was cut off goes on. Writes bench/results/quality.jsonl and, from it, the table of
+bench/quality/README.md.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from moerge_ext import Embedder, average_activation, cli, describe, index_exampl
 from moerge_ext.adapter_files.gates import read_gates  # noqa: E402
 from moerge_ext.adapter_files.kinds import AVERAGE_ACTIVATION  # noqa: E402
 from moerge_ext.evaluation.metrics import Z  # noqa: E402
-from moerge_ext.evaluation.tasks import load_task  # noqa: E402
 from moerge_ext.pretrained import load_model, load_tokenizer  # noqa: E402
 from moerge_ext.query.hidden import base_name  # noqa: E402
 from moerge_ext.query.index import index_file  # noqa: E402
@@ -36,10 +34,6 @@ METHODS = (
     "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,glider_code/alpha=100,retrieval,"
     "retrieval_task,knn,centroid,dam,token_level,adapter_soup,adapter_soup/neighbours=mixture,lorahub,oracle_dataset,"
     "best_individual"
-)
-RANKED = (
-    "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,retrieval,retrieval_task,centroid,dam,"
-    "adapter_soup"
 )
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 EMBEDDER = "all-MiniLM-L6-v2"
@@ -68,18 +62,13 @@ def prepare(data: Path, cache: Path, model: str) -> None:
             average_activation(language, cache / name, examples, collate_fn=collator(tokenizer), batch_size=32)
 
 
-def evaluate(args: argparse.Namespace, metric: str | None, methods: str, limit: int) -> list[dict]:
-    """The rows of one measure; `metric` None: the tasks' own, by generation."""
-    folders = tasks.folders(args.data)
-    if metric == "rank":
-        folders = [folder for folder in folders if load_task(folder).choices]
-    output = args.cache / f"eval-{limit}{'-rank' if metric else ''}"
+def evaluate(args: argparse.Namespace) -> list[dict]:
+    output = args.cache / f"eval-{args.limit}"
     words = ["eval", "--model", tasks.base(args.data), "--experts", *(args.cache / name for name in tasks.HELD_IN)]
-    words += ["--tasks", *folders, "--template", tasks.TEMPLATE, "--methods", methods]
+    words += ["--tasks", *tasks.folders(args.data), "--template", tasks.TEMPLATE, "--methods", args.methods]
     words += ["--embedder", args.embedder, "--embedder-name", EMBEDDER, "--multitask", args.cache / MULTITASK]
     words += ["--calibrate", *(args.data / "tasks" / "train" / name for name in tasks.HELD_IN)]
-    words += ["--metric", metric] if metric else []
-    words += ["--limit", limit, "--batch-size", 150 if metric else 50, "--output", output]
+    words += ["--limit", args.limit, "--batch-size", 50, "--output", output]
     if status := cli.main([str(word) for word in words]):
         raise SystemExit(status)
     return json.loads((output / "results.json").read_text())
@@ -110,20 +99,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with base_lm/ and tasks/")
     parser.add_argument("--cache", type=Path, required=True, help="experts of train.py, and the answers")
     parser.add_argument("--embedder", required=True, help=f"{EMBEDDER}: hub id or folder")
-    parser.add_argument("--limit", type=int, default=100, help="items per task (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=50, help="items per task (default: %(default)s)")
     parser.add_argument("--methods", default=METHODS, help="(default: all)")
-    parser.add_argument("--rank", type=int, metavar="N", help="also rank the closed answers of N items per task")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare(args.data, args.cache, args.embedder)
-    measures = {"table": evaluate(args, None, args.methods, args.limit)}
-    if args.rank:
-        measures["rank"] = evaluate(args, "rank", RANKED, args.rank)
-    every = [{"measure": name, **row, "recipe": RECIPE} for name, rows in measures.items() for row in rows]
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in every))
-    for name, rows in measures.items():
-        tasks.fill(name, table(rows))
+    rows = evaluate(args)
+    RESULTS.write_text("".join(json.dumps({**row, "recipe": RECIPE, "limit": args.limit}) + "\n" for row in rows))
+    tasks.fill("table", table(rows))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     if args.calibrate:
-        calibrate(args, routers)
+        calibrate(args, routers, tasks)
     model, tokenizer = loaded()
     facts = {"model": args.model, "experts": [str(path) for path in args.experts]}
     scores = evaluate(
@@ -150,8 +150,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return load_model(args.model, dtype=args.dtype, device=device), load_tokenizer(args.model)
 
 
-def calibrate(args: argparse.Namespace, routers: dict[str, Any]) -> None:
-    """Set the threshold of the instruction router from held-in tasks, and draw where it lies."""
+def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Task]) -> None:
+    """Set the threshold of the instruction router from held-in tasks, and draw where it lies, with held-out `tasks`."""
     from ..query.calibration import calibrate_threshold
 
     if "instruction" not in routers:
@@ -160,5 +160,6 @@ def calibrate(args: argparse.Namespace, routers: dict[str, Any]) -> None:
     for folder in args.calibrate:
         task = load_task(folder, split="validation", metric="exact_match")
         held_in[task.name] = [row["input"] for row in task.rows]
-    found = calibrate_threshold(routers["instruction"], held_in)
+    held_out = {task.name: [row["input"] for row in task.rows] for task in tasks if task.part == "heldout"}
+    found = calibrate_threshold(routers["instruction"], held_in, held_out)
     print(f"threshold {found.threshold:.4f}, scores in {found.plot(args.output / 'threshold.png')}")
