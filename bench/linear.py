@@ -124,7 +124,7 @@ def measure_cell(
 
 
 def undisturbed(measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of measure(); of more than one run where plain and plain_again differ by over NOISY: the best of them."""
+    """The rows of measure(); of more than one run where plain and plain_again differ by over NOISY: the best."""
     best = measure()
     for _ in range(RETRIES):
         if best[0].get("noise", 0.0) <= NOISY:
