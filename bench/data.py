@@ -49,7 +49,7 @@ def copies_needed(cell: Cell, device: torch.device, settings: Settings) -> int:
 
 
 def weights_bytes(cell: Cell, copies: int) -> int:
-    """Bytes of all copies: the layer, the experts, our layout of A, and the second layout of B that PEFT wants."""
+    """Bytes of all copies: the layer, the experts, our layout of A, and the second layout of B."""
     per_expert = cell.R * (2 * cell.D + 2 * cell.O)
     return copies * ((cell.D * cell.O + cell.E * per_expert) * cell.torch_dtype.itemsize + 8 * cell.E * cell.D)
 
@@ -99,6 +99,11 @@ class Weights:
         self.Bt = [bt, *(bt.clone() for _ in rest)]
         self.gates = [gates, *(gates.clone() for _ in rest)]
         self.fast_gates = [(g * cell.D**-0.5).to(dtype) for g in self.gates]
+
+    @cached_property
+    def B(self) -> list[Tensor]:
+        """Bt once more as [E,O,R] contiguous, per copy: the layout of PEFT and of the Triton kernels."""
+        return [bt.transpose(1, 2).contiguous() for bt in self.Bt]
 
     def holder(self) -> _Holder:
         return _Holder(self.W)

@@ -6,6 +6,7 @@
 #   bench/gpu_check.sh --part build,tests       # some: build, tests, sanitizer, linear, graphs, model, table
 #   bench/gpu_check.sh --device cpu --tiny      # a dry run of the same steps without a GPU, in seconds to minutes
 #   bench/gpu_check.sh --results FOLDER         # where the rows go (bench/results)
+#   bench/gpu_check.sh --triton-peers DIR       # time vLLM's and SGLang's kernels too, imported from DIR
 #
 # Where a call may take ten minutes at most: build,tests; then sanitizer; then linear,table; graphs,table; model.
 # Needs python with torch (CUDA), pybind11, pytest, transformers and peft; cmake, ninja, nvcc. It installs and downloads
@@ -17,6 +18,7 @@ parts=build,tests,sanitizer,linear,graphs,model,table
 device=cuda
 tiny=""
 results=bench/results
+triton_peers=()
 python=$(command -v "${PYTHON:-python}" || command -v python3)
 if ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then export PATH="/usr/local/cuda/bin:$PATH"; fi
 while [ $# -gt 0 ]; do
@@ -25,7 +27,8 @@ while [ $# -gt 0 ]; do
     --device) device=$2; shift ;;
     --tiny) tiny=--tiny ;;
     --results) results=$2; shift ;;
-    -h | --help) sed -n '2,12p' "$0" | cut -c3-; exit 0 ;;
+    --triton-peers) triton_peers=(--triton-peers "$2"); shift ;;
+    -h | --help) sed -n '2,13p' "$0" | cut -c3-; exit 0 ;;
     *) echo "gpu_check: unknown option $1 (see --help)" >&2; exit 2 ;;
   esac
   shift
@@ -93,7 +96,7 @@ sanitizer() {
   done
 }
 
-linear() { "$python" bench/run.py linear --device "$device" $size --results "$results" "$@"; }
+linear() { "$python" bench/run.py linear --device "$device" $size --results "$results" "${triton_peers[@]}" "$@"; }
 graphs() { linear --graphs && linear --graphs --warm; }
 model() { "$python" bench/run.py model --device "$device" $tiny --results "$results"; }
 

@@ -62,7 +62,9 @@ def admit(
         gib = candidate.transient / 2**30
         predicted = candidate.traffic / (ability["bandwidth"] * 1e9)
         status, why = "skipped", ""
-        if gib > settings.memory_gib:
+        if candidate.skip:
+            why = candidate.skip
+        elif gib > settings.memory_gib:
             why = f"needs {gib:.1f} GiB, cap {settings.memory_gib:g}"
         elif predicted > settings.call_seconds:
             why = f"one call takes at least {predicted:.1f} s, cap {settings.call_seconds:g}"
@@ -95,7 +97,8 @@ def measure_cell(
 ) -> list[dict[str, Any]]:
     """The rows of one cell. RuntimeError when even the plain layer cannot be timed."""
     tokens = Tokens(cell, weights)
-    good, rows = admit(peers_of(cell, weights, tokens), cell, tokens, ability, settings, clock, weights.copies)
+    found = peers_of(cell, weights, tokens, settings.triton_peers)
+    good, rows = admit(found, cell, tokens, ability, settings, clock, weights.copies)
     if [c.label for c in good[:2]] != [PLAIN, PLAIN_AGAIN]:
         raise RuntimeError(f"{cell}: the plain layer disagrees with the reference: {rows}")
     times = interleave(good, clock, settings, weights.copies)
@@ -171,9 +174,10 @@ def run(
 
 
 def _free() -> None:
-    from . import peft_peers
+    from . import peft_peers, triton_peers
 
     peft_peers.forget()
+    triton_peers.forget()
     gc.collect()
 
 

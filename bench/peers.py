@@ -8,6 +8,7 @@ copies a weight.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -124,8 +125,8 @@ def traffic_bytes(cell: Cell) -> dict[str, float]:
     }
 
 
-def candidates(cell: Cell, weights: Weights, tokens: Tokens) -> list[Candidate]:
-    """Every candidate of the cell, the two plain ones first."""
+def candidates(cell: Cell, weights: Weights, tokens: Tokens, triton: Path | None = None) -> list[Candidate]:
+    """Every candidate of the cell, the two plain ones first; `triton`: the folder that triton_peers imports from."""
     peers = Peers(weights)
     transient, traffic = transient_bytes(cell), traffic_bytes(cell)
     x = tokens.x
@@ -144,10 +145,11 @@ def candidates(cell: Cell, weights: Weights, tokens: Tokens) -> list[Candidate]:
                 call = _reference_call(cell, weights, tokens)
             found.append(Candidate(label, call, transient=transient[label], traffic=traffic.get(label, 0.0)))
     if cell.mode in ("apply", "routed"):
-        from . import compiled, peft_peers
+        from . import compiled, peft_peers, triton_peers
 
         found += compiled.candidates(cell, weights, tokens)
         found += peft_peers.candidates(cell, weights, tokens, transient, traffic)
+        found += triton_peers.candidates(cell, weights, tokens, triton)
     return found
 
 

@@ -50,9 +50,7 @@ def _layers(weights: Weights, count: int, top_k: int | None) -> list[nn.Module]:
     """One PEFT layer per copy with the first `count` experts; top_k None: only expert 0, without routing."""
     factors = {}
     for i in range(weights.copies):
-        # PEFT stores B as [O,R] contiguous
-        b = weights.Bt[i][:count].transpose(1, 2).contiguous()
-        factors[f"proj.{i}"] = [(weights.A[i][e], b[e]) for e in range(count)]
+        factors[f"proj.{i}"] = [(weights.A[i][e], weights.B[i][e]) for e in range(count)]
     holder = weights.holder()
     wrapped = add_adapters(holder, r"proj\.\d+", weights.cell.R, factors)
     if top_k is not None:

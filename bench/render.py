@@ -19,6 +19,9 @@ PEERS = (
     "compiled_dense",
     "compiled_reference",
     "peft_arrow",
+    "vllm_triton",
+    "sglang_csgmv",
+    "sglang_sgemm",
 )
 LAYER = ("dtype", "D", "O", "E", "K", "R", "popularity", "mode", "cache")
 
@@ -124,7 +127,7 @@ def peers(rows: list[Row], folder: Path) -> str:
     """The branch of every peer as a multiple of ours."""
     out = []
     for title, mine in _machines(_suite(rows, "linear")):
-        present = {row["candidate"] for row in mine}
+        present = {row["candidate"] for row in mine if row["status"] != "skipped"}
         labels = [label for label in (*PEERS, "peft_one") if label in present]
         lines = []
         for key, cell in _cells(mine).items():
@@ -152,7 +155,8 @@ def _times(cell: dict[str, Row], label: str) -> str:
 
 def losing(rows: list[Row], folder: Path) -> str:
     """The cells where a peer beats us, and everything that was wrong, failed or not run."""
-    lost, left = [], []
+    lost: list[list[str]] = []
+    left: dict[tuple, list[tuple[str, str]]] = {}  # what was not timed and why, and where
     for title, mine in _machines(_suite(rows, "linear")):
         machine = title.partition(",")[0]
         for key, cell in _cells(mine).items():
@@ -163,7 +167,8 @@ def losing(rows: list[Row], folder: Path) -> str:
                 )
             for row in cell.values():
                 if not _ok(row):
-                    left.append([machine, _layer(key), str(key[-1]), row["candidate"], row["status"], row["note"]])
+                    why = (machine, row["candidate"], row["status"], row["note"])
+                    left.setdefault(why, []).append((_layer(key), str(key[-1])))
     if not _suite(rows, "linear"):
         return NOTHING
     text = "No peer's branch is faster than ours in a recorded cell."
@@ -171,7 +176,11 @@ def losing(rows: list[Row], folder: Path) -> str:
         text = _table(["machine", "layer", "T", "faster peer", "its branch µs", "ours µs"], lost)
     if left:
         head = ["machine", "layer", "T", "candidate", "status", "why"]
-        text += "\n\nNot timed:\n\n" + _table(head, left)
+        lines = []
+        for (machine, *why), cells in left.items():
+            where = cells[0] if len(cells) == 1 else (f"{len(cells)} cells", "")
+            lines.append([machine, *where, *why])
+        text += "\n\nNot timed:\n\n" + _table(head, lines)
     return text
 
 

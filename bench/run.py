@@ -35,6 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--tiny", action="store_true", help="seconds; to see that it works")
     parser.add_argument("--warm", action="store_true", help="one copy of the weights, so that they stay in the cache")
     parser.add_argument("--graphs", action="store_true", help="on CUDA: time the replay of captured graphs")
+    parser.add_argument("--triton-peers", type=Path, metavar="DIR", help="on CUDA: import vLLM's and SGLang's kernels")
     parser.add_argument("--filter", action="append", default=[], metavar="NAME=VALUE", help="e.g. T=16, dtype=float32")
     parser.add_argument("--seconds", type=float, help="start no further round of a cell after this")
     parser.add_argument("--call-seconds", type=float, help="do not time a candidate whose call takes longer")
@@ -51,6 +52,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "call_seconds": args.call_seconds,
         "memory_gib": args.memory,
         "rounds": args.rounds,
+        "triton_peers": args.triton_peers,
     }
     graphs = args.graphs and args.device == "cuda"
     return replace(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ class Settings:
     cold: bool = True  # rotate over copies of the weights that exceed the last-level cache together
     max_copies: int = 64
     graphs: bool = False  # on CUDA: time the replay of captured graphs instead of eager calls
+    triton_peers: Path | None = None  # folder that the Triton kernels of serving engines are imported from
 
     def identity(self) -> list[Any]:
         """What must agree for an earlier result to stand for a new one."""
-        graphs = ["graphs"] if self.graphs else []
-        return [self.rounds, self.min_sample, self.candidate_seconds, self.main_seconds, self.cold, *graphs]
+        more = [name for name in ("graphs", "triton_peers") if getattr(self, name)]
+        return [self.rounds, self.min_sample, self.candidate_seconds, self.main_seconds, self.cold, *more]
 
 
 class Clock:
@@ -112,6 +114,7 @@ class Candidate:
     transient: float = 0.0  # bytes it allocates beyond its inputs and output
     traffic: float = 0.0  # bytes it moves at least; predicts a call that is too slow to try
     note: str = ""
+    skip: str = ""  # why it is not run here
     seconds: float = 0.0  # of the checked call
 
 
