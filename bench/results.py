@@ -42,7 +42,8 @@ def read(path: Path) -> Iterator[Row]:
 
 
 def read_all(folder: Path) -> list[Row]:
-    return [row for path in sorted(folder.glob("*.jsonl")) for row in read(path)]
+    """The rows of every machine; the folder holds other results (of bench/quality) too."""
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in read(path) if "machine" in row]
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

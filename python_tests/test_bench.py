@@ -288,3 +288,9 @@ def test_a_disturbed_cell_is_measured_again():
     assert linear.undisturbed(lambda: next(runs)) == [{"noise": 0.3}] and next(runs, None) is None
     runs = iter([[{"noise": 0.1}]])
     assert linear.undisturbed(lambda: next(runs)) == [{"noise": 0.1}]
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    """Beside the machines' files lie those of bench/quality, which are none of theirs."""
+    assert (results.FOLDER / "quality.jsonl").exists()
+    assert table.main(["--check"]) == 0
