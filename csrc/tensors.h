@@ -34,12 +34,13 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::new_empty(like, sizes, type);
 }
 
-// [..., C] -> [T, C] without a call of the dispatcher, which costs as much as the rest of a small op.
+// [..., C] -> [T, C] ([C] is one token) without a call of the dispatcher, which costs as much as the rest of a small
+// op.
 inline Tensor flattened(const Check& check, const Tensor& tensor, const char* name) {
   const int64_t dims = tensor.dim();
   if (dims == 2) return tensor;
-  MOERGE_CHECK(check, dims > 2 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
-               "], or contiguous with more dimensions, got ", shape_of(tensor));
+  MOERGE_CHECK(check, dims > 0 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
+               "], or contiguous with another number of dimensions, got ", shape_of(tensor));
   const int64_t columns = tensor.size(dims - 1);
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);

@@ -231,7 +231,7 @@ def routed_lora_(
 ) -> None:
     """`routed_lora` written into base; what the router chose is not returned.
 
-    base and x may have more than two dimensions when they are contiguous: [..., O] and [..., D]. Inference only:
+    base and x may have any number of dimensions when they are contiguous: [..., O] and [..., D]. Inference only:
     ValueError when grad mode is on and an input requires grad.
     """
     _refuse_grad("routed_lora_", "it writes in place", base, x, gates, lora_a, lora_b, bias, lora_bias)

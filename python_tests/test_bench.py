@@ -284,8 +284,9 @@ def test_rows_of_an_older_commit_give_way():
 
 def test_a_disturbed_cell_is_measured_again():
     noises = [0.5, 0.3, 0.4]
-    runs = iter([{"noise": noise}] for noise in noises)
-    assert linear.undisturbed(lambda: next(runs)) == [{"noise": 0.3}] and next(runs, None) is None
+    skipped = {"status": "skipped"}
+    runs = iter([skipped, {"noise": noise}] for noise in noises)
+    assert linear.undisturbed(lambda: next(runs)) == [skipped, {"noise": 0.3}] and next(runs, None) is None
     runs = iter([[{"noise": 0.1}]])
     assert linear.undisturbed(lambda: next(runs)) == [{"noise": 0.1}]
 

@@ -52,6 +52,11 @@ def replace_buffer(layer):
     layer._buffers["lora_A"] = -layer.lora_A
 
 
+def replace_bias(layer):
+    bias = torch.randn(layer.lora_A.shape[0], layer.out_features)
+    layer.register_buffer("lora_bias", bias, persistent=False)
+
+
 def replace_base(layer):
     layer.base_layer = nn.Linear(layer.in_features, layer.out_features)
 
@@ -65,7 +70,9 @@ def convert(layer):
 
 
 @pytest.mark.parametrize(
-    "change", [grow, replace_attribute, replace_buffer, replace_base, factor, convert], ids=lambda f: f.__name__
+    "change",
+    [grow, replace_attribute, replace_buffer, replace_bias, replace_base, factor, convert],
+    ids=lambda f: f.__name__,
 )
 @torch.no_grad()
 def test_a_change_is_seen(short, layer, change):
@@ -102,6 +109,13 @@ def test_where_it_is_not_taken(short, layer, monkeypatch):
     with torch.enable_grad():
         assert layer(x.requires_grad_()).requires_grad
     assert len(short) == 1
+
+
+@torch.no_grad()
+def test_one_vector_is_one_token(short, layer):
+    x = torch.randn(layer.in_features)
+    assert error(layer(x), layer(x[None])[0]) < 1e-6 and layer(x).shape == (layer.out_features,)
+    assert error(long_way(layer, x), layer(x)) < 1e-6 and len(short) >= 2
 
 
 @torch.no_grad()
