@@ -46,8 +46,8 @@ inline Tensor flattened(const Check& check, const Tensor& tensor, const char* na
   for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle flat;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &flat));
+  const int64_t further = 0;  // than the tensor's own offset
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, further, &flat));
   return Tensor(flat);
 }
 
