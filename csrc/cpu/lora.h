@@ -15,10 +15,9 @@
 //   fetching the next expert's rows of B during expand: T=1024 15.6 against 17.8 ms, kept
 //   fetching the next tile's rows of x during shrink: no difference beyond the noise, left out
 //   shrink by parts of the depth over all experts, so that a part of x stays in the second-level cache: no difference
-//   (not tried: dot products of AVX512-BF16 and AMX, for want of such a machine. Shrink alone multiplies bfloat16 by
-//   bfloat16, scores have float32 gates and expand a float32 h; it is 17 % of the branch in bfloat16 at T = 256 and
-//   1024) the branch first and the base product added to it (beta = 1): 8.4 against 8.4 ms, the base's result is in the
-//   cache
+//   the branch first and the base product added to it (beta = 1): 8.4 against 8.4 ms
+// Not tried, for want of such a machine: dot products of AVX512-BF16 and AMX. Shrink alone multiplies bfloat16 by
+// bfloat16 (scores have float32 gates, expand a float32 h); it is 17 % of the branch at T = 256 and 1024.
 #pragma once
 
 #include <algorithm>
