@@ -22,6 +22,10 @@ Route route_arguments(const RoutePlan& plan, Call& call, const Tensor& x_in, con
   p.statistics = call.workspace(p.T * kStatistics * accumulator_size(p.wide));
   p.parts = score_parts(p);
   p.similarity = call.workspace(p.parts * p.T * p.E * accumulator_size(p.wide));
+  if (score_moments(p)) {
+    p.moments = static_cast<float*>(call.workspace(p.parts * p.T * kMoments * 4));
+    p.gate_sums = static_cast<float*>(call.workspace(p.parts * p.E * 4));
+  }
   return p;
 }
 
