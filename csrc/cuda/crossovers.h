@@ -12,6 +12,9 @@ constexpr int64_t kDecodeTokens = 16, kDecodeParts = 16;
 // From how many tokens on tensor cores are used by shrink and expand, and by the scores.
 constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 16;
 
+// Up to how many pairs the blocks of the shrink on tensor cores look for their own, rather than having them sorted.
+constexpr int64_t kShrinkSearches = 512;
+
 // From how many tokens on the blocks of the expand have 64 of them, not 16.
 constexpr int64_t kExpandManyTokens = 512;
 
