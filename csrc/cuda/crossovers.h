@@ -9,6 +9,9 @@ namespace moerge::cuda {
 // Up to how many tokens the routed ops are one launch (routed_decode.cu), and into how many parts it cuts D.
 constexpr int64_t kDecodeTokens = 16, kDecodeParts = 16;
 
+// From how many tokens on routed_linear adds the base layer's product to the branch, rather than the other way round.
+constexpr int64_t kBranchFirstTokens = 1024;
+
 // From how many tokens on tensor cores are used by shrink and expand, and by the scores.
 constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 16;
 

@@ -40,6 +40,15 @@ struct Rows {
   int64_t tokens_per_row = 1, n = 1;
 };
 
+// ---- a second stream ------------------------------------------------------------------------------------------------
+
+// Whether what `stream` gets is recorded into a graph.
+bool recording(Stream stream);
+// A stream that begins when all is done that `stream` has got by now, and runs beside what it gets after.
+Stream fork(Stream stream);
+// From here on `stream` waits for what `forked` has got.
+void join(Stream stream, Stream forked);
+
 // ---- route ----------------------------------------------------------------------------------------------------------
 
 // norm(x) = (x - shift - rest) * factor; `clamped` is 1 where "unit" met its floor. Four per token, in the accumulator.
