@@ -11,7 +11,6 @@
 namespace moerge::cuda {
 
 constexpr int kPad = 8;  // elements behind every row in shared memory: eight rows then lie in different banks
-constexpr size_t kMostShared = 96 * 1024;  // what every architecture from sm_80 on can give a block
 
 template <class T>
 constexpr DType dtype_for = std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
@@ -32,7 +31,8 @@ inline bool factors_fit(const Factors& w) {
 }
 
 bool expand_uses_tensor_cores(const Lora&, const Factors& w, const Matrix& base, const Matrix& out);
-void lora_shrink_mma(const Lora&, const Matrix& x, const Factors& w, const Groups&, void* h, Stream);
+bool shrink_uses_tensor_cores(const Lora&, const Matrix& x, const Factors& w);
+void lora_shrink_mma(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups&, void* h, Stream);
 void lora_expand_mma(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
                      const Matrix& out, Stream);
 

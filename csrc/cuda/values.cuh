@@ -110,6 +110,24 @@ MOERGE_DEVICE T block_max(T value, T* slots) {
   return highest;
 }
 
+// Of the block's threads that vote, how many there are and how many come before this one; `slots` as above.
+struct Rank {
+  int before, all;
+};
+template <int threads>
+MOERGE_DEVICE Rank block_rank(bool vote, int32_t* slots) {
+  const uint32_t votes = ballot(vote);
+  if (lane() == 0) slots[warp()] = count_bits(votes);
+  sync_block();
+  Rank rank{count_bits(votes & ((1u << lane()) - 1)), 0};
+  for (int i = 0; i < threads / 32; ++i) {
+    if (i < warp()) rank.before += slots[i];
+    rank.all += slots[i];
+  }
+  sync_block();
+  return rank;
+}
+
 // Who adds up together: the threads of a block, or the lanes of a warp. `rank` is one's place among `kSize`.
 template <int threads, class T>
 struct BlockTeam {
@@ -135,6 +153,7 @@ MOERGE_DEVICE int64_t row_of(const Rows& map, int64_t token) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr size_t shared_size(size_t bytes) { return (bytes + 15) / 16 * 16; }
+constexpr size_t kMostShared = 96 * 1024;  // what every architecture from sm_80 on can give a block
 
 inline bool aligned16(const void* data, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
