@@ -57,10 +57,11 @@ def over_the_emulator(library: Path, *arguments: str, **env: str) -> subprocess.
     )  # fmt: skip
 
 
-def passed(run: subprocess.Popen) -> None:
-    said = run.communicate()[0]
-    assert run.returncode == 0, said[-4000:]
-    assert "registered at" in said and "csrc/cuda/bind_" in said, "it ran without the CUDA kernels"
+def passed(*runs: subprocess.Popen) -> None:
+    """Waits for all of them first, so that none is left behind."""
+    for run, said in [(run, run.communicate()[0]) for run in runs]:
+        assert run.returncode == 0, said[-4000:]
+        assert "registered at" in said and "csrc/cuda/bind_" in said, "it ran without the CUDA kernels"
 
 
 def launched(file: Path) -> set[str]:
@@ -75,8 +76,7 @@ def test_op_tests_over_the_emulator(simt_build, tmp_path):
     for number, group in enumerate(GROUPS):
         files = [f"python_tests/test_ops_{name}.py" for name in group]
         runs.append(over_the_emulator(library, *files, MOERGE_SIMT_LAUNCHED=str(tmp_path / str(number))))
-    for run in runs:
-        passed(run)
+    passed(*runs)
     found = set().union(*(launched(tmp_path / str(number)) for number in range(len(GROUPS))))
     compiled = set(json.loads(cuda_resources.TABLE.read_text())["kernels"])
     assert compiled <= found, f"no test runs {sorted(compiled - found)}; or else renew the table"
