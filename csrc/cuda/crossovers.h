@@ -9,7 +9,7 @@ namespace moerge::cuda {
 // Up to how many tokens the routed ops are one launch (routed_decode.cu), and into how many parts it cuts D.
 constexpr int64_t kDecodeTokens = 16, kDecodeParts = 16;
 
-// From how many tokens on tensor cores are used by shrink and expand, and by the scores.
+// From how many tokens on tensor cores are used by shrink, expand and the gradients of the factors, and by the scores.
 constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 64;
 
 // From how many tokens on the blocks of the expand have 64 of them, not 16.
