@@ -39,6 +39,8 @@ def check(case, atol=4e-3, wanted=("lora_a", "lora_b"), **options):
     return ours
 
 
+# x, bank, base
+MIXED = [(BF16, F32, BF16), (F16, F32, BF16), (BF16, F16, BF16), (F16, BF16, F16), (F32, F16, BF16)]
 SIZES = [(8, 8, 64), (64, 16, 200), (200, 24, 8), (136, 64, 72), (72, 128, 136)]  # D, R, O
 
 
@@ -50,17 +52,17 @@ def test_pairs_per_expert(D, R, O, dtype, factored):
     assert all((grad[1] == 0).all() and (grad[6] == 0).all() for grad in grads.values())
 
 
-@pytest.mark.parametrize("types", [(BF16, F32, BF16), (F16, F32, BF16), (BF16, F16, BF16), (F16, BF16, F16)], ids=str)
+@pytest.mark.parametrize("types", MIXED, ids=str)
 @pytest.mark.parametrize("R", [16, 128])
 def test_a_bank_of_another_type_loses_nothing(types, R):
-    """x, bank, base: what comes before the last rounding is as exact as the bank's type."""
+    """What comes before the last rounding is as exact as the bank's type."""
     x, other, base = types
     check(bank(64, R, 72, x, other, base, counts=(40, 0, 17)), 5e-6 if other == F32 else 1e-5)
 
 
 @pytest.mark.parametrize("factored", [False, True])
 def test_an_expert_named_often(factored):
-    case = bank(64, 16, 72)
+    case = bank(64, 24, 72)
     for ids in (torch.full((len(case["x"]), 3), 3), torch.tensor([1, 4, 1]).expand(len(case["x"]), 3)):
         check({**case, "experts": ids.int().contiguous()}, wanted=("lora_a", "lora_b", "weights"), factored=factored)
 
@@ -75,20 +77,14 @@ def test_weights_of_rows():
 @pytest.mark.parametrize("R", [16, 64])
 @pytest.mark.parametrize("name", ["x", "grad"])
 def test_a_bad_token_reaches_only_its_experts(name, R):
-    """The other experts keep their bits."""
+    """It is the only one of expert 3, whose pair lies behind the 129 of expert 2 and before those of expert 4."""
     case = bank(64, R, 136)
-    leaves = {n: case[n].requires_grad_() for n in ("lora_a", "lora_b")}
+    bad = (case["experts"][:, 0] == 3).nonzero().item()
+    case["weights"][bad, 1] = 0
+    leaves = [case[n].requires_grad_() for n in ("lora_a", "lora_b")]
     grad = rand(*case["base"].shape, seed=5, dtype=BF16)
-
-    def grads():
-        return torch.autograd.grad(ops.lora_apply(**case), list(leaves.values()), grad)
-
-    clean = grads()
-    t = (case["experts"][:, 0] == 0).nonzero()[0].item()
-    case["weights"].data[t, 1] = 0
-    {"x": case["x"], "grad": grad}[name][t, 3] = NAN
-    for before, after in zip(clean, grads(), strict=True):
-        others = torch.tensor([1, 2, 3, 4, 6])
-        assert torch.equal(after[others], before[others])
-        assert after[5].isfinite().all()
-        assert after[0].isnan().any()
+    clean = torch.autograd.grad(ops.lora_apply(**case), leaves, grad)
+    {"x": case["x"], "grad": grad}[name][bad, 3] = NAN
+    for before, after in zip(clean, torch.autograd.grad(ops.lora_apply(**case), leaves, grad), strict=True):
+        others = torch.arange(7) != 3
+        assert torch.equal(after[others], before[others]) and after[3].isnan().any()

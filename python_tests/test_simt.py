@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = ("route", "lora", "linear", "16bit", "mix", "autograd", "torch", "cuda", "grid")
+OP_TESTS = ("route", "lora", "linear", "16bit", "16bit_gradients", "mix", "autograd", "torch", "cuda", "grid")
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def test_op_tests_over_the_emulator(simt_build, op):
 
 SANITIZERS = "address,undefined"
 # sizes that are no multiples of 16 bytes, where something lies between the data and the page behind it
-SANITIZED = ["test_ops_16bit.py", "test_ops_mix.py", "test_ops_grid.py", "test_ops_cuda.py", "test_ops_autograd.py"]
+SANITIZED = [f"test_ops_{op}.py" for op in ("16bit", "16bit_gradients", "mix", "grid", "cuda", "autograd")]
 
 
 def run_sanitized(library: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -124,7 +124,8 @@ def test_another_order_of_threads_and_early_copies(simt_build, seed):
     """The kernels that copy asynchronously, in order and in another order, with copies that land at once."""
     library = simt_build("_simt") / "_simt.so"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--simt", library, "python_tests/test_ops_16bit.py", "-k", "shapes"],
+        [sys.executable, "-m", "pytest", "--simt", library, "python_tests/test_ops_16bit.py",
+         "python_tests/test_ops_16bit_gradients.py", "-k", "shapes or pairs_per_expert"],
         capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"MOERGE_SIMT_SEED": seed, "MOERGE_SIMT_COPIES": "early"},
     )  # fmt: skip
