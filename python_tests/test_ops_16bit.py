@@ -69,9 +69,10 @@ def test_a_few_tokens_with_adjacent_ranks(shape, dtype):
     check(stored(bank(*shape, dtype), "ab"), 2e-6 if dtype == torch.float32 else 2e-3)
 
 
-def test_one_expert_named_often():
-    case = bank(70, 64, 6, 4, 16, 64)
-    for ids in (torch.full((70, 4), 3), torch.tensor([1, 1, 4, 1]).expand(70, 4)):
+@pytest.mark.parametrize("T", [70, 150])
+def test_one_expert_named_often(T):
+    case = bank(T, 64, 6, 4, 16, 64)
+    for ids in (torch.full((T, 4), 3), torch.tensor([1, 1, 4, 1]).expand(T, 4)):
         for factored in (False, True):
             check({**case, "experts": ids.int().contiguous()}, factored=factored)
 

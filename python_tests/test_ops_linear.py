@@ -64,6 +64,34 @@ def test_against_the_reference(T, dtype):
     check(linear(T, dtype=dtype, biases=False), atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biases", [True, False])
+def test_very_many_tokens(dtype, biases):
+    """On a GPU the branch comes first there, and the base layer's product is added to it."""
+    case = linear(1100, 40, 7, 16, 24, dtype, biases=biases)
+    atol = 2e-6 if dtype == torch.float32 else 8e-3  # y is rounded twice
+    y, _, experts = check(case, atol)
+    check(case, atol, factored=True, top_k=3, mask=MASK)
+    y2 = ops.routed_linear(**{**case, "weight": LAYOUTS["transposed"](case["weight"])})[0]
+    torch.testing.assert_close(y2, y, atol=atol, rtol=1e-2)
+    got = ops.routed_linear(**case, mask=torch.zeros(7, dtype=torch.bool))[0]
+    base = torch.nn.functional.linear(case["x"], case["weight"], case["linear_bias"])
+    torch.testing.assert_close(got, base, atol=atol, rtol=1e-2)
+    expert, lora_b = int(experts[0, 0]), case["lora_b"].clone()
+    lora_b[expert] = NAN
+    got, uses = ops.routed_linear(**{**case, "lora_b": lora_b})[0], (experts == expert).any(-1)
+    assert torch.equal(got[~uses], y[~uses]) and got[uses].isnan().all()
+
+
+@pytest.mark.parametrize("T", [33, 129])
+def test_beside_the_base_layer_the_branch_is_the_same(T, monkeypatch):
+    """What a recorded graph of a GPU does; the emulator is told to do it, and nothing else looks at this."""
+    case = linear(T, 64, 7, 16, 48, torch.bfloat16)
+    want = ops.routed_linear(**case)
+    monkeypatch.setenv("MOERGE_SIMT_RECORDING", "1")
+    assert all(torch.equal(a, b) for a, b in zip(ops.routed_linear(**case), want, strict=True))
+
+
 SHAPES = [  # T, D, E, R, O: decode sizes, with tails in every dimension
     (1, 64, 7, 16, 64), (2, 200, 36, 8, 72), (3, 264, 40, 24, 40), (4, 8, 2, 8, 8), (5, 72, 9, 64, 24),
     (8, 320, 7, 16, 136), (8, 64, 3, 128, 16), (1, 1032, 5, 16, 24), (16, 96, 11, 16, 72), (13, 40, 4, 8, 24),

@@ -41,7 +41,7 @@ inline Rows row_map(Call& call, const std::optional<Tensor>& rows, int64_t n_row
 Route route_arguments(const RoutePlan& plan, Call& call, const Tensor& x, const Tensor& gates,
                       const RouteOptions& options);
 
-// Runs route into weights and experts.
-void run_route(Route route, Call& call, const Tensor& weights, const Tensor& experts);
+// Enqueues route into weights and experts on `stream`, the call's own or one forked from it.
+void run_route(Route route, Call& call, const Tensor& weights, const Tensor& experts, Stream stream);
 
 }  // namespace moerge::cuda

@@ -1,6 +1,7 @@
 // What bind*.cpp needs of the device: where tensors live, workspace, the stream. csrc/simt/bind_device.h is its twin.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <vector>
@@ -16,6 +17,11 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace moerge::cuda {
 
 constexpr Device kDevice = Device::cuda;
+
+// y += a b, by the device's GEMM with beta = 1.
+inline void add_product(const Tensor& y, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), y.get(), a.get(), b.get(), 1, 1));
+}
 
 // One call of an op: kernels run on the current stream of the device of `like`, and workspace is torch's.
 class Call {

@@ -22,15 +22,19 @@ Route route_arguments(const RoutePlan& plan, Call& call, const Tensor& x_in, con
   p.statistics = call.workspace(p.T * kStatistics * accumulator_size(p.wide));
   p.parts = score_parts(p);
   p.similarity = call.workspace(p.parts * p.T * p.E * accumulator_size(p.wide));
+  if (score_moments(p)) {
+    p.moments = static_cast<float*>(call.workspace(p.parts * p.T * kMoments * 4));
+    p.gate_sums = static_cast<float*>(call.workspace(p.parts * p.E * 4));
+  }
   return p;
 }
 
-void run_route(Route p, Call& call, const Tensor& weights, const Tensor& experts) {
+void run_route(Route p, Call& call, const Tensor& weights, const Tensor& experts, Stream stream) {
   if (p.T == 0) return;
   p.weights = call.write(weights);
   p.experts = static_cast<int32_t*>(call.write(experts));
-  route_scores(p, call.stream());
-  route_select(p, call.stream());
+  route_scores(p, stream);
+  route_select(p, stream);
   call.finish();
 }
 
@@ -46,7 +50,7 @@ std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::str
   const Route p = route_arguments(plan, call, x, gates, options);
   Tensor weights = new_tensor(x, {p.T, p.K}, accumulator(p.wide));
   Tensor experts = new_tensor(x, {p.T, p.K}, ScalarType::Int);
-  run_route(p, call, weights, experts);
+  run_route(p, call, weights, experts, call.stream());
   return {weights, experts};
 }
 

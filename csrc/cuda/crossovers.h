@@ -9,15 +9,21 @@ namespace moerge::cuda {
 // Up to how many tokens the routed ops are one launch (routed_decode.cu), and into how many parts it cuts D.
 constexpr int64_t kDecodeTokens = 16, kDecodeParts = 16;
 
+// From how many tokens on routed_linear adds the base layer's product to the branch, rather than the other way round.
+constexpr int64_t kBranchFirstTokens = 1024;
+
 // From how many tokens on tensor cores are used by shrink, expand and the gradients of the factors, and by the scores.
-constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 64;
+constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 16;
+
+// Up to how many pairs the blocks of the shrink on tensor cores look for their own, rather than having them sorted.
+constexpr int64_t kShrinkSearches = 512;
 
 // From how many tokens on the blocks of the expand have 64 of them, not 16.
 constexpr int64_t kExpandManyTokens = 512;
 
 // With fewer blocks than this the sums over D are split, into so many parts at most.
 constexpr int64_t kShrinkBlocks = 512, kShrinkParts = 8;
-constexpr int64_t kScoresBlocks = 256, kScoresParts = 16;
+constexpr int64_t kScoresBlocks = 256, kScoresParts = 32;
 
 // How many parts: the fewest that give so many blocks, each with two tiles of the sum or more.
 constexpr int64_t parts_for(int64_t blocks_wanted, int64_t blocks, int64_t tiles, int64_t most) {

@@ -40,10 +40,20 @@ struct Rows {
   int64_t tokens_per_row = 1, n = 1;
 };
 
+// ---- a second stream ------------------------------------------------------------------------------------------------
+
+// Whether what `stream` gets is recorded into a graph.
+bool recording(Stream stream);
+// A stream that begins when all is done that `stream` has got by now, and runs beside what it gets after.
+Stream fork(Stream stream);
+// From here on `stream` waits for what `forked` has got.
+void join(Stream stream, Stream forked);
+
 // ---- route ----------------------------------------------------------------------------------------------------------
 
 // norm(x) = (x - shift - rest) * factor; `clamped` is 1 where "unit" met its floor. Four per token, in the accumulator.
 constexpr int kStatistics = 4;
+constexpr int kMoments = 3;
 
 struct Route {
   int64_t T, D, E, K;
@@ -60,14 +70,18 @@ struct Route {
   void* statistics;  // [T, kStatistics]
   int64_t parts;     // of the sums over D in similarity, see score_parts
   void* similarity;  // [parts,T,E]: norm(x) . g; route_select adds the parts up
+  float* moments;    // [parts,T,kMoments] and
+  float* gate_sums;  // [parts,E], where score_moments: what route_scores leaves of the normalization to its readers
   void* weights;     // [T,K]
   int32_t* experts;  // [T,K]
 };
 
 // How many parts let the scores use the whole device.
 int64_t score_parts(const Route&);
-void route_scores(const Route&, Stream);     // statistics and similarity
-void route_add_parts(const Route&, Stream);  // the same sums, without selecting
+// Whether tokens have been taken around a pivot, and moments (pivot, sum and sum of squares around it) say the rest.
+bool score_moments(const Route&);
+void route_scores(const Route&, Stream);     // statistics and similarity, but for what readers do
+void route_add_parts(const Route&, Stream);  // does that, without selecting
 void route_select(const Route&, Stream);     // weights and experts from similarity
 
 struct RouteGradient {

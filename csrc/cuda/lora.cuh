@@ -41,4 +41,13 @@ struct Slots {
   }
 };
 
+// The expert of a pair; -1: it names none, or its weight is 0 and such are left out.
+template <class Acc>
+MOERGE_DEVICE int32_t expert_of(const Lora& p, int64_t pair, bool skip_zero) {
+  if (pair >= p.T * p.K) return -1;
+  const Slots<Acc> slots(p, pair / p.K);
+  const int64_t k = pair % p.K;
+  return (skip_zero ? slots.used(k) : slots.named(k)) ? slots.experts[k] : -1;
+}
+
 }  // namespace moerge::cuda

@@ -18,14 +18,6 @@ struct GroupPairs {
   Groups g;
   int64_t tiles;  // that there is room for
 
-  // The expert of a pair; -1: none, or it is left out.
-  MOERGE_DEVICE int32_t expert_of(int64_t pair) const {
-    if (pair >= p.T * p.K) return -1;
-    const Slots<Acc> slots(p, pair / p.K);
-    const int64_t k = pair % p.K;
-    return (skip_zero ? slots.used(k) : slots.named(k)) ? slots.experts[k] : -1;
-  }
-
   // Where the expert's pairs begin, and its tiles; those it does not fill hold nothing.
   MOERGE_DEVICE void place(int32_t expert, int begin, int count) const {
     constexpr int kTile = static_cast<int>(kTilePairs);
@@ -41,11 +33,11 @@ struct GroupPairs {
 
   MOERGE_DEVICE void operator()() const {
     Shared shared;
-    int* slots = shared.take<int>(kWarps);
+    int32_t* slots = shared.take<int32_t>(kWarps);
     const int32_t expert = static_cast<int32_t>(block_x());
-    int before = 0, count = 0;
+    int32_t before = 0, count = 0;
     for (int64_t pair = thread(); pair < p.T * p.K; pair += kThreads) {
-      const int32_t its = expert_of(pair);
+      const int32_t its = expert_of<Acc>(p, pair, skip_zero);
       before += its >= 0 && its < expert;
       count += its == expert;
     }
@@ -53,25 +45,17 @@ struct GroupPairs {
     place(expert, at, block_sum<kThreads>(count, slots));
     for (int64_t first = 0; first < p.T * p.K; first += kThreads) {
       const int64_t pair = first + thread();
-      const bool mine = expert_of(pair) == expert;
-      const uint32_t votes = ballot(mine);
-      if (lane() == 0) slots[warp()] = count_bits(votes);
-      sync_block();
-      int ahead = 0, all = 0;
-      for (int i = 0; i < kWarps; ++i) {
-        if (i < warp()) ahead += slots[i];
-        all += slots[i];
-      }
-      if (mine) g.order[at + ahead + count_bits(votes & ((1u << lane()) - 1))] = static_cast<int32_t>(pair);
-      at += all;
-      sync_block();
+      const bool mine = expert_of<Acc>(p, pair, skip_zero) == expert;
+      const Rank rank = block_rank<kThreads>(mine, slots);
+      if (mine) g.order[at + rank.before] = static_cast<int32_t>(pair);
+      at += rank.all;
     }
   }
 };
 
 template <class Acc>
 void run_group(const Lora& p, bool skip_zero, const Groups& groups, Stream stream) {
-  launch({p.E}, shared_size(kWarps * sizeof(int)), stream, GroupPairs<Acc>{p, skip_zero, groups, most_tiles(p)});
+  launch({p.E}, shared_size(kWarps * sizeof(int32_t)), stream, GroupPairs<Acc>{p, skip_zero, groups, most_tiles(p)});
 }
 
 }  // namespace

@@ -33,7 +33,8 @@ inline bool factors_fit(const Factors& w) {
 }
 
 bool expand_uses_tensor_cores(const Lora&, const Factors& w, const Matrix& base, const Matrix& out);
-void lora_shrink_mma(const Lora&, const Matrix& x, const Factors& w, const Groups&, void* h, Stream);
+bool shrink_uses_tensor_cores(const Lora&, const Matrix& x, const Factors& w);
+void lora_shrink_mma(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups&, void* h, Stream);
 void lora_expand_mma(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
                      const Matrix& out, Stream);
 void lora_outer_mma(const Lora&, const Groups&, const void* q, const Matrix& x, int64_t columns, void* workspace,

@@ -1,6 +1,9 @@
 // h[parts,pair,r] = sum_c x[token,c] w[expert,r,c] for many tokens: a block has up to 64 pairs of one expert (their
 // rows of x are gathered) and all ranks, and walks over its part of the columns with kStages tiles of 64 under way.
 // Each warp owns 16 pairs, so a sum has one owner and a fixed order.
+//
+// Which pairs: a tile of the sorted list (Groups); or, while all pairs are few, those of one expert that the block
+// finds by looking at all ids itself, which saves the launch that sorts.
 #include "lora_mma.cuh"
 
 namespace moerge::cuda {
@@ -16,30 +19,37 @@ struct LoraShrinkMma {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "lora_shrink_mma";
   static constexpr int kTile = kTileElements<ranks, kColumns, kRanksAdjacent>;
-  static constexpr size_t kShared =
-      shared_size(kStages * kTilePairs * kRowStride * 2) + shared_size(kStages * kTile * 2);
+  static constexpr size_t kShared = shared_size(kStages * kTilePairs * kRowStride * 2) +
+                                    shared_size(kStages * kTile * 2) + shared_size(kShrinkSearches * 4) +
+                                    shared_size(kThreads / 32 * 4);
   Lora p;
   Matrix x;
   Factors w;
-  Groups g;
+  bool skip_zero;
+  Groups g;  // order null: the block searches
   float* h;
+
+  struct Memory {
+    T *rows, *factors;       // [kStages, kTilePairs, kRowStride], [kStages, kTile]
+    int32_t *found, *votes;  // [kShrinkSearches], [kThreads / 32]
+  };
 
   // Rows of x that this thread copies: thread / 8 + 16 i for i < 4, 8 columns of each tile.
   struct Source {
     const T* row[4];  // null: none
   };
 
-  MOERGE_DEVICE void copy_stage(const Source& source, int64_t expert, int64_t tile, int64_t end, T* rows,
-                                T* factors) const {
+  MOERGE_DEVICE void copy_stage(const Memory& m, const Source& source, int64_t expert, int64_t tile,
+                                int64_t end) const {
     const int64_t stage = tile % kStages, first = tile * kColumns;
     const int64_t column = first + thread() % 8 * 8;
     if (tile < end) {
       for (int i = 0; i < 4; ++i) {
         const bool valid = source.row[i] && column < w.columns;
-        T* to = rows + (stage * kTilePairs + thread() / 8 + 16 * i) * kRowStride + thread() % 8 * 8;
+        T* to = m.rows + (stage * kTilePairs + thread() / 8 + 16 * i) * kRowStride + thread() % 8 * 8;
         async_copy16(to, valid ? source.row[i] + column : static_cast<const T*>(x.data), valid);
       }
-      copy_tile<T, kThreads, ranks, kColumns, kRanksAdjacent>(w, expert, first, factors + stage * kTile);
+      copy_tile<T, kThreads, ranks, kColumns, kRanksAdjacent>(w, expert, first, m.factors + stage * kTile);
     }
     async_commit();  // an empty group at the end keeps the count right
   }
@@ -58,89 +68,128 @@ struct LoraShrinkMma {
     }
   }
 
-  MOERGE_DEVICE void operator()() const {
-    Shared shared;
-    T* rows = shared.take<T>(kStages * kTilePairs * kRowStride);
-    T* factors = shared.take<T>(kStages * kTile);
-    const int32_t expert = g.tile_expert[block_x()];
-    if (expert < 0) return;
-    const int64_t first_tile = g.offsets[expert] / kTilePairs + expert;
-    const int32_t begin = g.offsets[expert] + static_cast<int32_t>((block_x() - first_tile) * kTilePairs);
-    const int32_t left = g.offsets[expert + 1] - begin;
-    const int count = left < kTilePairs ? left : static_cast<int>(kTilePairs);
+  // `count` pairs of one expert, at most kTilePairs.
+  MOERGE_DEVICE void run_tile(const Memory& m, int64_t expert, const int32_t* pairs, int count) const {
     Source source;
     for (int i = 0; i < 4; ++i) {
       const int row = thread() / 8 + 16 * i;
-      source.row[i] = row < count ? static_cast<const T*>(x.data) + g.order[begin + row] / p.K * x.stride : nullptr;
+      source.row[i] = row < count ? static_cast<const T*>(x.data) + pairs[row] / p.K * x.stride : nullptr;
     }
     const int64_t tiles = (w.columns + kColumns - 1) / kColumns;
     const int64_t from = tiles * block_y() / p.parts, to = tiles * (block_y() + 1) / p.parts;
-    for (int64_t tile = from; tile < from + kStages - 1; ++tile) copy_stage(source, expert, tile, to, rows, factors);
+    for (int64_t tile = from; tile < from + kStages - 1; ++tile) copy_stage(m, source, expert, tile, to);
     float sum[ranks / 8][4] = {};
     for (int64_t tile = from; tile < to; ++tile) {
       async_wait<kStages - 2>();
       sync_block();  // this tile is here, and nobody reads the one that is overwritten next
-      copy_stage(source, expert, tile + kStages - 1, to, rows, factors);
+      copy_stage(m, source, expert, tile + kStages - 1, to);
       const int64_t stage = tile % kStages;
-      if (warp() * 16 < count) multiply(rows + stage * kTilePairs * kRowStride, factors + stage * kTile, sum);
+      if (warp() * 16 < count) multiply(m.rows + stage * kTilePairs * kRowStride, m.factors + stage * kTile, sum);
     }
     for (int half = 0; half < 2; ++half) {
       const int row = warp() * 16 + lane() / 4 + half * 8;
       if (row >= count) continue;
-      float* sums = h + (block_y() * p.T * p.K + g.order[begin + row]) * p.R;
+      float* sums = h + (block_y() * p.T * p.K + pairs[row]) * p.R;
       for (int n = 0; n < ranks / 8; ++n)
         for (int j = 0; j < 2; ++j)
           if (const int r = n * 8 + lane() % 4 * 2 + j; r < p.R) sums[r] = sum[n][half * 2 + j];
     }
   }
+
+  // The pairs of an expert into m.found, in order; returns how many.
+  MOERGE_DEVICE int search(const Memory& m, int64_t expert) const {
+    int count = 0;
+    for (int64_t first = 0; first < p.T * p.K; first += kThreads) {
+      const int64_t pair = first + thread();
+      const bool mine = expert_of<float>(p, pair, skip_zero) == expert;
+      const Rank rank = block_rank<kThreads>(mine, m.votes);
+      if (mine) m.found[count + rank.before] = static_cast<int32_t>(pair);
+      count += rank.all;
+    }
+    sync_block();
+    return count;
+  }
+
+  MOERGE_DEVICE void operator()() const {
+    constexpr int kTilePairs = static_cast<int>(cuda::kTilePairs);
+    Shared shared;
+    Memory m;
+    m.rows = shared.take<T>(kStages * kTilePairs * kRowStride);
+    m.factors = shared.take<T>(kStages * kTile);
+    m.found = shared.take<int32_t>(kShrinkSearches);
+    m.votes = shared.take<int32_t>(kThreads / 32);
+    if (!g.order) {
+      const int count = search(m, block_x());
+      for (int begin = 0; begin < count; begin += kTilePairs) {
+        sync_block();  // nobody reads the tiles of the pairs before
+        run_tile(m, block_x(), m.found + begin, count - begin < kTilePairs ? count - begin : kTilePairs);
+      }
+      return;
+    }
+    const int32_t expert = g.tile_expert[block_x()];
+    if (expert < 0) return;
+    const int64_t first_tile = g.offsets[expert] / kTilePairs + expert;
+    const int32_t begin = g.offsets[expert] + static_cast<int32_t>((block_x() - first_tile) * kTilePairs);
+    const int32_t left = g.offsets[expert + 1] - begin;
+    run_tile(m, expert, g.order + begin, left < kTilePairs ? left : kTilePairs);
+  }
 };
 
 template <class T, int ranks, bool kRanksAdjacent>
-void run(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+void run(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h,
+         Stream stream) {
   using Kernel = LoraShrinkMma<T, ranks, kRanksAdjacent>;
-  launch({most_tiles(p), p.parts}, Kernel::kShared, stream, Kernel{p, x, w, groups, static_cast<float*>(h)});
+  launch({groups.order ? most_tiles(p) : p.E, p.parts}, Kernel::kShared, stream,
+         Kernel{p, x, w, skip_zero, groups, static_cast<float*>(h)});
 }
 
 template <class T, int ranks>
-void run_layout(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+void run_layout(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h,
+                Stream stream) {
   if (ranks_adjacent(w))
-    run<T, ranks, true>(p, x, w, groups, h, stream);
+    run<T, ranks, true>(p, x, w, skip_zero, groups, h, stream);
   else
-    run<T, ranks, false>(p, x, w, groups, h, stream);
+    run<T, ranks, false>(p, x, w, skip_zero, groups, h, stream);
 }
 
 template <class T>
-void run_ranks(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+void run_ranks(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h,
+               Stream stream) {
   switch (padded_ranks(p.R)) {
     case 16:
-      return run_layout<T, 16>(p, x, w, groups, h, stream);
+      return run_layout<T, 16>(p, x, w, skip_zero, groups, h, stream);
     case 32:
-      return run_layout<T, 32>(p, x, w, groups, h, stream);
+      return run_layout<T, 32>(p, x, w, skip_zero, groups, h, stream);
     case 64:
-      return run_layout<T, 64>(p, x, w, groups, h, stream);
+      return run_layout<T, 64>(p, x, w, skip_zero, groups, h, stream);
     default:
-      return run_layout<T, 128>(p, x, w, groups, h, stream);
+      return run_layout<T, 128>(p, x, w, skip_zero, groups, h, stream);
   }
 }
 
 }  // namespace
 
 bool shrink_uses_groups(const Lora& p, const Matrix& x, const Factors& w) {
+  return p.T * p.K > kShrinkSearches && shrink_uses_tensor_cores(p, x, w);
+}
+
+bool shrink_uses_tensor_cores(const Lora& p, const Matrix& x, const Factors& w) {
   return p.T >= kLoraMmaTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
          aligned16(x.data, x.stride * 2);
 }
 
 int64_t shrink_parts(const Lora& p, const Matrix& x, const Factors& w) {
-  if (!shrink_uses_groups(p, x, w)) return 1;
+  if (!shrink_uses_tensor_cores(p, x, w)) return 1;
   const int64_t pairs = p.T * p.K, tiles = ceil_div(pairs, kTilePairs) + (pairs < p.E ? pairs : p.E);
   return parts_for(kShrinkBlocks, tiles, ceil_div(w.columns, kColumns), kShrinkParts);
 }
 
-void lora_shrink_mma(const Lora& p, const Matrix& x, const Factors& w, const Groups& groups, void* h, Stream stream) {
+void lora_shrink_mma(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h,
+                     Stream stream) {
   if (x.dtype == DType::bf16)
-    run_ranks<bf16>(p, x, w, groups, h, stream);
+    run_ranks<bf16>(p, x, w, skip_zero, groups, h, stream);
   else
-    run_ranks<f16>(p, x, w, groups, h, stream);
+    run_ranks<f16>(p, x, w, skip_zero, groups, h, stream);
 }
 
 }  // namespace moerge::cuda

@@ -53,24 +53,24 @@ void run_scores(const Route& p, Stream stream) {
          RouteScores<Acc, X, G, V>{p, per_block});
 }
 
-}  // namespace
-
-namespace {
-
 bool rows_are_vectors(const Route& p) {
-  return p.D % 8 == 0 && !p.wide && p.gates.dtype == DType::f32 &&
+  return p.D > 0 && p.D % 8 == 0 && !p.wide && p.gates.dtype == DType::f32 &&
          aligned16(p.x.data, p.x.stride * (p.x.dtype == DType::f32 ? 4 : 2)) &&
          aligned16(p.gates.data, p.gates.stride * 4);
 }
 
+bool uses_tensor_cores(const Route& p) { return rows_are_vectors(p) && p.T >= kScoresMmaTokens; }
+
 }  // namespace
 
-int64_t score_parts(const Route& p) { return rows_are_vectors(p) && p.T >= kScoresMmaTokens ? score_parts_mma(p) : 1; }
+int64_t score_parts(const Route& p) { return uses_tensor_cores(p) ? score_parts_mma(p) : 1; }
+
+bool score_moments(const Route& p) { return uses_tensor_cores(p) && p.normalize == Normalize::standardize; }
 
 void route_scores(const Route& p, Stream stream) {
   const bool vectors = rows_are_vectors(p);
   if (p.wide) return run_scores<double, Any, Any, 1>(p, stream);
-  if (vectors && p.T >= kScoresMmaTokens) return route_scores_mma(p, stream);
+  if (uses_tensor_cores(p)) return route_scores_mma(p, stream);
   if (vectors && p.x.dtype == DType::f32) return run_scores<float, float, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::bf16) return run_scores<float, bf16, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::f16) return run_scores<float, f16, float, 8>(p, stream);

@@ -110,6 +110,24 @@ MOERGE_DEVICE T block_max(T value, T* slots) {
   return highest;
 }
 
+// Of the block's threads that vote, how many there are and how many come before this one; `slots` as above.
+struct Rank {
+  int before, all;
+};
+template <int threads>
+MOERGE_DEVICE Rank block_rank(bool vote, int32_t* slots) {
+  const uint32_t votes = ballot(vote);
+  if (lane() == 0) slots[warp()] = count_bits(votes);
+  sync_block();
+  Rank rank{count_bits(votes & ((1u << lane()) - 1)), 0};
+  for (int i = 0; i < threads / 32; ++i) {
+    if (i < warp()) rank.before += slots[i];
+    rank.all += slots[i];
+  }
+  sync_block();
+  return rank;
+}
+
 // Who adds up together: the threads of a block, or the lanes of a warp. `rank` is one's place among `kSize`.
 template <int threads, class T>
 struct BlockTeam {
