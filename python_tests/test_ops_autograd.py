@@ -87,7 +87,8 @@ def test_route_like_reference(options, x):
 @pytest.mark.parametrize("normalize", ["standardize", "unit", "none"])
 def test_route_shapes(shape, normalize):
     T, D, E, K = shape
-    same_gradients("route", route_case(T, D, E, N=1), top_k=K, normalize=normalize, weighting="softmax_all")
+    for weighting in ("softmax_all", "softmax"):
+        same_gradients("route", route_case(T, D, E, N=1), top_k=K, normalize=normalize, weighting=weighting)
 
 
 def test_route_gradients_survive_a_large_mean():
