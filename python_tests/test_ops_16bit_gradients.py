@@ -63,6 +63,7 @@ def test_a_bank_of_another_type_loses_nothing(types, R):
 @pytest.mark.parametrize("factored", [False, True])
 def test_an_expert_named_often(factored):
     case = bank(64, 24, 72)
+    case["weights"] = rand(*case["weights"].shape, seed=8).sigmoid()
     for ids in (torch.full((len(case["x"]), 3), 3), torch.tensor([1, 4, 1]).expand(len(case["x"]), 3)):
         check({**case, "experts": ids.int().contiguous()}, wanted=("lora_a", "lora_b", "weights"), factored=factored)
 
