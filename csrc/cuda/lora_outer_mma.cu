@@ -21,18 +21,18 @@ constexpr int kRowStep = kThreads / kChunks;
 
 // left [pairs, parts * ranks]: Q of the listed pairs, each part what the parts before it leave; zeros beyond R. One
 // thread per pair and rank.
-template <class T, int ranks, int parts>
+template <class T>
 struct LoraOuterLeft {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "lora_outer_left";
   Lora p;
   Groups g;
   const float* q;
+  int64_t ranks, parts;
   T* left;
 
   MOERGE_DEVICE void operator()() const {
-    const int64_t i = (block_x() * kThreads + thread()) / ranks;
-    const int r = thread() % ranks;
+    const int64_t index = block_x() * kThreads + thread(), i = index / ranks, r = index % ranks;
     if (i >= g.offsets[p.E]) return;
     const int64_t t = g.order[i] / p.K, k = g.order[i] % p.K;
     float rest = r < p.R ? Slots<float>(p, t).hidden(q + t * p.K * p.R, k, r) : 0;
@@ -190,7 +190,7 @@ void run(const Lora& p, const Groups& g, const void* q, const Matrix& x, int64_t
   using Kernel = LoraOuterMma<T, ranks, parts>;
   T* left = static_cast<T*>(workspace);
   launch({ceil_div(p.T * p.K * ranks, kThreads)}, 0, stream,
-         LoraOuterLeft<T, ranks, parts>{p, g, static_cast<const float*>(q), left});
+         LoraOuterLeft<T>{p, g, static_cast<const float*>(q), ranks, parts, left});
   launch({p.E, ceil_div(columns, kColumns)}, Kernel::kShared, stream,
          Kernel{g, p.K, p.R, left, x, columns, out.data, out.dtype});
 }
