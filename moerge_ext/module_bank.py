@@ -6,11 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def kernel_copy(factors: Tensor) -> Tensor:
     """A copy of lora_A [E,R,D] or lora_B [E,O,R] as the CPU kernels read it: the middle axis is the contiguous one."""
     return factors.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def whole_vectors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """lora_A [E,R,D] and lora_B [E,O,R], R raised by zeros to a multiple of 8: the CUDA kernels read 16 bytes."""
+    missing = -lora_A.shape[1] % 8
+    if not missing:
+        return lora_A, lora_B
+    wider = functional.pad(lora_A.mT, (0, missing)), functional.pad(lora_B.mT, (0, 0, 0, missing))
+    return wider[0].mT, wider[1].mT
 
 
 class ModuleBank:

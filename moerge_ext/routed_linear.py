@@ -12,6 +12,7 @@ from torch.nn.modules import module as module_hooks
 from . import ops, reference
 from .layers import execution_device, linear_features
 from .methods.base import Plan, Routing
+from .module_bank import whole_vectors
 from .trace import Trace
 
 BACKENDS = {"native": ops, "reference": reference}
@@ -87,8 +88,7 @@ class RoutedLinear(nn.Module):
         experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32)[None]
         device = execution_device(base_layer)
         for key, tensor in (
-            ("lora_A", plan.lora_A),
-            ("lora_B", plan.lora_B),
+            *zip(("lora_A", "lora_B"), _bank_laid_out(plan.lora_A, plan.lora_B, device), strict=True),
             ("lora_bias", plan.lora_bias),
             # copied: the bank's set_gates must not reach a patched model
             ("gates", None if plan.gates is None else _laid_out(plan.gates.clone(), device)),
@@ -124,6 +124,7 @@ class RoutedLinear(nn.Module):
             moved = getattr(self, key)
             if moved is not None and moved.dtype != torch.float32:
                 setattr(self, key, tensor.to(moved.device))
+        self.lora_A, self.lora_B = _bank_laid_out(self.lora_A, self.lora_B, self.lora_A.device)
         if self.gates is not None:
             self.gates = _laid_out(self.gates, self.gates.device)
         self._made_from = None
@@ -259,6 +260,10 @@ class RoutedLinear(nn.Module):
 def _laid_out(gates: Tensor, device: torch.device) -> Tensor:
     """[E,D] as the kernels of the device read it fastest: the experts side by side on the CPU, else the features."""
     return gates.t().contiguous().t() if device.type == "cpu" else gates.contiguous()
+
+
+def _bank_laid_out(lora_A: Tensor, lora_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    return (lora_A, lora_B) if device.type == "cpu" else whole_vectors(lora_A, lora_B)
 
 
 def _strip_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

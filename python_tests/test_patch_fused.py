@@ -9,6 +9,8 @@ from torch import nn
 
 import moerge_ext as moerge
 from moerge_ext import ops, routed_linear
+from moerge_ext.methods.base import Plan, Routing
+from moerge_ext.module_bank import whole_vectors
 from moerge_ext.routed_linear import RoutedLinear
 
 
@@ -80,3 +82,22 @@ def test_gates_lie_as_the_device_reads_them(layer):
     assert gates.stride() == (1, gates.shape[0])
     moved = layer.to("meta")
     assert moved.gates.is_contiguous() and moved.gates.shape == gates.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [3, 8, 20])
+def test_ranks_come_in_vectors_away_from_the_cpu(rank):
+    plan = Plan(
+        lora_A=torch.randn(5, 16, rank).mT, lora_B=torch.randn(5, rank, 24).mT, lora_bias=None, gates=torch.randn(5, 16)
+    )
+    layer = RoutedLinear(nn.Linear(16, 24), plan, Routing(), name="layer")
+    assert layer.lora_A.shape == (5, rank, 16)
+    x = torch.randn(7, 16)
+    want = layer(x)
+    layer.lora_A, layer.lora_B = whole_vectors(layer.lora_A, layer.lora_B)
+    torch.testing.assert_close(layer(x), want)
+    moved = RoutedLinear(nn.Linear(16, 24), plan, Routing(), name="layer").to("meta")
+    wide = (rank + 7) // 8 * 8
+    assert moved.lora_A.shape == layer.lora_A.shape == (5, wide, 16) and moved.lora_B.shape == (5, 24, wide)
+    for a, b in ((layer.lora_A, layer.lora_B), (moved.lora_A, moved.lora_B)):
+        assert a.mT.is_contiguous() and b.mT.is_contiguous()

@@ -37,7 +37,7 @@ inline Rows row_map(Call& call, const std::optional<Tensor>& rows, int64_t n_row
   return map;
 }
 
-// The arguments of route as the kernels take them, with workspace. T = 0 leaves nothing to run.
+// The arguments of route as the kernels take them, without workspace. T = 0 leaves nothing to run.
 Route route_arguments(const RoutePlan& plan, Call& call, const Tensor& x, const Tensor& gates,
                       const RouteOptions& options);
 

@@ -19,6 +19,13 @@ Route route_arguments(const RoutePlan& plan, Call& call, const Tensor& x_in, con
   const Tensor x = readable_rows(x_in), gates = readable_rows(gates_in);
   p.x = matrix(x, call.read(x));
   p.gates = matrix(gates, call.read(gates));
+  return p;
+}
+
+namespace {
+
+// What route_scores and route_select need besides.
+void give_workspace(Route& p, Call& call) {
   p.statistics = call.workspace(p.T * kStatistics * accumulator_size(p.wide));
   p.parts = score_parts(p);
   p.similarity = call.workspace(p.parts * p.T * p.E * accumulator_size(p.wide));
@@ -26,11 +33,13 @@ Route route_arguments(const RoutePlan& plan, Call& call, const Tensor& x_in, con
     p.moments = static_cast<float*>(call.workspace(p.parts * p.T * kMoments * 4));
     p.gate_sums = static_cast<float*>(call.workspace(p.parts * p.E * 4));
   }
-  return p;
 }
+
+}  // namespace
 
 void run_route(Route p, Call& call, const Tensor& weights, const Tensor& experts, Stream stream) {
   if (p.T == 0) return;
+  give_workspace(p, call);
   p.weights = call.write(weights);
   p.experts = static_cast<int32_t*>(call.write(experts));
   route_scores(p, stream);
@@ -80,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> route_backward_op(Tensor grad_weights, Tensor
   Tensor grad_gates = result(needs & 2, gates, p.E, p.D, g.gates);
   Tensor grad_bias = result(bias && (needs & 4), bias ? *bias : x, bias ? bias->size(0) : 0, p.E, g.bias);
   if (p.T == 0) return {grad_x, grad_gates, grad_bias};
+  give_workspace(p, call);
   p.weights = call.read(dense(weights));
   p.experts = static_cast<int32_t*>(call.read(dense(experts)));
   g.grad = call.read(dense(grad_weights, accumulator(p.wide)));

@@ -12,7 +12,6 @@
 namespace moerge::cuda {
 
 constexpr int kPad = 8;  // elements behind every row in shared memory: eight rows then lie in different banks
-constexpr size_t kMostShared = 96 * 1024;  // what every architecture from sm_80 on can give a block
 
 template <class T>
 constexpr DType dtype_for = std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;

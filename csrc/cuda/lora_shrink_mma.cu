@@ -139,6 +139,7 @@ template <class T, int ranks, bool kRanksAdjacent>
 void run(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h,
          Stream stream) {
   using Kernel = LoraShrinkMma<T, ranks, kRanksAdjacent>;
+  static_assert(Kernel::kShared <= kMostShared);
   launch({groups.order ? most_tiles(p) : p.E, p.parts}, Kernel::kShared, stream,
          Kernel{p, x, w, skip_zero, groups, static_cast<float*>(h)});
 }

@@ -194,6 +194,7 @@ int64_t experts_per_block(int64_t E) { return E <= 16 ? 16 : E <= 40 ? 40 : 64; 
 template <class X, int kExperts>
 void run_scores(const Route& p, Stream stream) {
   using Kernel = RouteScoresMma<X, kExperts>;
+  static_assert(Kernel::kShared <= kMostShared);
   launch({ceil_div(p.T, kTokens), ceil_div(p.E, kExperts), p.parts}, Kernel::kShared, stream, Kernel{p});
 }
 

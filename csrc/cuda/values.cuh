@@ -153,6 +153,7 @@ MOERGE_DEVICE int64_t row_of(const Rows& map, int64_t token) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr size_t shared_size(size_t bytes) { return (bytes + 15) / 16 * 16; }
+constexpr size_t kMostShared = 96 * 1024;  // what every architecture from sm_80 on can give a block
 
 inline bool aligned16(const void* data, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
