@@ -75,8 +75,8 @@ build() {
 tests() {
   local on=()
   [ "$device" = cuda ] && on=(--cuda)
-  local files=(python_tests/test_ops_{route,lora,16bit,linear,mix,autograd,cuda,grid}.py)
-  files+=(python_tests/test_patch_compiled.py)
+  local files=(python_tests/test_ops_{route,lora,16bit,16bit_gradients,linear,mix,autograd,cuda,grid}.py)
+  files+=(python_tests/test_cuda_graphs.py python_tests/test_patch_compiled.py)
   [ -n "$tiny" ] && files=(python_tests/test_ops_mix.py)
   "$python" -m pytest "${on[@]}" -m "not slow" --maxfail=40 "${files[@]}"
 }

@@ -38,10 +38,10 @@ def test_the_table_covers_every_source_and_architecture():
 
 @pytest.mark.parametrize("name", of("Mma<"))
 def test_tensor_core_kernels(name):
-    """Tensor cores, asynchronous 16-byte copies, no spills, registers for three blocks."""
+    """Tensor cores, asynchronous 16-byte copies, no spills, registers for three blocks (of 256 threads: two)."""
     for architecture, found in KERNELS[name].items():
         assert found["spills"] == 0, (architecture, found)
-        assert found["registers"] <= 168, (architecture, found)
+        assert found["registers"] <= (128 if "LoraOuter" in name else 168), (architecture, found)
         assert found["mma"] > 0 and found["copy16"] > 0, (architecture, found)
 
 

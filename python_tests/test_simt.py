@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # test_ops_<name>.py in two processes of about the same length
-GROUPS = (("lora", "autograd"), ("route", "linear", "16bit", "mix", "cuda", "grid"))
+GROUPS = (("lora", "autograd"), ("route", "linear", "16bit", "16bit_gradients", "mix", "cuda", "grid"))
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def test_tests_of_torch_over_the_emulator(simt_build):
 
 SANITIZERS = "address,undefined"
 # sizes that are no multiples of 16 bytes, where something lies between the data and the page behind it
-SANITIZED = ["test_ops_16bit.py", "test_ops_mix.py", "test_ops_grid.py", "test_ops_cuda.py", "test_ops_autograd.py"]
+SANITIZED = [f"test_ops_{op}.py" for op in ("16bit", "16bit_gradients", "mix", "grid", "cuda", "autograd")]
 
 
 def run_sanitized(library: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -148,4 +148,5 @@ def test_another_order_of_threads_and_early_copies(simt_build, seed):
     """The kernels that copy asynchronously, in order and in another order, with copies that land at once."""
     library = simt_build("_simt") / "_simt.so"
     more = {"MOERGE_SIMT_SEED": seed, "MOERGE_SIMT_COPIES": "early"}
-    passed(over_the_emulator(library, "python_tests/test_ops_16bit.py", "-k", "shapes", **more))
+    files = ("python_tests/test_ops_16bit.py", "python_tests/test_ops_16bit_gradients.py")
+    passed(over_the_emulator(library, *files, "-k", "shapes or pairs_per_expert", **more))
