@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ BACKENDS = {"native": ops, "reference": reference}
 FUSED_DEVICES = {"cuda"}
 LINEAR_FORWARD = nn.Linear.forward
 DEFAULTS = tuple(argument.default_value for argument in ops.ROUTED_LORA_._schema.arguments[2:])  # after base and x
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BRANCH = ("gates", "lora_A", "lora_B", "mask", "lora_bias")
 
 
@@ -97,6 +99,7 @@ class RoutedLinear(nn.Module):
             ("experts", experts),
         ):
             self.register_buffer(key, None if tensor is None else tensor.to(device), persistent=False)
+        self._warn_of_mixed_types()
         self.register_state_dict_post_hook(_strip_base_layer)
         self.register_load_state_dict_pre_hook(_insert_base_layer)
         self.training = base_layer.training  # not .train(): the flags below base_layer stay as they are
@@ -128,7 +131,20 @@ class RoutedLinear(nn.Module):
         if self.gates is not None:
             self.gates = _laid_out(self.gates, self.gates.device)
         self._made_from = None
+        self._warn_of_mixed_types()
         return self
+
+    def _warn_of_mixed_types(self) -> None:
+        """Right in any mix, but the fast CUDA kernels want the tokens and the bank in one type."""
+        base, bank = getattr(getattr(self.base_layer, "weight", None), "dtype", None), self.lora_A
+        if bank.device.type == "cpu" or base == bank.dtype or base not in _FLOATS:
+            return
+        ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (bank.dtype, base))
+        warnings.warn(
+            f"the experts are {ours} and the model is {theirs}: on a GPU that is slow. "
+            f"load_experts(..., dtype=torch.{theirs}) makes them alike, and rounds them to it.",
+            stacklevel=2,
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., D] -> [..., O], in the dtype of the base layer's output."""
@@ -162,21 +178,26 @@ class RoutedLinear(nn.Module):
             or source[3] is not held["mask"]
             or source[4] is not held["lora_bias"]
             or source[5] != self.route_options
+            or source[6] is not (self.state.bias if self.state.active else None)
         ):
             options = None if self.route_options is None else dict(self.route_options)
+            bias = self.state.bias if self.state.active else None
             self.__dict__["_arguments"] = self._branch_arguments()
             self.__dict__["_may_fuse"] = held["lora_A"].device.type in FUSED_DEVICES
-            self.__dict__["_made_from"] = (*(held[key] for key in _BRANCH), options)
+            self.__dict__["_made_from"] = (*(held[key] for key in _BRANCH), options, bias)
         return self._arguments
 
     def _branch_arguments(self) -> tuple:
         """The arguments of routed_lora_ after base and x; empty where they change from call to call."""
         tensors, options = self._buffers, self.route_options
-        if options is None or self.needs_bias or self.backend != "native":
+        bias = self.state.bias if self.needs_bias and self.state.active else None
+        # a copy of the bias on another device would not see what is written into it
+        elsewhere = self.needs_bias and (bias is None or bias.device != tensors["gates"].device)
+        if options is None or elsewhere or self.backend != "native":
             return ()
         made = (
             tensors["gates"], tensors["lora_A"], tensors["lora_B"], options["top_k"], options["normalize"],
-            options["absolute"], options["scale"], None, None, tensors["mask"], options["top_p"],
+            options["absolute"], options["scale"], bias, None, tensors["mask"], options["top_p"],
             options["weighting"], tensors["lora_bias"], self.factored, None,
         )  # fmt: skip
         # what is left to the op's own defaults costs no time

@@ -13,6 +13,8 @@ from moerge_ext.methods.base import Plan, Routing
 from moerge_ext.module_bank import whole_vectors
 from moerge_ext.routed_linear import RoutedLinear
 
+F32, BF16 = torch.float32, torch.bfloat16
+
 
 @pytest.fixture
 def calls(monkeypatch):
@@ -176,3 +178,16 @@ def test_ranks_come_in_vectors_away_from_the_cpu(rank):
     assert moved.lora_A.shape == layer.lora_A.shape == (5, wide, 16) and moved.lora_B.shape == (5, 24, wide)
     for a, b in ((layer.lora_A, layer.lora_B), (moved.lora_A, moved.lora_B)):
         assert a.mT.is_contiguous() and b.mT.is_contiguous()
+
+
+@pytest.mark.parametrize("bank, base, slow", [(F32, BF16, True), (BF16, BF16, False), (BF16, F32, True)], ids=str)
+def test_a_mix_of_types_is_slow_away_from_the_cpu_and_says_so(bank, base, slow, recwarn):
+    plan = Plan(torch.zeros(2, 8, 16, dtype=bank), torch.zeros(2, 24, 8, dtype=bank), None, gates=torch.zeros(2, 16))
+    layer = RoutedLinear(nn.Linear(16, 24, dtype=base), plan, Routing(), name="layer")
+    assert not recwarn.list
+    layer.to("meta")
+    RoutedLinear(nn.Linear(16, 24, dtype=base, device="meta"), plan, Routing(), name="layer")
+    said = [str(warning.message) for warning in recwarn.list]
+    assert len(said) == 2 * slow and all(f"load_experts(..., dtype={base})" in text for text in said)
+    layer.to("meta", BF16)
+    assert len(recwarn.list) == len(said)

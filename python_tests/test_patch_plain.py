@@ -127,3 +127,21 @@ def test_its_errors_are_those_of_the_op(short, layer):
     layer.lora_A = layer.lora_A[:-1]
     with pytest.raises(ValueError, match=r"moerge::routed_lora_: lora_b must be \[E="):
         layer(torch.randn(2, layer.in_features))
+
+
+@torch.no_grad()
+def test_global_affinities_take_it_too(short, tmp_path):
+    model = build("llama")
+    experts = bank("llama", model, tmp_path)
+    handle = moerge.patch(model, experts, "glider_code", alpha=1000)
+    layer = next(m for m in model.modules() if isinstance(m, RoutedLinear))
+    x, seen = torch.randn(2, 5, layer.in_features), []
+    for scores in (torch.eye(len(experts))[:2], torch.eye(len(experts))[1:3], torch.eye(len(experts))[0]):
+        with handle.affinities(scores):
+            seen.append(layer(x))
+            assert len(short) == len(seen)
+            assert error(seen[-1], long_way(layer, x)) < 1e-6
+    assert error(seen[0], seen[1]) > 1e-4 and error(seen[1], seen[2]) > 1e-4
+    with pytest.raises(RuntimeError, match="adds a global affinity per sequence, and none is set"):
+        layer(x)
+    assert len(short) == len(seen)
