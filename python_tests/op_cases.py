@@ -121,14 +121,21 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def cotangent(output: Tensor, i: int = 0) -> Tensor:
+    """What `gradients` sends back through the i-th floating output: it fits into bfloat16, so that the truth and ours
+    get the same numbers whatever the types of their outputs.
+    """
+    return rand(*output.shape, seed=90 + i, dtype=torch.bfloat16).to(output.dtype)
+
+
 def gradients(
     fn: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Inputs, wanted: tuple[str, ...], **options
 ) -> tuple[tuple[Tensor, ...], Inputs]:
-    """Outputs, and gradients by name of sum(output * fixed random numbers) over the floating outputs."""
+    """Outputs, and gradients by name of sum(output * cotangent) over the floating outputs."""
     leaves = {n: t.detach().requires_grad_(n in wanted) for n, t in inputs.items()}
     outputs = fn(**leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     floating = [o for o in outputs if o.is_floating_point()]
-    cotangents = [rand(*o.shape, seed=90 + i, dtype=o.dtype) for i, o in enumerate(floating)]
+    cotangents = [cotangent(o, i) for i, o in enumerate(floating)]
     grads = torch.autograd.grad(floating, [leaves[n] for n in wanted], cotangents)
     return tuple(o.detach() for o in outputs), dict(zip(wanted, grads, strict=True))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from op_cases import FLOATS, LAYOUTS, assert_as_good, double, gradients, lora, rand, router
+from op_cases import FLOATS, LAYOUTS, assert_as_good, cotangent, double, gradients, lora, rand, router
 from torch.autograd import gradcheck
 
 from moerge_ext import ops, reference
@@ -87,7 +87,8 @@ def test_route_like_reference(options, x):
 @pytest.mark.parametrize("normalize", ["standardize", "unit", "none"])
 def test_route_shapes(shape, normalize):
     T, D, E, K = shape
-    same_gradients("route", route_case(T, D, E, N=1), top_k=K, normalize=normalize, weighting="softmax_all")
+    for weighting in ("softmax_all", "softmax"):
+        same_gradients("route", route_case(T, D, E, N=1), top_k=K, normalize=normalize, weighting=weighting)
 
 
 def test_route_gradients_survive_a_large_mean():
@@ -228,7 +229,7 @@ def test_only_what_is_asked_for(op):
             o.requires_grad for o in out if o.dtype == torch.int32
         )
         used = [(i, o) for i, o in enumerate(floating) if o.requires_grad]
-        torch.autograd.backward([o for _, o in used], [rand(*o.shape, seed=90 + i) for i, o in used])
+        torch.autograd.backward([o for _, o in used], [cotangent(o, i) for i, o in used])
         assert torch.equal(leaves[name].grad, want[name])
         assert all(t.grad is None for n, t in leaves.items() if n != name)
     out = getattr(ops, op)(**case)
@@ -324,7 +325,7 @@ def test_gradient_checkpointing(reentrant):
 
     leaves = {n: t.detach().requires_grad_() for n, t in case.items()}
     outputs = [o for o in again(**leaves) if o.is_floating_point()]
-    torch.autograd.backward(outputs, [rand(*o.shape, seed=90 + i) for i, o in enumerate(outputs)])
+    torch.autograd.backward(outputs, [cotangent(o, i) for i, o in enumerate(outputs)])
     assert all(torch.equal(leaves[n].grad, want[n]) for n in order)
 
 

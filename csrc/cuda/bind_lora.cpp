@@ -52,9 +52,13 @@ void run_backward(const LoraArguments& args, Call& call, const Matrix& dy, const
   if (g.to_x) lora_expand(p, q, args.a, {}, {}, matrix(g.x, g.to_x), stream);
   if (!g.to_a && !g.to_b && !g.to_bias) return;
   const Groups& groups = shrink.groups(true);
-  if (g.to_a) lora_outer(p, groups, q, p.R, args.x, args.D, g.to_a, dtype_of(g.a), stream);
-  if (g.to_b) lora_outer(p, groups, h, p.R, dy, args.O, g.to_b, dtype_of(g.b), stream);
-  if (g.to_bias) lora_outer(p, groups, nullptr, 1, dy, args.O, g.to_bias, dtype_of(g.bias), stream);
+  const auto outer = [&](const void* left, const Matrix& right, int64_t columns, const Tensor& like, void* out) {
+    void* workspace = call.workspace(outer_workspace(p, right, columns, dtype_of(like)));
+    lora_outer(p, groups, left, p.R, right, columns, workspace, out, dtype_of(like), stream);
+  };
+  if (g.to_a) outer(q, args.x, args.D, g.a, g.to_a);
+  if (g.to_b) outer(h, dy, args.O, g.b, g.to_b);
+  if (g.to_bias) lora_outer(p, groups, nullptr, 1, dy, args.O, nullptr, g.to_bias, dtype_of(g.bias), stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_apply_backward(Tensor grad_y, Tensor x, Tensor lora_a,

@@ -131,9 +131,11 @@ void lora_expand(const Lora&, const void* h, const Factors& w, const Matrix& bas
                  const Matrix& out, Stream);
 
 // out[e,r,c] = sum over the pairs of e, in order, of Q[pair,r] x[token,c], with Q made of q as H of h; out is
-// contiguous. q null: Q is the pair's weight, and R is 1.
-void lora_outer(const Lora&, const Groups&, const void* q, int64_t R, const Matrix& x, int64_t columns, void* out,
-                DType dtype, Stream);
+// contiguous. q null: Q is the pair's weight, R is 1, and no workspace is needed.
+void lora_outer(const Lora&, const Groups&, const void* q, int64_t R, const Matrix& x, int64_t columns, void* workspace,
+                void* out, DType dtype, Stream);
+// The bytes of workspace that the tensor cores need; 0: they are not used.
+int64_t outer_workspace(const Lora&, const Matrix& x, int64_t columns, DType dtype);
 
 // grad[n,k] of the weights: q . h (factored: q . mean h + h . mean q) + dy . bias, summed over the tokens of row n in
 // order. per_pair is a workspace [T,K] in the accumulator.

@@ -3,7 +3,7 @@
 //   dx = A^T Q (lora_expand),  dA = sum Q x^T,  dB^T = sum H dy^T,  dbias = sum w dy       over the pairs of an expert
 //   dw = q . h + dy . bias;  factored: q . sum_j w_j h_j + h . sum_j w_j q_j + dy . bias
 // Every sum has one owner and a fixed order.
-#include "lora.cuh"
+#include "lora_mma.cuh"
 
 namespace moerge::cuda {
 
@@ -121,8 +121,10 @@ void run_weight_gradient(const Lora& p, const void* h, const void* q, const Matr
 }  // namespace
 
 void lora_outer(const Lora& p, const Groups& groups, const void* q, int64_t R, const Matrix& x, int64_t columns,
-                void* out, DType dtype, Stream stream) {
+                void* workspace, void* out, DType dtype, Stream stream) {
   if (p.E * R * columns == 0) return;
+  if (q && outer_workspace(p, x, columns, dtype))
+    return lora_outer_mma(p, groups, q, x, columns, workspace, out, dtype, stream);
   const Grid grid{p.E, ceil_div(R, kRanks), ceil_div(columns, kThreads)};
   if (p.wide)
     launch(grid, shared_size(kPairs * kRanks * sizeof(double)), stream,

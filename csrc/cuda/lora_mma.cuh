@@ -1,9 +1,10 @@
-// The tensor-core paths of lora_shrink and lora_expand: when they are taken, and how a tile of a factor lies in shared
-// memory for either order of its axes. Fragments are those of device.cuh.
+// The tensor-core paths of lora_shrink, lora_expand and lora_outer: when they are taken, and how a tile of a factor
+// lies in shared memory for either order of its axes. Fragments are those of device.cuh.
 //
-// Both multiply a left side [rows, k] by a tile of factors [k, n]. Seen as [E,R,C], a bank may have its columns
-// adjacent (rank by rank) or its ranks adjacent (column by column, as a bank that is stored transposed); each is copied
-// as it lies, 16 bytes at a time, and load_matrices transposes on the way to the registers where that is needed.
+// The first two multiply a left side [rows, k] by a tile of factors [k, n]. Seen as [E,R,C], a bank may have its
+// columns adjacent (rank by rank) or its ranks adjacent (column by column, as a bank that is stored transposed); each
+// is copied as it lies, 16 bytes at a time, and load_matrices transposes on the way to the registers where that is
+// needed.
 #pragma once
 
 #include "lora.cuh"
@@ -35,6 +36,8 @@ bool shrink_uses_tensor_cores(const Lora&, const Matrix& x, const Factors& w);
 void lora_shrink_mma(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups&, void* h, Stream);
 void lora_expand_mma(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
                      const Matrix& out, Stream);
+void lora_outer_mma(const Lora&, const Groups&, const void* q, const Matrix& x, int64_t columns, void* workspace,
+                    void* out, DType dtype, Stream);  // where outer_workspace is not 0
 
 // Starts the copy of the tile [ranks, columns) x [R, C) of one expert, which begins at column `first`, to `tile`: rows
 // of columns + kPad elements, or with kRanksAdjacent rows of ranks + kPad. What lies outside the factor becomes 0.

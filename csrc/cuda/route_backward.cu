@@ -135,25 +135,50 @@ struct RouteInputGradient {
   }
 };
 
-// dgates; one thread per element.
+// dgates; a block has an expert, a thread a feature. Under most weightings nearly every dz is 0: of each kThreads
+// tokens those that count are listed first, in order.
 template <class Acc>
 struct RouteGateGradient {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "route_gate_gradient";
+  static constexpr size_t kShared = shared_size(kWarps * sizeof(int32_t)) + shared_size(kThreads * sizeof(int64_t)) +
+                                    shared_size(kThreads * sizeof(Acc));
   RouteGradient g;
+
+  struct Memory {
+    int32_t* counts;  // per warp
+    int64_t* tokens;
+    Acc* slopes;
+  };
+
+  // Lists the tokens among those from `first` whose dz is not 0, and returns how many they are.
+  MOERGE_DEVICE int list_tokens(const Memory& m, int64_t expert, int64_t first) const {
+    const int64_t t = first + thread();
+    const Acc dz = t < g.forward.T ? similarity_gradient<Acc>(g, t, expert) : Acc(0);
+    const Rank rank = block_rank<kThreads>(dz != 0, m.counts);  // a barrier: nobody reads the list before any more
+    if (dz != 0) m.tokens[rank.before] = t, m.slopes[rank.before] = dz;
+    sync_block();
+    return rank.all;
+  }
 
   MOERGE_DEVICE void operator()() const {
     const Route& p = g.forward;
     const int64_t e = block_x(), d = block_y() * kThreads + thread();
-    if (d >= p.D) return;
+    Shared shared;
+    Memory m;
+    m.counts = shared.take<int32_t>(kWarps);
+    m.tokens = shared.take<int64_t>(kThreads);
+    m.slopes = shared.take<Acc>(kThreads);
     Acc sum = 0;
-    for (int64_t t = 0; t < p.T; ++t) {
-      const Acc dz = similarity_gradient<Acc>(g, t, e);
-      if (dz == 0) continue;
-      const Acc x = load_as<Acc>(p.x.data, p.x.dtype, t * p.x.stride + d);
-      sum += dz * Statistics<Acc>::load(p.statistics, t).normalized(x);
+    for (int64_t first = 0; first < p.T; first += kThreads) {
+      const int count = list_tokens(m, e, first);
+      for (int i = 0; d < p.D && i < count; ++i) {
+        const int64_t t = m.tokens[i];
+        const Acc x = load_as<Acc>(p.x.data, p.x.dtype, t * p.x.stride + d);
+        sum += m.slopes[i] * Statistics<Acc>::load(p.statistics, t).normalized(x);
+      }
     }
-    store_as<Acc>(g.gates.data, g.gates.dtype, e * g.gates.stride + d, sum);
+    if (d < p.D) store_as<Acc>(g.gates.data, g.gates.dtype, e * g.gates.stride + d, sum);
   }
 };
 
@@ -183,7 +208,10 @@ void run_backward(const RouteGradient& g, Stream stream) {
   launch({ceil_div(p.T, kWarps)}, 0, stream, RouteScoreGradient<Acc>{g});
   if (g.bias.data) launch({p.row.n, ceil_div(p.E, kThreads)}, 0, stream, RouteBiasGradient<Acc>{g});
   if (g.x.data) launch({p.T}, shared_size(kWarps * sizeof(Acc)), stream, RouteInputGradient<Acc>{g});
-  if (g.gates.data) launch({p.E, ceil_div(p.D, kThreads)}, 0, stream, RouteGateGradient<Acc>{g});
+  if (g.gates.data) {
+    const Grid grid{p.E, ceil_div(p.D, kThreads)};
+    launch(grid, RouteGateGradient<Acc>::kShared, stream, RouteGateGradient<Acc>{g});
+  }
 }
 
 }  // namespace
