@@ -13,14 +13,7 @@ from torch import nn
 
 from ..layers import replace_module
 from .batches import Collate, as_source
-from .loop import (
-    TrainingOptions,
-    TrainingResult,
-    discard_state,
-    fit,
-    kept_step,
-    seeded,
-)
+from .loop import TrainingOptions, TrainingResult, discard_state, fit, kept_step, seeded
 
 STATE_FILE = "moerge_expert.checkpoint.safetensors"
 CHECKPOINT_FOLDER = ".moerge-train-expert"
@@ -67,31 +60,17 @@ def train_expert(
     """
     target = Path(output_dir)
     options = TrainingOptions(
-        steps=steps,
-        lr=lr,
-        warmup_ratio=warmup_ratio,
-        accumulate=accumulate,
-        weight_decay=weight_decay,
-        eval_every=eval_every,
-        seed=seed,
-        checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else target / CHECKPOINT_FOLDER,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        progress=progress,
-    )
+        steps=steps, lr=lr, warmup_ratio=warmup_ratio, accumulate=accumulate, weight_decay=weight_decay,
+        eval_every=eval_every, seed=seed, checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER),
+        checkpoint_every=checkpoint_every, resume=resume, progress=progress,
+    )  # fmt: skip
     batching = {"collate_fn": collate_fn, "batch_size": batch_size, "shuffle": shuffle, "seed": seed}
     train, held_out = as_source(data, validation, **batching)
     with _peft_model(model, rank, alpha, target_modules, seed) as peft_model:
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        facts, label = {"rank": rank, "alpha": alpha}, f"expert {target.name}"
         state = fit(
-            peft_model,
-            parameters,
-            train,
-            options,
-            state_file=STATE_FILE,
-            validation=held_out,
-            facts={"rank": rank, "alpha": alpha},
-            label=f"expert {target.name}",
+            peft_model, parameters, train, options, state_file=STATE_FILE, validation=held_out, facts=facts, label=label
         )
         _save_atomically(peft_model, target)
     discard_state(options, STATE_FILE)

@@ -9,15 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .batches import Collate, as_source
+from .batches import BatchSource, Collate, as_source
 from .gated_lora import GatedModel, gated_model
-from .loop import (
-    TrainingOptions,
-    TrainingResult,
-    discard_state,
-    fit,
-    kept_step,
-)
+from .loop import TrainingOptions, TrainingResult, discard_state, fit, kept_step
 from .state import STATE_FILE, TrainingState
 
 CHECKPOINT_FOLDER = ".moerge-train-gates"
@@ -49,67 +43,67 @@ def train_gates(
 
         y_t = W u_t + s B A u_t * sigmoid(v . u_t)             PHATGOOSE, arXiv 2402.05859, section 3
 
-    W, A and B are frozen, v starts at zero; AdamW without weight decay, linear warmup, then a constant
-    rate. A step sees batch size * accumulate sequences, and its gradient is the mean over its micro-batches.
-    The paper takes 100 steps of 1024 sequences of at most 512 tokens: accumulate=128 with batches of 8.
+    W, A and B are frozen, v starts at zero; AdamW without weight decay, linear warmup, then a constant rate. The paper
+    takes 100 steps of 1024 sequences of at most 512 tokens: accumulate=128 with batches of 8.
 
-    model           the base model the adapter was trained on; `model(**batch).loss` is minimized. It is
-                    changed in place while training and as before afterwards (weights, `requires_grad`,
-                    training mode), also after an exception. Autocast and gradient checkpointing are as the
-                    caller set them.
+    model           the base the adapter was trained on; `model(**batch).loss` is minimized. Afterwards it is as before,
+                    also after an exception. Autocast and gradient checkpointing are as the caller set them.
     adapter_folder  a PEFT LoRA folder
-    data            an iterable of ready batches (dicts of tensors, such as a DataLoader), begun again when
-                    it ends; or, with `collate_fn`, a list or Dataset of features, cut into batches of
-                    `batch_size` and shuffled every epoch from `seed` (`shuffle`). `batch_size` and
-                    `shuffle` do not concern ready batches.
-    validation      the same kind of data. The loss is taken before the first step, every `eval_every` steps
-                    and after the last one, and the gates with the lowest are kept (so with the defaults the
-                    start and the end are compared); the loss is the mean per label. Without it the last
-                    gates are kept.
-    joint           train A and B as well, from where the adapter is (PHATGOOSE, appendix A), and write a
-                    whole expert into `output_dir`, which must then be given: `adapter_folder` itself
-                    overwrites the adapter.
+    data            an iterable of ready batches (dicts of tensors, such as a DataLoader), begun again when it ends; or,
+                    with `collate_fn`, a list or Dataset of features, cut into batches of `batch_size` and, under
+                    `shuffle`, shuffled every epoch from `seed`
+    accumulate      batches per step; its gradient is the mean of theirs
+    validation      the same kind of data: the gates with the lowest loss per label are kept, of those before the first
+                    step, after every `eval_every` steps and after the last; without it the last ones are
+    joint           train A and B too (PHATGOOSE, appendix A) and write a whole expert into `output_dir`, which must be
+                    given: `adapter_folder` itself overwrites the adapter
     output_dir      where the gates go; default: `adapter_folder`
-    checkpoint_dir  where the state of the run lies, written every `checkpoint_every` steps, removed on
-                    success; default: `.moerge-train-gates` in the output folder
-    resume          go on from that state when there is one. The batches already used are skipped, so `data`
-                    must give the same batches in the same order in every run; the result is then that of a
-                    run without the break.
+    checkpoint_dir  of the run's state, written every `checkpoint_every` steps, removed on success; default:
+                    `.moerge-train-gates` in the output folder
+    resume          go on from that state, if any, with the result of a run without the break: `data` must give the same
+                    batches in the same order
 
-    Errors: ValueError for arguments out of range, an adapter that does not fit the model (every problem
-    listed), data that is empty or runs out, a model that returns no loss, a loss that is not finite, a
-    state of another run.
+    Errors: ValueError for arguments out of range, an adapter that does not fit the model (every problem listed), data
+    that is empty or runs out, no loss or one that is not finite, a state of another run.
     """
-    folder = Path(adapter_folder)
+    target = _target(adapter_folder, output_dir, joint)
+    options = TrainingOptions(
+        steps=steps, lr=lr, warmup_ratio=warmup_ratio, accumulate=accumulate, eval_every=eval_every, seed=seed,
+        checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER), checkpoint_every=checkpoint_every,
+        resume=resume, progress=progress,
+    )  # fmt: skip
+    batching = {"collate_fn": collate_fn, "batch_size": batch_size, "shuffle": shuffle, "seed": seed}
+    return _train(model, Path(adapter_folder), target, as_source(data, validation, **batching), options, joint)
+
+
+def _target(adapter_folder: str | Path, output_dir: str | Path | None, joint: bool) -> Path:
+    """The folder to write into."""
     if joint and output_dir is None:
         raise ValueError(
             "joint=True changes the adapter's weights: pass output_dir (adapter_folder itself to overwrite it)"
         )
-    target = Path(output_dir) if output_dir is not None else folder
-    options = TrainingOptions(
-        steps=steps,
-        lr=lr,
-        warmup_ratio=warmup_ratio,
-        accumulate=accumulate,
-        eval_every=eval_every,
-        seed=seed,
-        checkpoint_dir=Path(checkpoint_dir) if checkpoint_dir is not None else target / CHECKPOINT_FOLDER,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        progress=progress,
-    )
-    batching = {"collate_fn": collate_fn, "batch_size": batch_size, "shuffle": shuffle, "seed": seed}
-    train, held_out = as_source(data, validation, **batching)
+    return Path(output_dir or adapter_folder)
+
+
+def _train(
+    model: nn.Module,
+    folder: Path,
+    target: Path,
+    sources: tuple[BatchSource, BatchSource | None],
+    options: TrainingOptions,
+    joint: bool,
+) -> TrainingResult:
+    """The gates of the adapter in `folder`, trained and saved in `target`."""
+    train, validation = sources
     with gated_model(model, folder, joint=joint) as gated:
-        facts = {"joint": joint, "adapter": None if joint else _fingerprint(gated)}
         state = fit(
             model,
             gated.parameters(),
             train,
             options,
             state_file=STATE_FILE,
-            validation=held_out,
-            facts=facts,
+            validation=validation,
+            facts={"joint": joint, "adapter": None if joint else _fingerprint(gated)},
             label=f"gates of {gated.adapter.name}",
         )
         path = gated.save(target, metadata=_metadata(state, options, joint))
