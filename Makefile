@@ -1,11 +1,11 @@
-# make demo | test | test-slow | bench | fmt | demo-assets: each creates .venv first if it is not there.
+# make demo | test | test-slow | bench | fmt | lint | demo-assets | cuda-checked: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built
 
-.PHONY: demo test test-slow bench fmt lint demo-assets build clean
+.PHONY: demo test test-slow bench fmt lint demo-assets cuda-checked build clean
 
 demo: build
 	$(BIN)/python -m moerge_ext demo
@@ -33,6 +33,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+# After a change in csrc, with nvcc and MOERGE_CUDA_PYTHON, a python with a CUDA torch and pybind11: what CI holds.
+cuda-checked: $(VENV)/.installed
+	$(BIN)/python python_tests/cuda_resources.py changed
+	$(BIN)/python python_tests/cuda_extension.py
 
 build: $(BUILT)
 

@@ -3,20 +3,23 @@
 # compute-sanitizer on a few, times, and prints a short table last. Rows go to bench/results/<card>.jsonl.
 #
 #   bench/gpu_check.sh                          # all parts
-#   bench/gpu_check.sh --part build,tests       # some: build, tests, sanitizer, linear, graphs, model, table
-#   bench/gpu_check.sh --device cpu --tiny      # a dry run of the same steps without a GPU, in seconds to minutes
+#   bench/gpu_check.sh --part build,tests       # some: build, tests, sanitizer, linear, graphs, kernels, model, table
+#   bench/gpu_check.sh --part linear --wide        # float16, E = 512 and T = 16384, in place of the cells timed else
+#   bench/gpu_check.sh --device cpu --tiny      # a dry run of the same steps without a GPU: a minute or two
 #   bench/gpu_check.sh --results FOLDER         # where the rows go (bench/results)
 #   bench/gpu_check.sh --triton-peers DIR       # time vLLM's and SGLang's kernels too, imported from DIR
 #
-# Where a call may take ten minutes at most: build,tests; then sanitizer; then linear,table; graphs,table; model.
+# Where a call may take ten minutes at most: build,tests; then sanitizer; linear,table; graphs,table; kernels,table;
+# model. A call of a timed part that was cut off goes on where it ended when it is given again.
 # Needs python with torch (CUDA), pybind11, pytest, transformers and peft; cmake, ninja, nvcc. It installs and downloads
 # nothing, and leaves out what does not work here by its name. MAX_JOBS bounds the compilers that run at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts=build,tests,sanitizer,linear,graphs,model,table
+parts=build,tests,sanitizer,linear,graphs,kernels,model,table
 device=cuda
 tiny=""
+size=--gpu
 results=bench/results
 triton_peers=()
 python=$(command -v "${PYTHON:-python}" || command -v python3)
@@ -26,15 +29,16 @@ while [ $# -gt 0 ]; do
     --part) parts=$2; shift ;;
     --device) device=$2; shift ;;
     --tiny) tiny=--tiny ;;
+    --wide) size=--gpu-wide ;;
     --results) results=$2; shift ;;
     --triton-peers) triton_peers=(--triton-peers "$2"); shift ;;
-    -h | --help) sed -n '2,13p' "$0" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,15p' "$0" | cut -c3-; exit 0 ;;
     *) echo "gpu_check: unknown option $1 (see --help)" >&2; exit 2 ;;
   esac
   shift
 done
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-size=${tiny:---gpu}
+size=${tiny:-$size}
 failed=""
 
 wanted() { case ",$parts," in *",$1,"*) return 0 ;; *) return 1 ;; esac; }
@@ -55,8 +59,7 @@ build() {
     cuda=ON
     card=("-DCMAKE_CUDA_ARCHITECTURES=$("$python" -c \
       "import torch; print('%d%d-real' % torch.cuda.get_device_capability())")") || return 1
-  elif "$python" -c "import moerge_ext" 2>/dev/null; then
-    "$python" -m moerge_ext doctor
+  elif "$python" -m moerge_ext doctor; then
     return
   fi
   cmake -S . -B build/check -G Ninja "-DPython_EXECUTABLE=$python" "-DMOERGE_CUDA=$cuda" "${card[@]}" || return 1
@@ -72,8 +75,8 @@ build() {
 tests() {
   local on=()
   [ "$device" = cuda ] && on=(--cuda)
-  local files=(python_tests/test_ops_{route,lora,16bit,linear,mix,autograd,cuda,grid}.py)
-  files+=(python_tests/test_patch_compiled.py)
+  local files=(python_tests/test_ops_{route,lora,16bit,16bit_gradients,linear,mix,autograd,cuda,grid}.py)
+  files+=(python_tests/test_cuda_graphs.py python_tests/test_patch_compiled.py)
   [ -n "$tiny" ] && files=(python_tests/test_ops_mix.py)
   "$python" -m pytest "${on[@]}" -m "not slow" --maxfail=40 "${files[@]}"
 }
@@ -96,8 +99,10 @@ sanitizer() {
   done
 }
 
-linear() { "$python" bench/run.py linear --device "$device" $size --results "$results" "${triton_peers[@]}" "$@"; }
-graphs() { linear --graphs && linear --graphs --warm; }
+suite() { "$python" bench/run.py "$1" --device "$device" $size --results "$results" "${triton_peers[@]}" "${@:2}"; }
+linear() { suite linear; }
+graphs() { suite linear --graphs && suite linear --graphs --warm; }
+kernels() { suite kernels; }
 model() { "$python" bench/run.py model --device "$device" $tiny --results "$results"; }
 
 wanted build && step build build
@@ -105,6 +110,7 @@ wanted tests && step tests tests
 wanted sanitizer && step sanitizer sanitizer
 wanted linear && step linear linear
 wanted graphs && step graphs graphs
+wanted kernels && step kernels kernels
 wanted model && step model model
 wanted table && step table "$python" bench/gpu_table.py --device "$device" --results "$results"
 if [ -n "$failed" ]; then

@@ -141,6 +141,11 @@ def undisturbed(measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, A
     return best
 
 
+def measure_undisturbed(suite: str, *of_cell: Any) -> list[dict[str, Any]]:
+    """The rows of measure_cell, of the least disturbed of a few runs."""
+    return undisturbed(partial(measure_cell, suite, *of_cell))
+
+
 def run(
     suite: str,
     cells: list[Cell],
@@ -148,8 +153,12 @@ def run(
     ability: dict[str, float],
     device: torch.device,
     settings: Settings,
+    measure: Callable[..., list[dict[str, Any]]] = measure_undisturbed,
 ) -> list[str]:
-    """Measures what is not recorded yet; returns the complaints about wrong results of our own."""
+    """Measures what is not recorded yet; returns the complaints about wrong results of our own.
+
+    `measure` takes the arguments of measure_cell and returns rows.
+    """
     clock = Clock(device, settings.graphs)
     weights: Weights | None = None
     problems = []
@@ -171,7 +180,7 @@ def run(
             _free()
             weights = Weights(replace(cell, only=None, also=()), device, settings)
         with torch.no_grad():
-            rows = undisturbed(partial(measure_cell, suite, cell, weights, ability, clock, settings))
+            rows = measure(suite, cell, weights, ability, clock, settings)
         recorder.add(identity, rows)
         problems += [f"{cell}: {r['candidate']}: {r['note']}" for r in rows if r.get("own") and r["status"] != "ok"]
         _report(label, rows, time.perf_counter() - begin)
@@ -191,6 +200,9 @@ def _report(label: str, rows: list[dict[str, Any]], seconds: float) -> None:
     for row in rows:
         if row["status"] != "ok":
             print(f"    {row['candidate']:<19} {row['status'].upper()}: {row['note']}")
+            continue
+        if "kernel_us" in row:
+            print(f"    {row['candidate']:<19} {row['kernel_us']:>11.1f} us in {row['launches']:g} kernels")
             continue
         text = f"    {row['candidate']:<19} {row['us']:>11.1f} us  ratio {row['ratio']:6.3f}"
         text += f" [{row['ratio_p10']:.3f}, {row['ratio_p90']:.3f}]"

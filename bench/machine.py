@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,6 @@ def build_digest() -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The fields that every row carries."""
-    import peft
-    import transformers
-
     if device.type == "cuda":
         isa = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
@@ -114,8 +112,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "build": build_digest(),
         "torch": torch.__version__,
         "moerge": moerge_ext.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
+        "peft": version("peft"),
+        "transformers": version("transformers"),
     }
 
 
@@ -142,11 +140,12 @@ def _bandwidth(device: torch.device, count: int) -> float:
 
 @torch.no_grad()
 def measure(device: torch.device, *, small: bool = False) -> dict[str, float]:
-    """Memory bandwidth in GB/s and GEMM rate in GFLOP/s per dtype."""
+    """Memory bandwidth in GB/s and GEMM rate in GFLOP/s per dtype (float16 only on a GPU)."""
     count = 2**20 if small else max(2**26, last_level_cache(device))
     out = {"bandwidth": round(_bandwidth(device, count) / 1e9, 2)}
-    n = 128 if small else (8192 if device.type == "cuda" else 1536)
-    for dtype in (torch.float32, torch.bfloat16):
+    cuda = device.type == "cuda"
+    n = 128 if small else (8192 if cuda else 1536)
+    for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if cuda else [])):
         a = torch.randn(n, n, device=device).to(dtype)
         b = torch.randn(n, n, device=device).to(dtype)
         out[str(dtype).removeprefix("torch.")] = round(2 * n**3 / _best(lambda a=a, b=b: a @ b, device, 4) / 1e9, 1)

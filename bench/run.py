@@ -1,4 +1,4 @@
-"""Runs the benchmarks: `python bench/run.py {route,lora,linear,model,all} --device cpu`. See bench/README.md."""
+"""Runs the benchmarks: `python bench/run.py {linear,route,lora,kernels,model,all}`. See bench/README.md."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script only
 
 import torch
 
-from bench import cells, linear, machine, model
+from bench import cells, kernel_time, linear, machine, model
 from bench.results import FOLDER, Recorder
 from bench.timing import Settings
 
-SUITES = ("linear", "route", "lora", "model")
+SUITES = ("linear", "route", "lora", "kernels", "model")
 TINY = Settings(
     rounds=3, min_rounds=2, min_sample=1e-4, candidate_seconds=0.05, main_seconds=0.05, cell_seconds=5.0, max_copies=2
 )
@@ -32,6 +32,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="the whole grid (days), or the larger model; resumable")
     size.add_argument("--gpu", action="store_true", help="the few cells that a GPU is judged by")
+    size.add_argument("--gpu-wide", action="store_true", help="float16, 512 experts and 16384 tokens on top of --gpu")
     size.add_argument("--tiny", action="store_true", help="seconds; to see that it works")
     parser.add_argument("--warm", action="store_true", help="one copy of the weights, so that they stay in the cache")
     parser.add_argument("--graphs", action="store_true", help="on CUDA: time the replay of captured graphs")
@@ -62,9 +63,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def cells_of(suite: str, args: argparse.Namespace) -> list[cells.Cell]:
     """The suite's cells after --filter. ValueError for a filter that names no field."""
-    sizes = {"tiny": cells.tiny_cells, "gpu": cells.gpu_cells, "full": cells.full_cells}
+    sizes = {"tiny": cells.tiny_cells, "gpu": cells.gpu_cells, "gpu_wide": cells.gpu_wide_cells}
+    sizes["full"] = cells.full_cells
     chosen = next((make for name, make in sizes.items() if getattr(args, name)), cells.default_cells)()
-    if suite != "linear":
+    if suite in cells.OPS:
         chosen = cells.op_cells(chosen, suite)
     for text in args.filter:
         name, _, value = text.partition("=")
@@ -89,9 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     ability = machine.measure(device, small=args.tiny)
     recorder = Recorder(args.results, environment, settings)
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    print(
-        f"bandwidth {ability['bandwidth']} GB/s; GEMM {ability['float32']} (float32), {ability['bfloat16']} (bfloat16)"
-    )
+    rates = ", ".join(f"{ability[name]} ({name})" for name in cells.DTYPES if name in ability)
+    print(f"bandwidth {ability['bandwidth']} GB/s; GEMM in GFLOP/s: {rates}")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
         print(f"NOTE: the load of this machine is {os.getloadavg()[0]:.1f}; quiet it for numbers worth keeping")
     problems = []
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             size = "tiny" if args.tiny else "full" if args.full else "quick"
             problems += model.run(size, recorder, device, settings)
         else:
-            problems += linear.run(suite, cells_of(suite, args), recorder, ability, device, settings)
+            measure = kernel_time.measure_cell if suite == "kernels" else linear.measure_undisturbed
+            problems += linear.run(suite, cells_of(suite, args), recorder, ability, device, settings, measure)
     print(f"{time.perf_counter() - begin:.0f} s in total; rows in {recorder.path.name}")
     for problem in problems:
         print(f"WRONG: {problem}", file=sys.stderr)

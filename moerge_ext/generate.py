@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
     )
-    add("--method", default="phatgoose", help="a row of `moerge methods`, or expert:<name> (default: %(default)s)")
+    add(
+        "--method",
+        default="phatgoose",
+        help="a row of `moerge methods`, or expert:<name> (default: %(default)s, for experts with trained gates; arrow "
+        "needs none)",
+    )
     add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")
     add(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, such as top_p=0.5"

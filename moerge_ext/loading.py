@@ -64,9 +64,19 @@ def collect_sources(paths: Any) -> list[Source]:
         raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
     bad |= _misfits(sources)
     if bad:
-        raise _refusal(bad, total)
+        for source in sources:  # all are refused now, so what reading them would find belongs to the list
+            bad.setdefault(repr(source.name), []).extend(_stored_problems(source))
+        raise _refusal({name: problems for name, problems in bad.items() if problems}, total)
     _check_padding(sources)
     return sources
+
+
+def _stored_problems(source: Source) -> list[str]:
+    """NaN and inf in the file of one expert."""
+    try:
+        return [p for path, w in source.read() for p in nonfinite_problems(path, w.lora_A, w.lora_B, w.bias)]
+    except ValueError as error:
+        return [str(error)]
 
 
 def _named_folders(paths: Any, bad: dict[str, list[str]]) -> dict[str, Path]:

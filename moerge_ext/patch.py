@@ -14,6 +14,7 @@ from . import ops
 from .experts import ExpertBank
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
+from .live_peft import is_peft_model
 from .methods import get_method
 from .methods.base import Method, Plan, Routing
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
@@ -263,6 +264,11 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
     layers = dict(model.named_modules(remove_duplicate=False))
     if any(isinstance(layer, RoutedLinear) for layer in layers.values()):
         return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
+    if is_peft_model(model) and hasattr(model, "unload"):
+        return [
+            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass the model inside, "
+            "model.unload() (before that, moerge_ext.load_experts(model) makes experts of its adapters)"
+        ]
     if not experts.modules:
         problems.append("the experts have no LoRA module")
     if routing is not None and routing.top_k is not None and routing.top_k > len(experts):

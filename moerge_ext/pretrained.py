@@ -34,6 +34,17 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
 
 
+def _has_config(path: str) -> bool:
+    """Whether there is a model at all."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
     """The model (causal or encoder-decoder) of a folder or hub id, in eval mode.
 
@@ -55,9 +66,10 @@ def named(path: str, what: str) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         if Path(path).is_dir():
             raise ValueError(f"folder {path!r} holds no {what} that transformers can load ({reason})") from error
+        missing = "model" if what == "tokenizer" and not _has_config(path) else what
         raise ValueError(
-            f"there is no local folder {path!r}, and the hub has no such {what} for you ({reason}): check the path, or "
-            "the id, the network and your access"
+            f"{missing} {path!r} was not found: there is no local folder of that name, and the hub has no such "
+            f"{missing} for you ({reason}): check the path, or the id, the network and your access"
         ) from error
 
 

@@ -16,11 +16,11 @@ from .module_bank import whole_vectors
 from .trace import Trace
 
 BACKENDS = {"native": ops, "reference": reference}
-# Up to how many tokens a device computes a plain base layer in the branch's own launch; the other devices never do.
-# A guess, not measured on a GPU yet.
-FUSED_TOKENS = {"cuda": 16}
+# Where a plain base layer and its branch are one op, whatever the number of tokens. A guess, not measured on a GPU yet.
+FUSED_DEVICES = {"cuda"}
 LINEAR_FORWARD = nn.Linear.forward
 DEFAULTS = tuple(argument.default_value for argument in ops.ROUTED_LORA_._schema.arguments[2:])  # after base and x
+_BRANCH = ("gates", "lora_A", "lora_B", "mask", "lora_bias")
 
 
 class RoutingState:
@@ -54,7 +54,7 @@ class RoutedLinear(nn.Module):
     _float32 = ("gates", "weights")
     _arguments: tuple = ()  # of the op, made from these buffers
     _made_from: tuple | None = None
-    _fused_numel = 0
+    _may_fuse = False
 
     def __init__(
         self,
@@ -133,12 +133,27 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., D] -> [..., O], in the dtype of the base layer's output."""
         base = self._modules["base_layer"]
-        if torch.compiler.is_compiling():
-            return self._add_branch(base(x, *args, **kwargs), x)
-        # The short way, where y is all that is asked for of an nn.Linear as torch made it. In one function and by plain
-        # dictionaries: once the weights of a layer have passed through the caches, each call and each object costs.
+        compiling = torch.compiler.is_compiling()
+        # The short way, where y is all that is asked for of an nn.Linear as torch made it. By plain dictionaries: once
+        # the weights of a layer have passed through the caches, each call and each object costs.
         # It takes 50 of 190 microseconds off one token's branch (2048 -> 2048, float32, cold, on a CPU).
-        inner, held, made, source = base.__dict__, self._buffers, self._arguments, self._made_from
+        made = () if args or kwargs else self._branch_arguments() if compiling else self._kept_arguments()
+        if made and self._is_plain(base, x):
+            weight, bias = base.__dict__["_parameters"]["weight"], base.__dict__["_parameters"]["bias"]
+            if (compiling or self._may_fuse) and self._fuses(x, weight):
+                return ops.call(ops.ROUTED_LINEAR, x, weight, bias, *made)[0]
+            if not compiling:
+                y = nn.functional.linear(x, weight, bias)
+                try:
+                    ops.ROUTED_LORA_(y, x, *made)
+                except RuntimeError as error:
+                    raise ops.explained(error, ops.ROUTED_LORA_, (y, x, *made)) from None
+                return y
+        return self._add_branch(base(x, *args, **kwargs), x)
+
+    def _kept_arguments(self) -> tuple:
+        """`_branch_arguments`, made again only after what they are made from was replaced."""
+        held, source = self._buffers, self._made_from
         if (
             source is None
             or source[0] is not held["gates"]
@@ -146,19 +161,39 @@ class RoutedLinear(nn.Module):
             or source[2] is not held["lora_B"]
             or source[3] is not held["mask"]
             or source[4] is not held["lora_bias"]
+            or source[5] != self.route_options
         ):
-            made = self._make_arguments()
-        parameters = inner["_parameters"]
-        if (
-            made
-            and not args
-            and not kwargs
-            and not torch.is_grad_enabled()
+            options = None if self.route_options is None else dict(self.route_options)
+            self.__dict__["_arguments"] = self._branch_arguments()
+            self.__dict__["_may_fuse"] = held["lora_A"].device.type in FUSED_DEVICES
+            self.__dict__["_made_from"] = (*(held[key] for key in _BRANCH), options)
+        return self._arguments
+
+    def _branch_arguments(self) -> tuple:
+        """The arguments of routed_lora_ after base and x; empty where they change from call to call."""
+        tensors, options = self._buffers, self.route_options
+        if options is None or self.needs_bias or self.backend != "native":
+            return ()
+        made = (
+            tensors["gates"], tensors["lora_A"], tensors["lora_B"], options["top_k"], options["normalize"],
+            options["absolute"], options["scale"], None, None, tensors["mask"], options["top_p"],
+            options["weighting"], tensors["lora_bias"], self.factored, None,
+        )  # fmt: skip
+        # what is left to the op's own defaults costs no time
+        while not isinstance(made[-1], Tensor) and made[-1] == DEFAULTS[len(made) - 1]:
+            made = made[:-1]
+        return made
+
+    def _is_plain(self, base: nn.Module, x: Tensor) -> bool:
+        """Whether base is an nn.Linear as torch made it and nobody asks for more than y: no gradient, trace or hook."""
+        inner = base.__dict__
+        return (
+            not torch.is_grad_enabled()
             and type(base) is nn.Linear
             and nn.Linear.forward is LINEAR_FORWARD
             and "forward" not in inner
-            and "weight" in parameters  # not replaced by a plain attribute
-            and "bias" in parameters
+            and "weight" in inner["_parameters"]  # not replaced by a plain attribute
+            and "bias" in inner["_parameters"]
             and inner.get("_compiled_call_impl") is None
             and not inner["_forward_hooks"]
             and not inner["_forward_pre_hooks"]
@@ -168,39 +203,12 @@ class RoutedLinear(nn.Module):
             and self.state.enabled
             and forward_ad._current_level < 0
             and x.is_contiguous()
-        ):
-            weight, bias = parameters["weight"], parameters["bias"]
-            if self._fused_numel and self._fuses(x, weight):
-                return ops.call(ops.ROUTED_LINEAR, x, weight, bias, *made)[0]
-            y = nn.functional.linear(x, weight, bias)
-            try:
-                ops.ROUTED_LORA_(y, x, *made)
-            except RuntimeError as error:
-                raise ops.explained(error, ops.ROUTED_LORA_, (y, x, *made)) from None
-            return y
-        return self._add_branch(base(x, *args, **kwargs), x)
-
-    def _make_arguments(self) -> tuple:
-        """The arguments of routed_lora_ after base and x; empty where they change from call to call."""
-        made, tensors, options = (), self._buffers, self.route_options
-        if options is not None and not self.needs_bias and self.backend == "native":
-            made = (
-                tensors["gates"], tensors["lora_A"], tensors["lora_B"], options["top_k"], options["normalize"],
-                options["absolute"], options["scale"], None, None, tensors["mask"], options["top_p"],
-                options["weighting"], tensors["lora_bias"], self.factored, None,
-            )  # fmt: skip
-            # what is left to the op's own defaults costs no time
-            while not isinstance(made[-1], Tensor) and made[-1] == DEFAULTS[len(made) - 1]:
-                made = made[:-1]
-        self.__dict__["_arguments"] = made
-        self.__dict__["_made_from"] = tuple(tensors[key] for key in ("gates", "lora_A", "lora_B", "mask", "lora_bias"))
-        self.__dict__["_fused_numel"] = FUSED_TOKENS.get(tensors["lora_A"].device.type, 0) * self.in_features
-        return made
+        )
 
     def _fuses(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether base and branch are computed by one op."""
+        """Whether a plain base layer and its branch are computed by one op."""
         return (
-            x.numel() <= self._fused_numel
+            x.device.type in FUSED_DEVICES
             and type(weight) is nn.Parameter
             and weight.device == x.device
             and weight.dtype == x.dtype

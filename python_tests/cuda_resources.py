@@ -2,7 +2,8 @@
 
 `python python_tests/cuda_resources.py` compiles csrc/cuda for every architecture (minutes) and writes the table that
 test_cuda_build.py holds: cuda_resources.json; with names of sources (`lora_shrink mix`) only their lines, with
-architectures (`80 90`) only for those. Instructions need cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
+`changed` those of the sources that have changed since, with architectures (`80 90`) only for those. Instructions need
+cuobjdump (on PATH, beside nvcc, or $CUOBJDUMP).
 A source that compiled for all of them is entered in cuda_checked.json with a digest of its text and headers, so that CI
 compiles only what has changed since.
 """
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,10 @@ def checked() -> dict[str, str]:
     return json.loads(CHECKED.read_text()) if CHECKED.exists() else {}
 
 
+def enter(name: str, found: str) -> None:
+    CHECKED.write_text(json.dumps(checked() | {name: found}, indent=1, sort_keys=True) + "\n")
+
+
 def compile_source(source: Path, folder: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> tuple[Path, str]:
     """The object file for all architectures (the last with PTX), and what ptxas said. AssertionError if it fails."""
     target = folder / f"{source.stem}.o"
@@ -76,14 +82,15 @@ def compile_source(source: Path, folder: Path, architectures: tuple[str, ...] = 
     return target, done.stderr
 
 
-def _short(names: set[str]) -> dict[str, str]:
-    """Mangled name -> the kernel's, e.g. "LoraShrinkMma<bf16, 16, false>"."""
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Mangled name of a kernel's type, or of what launches it -> e.g. "LoraShrinkMma<bf16, 16, false>"."""
     order = sorted(names)
-    plain = subprocess.run(["c++filt"], input="\n".join(order), capture_output=True, text=True, check=True).stdout
+    plain = subprocess.run(["c++filt", "-t"], input="\n".join(order), capture_output=True, text=True, check=True).stdout
     out = {}
     for name, text in zip(order, plain.splitlines(), strict=True):
-        inner = re.search(r"run<(.*)>\(", text).group(1).strip()
-        inner = inner.replace("moerge::cuda::", "").replace("(anonymous namespace)::", "")
+        launcher = re.search(r"run<(.*)>\(", text)
+        inner = (launcher.group(1).strip() if launcher else text).replace("moerge::cuda::", "")
+        inner = inner.replace("(anonymous namespace)::", "")
         out[name] = inner.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace(" >", ">")
     return out
 
@@ -101,13 +108,13 @@ def read_ptxas(text: str) -> Kernels:
             found[name][architecture]["registers"] = int(match.group(1))
             shared = re.search(r"(\d+) bytes smem", line)
             found[name][architecture]["shared"] = int(shared.group(1)) if shared else 0
-    short = _short(set(found))
+    short = short_names(set(found))
     return {short[name]: per for name, per in found.items()}
 
 
 def add_instructions(target: Path, kernels: Kernels) -> None:
     out = subprocess.run([cuobjdump(), "-sass", target], capture_output=True, text=True, check=True).stdout
-    short = _short(set(re.findall(r"Function : (\w+)", out)))
+    short = short_names(set(re.findall(r"Function : (\w+)", out)))
     architecture = counts = None
     for line in out.splitlines():
         if match := re.match(r"\s*arch = sm_(\w+)", line):
@@ -124,8 +131,7 @@ def measure(source: Path, architectures: tuple[str, ...]) -> Kernels:
     with tempfile.TemporaryDirectory() as folder:
         target, said = compile_source(source, Path(folder), architectures)
         kernels = read_ptxas(said)
-        if cuobjdump():
-            add_instructions(target, kernels)
+        add_instructions(target, kernels)
     return kernels
 
 
@@ -144,18 +150,23 @@ def write(kernels: Kernels) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if nvcc() is None or cuobjdump() is None:
+        sys.exit("the table needs nvcc (on PATH or $CUDACXX) and cuobjdump (beside it, on PATH or $CUOBJDUMP)")
     architectures = tuple(a for a in ARCHITECTURES if a in arguments) or ARCHITECTURES
-    stems = [name for name in arguments if name not in ARCHITECTURES]
+    stems = [name for name in arguments if name not in (*ARCHITECTURES, "changed")]
+    if "changed" in arguments:
+        stems += [source.stem for source in sources() if checked().get(source.stem) != digest(source)]
     table = json.loads(TABLE.read_text())["kernels"] if TABLE.exists() else {}
     table = {name: per for name, per in table.items() if any(in_source(name, source) for source in sources())}
     for source in sources():
-        if stems and source.stem not in stems:
+        if source.stem not in stems and (stems or "changed" in arguments):
             continue
+        before = digest(source)
         table = {name: per for name, per in table.items() if not in_source(name, source)}
         table.update(measure(source, architectures))
         write(table)
         if architectures == ARCHITECTURES:
-            CHECKED.write_text(json.dumps(checked() | {source.stem: digest(source)}, indent=1, sort_keys=True) + "\n")
+            enter(source.stem, before)
         print(source.name, file=sys.stderr)
 
 

@@ -1,10 +1,6 @@
 """The benchmark runs end to end, catches a wrong candidate, resumes, and its tables are stable."""
 
 import json
-import os
-import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -220,45 +216,6 @@ def test_model_suite_runs(tmp_path):
     assert {row["phase"] for row in rows} == {"dispatch", "prefill", "decode", "memory"}
     assert [row["note"] for row in rows if row["status"] != "ok"] == []
     assert "peak MiB" in render.model(rows, tmp_path)
-
-
-@pytest.mark.slow
-def test_the_gpu_check_runs_without_a_gpu(tmp_path):
-    """The dry run: every part in order, a table last."""
-    done = subprocess.run(
-        ["bash", REPO / "bench" / "gpu_check.sh", "--device", "cpu", "--tiny", "--results", tmp_path],
-        capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    steps = [line.split()[1] for line in done.stdout.splitlines() if re.match(r"== \w+: ok", line)]
-    assert steps == [f"{name}:" for name in ("build", "tests", "sanitizer", "linear", "graphs", "model", "table")]
-    table_lines = done.stdout.partition("== table\n")[2].splitlines()
-    assert table_lines[0].split()[0] == "cell" and len(table_lines) > 3
-    bad = subprocess.run(["bash", REPO / "bench" / "gpu_check.sh", "--nonsense"], capture_output=True, text=True)
-    assert bad.returncode == 2 and "unknown option" in bad.stderr
-
-
-@pytest.mark.slow
-def test_the_gpu_check_builds_without_network_git_or_setuptools(tmp_path):
-    """As on a machine that got nothing but the working tree."""
-    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
-        pytest.skip("needs unshare, to take the network away")
-    listed = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout
-    for name in listed.splitlines():
-        if name.startswith(("csrc/", "moerge_ext/", "bench/")) or name == "CMakeLists.txt":
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(REPO / name, tmp_path / name)
-    absent = tmp_path / "absent"
-    absent.mkdir()
-    (absent / "setuptools.py").write_text("raise ImportError('not here')")
-    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["unshare", "-rn", "bash", tmp_path / "bench" / "gpu_check.sh", "--device", "cpu", "--part", "build"],
-        capture_output=True, text=True,
-        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(absent), "PATH": tools},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "Linking CXX shared module out/_kernels.so" in done.stdout and "All fits." in done.stdout
 
 
 def test_rows_need_no_git(monkeypatch):

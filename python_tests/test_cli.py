@@ -65,6 +65,8 @@ def test_generate_traces_and_takes_options(folders, capsys):
     ("more", "text"),
     [
         (["--method", "nonsense"], "phatgoose"),
+        (["--method", "avrage_activation"], "did you mean 'average_activation'?"),
+        (["--method", "average_activation"], "or choose a method that needs no gates, such as arrow"),
         (["--top-k", "9"], "top_k=9 is more than the number of experts, E=2"),
         (["--option", "oops"], "NAME=VALUE"),
         (["--top-k", "1", "--option", "top_k=2"], "not both"),
@@ -96,9 +98,11 @@ def test_what_is_not_there_is_named(folders, capsys, monkeypatch, name):
         raise OSError("the hub says no\nand much more")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
-    assert generate(folders, "--model", name) == 2
-    told = f"there is no local folder '{name}', and the hub has no such tokenizer for you (the hub says no): check the"
-    assert told in capsys.readouterr().err
+    told = "was not found: there is no local folder of that name, and the hub has no such {} for you (the hub says no)"
+    for config, what in ((lambda *_: "there", "tokenizer"), (nothing, "model")):
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", config)
+        assert generate(folders, "--model", name) == 2
+        assert f"{what} '{name}' " + told.format(what) in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.snapshot_download", nothing)
     assert generate(folders, "--experts", name) == 2

@@ -1,14 +1,21 @@
 """The CUDA kernels under nvcc, which needs no GPU: every source for every architecture, and what each kernel takes.
 
-The committed table cuda_resources.json says what to expect; `python python_tests/cuda_resources.py` renews it.
+The committed table cuda_resources.json says what to expect; `python python_tests/cuda_resources.py` renews it. And the
+whole extension against a CUDA torch: `python python_tests/cuda_extension.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from pathlib import Path
 
+import cuda_extension
 import cuda_resources
 import pytest
+
+from moerge_ext import _native
 
 needs_nvcc = pytest.mark.skipif(cuda_resources.nvcc() is None, reason="needs nvcc")
 TABLE = json.loads(cuda_resources.TABLE.read_text())
@@ -92,3 +99,35 @@ def test_every_source_compiles_for_every_architecture(source, tmp_path):
         for architecture, numbers in per.items():
             expected = KERNELS[name].get(architecture, numbers)
             assert {k: expected[k] for k in numbers} == numbers, f"{name} for sm_{architecture}: renew the table"
+
+
+@needs_nvcc
+def test_an_extension_that_changed_builds_and_imports():
+    if cuda_resources.checked().get(cuda_extension.NAME) != cuda_extension.digest(cuda_extension.went_in()):
+        python = cuda_extension.cuda_python()
+        assert python, f"csrc has changed since it was built against a CUDA torch. Run {cuda_extension.COMMAND}"
+        cuda_extension.check(python)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_extension_builds_against_a_cuda_torch_and_imports():
+    """Whether it has changed or not."""
+    python = cuda_extension.cuda_python()
+    if python is None:
+        pytest.skip("needs a CUDA torch: $MOERGE_CUDA_PYTHON")
+    assert "ops with CUDA kernels" in cuda_extension.check(python)
+
+
+def test_ops_without_cuda_kernels_are_named():
+    """The build of these tests, where it is one for the CPU."""
+    if _native.build_info()["cuda"]:
+        pytest.skip("it has CUDA kernels")
+    module = Path(importlib.import_module("moerge_ext._C").__file__)
+    with pytest.raises(AssertionError, match="there is none for .*moerge::route, moerge::route_backward"):
+        cuda_extension.import_there(sys.executable, _native.kernels_path(), module)
+
+
+def test_the_digest_of_the_extension_covers_what_nvcc_and_torch_see():
+    names = {path.relative_to(cuda_extension.ROOT).as_posix() for path in cuda_extension.went_in()}
+    assert names >= {"CMakeLists.txt", "csrc/ops.cpp", "csrc/check.h", "csrc/cuda/bind_lora.cpp", "csrc/cuda/mix.cu"}

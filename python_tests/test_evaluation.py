@@ -17,9 +17,8 @@ import moerge_ext.evaluation.evaluate
 from moerge_ext import cli
 from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.evaluate import Score, Settings, derive, evaluate
-from moerge_ext.evaluation.metrics import accuracy, exact_match, paired_difference, wilson
-from moerge_ext.evaluation.report import cells, markdown, mean, terminal
-from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs
+from moerge_ext.evaluation.metrics import accuracy, exact_match
+from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs, with_top_k
 from moerge_ext.evaluation.tasks import load_task
 from moerge_ext.query import calibration
 from moerge_ext.training.lorahub import LoraHubRouter
@@ -57,22 +56,9 @@ def setup(tmp_path_factory):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_wilson_interval():
-    low, high = wilson(8, 10)  # Newcombe 1998 gives 0.490 to 0.943
-    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
-    assert wilson(0, 20)[0] == 0 and wilson(20, 20)[1] == 1 and wilson(0, 0) == (0, 1)
-
-
 def test_right_answers():
     assert exact_match(" A b ", "A b") and not exact_match("a b", "A b")
     assert accuracy("Yes.", "yes") and not accuracy("yes it is", "yes")
-
-
-def test_paired_difference():
-    got = paired_difference([1, 1, 0, 1], [0, 1, 0, 1])
-    assert got == pytest.approx((0.25, 0.25 - 1.95996 * 0.25, 0.25 + 1.95996 * 0.25), abs=1e-4)
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        paired_difference([1, 0], [1])
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -82,8 +68,9 @@ def test_tasks_know_choices_and_chance(tmp_path):
     task = load_task(make_task(tmp_path, "a", metric="rank"), limit=4)
     assert task.choices == ("ab", "cde", "f") and task.chance == pytest.approx(1 / 3) and len(task.rows) == 4
     folder = make_task(tmp_path, "b")
+    assert load_task(folder).choices is None and load_task(folder).chance is None  # it may write anything
+    assert load_task(make_task(tmp_path, "c", choices=["a", "b"])).chance == 0.5
     (folder / "test.jsonl").write_text('{"input": "q", "target": "unseen"}\n')
-    assert load_task(folder).choices is None and load_task(folder).chance == 0
     with pytest.raises(ValueError, match="rank classification needs the choices of every row"):
         load_task(folder, metric="rank")
     (folder / "test.jsonl").write_text('{"input": "q", "target": "b", "choices": ["a", "b"]}\n')
@@ -96,6 +83,8 @@ def test_tasks_explain_what_is_wrong(tmp_path):
         load_task(folder)
     with pytest.raises(ValueError, match="there is no .*nowhere"):
         load_task(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"a task is a folder that holds test.jsonl, got the file .*: pass its folder"):
+        load_task(folder / "test.jsonl")
     (folder / "test.jsonl").write_text('{"input": "q"}\nnonsense\n')
     with pytest.raises(ValueError, match=r"line 1: expected(.|\n)*line 2: not JSON"):
         load_task(folder)
@@ -157,13 +146,24 @@ def test_runs_are_parsed_and_checked():
     runs, derived = parse_runs(["base", "merged", "oracle_dataset"], ("a", "b"))
     assert [r.label for r in runs] == ["base", "merged", "expert:a", "expert:b"] and derived == ["oracle_dataset"]
     for texts, text in (
-        (["nonsense"], "unknown method 'nonsense'"),
+        (["nonsense"], "unknown method 'nonsense'; expected one of"),
+        (["Phatgose"], "unknown method 'Phatgose'; did you mean 'phatgoose'[?] expected one of"),
         (["arrow/bogus=1"], "unknown option"),
         (["expert:c"], "no expert named 'c'; there are: a, b"),
         (["base/top_k=1"], "takes no options"),
     ):
         with pytest.raises(ValueError, match=text):
             parse_runs(texts, ("a", "b"))
+
+
+def test_top_k_is_for_methods_that_route_and_set_none():
+    texts = ["base", "merged", "expert:a", "oracle_dataset", "arrow", "arrow/top_k=3", "phatgoose/top_p=0.5"]
+    assert with_top_k(texts, None) == texts
+    assert with_top_k(texts, 2) == [*texts[:4], "arrow/top_k=2", "arrow/top_k=3", "phatgoose/top_p=0.5"]
+    assert with_top_k(texts, 1)[-1] == "phatgoose/top_p=0.5/top_k=1"
+    assert parse_run(with_top_k(["arrow"], "all")[0]).options == {"top_k": None}
+    with pytest.raises(ValueError, match="--top-k 2: of the methods base, merged no one routes"):
+        with_top_k(["base", "merged"], 2)
 
 
 def test_ablation_is_the_papers():
@@ -289,18 +289,6 @@ def test_derived_baselines():
     }
 
 
-def test_table():
-    rows = cells([score("m", "s", 9), score("m", "t", 1), score("m", "u", 5, part="heldout")])
-    assert rows[0] == ["", "mean held-in", "mean held-out", "s (n=10)", "t (n=10)", "u (n=10)"]
-    assert rows[1] == ["chance", "50.0", "50.0", "50.0", "50.0", "50.0"]
-    assert rows[2][:2] == ["m", "50.0 ± 13.1"] and rows[2][3] == "90.0 (60-98)"
-    wide = [score(f"m{i}", f"t{j}", 5, part="heldout" if j else "train") for i in range(7) for j in range(7)]
-    assert [len(terminal(scores).columns) for scores in (wide[:7], wide)] == [3, 3]
-    assert [terminal(scores).row_count for scores in (wide[:7], wide)] == [9, 8]  # every task, or every method
-    assert mean([score("m", "s", 5)])[1] == pytest.approx(1.96 * (0.25 / 10) ** 0.5, abs=1e-4)
-    assert markdown([score("m", "s", 9)]).splitlines()[1] == "| --- | ---: | ---: |"
-
-
 def command(setup, tmp_path, *more):
     root, _, _, folders, tasks = setup
     words = ["eval", "--model", root / "model", "--experts", *folders.values(), "--tasks", *tasks]
@@ -314,7 +302,7 @@ def test_eval_command(setup, tmp_path, capsys):
     multitask = ["--multitask", setup[3]["cat"]]
     assert command(setup, tmp_path, "--methods", "base,phatgoose,oracle_dataset", *multitask) == 0
     out = capsys.readouterr().out
-    assert "oracle_dataset" in out and "chosen on that set" in out and "chance" in out
+    assert "oracle_dataset" in out and "chosen on that set" in out and "chance" in out  # of the task by rank
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert {row["method"] for row in rows} == {
         "base",
@@ -326,6 +314,15 @@ def test_eval_command(setup, tmp_path, capsys):
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(rows) == 21
     assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in | mean held-out |")
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+
+
+def test_top_k_from_the_shell(setup, tmp_path, capsys):
+    """Arrow's own top_k is four, and there are three experts."""
+    more = ["--methods", "base,arrow", "--limit", 1]
+    assert command(setup, tmp_path, *more) == 2
+    assert "top_k=4 is more than the number of experts, E=3" in capsys.readouterr().err
+    assert command(setup, tmp_path, *more, "--top-k", 2) == 0
+    assert "arrow/top_k=2" in capsys.readouterr().out
 
 
 def test_the_base_indexes_and_routes_from_the_shell(setup, tmp_path, monkeypatch, capsys):

@@ -119,8 +119,13 @@ def test_nan_is_found_while_stacking(two):
     folder, made = two
     made["a"][K][1][0, 0] = torch.inf
     write_adapter(folder / "a", made["a"], r=2)
-    with pytest.raises(ValueError, match=re.escape(f"expert 'a': {K}: lora_B holds NaN or infinite values")):
+    found = f"{K}: lora_B holds NaN or infinite values"
+    with pytest.raises(ValueError, match=re.escape(f"expert 'a': {found}")):
         load_experts([folder / "a", folder / "b"])
+    with pytest.raises(AdapterError) as caught:  # beside what is wrong with the others
+        load_experts([folder / "a", folder / "b", folder / "nowhere"])
+    said = str(caught.value)
+    assert "2 of 3" in said and f"expert 'a':\n  - {found}" in said and "nowhere" in said and "'b'" not in said
 
 
 def test_overflow_in_the_cast_names_expert_and_module(two):

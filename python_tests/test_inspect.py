@@ -86,7 +86,7 @@ def test_inspect_command(family, tmp_path, capsys):
     results.write_text(json.dumps([{"method": m, "task": t, "score": s} for m, t, s in rows]))
     words = ["inspect", "--model", tmp_path / "model", "--experts", *folders.values(), "--tasks", *tasks, "--limit", 2]
     words += ["--results", results, "--oracle", "bee=bee", "--no-progress", "--output", tmp_path / "out"]
-    assert cli.main([str(w) for w in [*words, "--methods", "phatgoose,arrow/top_k=2"]]) == 0
+    assert cli.main([str(w) for w in [*words, "--methods", "phatgoose,arrow", "--top-k", "2"]]) == 0
     report = json.loads((tmp_path / "out" / "inspect.json").read_text())
     oracles = {row["task"]: row["oracle"] for row in report["rows"]}
     assert oracles == {"ant": "ant", "bee": "bee", "other": "cat"}

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from moerge_ext.adapters import AdapterError
 from moerge_ext.experts import load_experts
+from moerge_ext.patch import patch
 
 VARIANTS = {
     "plain": {"r": 4, "lora_alpha": 16},
@@ -112,3 +113,16 @@ def test_conv1d_base_equals_peft(tmp_path):
         delta = layer.lora_B["a"].weight @ layer.lora_A["a"].weight * layer.scaling["a"]
         torch.testing.assert_close(module.lora_B[0] @ module.lora_A[0], delta, rtol=1e-6, atol=1e-6)
     assert bank.modules["transformer.h.0.attn.c_attn"].out_features == 96
+
+
+def test_patch_says_what_to_pass_instead(peft_model):
+    with pytest.raises(ValueError) as caught:
+        patch(peft_model, load_experts(peft_model), "arrow")
+    _, said = str(caught.value).splitlines()
+    assert "PEFT's PeftModelForCausalLM" in said and "pass the model inside, model.unload()" in said
+
+
+def test_the_model_inside_can_be_patched():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    experts = load_experts(model)
+    assert len(patch(model.unload(), experts, "expert:default").modules) == 2

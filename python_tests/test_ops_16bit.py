@@ -48,6 +48,15 @@ def test_shapes(shape, order):
         check(case, factored=True)
 
 
+@pytest.mark.parametrize("T", [17, 520])
+@pytest.mark.parametrize("R", [16, 32, 64, 128])
+@pytest.mark.parametrize("order", ["", "ab"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_tile_of_a_kernel(T, R, order, dtype):
+    """Few and many tokens, each rank that a kernel is compiled for, both orders, both types."""
+    check(stored(bank(T, 16, 3, 2, R, 64, dtype), order))
+
+
 @pytest.mark.parametrize("shape", [(33, 64, 7, 2, 16, 72), (129, 40, 5, 3, 24, 64)], ids=str)
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("order", ["", "ab"])

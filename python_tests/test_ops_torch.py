@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import pytest
 import torch
 from op_cases import gradients, lora, rand, router
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from moerge_ext import ops
 
@@ -203,6 +205,44 @@ def test_inference_mode():
         case = sample()
         y = routed(case)[0]
     assert torch.equal(y, routed(sample())[0])
+
+
+def test_without_gradient_autograd_is_not_entered():
+    """And what stands around the ops sees them as before: fake tensors, tracing, functorch."""
+    case, entered = sample(grad=True), []
+
+    def watch(frame, *event):
+        if frame.f_code.co_filename.endswith("autograd.py"):
+            entered.append(frame.f_code.co_name)
+
+    def run():
+        sys.setprofile(watch)
+        try:
+            return routed(case)[0]
+        finally:
+            sys.setprofile(None)
+
+    want = run()
+    assert entered and want.requires_grad
+    entered.clear()
+    with torch.no_grad():
+        y = run()
+        assert not entered and torch.equal(y, want) and not y.requires_grad and not y.is_inference()
+        case = sample()
+        graph = make_fx(lambda base, x: ops.route(x, case["gates"])[0] + base[:, :2])(case["base"], case["x"]).graph
+        assert _ops.route.default in [node.target for node in graph.nodes]
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = ops.routed_lora(**{n: mode.from_tensor(t) for n, t in case.items()})[0]
+        assert isinstance(fake, torch._subclasses.FakeTensor) and fake.shape == y.shape
+
+    def detached(x):
+        with torch.no_grad():
+            return ops.route(x, case["gates"])[0]
+
+    weights = detached(case["x"])
+    both = torch.func.grad(lambda x: (detached(x) * x[:, :2]).sum())(case["x"])
+    assert torch.equal(both[:, :2], weights) and not both[:, 2:].any()
+    assert torch.equal(torch.func.vmap(detached)(case["x"][None])[0], weights)
 
 
 def test_errors_are_value_errors_under_no_grad_and_grad():

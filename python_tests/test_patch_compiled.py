@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import moerge_ext as moerge
+from moerge_ext import routed_linear
 
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and moerge.build_info()["cuda"]), reason="needs a GPU and CUDA kernels"
@@ -16,15 +17,17 @@ needs_gpu = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "device, mode",
+    "device, mode, fused",
     [
-        pytest.param("cpu", "default", marks=pytest.mark.slow),
-        pytest.param("cuda", "default", marks=needs_gpu),
-        pytest.param("cuda", "reduce-overhead", marks=needs_gpu),
+        pytest.param("cpu", "default", False, marks=pytest.mark.slow),
+        pytest.param("cpu", "default", True, marks=pytest.mark.slow),
+        pytest.param("cuda", "default", True, marks=needs_gpu),
+        pytest.param("cuda", "reduce-overhead", True, marks=needs_gpu),
     ],
 )
-def test_same_tokens_as_eager(device, mode, tmp_path):
+def test_same_tokens_as_eager(device, mode, fused, tmp_path, monkeypatch):
     """Twice: the second run replays what the first compiled (on a GPU in this mode: captured graphs)."""
+    monkeypatch.setattr(routed_linear, "FUSED_DEVICES", {device} if fused else set())
     model = cases.build("llama")
     experts = cases.bank("llama", model, tmp_path)
     model.to(device)

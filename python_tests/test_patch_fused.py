@@ -1,4 +1,4 @@
-"""Few tokens on a GPU: a patched plain linear computes base and branch in one op. Here the CPU stands in for it."""
+"""On a GPU a patched plain linear computes base and branch in one op. Here the CPU stands in for it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moerge_ext.routed_linear import RoutedLinear
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Makes eight tokens on the CPU fuse, and returns the list that every fused call is added to."""
+    """Makes layers on the CPU fuse, and returns the list that every fused call is added to."""
     made = []
 
     def counted(*args, op=ops.ROUTED_LINEAR):
         made.append(args[0].shape)
         return op(*args)
 
-    monkeypatch.setattr(routed_linear, "FUSED_TOKENS", {"cpu": 8})
+    monkeypatch.setattr(routed_linear, "FUSED_DEVICES", {"cpu"})
     monkeypatch.setattr(ops, "ROUTED_LINEAR", counted)
     return made
 
@@ -56,7 +56,6 @@ def test_what_does_not_fuse(calls, layer):
         layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x)
-    layer(torch.randn(9, layer.in_features))
     layer(x.transpose(0, 1))
     for register in (base.register_forward_hook, base.register_forward_pre_hook):
         hook = register(lambda *unused: None)
@@ -75,6 +74,82 @@ def test_what_does_not_fuse(calls, layer):
     assert not calls
     layer(x)
     assert len(calls) == 1
+
+
+class Graphs(list):
+    """A backend of torch.compile that keeps the ops of every graph."""
+
+    def __call__(self, module, inputs):
+        self.append([node.target for node in module.graph.nodes if node.op == "call_function"])
+        return module
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Makes layers on the CPU fuse, and is the backend to compile them with."""
+    monkeypatch.setattr(routed_linear, "FUSED_DEVICES", {"cpu"})
+    torch._dynamo.reset()
+    return Graphs()
+
+
+@torch.no_grad()
+def test_a_compiled_layer_fuses(graphs, layer):
+    compiled = torch.compile(layer, backend=graphs, fullgraph=True)
+    for length in (1, 2, 3, 7, 20, 33):
+        x = torch.randn(2, length, layer.in_features)
+        assert torch.equal(compiled(x), layer(x))
+    assert len(graphs) <= 2  # one length, then any
+    assert all(ops.ROUTED_LINEAR in graph and nn.functional.linear not in graph for graph in graphs)
+    layer.route_options["top_k"] = 1
+    assert torch.equal(compiled(x), layer(x)) and len(graphs) <= 3
+
+
+@torch.no_grad()
+def test_what_does_not_fuse_when_compiled(graphs, layer):
+    base, x = layer.base_layer, torch.randn(2, 4, layer.in_features)
+
+    def compiled():
+        torch._dynamo.reset()
+        y = torch.compile(layer, backend=graphs, fullgraph=True)(x)
+        assert error(y, layer(x)) < 1e-6 and ops.ROUTED_LINEAR not in graphs[-1]
+        return y
+
+    for register, change in (
+        (base.register_forward_hook, lambda module, inputs, y: 2 * y),
+        (base.register_forward_pre_hook, lambda module, inputs: (2 * inputs[0],)),
+    ):
+        hook = register(change)
+        compiled()
+        hook.remove()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled()
+    with torch.enable_grad():
+        assert compiled().requires_grad
+    x = x.transpose(0, 1)
+    compiled()
+    layer.base_layer = nn.Sequential(base)
+    compiled()
+    assert len(graphs) == 6
+
+
+@torch.no_grad()
+def test_a_compiled_model_sees_the_handle(graphs, tmp_path):
+    model, ids = build("llama"), tokens(2, 4)
+    plain = logits(model, input_ids=ids)
+    handle = moerge.patch(model, bank("llama", model, tmp_path), "phatgoose")
+    routed = logits(model, input_ids=ids)
+    compiled = torch.compile(model, backend=graphs)
+    assert error(compiled(input_ids=ids).logits, routed) < 1e-6
+    fused = sum(graph.count(ops.ROUTED_LINEAR) for graph in graphs)
+    assert fused == len(handle.modules)
+    with handle.disabled():
+        assert torch.equal(compiled(input_ids=ids).logits, plain)
+    with handle.record() as trace:
+        assert error(compiled(input_ids=ids).logits, routed) < 1e-6
+    assert trace.share().sum() > 0.99
+    handle.remove()
+    assert torch.equal(compiled(input_ids=ids).logits, plain)
+    assert sum(graph.count(ops.ROUTED_LINEAR) for graph in graphs) == fused
 
 
 def test_gates_lie_as_the_device_reads_them(layer):

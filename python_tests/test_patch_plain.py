@@ -61,6 +61,10 @@ def replace_base(layer):
     layer.base_layer = nn.Linear(layer.in_features, layer.out_features)
 
 
+def reroute(layer):
+    layer.route_options["top_k"] = 1
+
+
 def factor(layer):
     layer.factored = True
 
@@ -71,7 +75,7 @@ def convert(layer):
 
 @pytest.mark.parametrize(
     "change",
-    [grow, replace_attribute, replace_buffer, replace_bias, replace_base, factor, convert],
+    [grow, replace_attribute, replace_buffer, replace_bias, replace_base, reroute, factor, convert],
     ids=lambda f: f.__name__,
 )
 @torch.no_grad()

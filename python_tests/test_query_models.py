@@ -184,7 +184,8 @@ def test_an_unknown_embedder_is_named(monkeypatch, tmp_path):
         raise OSError("the hub says no")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
-    with pytest.raises(ValueError, match="there is no local folder 'no/such', and the hub has no such tokenizer"):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", nothing)
+    with pytest.raises(ValueError, match="model 'no/such' was not found: there is no local folder of that name"):
         Embedder.from_transformers("no/such")
     monkeypatch.undo()
     sentence_transformers = pytest.importorskip("sentence_transformers")

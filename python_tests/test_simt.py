@@ -1,22 +1,27 @@
 """The CUDA kernels without a GPU: built for the host against the emulator of csrc/simt, which has tests of its own.
 
-By hand, for every op test: `cmake -S . -B build/simt -DMOERGE_SIMT=ON ...` (as `simt_build` below), then
-`pytest --simt build/simt/out/_simt.so python_tests/test_ops_*.py`.
+CI runs the op tests over them in their small and odd sizes (but for test_ops_torch.py, which is about torch), and
+holds that every kernel of cuda_resources.json has run. The slow tests add that file, sanitizers and other orders of
+threads. By hand, with the slow op tests too: `cmake -S . -B build/simt -DMOERGE_SIMT=ON ...` (as `simt_build` below),
+then `pytest --simt build/simt/out/_simt.so python_tests/test_ops_*.py`.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import build_tools
+import cuda_resources
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-OP_TESTS = ("route", "lora", "linear", "16bit", "16bit_gradients", "mix", "autograd", "torch", "cuda", "grid")
+# test_ops_<name>.py in two processes of about the same length
+GROUPS = (("lora", "autograd"), ("route", "linear", "16bit", "16bit_gradients", "mix", "cuda", "grid"))
 
 
 @pytest.fixture(scope="session")
@@ -26,19 +31,13 @@ def simt_build(request):
         pytest.skip("the emulator is in use already")
     if not (ROOT / "CMakeLists.txt").exists():
         pytest.skip("needs the source tree")
-    if not shutil.which("cmake") or not (shutil.which("c++") or shutil.which("g++")):
+    if not build_tools.has("cmake") or not (build_tools.has("c++") or build_tools.has("g++")):
         pytest.skip("needs cmake and a C++ compiler")
 
     def build(target: str, sanitize: str = "") -> Path:
         folder = ROOT / "build" / ("simt-sanitized" if sanitize else "simt")
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        options = ["-DMOERGE_SIMT=ON", "-DMOERGE_CUDA=OFF", f"-DMOERGE_SIMT_SANITIZE={sanitize}"]
-        for command in (
-            ["cmake", "-S", ROOT, "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}", *options],
-            ["cmake", "--build", folder, "--target", target],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
+        options = [f"-DPython_EXECUTABLE={sys.executable}", "-DMOERGE_SIMT=ON", "-DMOERGE_CUDA=OFF"]
+        build_tools.cmake(ROOT, folder, [*options, f"-DMOERGE_SIMT_SANITIZE={sanitize}"], [target])
         return folder / "out"
 
     return build
@@ -50,17 +49,42 @@ def test_the_emulator_catches_planted_bugs(simt_build, sanitize):
     assert done.returncode == 0 and done.stdout.endswith("0 failed\n"), done.stdout + done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("op", OP_TESTS)
-def test_op_tests_over_the_emulator(simt_build, op):
-    """Every test of an op, forward and backward, with the CUDA kernels in place of the CPU's."""
-    library = simt_build("_simt") / "_simt.so"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--simt", library, "-m", "not slow", f"python_tests/test_ops_{op}.py"],
-        capture_output=True, text=True, cwd=ROOT,
+def over_the_emulator(library: Path, *arguments: str, **env: str) -> subprocess.Popen:
+    """pytest with the CUDA kernels in place of the CPU's."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "--simt", library, "-m", "not slow", *arguments], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "registered at" in done.stderr + done.stdout and "csrc/cuda/bind_" in done.stderr + done.stdout
+
+
+def passed(*runs: subprocess.Popen) -> None:
+    """Waits for all of them first, so that none is left behind."""
+    for run, said in [(run, run.communicate()[0]) for run in runs]:
+        assert run.returncode == 0, said[-4000:]
+        assert "registered at" in said and "csrc/cuda/bind_" in said, "it ran without the CUDA kernels"
+
+
+def launched(file: Path) -> set[str]:
+    """The kernels that have run, each instance by the name that nvcc has for it in cuda_resources.json."""
+    return set(cuda_resources.short_names(file.read_text().split()).values())
+
+
+def test_op_tests_over_the_emulator(simt_build, tmp_path):
+    """Every op, forward and backward; together they run every kernel."""
+    library = simt_build("_simt") / "_simt.so"
+    runs = []
+    for number, group in enumerate(GROUPS):
+        files = [f"python_tests/test_ops_{name}.py" for name in group]
+        runs.append(over_the_emulator(library, *files, MOERGE_SIMT_LAUNCHED=str(tmp_path / str(number))))
+    passed(*runs)
+    found = set().union(*(launched(tmp_path / str(number)) for number in range(len(GROUPS))))
+    compiled = set(json.loads(cuda_resources.TABLE.read_text())["kernels"])
+    assert compiled <= found, f"no test runs {sorted(compiled - found)}; or else renew the table"
+
+
+@pytest.mark.slow
+def test_tests_of_torch_over_the_emulator(simt_build):
+    passed(over_the_emulator(simt_build("_simt") / "_simt.so", "python_tests/test_ops_torch.py"))
 
 
 SANITIZERS = "address,undefined"
@@ -123,10 +147,6 @@ def plant(library: Path, source: str, old: str, new: str, folder: Path) -> Path:
 def test_another_order_of_threads_and_early_copies(simt_build, seed):
     """The kernels that copy asynchronously, in order and in another order, with copies that land at once."""
     library = simt_build("_simt") / "_simt.so"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--simt", library, "python_tests/test_ops_16bit.py",
-         "python_tests/test_ops_16bit_gradients.py", "-k", "shapes or pairs_per_expert"],
-        capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | {"MOERGE_SIMT_SEED": seed, "MOERGE_SIMT_COPIES": "early"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
+    more = {"MOERGE_SIMT_SEED": seed, "MOERGE_SIMT_COPIES": "early"}
+    files = ("python_tests/test_ops_16bit.py", "python_tests/test_ops_16bit_gradients.py")
+    passed(over_the_emulator(library, *files, "-k", "shapes or pairs_per_expert", **more))

@@ -23,7 +23,8 @@ from bench.quality.train import MULTITASK, RECIPE, features  # noqa: E402
 from moerge_ext import Embedder, average_activation, cli, describe, index_examples  # noqa: E402
 from moerge_ext.adapter_files.gates import read_gates  # noqa: E402
 from moerge_ext.adapter_files.kinds import AVERAGE_ACTIVATION  # noqa: E402
-from moerge_ext.evaluation.metrics import Z  # noqa: E402
+from moerge_ext.evaluation.evaluate import Score  # noqa: E402
+from moerge_ext.evaluation.report import CHANCE, mean, mean_chance, share  # noqa: E402
 from moerge_ext.pretrained import load_model, load_tokenizer  # noqa: E402
 from moerge_ext.query.hidden import base_name  # noqa: E402
 from moerge_ext.query.index import index_file  # noqa: E402
@@ -80,18 +81,21 @@ def table(rows: list[dict]) -> str:
     names = {part: list(dict.fromkeys(r["task"] for r in rows if r["part"] == part)) for part in parts}
     lines = ["| method | " + " | ".join(f"{parts[p]}: {len(names[p])} tasks" for p in parts) + " |"]
     lines.append("| --- | ---: | ---: |")
-    first = {row["task"]: row for row in rows}
-    chance = [[r["chance"] for r in first.values() if r["part"] == part] for part in parts]
-    lines.append("| chance | " + " | ".join(f"{100 * sum(c) / len(c):.1f}" for c in chance) + " |")
+    chances = [mean_chance([r["chance"] for r in rows if r["part"] == part]) for part in parts]
+    if any(chance is not None for chance in chances):
+        lines.append(f"| {CHANCE} | " + " | ".join("-" if c is None else f"{100 * c:.1f}" for c in chances) + " |")
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
         for part in parts:
             mine = [row for row in rows if row["method"] == method and row["part"] == part]
-            mean = sum(row["score"] for row in mine) / len(mine)
-            half = Z * sum(r["score"] * (1 - r["score"]) / r["n"] for r in mine) ** 0.5 / len(mine)
-            cells.append(f"{100 * mean:.1f} ± {100 * half:.1f}")
+            cells.append(share(*mean([as_score(row) for row in mine])))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def as_score(row: dict) -> Score:
+    right = round(row["score"] * row["n"])
+    return Score(row["method"], row["task"], row["part"], row["metric"], row["n"], right, row["chance"], ())
 
 
 def main() -> None:

@@ -141,12 +141,12 @@ template <class Acc>
 struct RouteGateGradient {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "route_gate_gradient";
-  static constexpr size_t kShared =
-      shared_size(kWarps * sizeof(int)) + shared_size(kThreads * sizeof(int64_t)) + shared_size(kThreads * sizeof(Acc));
+  static constexpr size_t kShared = shared_size(kWarps * sizeof(int32_t)) + shared_size(kThreads * sizeof(int64_t)) +
+                                    shared_size(kThreads * sizeof(Acc));
   RouteGradient g;
 
   struct Memory {
-    int* counts;  // per warp
+    int32_t* counts;  // per warp
     int64_t* tokens;
     Acc* slopes;
   };
@@ -155,17 +155,10 @@ struct RouteGateGradient {
   MOERGE_DEVICE int list_tokens(const Memory& m, int64_t expert, int64_t first) const {
     const int64_t t = first + thread();
     const Acc dz = t < g.forward.T ? similarity_gradient<Acc>(g, t, expert) : Acc(0);
-    const uint32_t votes = ballot(dz != 0);
-    if (lane() == 0) m.counts[warp()] = count_bits(votes);
-    sync_block();  // and nobody reads the list before any more
-    int at = count_bits(votes & ((1u << lane()) - 1)), count = 0;
-    for (int i = 0; i < kWarps; ++i) {
-      if (i < warp()) at += m.counts[i];
-      count += m.counts[i];
-    }
-    if (dz != 0) m.tokens[at] = t, m.slopes[at] = dz;
+    const Rank rank = block_rank<kThreads>(dz != 0, m.counts);  // a barrier: nobody reads the list before any more
+    if (dz != 0) m.tokens[rank.before] = t, m.slopes[rank.before] = dz;
     sync_block();
-    return count;
+    return rank.all;
   }
 
   MOERGE_DEVICE void operator()() const {
@@ -173,7 +166,7 @@ struct RouteGateGradient {
     const int64_t e = block_x(), d = block_y() * kThreads + thread();
     Shared shared;
     Memory m;
-    m.counts = shared.take<int>(kWarps);
+    m.counts = shared.take<int32_t>(kWarps);
     m.tokens = shared.take<int64_t>(kThreads);
     m.slopes = shared.take<Acc>(kThreads);
     Acc sum = 0;

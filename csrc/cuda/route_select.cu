@@ -41,7 +41,7 @@ MOERGE_DEVICE void finish(const Route& p, int64_t t) {
   }
 }
 
-template <class Acc>
+// Only tensor cores leave parts and moments, and they have no doubles.
 struct RouteAddParts {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "route_add_parts";
@@ -50,7 +50,7 @@ struct RouteAddParts {
   MOERGE_DEVICE void operator()() const {
     const int64_t t = block_x() * kWarps + warp();
     if (t >= p.T) return;
-    finish<Acc>(p, t);
+    finish<float>(p, t);
     if (p.moments && lane() == 0) statistics_of(p, t).store(p.statistics, t);
   }
 };
@@ -73,11 +73,7 @@ struct RouteSelect {
 
 void route_add_parts(const Route& p, Stream stream) {
   if (p.parts == 1 && !p.moments) return;
-  const Grid grid{ceil_div(p.T, kWarps)};
-  if (p.wide)
-    launch(grid, 0, stream, RouteAddParts<double>{p});
-  else
-    launch(grid, 0, stream, RouteAddParts<float>{p});
+  launch({ceil_div(p.T, kWarps)}, 0, stream, RouteAddParts{p});
 }
 
 void route_select(const Route& p, Stream stream) {

@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <typeinfo>
 
 #include "../cuda/launch.h"
 #include "emulator.h"
@@ -234,7 +235,7 @@ template <class Kernel>
 void launch(const Grid& grid, size_t shared_bytes, Stream, const Kernel& kernel, bool together = false) {
   const auto body = [](const void* arguments) { (*static_cast<const Kernel*>(arguments))(); };
   simt::launch({static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)}, Kernel::kThreads,
-               shared_bytes, together, Kernel::kName, body, &kernel);
+               shared_bytes, together, {Kernel::kName, typeid(Kernel).name()}, body, &kernel);
 }
 
 // Few, so that blocks have more than one piece of work each, as on a GPU with large layers.

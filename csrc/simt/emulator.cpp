@@ -6,9 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -253,6 +255,12 @@ void run_grid() {
       }
 }
 
+void enter_launched(const char* type) {
+  static const char* const path = std::getenv("MOERGE_SIMT_LAUNCHED");
+  static std::set<std::string> entered;
+  if (path && entered.insert(type).second) std::ofstream(path, std::ios::app) << type << '\n';
+}
+
 }  // namespace
 
 Settings& settings() {
@@ -265,11 +273,12 @@ Settings& settings() {
   return chosen;
 }
 
-void launch(Index grid, int threads, size_t shared_bytes, bool together, const char* kernel, void (*body)(const void*),
+void launch(Index grid, int threads, size_t shared_bytes, bool together, Name name, void (*body)(const void*),
             const void* arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  now = {kernel, body, arguments, grid, threads, shared_bytes, together};
+  enter_launched(name.type);
+  now = {name.kernel, body, arguments, grid, threads, shared_bytes, together};
   error.clear();
   random_order.seed(settings().seed);
   blocks.resize(1);
@@ -283,7 +292,7 @@ void launch(Index grid, int threads, size_t shared_bytes, bool together, const c
   const Index failed = here->index;
   blocks.clear();
   if (!error.empty())
-    throw std::runtime_error("simt: " + std::string(kernel) + ", block (" + std::to_string(failed.x) + ", " +
+    throw std::runtime_error("simt: " + std::string(name.kernel) + ", block (" + std::to_string(failed.x) + ", " +
                              std::to_string(failed.y) + ", " + std::to_string(failed.z) + "): " + error);
 }
 

@@ -29,7 +29,12 @@ struct Index {
 };
 
 // ---- for the host -----------------------------------------------------------------------------------------------
-void launch(Index grid, int threads, size_t shared_bytes, bool together, const char* kernel, void (*body)(const void*),
+struct Name {
+  const char* kernel;  // for messages
+  const char* type;    // as the compiler spells the instance: the first launch of each is entered in the file
+                       // MOERGE_SIMT_LAUNCHED
+};
+void launch(Index grid, int threads, size_t shared_bytes, bool together, Name name, void (*body)(const void*),
             const void* arguments);
 
 // ---- for kernels: the thread that runs --------------------------------------------------------------------------

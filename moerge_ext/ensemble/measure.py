@@ -103,7 +103,7 @@ def measure(
         for label, given in answered.items()
     }
     right[ORACLE] = tuple(any(right[name][m] for name in ensemble.names) for m in range(len(questions)))
-    return [Score(label, task, "", "judge", len(items), sum(items), 0.0, items) for label, items in right.items()]
+    return [Score(label, task, "", "judge", len(items), sum(items), None, items) for label, items in right.items()]
 
 
 def plot_top_k(scores: Sequence[Score], names: Sequence[str], path: Path) -> Path:

@@ -7,9 +7,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ..generate import top_k
 from ..methods.fixed import PREFIX
 from ..query.options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
-from .runs import DERIVED, MULTITASK, Run, ablation, parse_runs
+from .runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
 from .tasks import METRICS, Task, load_task
 
 
@@ -21,6 +22,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")
     add("--split", default="test", help="which <split>.jsonl of the tasks (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="the first N rows of every task (default: all)")
+    add(
+        "--top-k",
+        type=top_k,
+        metavar="K",
+        help="experts per token, or 'all', of every method that sets none itself",
+    )
     add("--template", default="{input}", help="the prompt; \\n is a line end (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
     tasks = read_tasks(args, metric=args.metric)
-    texts = [text for text in args.methods.split(",") if text.strip()]
+    texts = with_top_k(listed(args.methods), args.top_k)
     if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
 
@@ -127,6 +134,11 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{name}: {DERIVED[name]}", highlight=False)
     console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
     return 0
+
+
+def listed(methods: str) -> list[str]:
+    """The methods of `--methods`."""
+    return [text.strip() for text in methods.split(",") if text.strip()]
 
 
 def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task]:

@@ -27,7 +27,7 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class Score:
-    """`right` of `n` items; low and high: the 95 % Wilson interval of the share."""
+    """`right` of `n` items; interval: the 95 % Wilson interval of the share; chance: of a guess, None if not known."""
 
     method: str
     task: str
@@ -35,7 +35,7 @@ class Score:
     metric: str
     n: int
     right: int
-    chance: float
+    chance: float | None
     items: tuple[bool, ...]
 
     @property

@@ -12,8 +12,8 @@ from ..adapter_files.atomic import write_atomically
 from ..methods.fixed import PREFIX
 from ..query.options import build_routers, check_writer
 from ..rows import read_json
-from .cli import add_model, load, read_tasks
-from .runs import parse_runs
+from .cli import add_model, listed, load, read_tasks
+from .runs import parse_runs, with_top_k
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
 
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
     tasks = read_tasks(args, metric="exact_match")
+    methods = with_top_k(listed(args.methods), args.top_k)
     given = dict(_pair(text) for text in args.oracle)
     results = read_results(args.results) if args.results else []
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from .inspect import correlations, inspect
 
     experts = load_experts(args.experts)
-    runs, derived = parse_runs([text for text in args.methods.split(",") if text.strip()], experts.names)
+    runs, derived = parse_runs(methods, experts.names)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
     loaded = cache(partial(load, args))

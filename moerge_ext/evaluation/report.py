@@ -14,7 +14,6 @@ from rich.table import Table
 
 from ..adapter_files.atomic import write_atomically
 from .evaluate import Score
-from .metrics import Z
 
 CHANCE = "chance"
 COLUMNS = 6  # that fit on a terminal
@@ -27,14 +26,27 @@ def grid(scores: Sequence[Score]) -> tuple[list[str], list[str], dict[tuple[str,
     return methods, tasks, {(score.method, score.task): score for score in scores}
 
 
-def mean(scores: Sequence[Score]) -> tuple[float, float]:
-    """(mean of the tasks' scores, half its 95 % interval): normal, the tasks fixed and their items a sample."""
-    variance = sum(s.value * (1 - s.value) / s.n for s in scores) / len(scores) ** 2
-    return sum(s.value for s in scores) / len(scores), Z * math.sqrt(variance)
+def mean(scores: Sequence[Score]) -> tuple[float, float, float]:
+    """(mean of the tasks' scores, low and high of its 95 % interval): the tasks are fixed and their items a sample.
+
+    From the limits l, u of every task's Wilson interval (Zou & Donner 2008, Statistics in Medicine 27, for sums of
+    proportions): value - sqrt(sum (p - l)^2) / n and value + sqrt(sum (u - p)^2) / n, which lie in [0, 1].
+    """
+    value = sum(s.value for s in scores) / len(scores)
+    below, above = (math.hypot(*(s.value - s.interval[side] for s in scores)) / len(scores) for side in (0, 1))
+    return value, max(0.0, value - below), min(1.0, value + above)
+
+
+def mean_chance(chances: Sequence[float | None]) -> float | None:
+    """Their mean; None when one of them is not known."""
+    return None if None in chances else sum(chances) / len(chances)
 
 
 def cells(scores: Sequence[Score]) -> list[list[str]]:
-    """The table as text: a header, the chance row, one row per method; means over the tasks of every part first."""
+    """The table as text: a header, the chance row, one row per method; means over the tasks of every part first.
+
+    "-" is the chance of open answers; where all are, there is no such row.
+    """
     methods, tasks, at = grid(scores)
     first = {task: at[methods[0], task] for task in tasks}
     parts: dict[str, list[str]] = {}
@@ -43,18 +55,22 @@ def cells(scores: Sequence[Score]) -> list[list[str]]:
     names = {"train": "held-in", "heldout": "held-out"}
     header = ["", *(f"mean {names.get(part, part)}".strip() for part in parts)]
     header += [f"{task} (n={first[task].n})" for task in tasks]
-    chance = [sum(first[t].chance for t in group) / len(group) for group in parts.values()]
-    rows = [header, [CHANCE, *(f"{100 * c:.1f}" for c in [*chance, *(first[t].chance for t in tasks)])]]
+    rows = [header]
+    chances = [mean_chance([first[t].chance for t in group]) for group in (*parts.values(), *([t] for t in tasks))]
+    if any(chance is not None for chance in chances):
+        rows.append([CHANCE, *("-" if chance is None else f"{100 * chance:.1f}" for chance in chances)])
     for method in methods:
         row = [method]
         for group in parts.values():
-            value, half = mean([at[method, task] for task in group])
-            row.append(f"{100 * value:.1f} ± {100 * half:.1f}")
-        for task in tasks:
-            low, high = at[method, task].interval
-            row.append(f"{100 * at[method, task].value:.1f} ({100 * low:.0f}-{100 * high:.0f})")
+            row.append(share(*mean([at[method, task] for task in group])))
+        row += [share(at[method, task].value, *at[method, task].interval) for task in tasks]
         rows.append(row)
     return rows
+
+
+def share(value: float, low: float, high: float) -> str:
+    """In percent: "50.0 (38-62)"."""
+    return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def markdown(scores: Sequence[Score]) -> str:
@@ -137,14 +153,16 @@ def bars(scores: Sequence[Score], path: Path) -> Path:
     axes = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for axis, part in zip(axes, parts, strict=True):
         values = [mean([s for s in scores if s.part == part and s.method == method]) for method in methods]
-        axis.barh(methods, [100 * v for v, _ in values], xerr=[100 * half for _, half in values], color="tab:blue")
+        errors = [[100 * (v - low) for v, low, _ in values], [100 * (high - v) for v, _, high in values]]
+        axis.barh(methods, [100 * v for v, _, _ in values], xerr=errors, color="tab:blue")
         mine = {s.task: s.chance for s in scores if s.part == part}
-        axis.axvline(100 * sum(mine.values()) / len(mine), ls=":", color="black", label=CHANCE)
+        if (chance := mean_chance(list(mine.values()))) is not None:
+            axis.axvline(100 * chance, ls=":", color="black", label=CHANCE)
+            axis.legend(fontsize=8)
         title = {"train": "held-in tasks", "heldout": "held-out tasks"}.get(part, part or "tasks")
         axis.set_title(f"{title}: mean of {len(mine)}", fontsize=10)
         axis.set_xlabel("% right")
         axis.set_xlim(0, 100)
-        axis.legend(fontsize=8)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
     return path

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..generate import parse_option
+from ..generate import ALL, parse_option
 from ..methods import get_method
 from ..methods.fixed import PREFIX
 
@@ -40,6 +40,26 @@ def parse_run(text: str) -> Run:
     given = dict(parse_option(option) for option in options)
     get_method(name).configure(**given)
     return Run(text.strip(), name, given)
+
+
+def with_top_k(texts: Sequence[str], top_k: int | str | None) -> list[str]:
+    """The texts of `--methods` under `--top-k`, which every method that routes gets, unless it sets its own.
+
+    The name of a method that has this top_k anyway stays as it is. ValueError when no method routes.
+    """
+    if top_k is None:
+        return list(texts)
+    made, routed = [], False
+    for text in texts:
+        name, *options = text.split("/")
+        routing = None if name == BASE or name in DERIVED else get_method(name).routing
+        routed |= routing is not None
+        given = any(option.partition("=")[0] == "top_k" for option in options)
+        same = routing is None or routing.top_k == (None if top_k == ALL else top_k)
+        made.append(text if given or same else f"{text}/top_k={top_k}")
+    if not routed:
+        raise ValueError(f"--top-k {top_k}: of the methods {', '.join(texts) or '(none)'} no one routes")
+    return made
 
 
 def parse_runs(texts: Sequence[str], names: Sequence[str]) -> tuple[list[Run], list[str]]:

@@ -21,7 +21,8 @@ class Task:
     """One evaluation set.
 
     rows: {"input", "target"} and perhaps "choices"; metric: one of METRICS; choices: the closed set of answers, or
-    None; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows; split: their file.
+    None for open answers; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows; split:
+    their file.
     """
 
     name: str
@@ -38,10 +39,10 @@ class Task:
         return tuple(row["choices"]) if "choices" in row else self.choices or ()
 
     @property
-    def chance(self) -> float:
-        """Expected score of a uniform guess among the choices; 0 for open answers."""
+    def chance(self) -> float | None:
+        """Expected score of a uniform guess among the choices; None when a row's answer is open."""
         sizes = [len(self.choices_of(row)) for row in self.rows]
-        return sum(1 / size for size in sizes if size) / len(self.rows)
+        return sum(1 / size for size in sizes) / len(sizes) if all(sizes) else None
 
     def examples(self, split: str = "train") -> list[dict]:
         """The rows of a split; ValueError when there is none."""
@@ -57,10 +58,15 @@ def load_task(
 ) -> Task:
     """Read `folder`/<split>.jsonl; metric and choices come from meta.json unless given.
 
-    Choices: meta's "choices", else the distinct targets of train.jsonl when they are at most 32 and every row's target
-    is one of them. ValueError lists what is wrong.
+    Choices: meta's "choices", else, for the metric "rank" alone, the distinct targets of train.jsonl when they are at
+    most 32 and every row's target is one of them. ValueError lists what is wrong.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(
+            f"a task is a folder that holds {split}.jsonl, got the file {folder}: pass its folder, or move it to "
+            f"{folder.with_suffix('') / (split + '.jsonl')} and pass {folder.with_suffix('')}"
+        )
     rows = read_rows(folder / f"{split}.jsonl")
     if limit is not None:
         if limit < 1:
@@ -73,12 +79,11 @@ def load_task(
         raise ValueError(
             f"task {folder.name}: metric must be one of {', '.join(METRICS)}, got {metric!r}; pass --metric"
         )
-    choices = _choices(meta, folder, rows)
     task = Task(
         name=meta.get("task", folder.name),
         rows=tuple(rows),
         metric=metric,
-        choices=choices,
+        choices=_choices(meta, metric, folder, rows),
         part=meta.get("split", ""),
         folder=folder,
         split=split,
@@ -106,11 +111,11 @@ def _meta(path: Path) -> dict:
     return meta
 
 
-def _choices(meta: dict, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] | None:
+def _choices(meta: dict, metric: str, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] | None:
     if "choices" in meta:
         return tuple(meta["choices"])
     train = folder / "train.jsonl"
-    if not train.is_file() or not train.stat().st_size:
+    if metric != "rank" or not train.is_file() or not train.stat().st_size:
         return None
     found = sorted({row["target"] for row in read_rows(train)})
     closed = len(found) <= MAX_CHOICES and {row["target"] for row in rows} <= set(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from . import arrow, average_activation, given, glider, merged, phatgoose, retrieval
 from .base import Method, Plan, Routing, Taxonomy
 from .fixed import PREFIX, fixed_expert
@@ -23,4 +25,6 @@ def get_method(name: str) -> Method:
         if name.startswith(PREFIX) and len(name) > len(PREFIX):
             return fixed_expert(name[len(PREFIX) :])
     known = ", ".join([*METHODS, f"{PREFIX}<name>"])
-    raise ValueError(f"unknown method {name!r}; expected one of {known}")
+    near = get_close_matches(str(name).lower(), METHODS, 1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown method {name!r}; {meant}expected one of {known}")

@@ -55,7 +55,8 @@ def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, ki
         who = ", ".join(_expert_with_folder(bank, e) for e in missing)
         raise ValueError(
             f"module '{module_name}': expected a gate of kind '{kind}' for every expert with a LoRA here, "
-            f"missing for {len(missing)} of {int(module_bank.present.sum())}: {who}; {MENDS[kind]}"
+            f"missing for {len(missing)} of {int(module_bank.present.sum())}: {who}; {MENDS[kind]}; "
+            "or choose a method that needs no gates, such as arrow"
         )
     return gates.float()
 

@@ -1,0 +1,58 @@
+"""Intervals, the tables and the chart of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from test_evaluation import score
+
+from moerge_ext.evaluation.metrics import paired_difference, wilson
+from moerge_ext.evaluation.report import bars, cells, markdown, mean, terminal, write
+
+
+def test_wilson_interval():
+    low, high = wilson(8, 10)  # Newcombe 1998 gives 0.490 to 0.943
+    assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
+    assert wilson(0, 20)[0] == 0 and wilson(20, 20)[1] == 1 and wilson(0, 0) == (0, 1)
+
+
+def test_paired_difference():
+    got = paired_difference([1, 1, 0, 1], [0, 1, 0, 1])
+    assert got == pytest.approx((0.25, 0.25 - 1.95996 * 0.25, 0.25 + 1.95996 * 0.25), abs=1e-4)
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        paired_difference([1, 0], [1])
+
+
+def test_table():
+    rows = cells([score("m", "s", 9), score("m", "t", 1), score("m", "u", 5, part="heldout")])
+    assert rows[0] == ["", "mean held-in", "mean held-out", "s (n=10)", "t (n=10)", "u (n=10)"]
+    assert rows[1] == ["chance", "50.0", "50.0", "50.0", "50.0", "50.0"]
+    assert rows[2][:2] == ["m", "50.0 (34-66)"] and rows[2][3] == "90.0 (60-98)"
+    wide = [score(f"m{i}", f"t{j}", 5, part="heldout" if j else "train") for i in range(7) for j in range(7)]
+    assert [len(terminal(scores).columns) for scores in (wide[:7], wide)] == [3, 3]
+    assert [terminal(scores).row_count for scores in (wide[:7], wide)] == [9, 8]  # every task, or every method
+    assert markdown([score("m", "s", 9)]).splitlines()[1] == "| --- | ---: | ---: |"
+
+
+def test_the_interval_of_a_mean():
+    assert mean([score("m", "s", 3)]) == pytest.approx((0.3, *wilson(3, 10)))
+    low, high = wilson(0, 10)
+    assert mean([score("m", t, 0) for t in "abcd"]) == pytest.approx((0, low, high / 2))  # four times the items
+    for right in (0, 1, 10):
+        value, low, high = mean([score("m", t, right, n=10) for t in "abc"] + [score("m", "d", 1, n=1)])
+        assert 0 <= low < high <= 1 and low <= value <= high
+    assert cells([score("m", "s", 0)])[-1] == ["m", "0.0 (0-28)", "0.0 (0-28)"]
+
+
+def test_open_answers_have_no_chance(tmp_path):
+    opened = [replace(score("m", task, 5), chance=None) for task in "st"]
+    assert [row[0] for row in cells(opened)] == ["", "m"]
+    rows = cells([*opened, score("m", "u", 5), score("m", "v", 5, part="heldout")])
+    assert rows[1] == ["chance", "-", "50.0", "-", "-", "50.0", "50.0"]
+    written = write(opened, tmp_path)
+    assert [row["chance"] for row in json.loads((tmp_path / "results.json").read_text())] == [None, None]
+    pytest.importorskip("matplotlib")
+    assert tmp_path / "results.png" in written
+    assert bars([*opened, score("m", "u", 5)], tmp_path / "mixed.png").stat().st_size > 5000
