@@ -1,7 +1,8 @@
 // out[e,r,c] = sum over the pairs of expert e, in order, of Q[pair,r] x[token,c], for many tokens. Q is made once, in
 // the order of the lists: in x's type when out has it too, and otherwise as the sum of two bf16 numbers, which keep 16
 // of its bits. Then a block has one expert, all ranks and kColumns columns, and walks over the expert's pairs (their
-// rows of x are gathered) with kStages tiles of kPairs under way.
+// rows of x are gathered) with kStages tiles of kPairs under way. Blocks that start together have the same columns, so
+// that a token of several experts is found in the cache.
 //
 // A sum has one owner and a fixed order; pairs beyond the list are zeros on both sides, so that no other token's NaN
 // comes in. The list of an expert is never divided among blocks: with every pair at one expert there are only as many
