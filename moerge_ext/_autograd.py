@@ -232,10 +232,15 @@ register_autograd("moerge::routed_lora", _routed_backward, setup_context=_routed
 # ---- routed_linear -----------------------------------------------------------------------------------------------
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """[..., D] -> [T,D]; one vector is one token."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
 @register_fake("moerge::routed_linear")
 def _routed_linear_fake(x, weight, linear_bias, gates, lora_a, lora_b, top_k=2, *options):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, *_route_fake(x.flatten(0, -2), gates, top_k)
+    return y, *_route_fake(_tokens(x), gates, top_k)
 
 
 def _linear_setup(ctx, inputs, output):
@@ -247,8 +252,8 @@ def _linear_backward(ctx, grad_y, grad_weights, grad_experts):
     weight, x, *saved = ctx.saved_tensors
     at = {name: 0 if name == "x" else position + 1 for name, position in _ROUTED.items()}
     needs = dict(zip(at, _needs(ctx, *at.values()), strict=True))
-    tokens = x.flatten(0, -2)
-    dy = None if grad_y is None else grad_y.flatten(0, -2)
+    tokens = _tokens(x)
+    dy = None if grad_y is None else _tokens(grad_y)
     grads = _routed_grads(ctx, dy, grad_weights, (tokens, *saved), needs)
     need_weight, need_bias = _needs(ctx, 1, 2)
     out = [None] * 18

@@ -64,7 +64,8 @@ def collect_sources(paths: Any) -> list[Source]:
         raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
     bad |= _misfits(sources)
     if bad:
-        for source in sources:  # all are refused now, so what reading them would find belongs to the list
+        # all are refused now, so what reading them would find belongs to the list
+        for source in tqdm(sources, "looking for NaN", delay=PROGRESS_AFTER, leave=False):
             bad.setdefault(repr(source.name), []).extend(_stored_problems(source))
         raise _refusal({name: problems for name, problems in bad.items() if problems}, total)
     _check_padding(sources)

@@ -213,6 +213,18 @@ def test_only_the_gradients_that_are_wanted():
         assert torch.equal(gradients(ops.routed_linear, case, (name,))[1][name], want[name])
 
 
+def test_one_vector_is_one_token():
+    """Computed, differentiated, and as a fake kernel tells its shapes."""
+    case = linear(1)
+    outputs, grads = gradients(ops.routed_linear, case, tuple(case))
+    alone = {**case, "x": case["x"][0]}
+    got, alone_grads = gradients(ops.routed_linear, alone, tuple(alone))
+    assert got[0].shape == (20,) and torch.equal(got[0], outputs[0][0]) and torch.equal(got[1], outputs[1])
+    assert torch.equal(alone_grads["x"], grads["x"][0]) and torch.equal(alone_grads["weight"], grads["weight"])
+    fake = ops.routed_linear(**{n: t.to("meta") for n, t in alone.items()})
+    assert [t.shape for t in fake] == [t.shape for t in got]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

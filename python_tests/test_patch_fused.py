@@ -104,6 +104,7 @@ def test_a_compiled_layer_fuses(graphs, layer):
     assert all(ops.ROUTED_LINEAR in graph and nn.functional.linear not in graph for graph in graphs)
     layer.route_options["top_k"] = 1
     assert torch.equal(compiled(x), layer(x)) and len(graphs) <= 3
+    assert torch.equal(compiled(x[0, 0]), layer(x[0, 0])) and len(graphs) <= 4
 
 
 @torch.no_grad()
