@@ -17,6 +17,7 @@ constexpr int kRowStride = kColumns + kPad;
 template <class T, int ranks, bool kRanksAdjacent>
 struct LoraShrinkMma {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLeastBlocks = ranks <= 64 ? 4 : 3;
   static constexpr const char* kName = "lora_shrink_mma";
   static constexpr int kTile = kTileElements<ranks, kColumns, kRanksAdjacent>;
   static constexpr size_t kShared = shared_size(kStages * kTilePairs * kRowStride * 2) +
@@ -118,20 +119,23 @@ struct LoraShrinkMma {
     m.factors = shared.take<T>(kStages * kTile);
     m.found = shared.take<int32_t>(kShrinkSearches);
     m.votes = shared.take<int32_t>(kThreads / 32);
-    if (!g.order) {
-      const int count = search(m, block_x());
-      for (int begin = 0; begin < count; begin += kTilePairs) {
-        sync_block();  // nobody reads the tiles of the pairs before
-        run_tile(m, block_x(), m.found + begin, count - begin < kTilePairs ? count - begin : kTilePairs);
-      }
-      return;
+    int64_t expert = block_x();
+    const int32_t* pairs = m.found;
+    int count;
+    if (g.order) {
+      expert = g.tile_expert[block_x()];
+      if (expert < 0) return;
+      const int64_t first_tile = g.offsets[expert] / kTilePairs + expert;
+      const int32_t begin = g.offsets[expert] + static_cast<int32_t>((block_x() - first_tile) * kTilePairs);
+      const int32_t left = g.offsets[expert + 1] - begin;
+      pairs = g.order + begin, count = left < kTilePairs ? left : kTilePairs;
+    } else {
+      count = search(m, expert);
     }
-    const int32_t expert = g.tile_expert[block_x()];
-    if (expert < 0) return;
-    const int64_t first_tile = g.offsets[expert] / kTilePairs + expert;
-    const int32_t begin = g.offsets[expert] + static_cast<int32_t>((block_x() - first_tile) * kTilePairs);
-    const int32_t left = g.offsets[expert + 1] - begin;
-    run_tile(m, expert, g.order + begin, left < kTilePairs ? left : kTilePairs);
+    for (int begin = 0; begin < count; begin += kTilePairs) {
+      if (begin > 0) sync_block();  // nobody reads the tiles of the pairs before
+      run_tile(m, expert, pairs + begin, count - begin < kTilePairs ? count - begin : kTilePairs);
+    }
   }
 };
 
