@@ -74,6 +74,7 @@ enum class Device { cpu, cuda };
 struct Check {
   const char* op;
   Device device;
+  mutable int64_t index = -1;  // of the GPU, once a tensor has told it
 
   template <class... Parts>
   [[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) const {
@@ -95,9 +96,13 @@ struct Check {
 
   // Torch hands the op of the CPU no tensor from elsewhere; that of a GPU may get tensors of the CPU beside its own.
   void here(const Tensor& tensor, const char* name) const {
-    if (device == Device::cpu || tensor.is_cuda()) return;
-    fail(name, " must be on a CUDA device like the others, got one on ",
-         tensor.is_cpu() ? "the CPU" : "another device");
+    if (device == Device::cpu) return;
+    if (!tensor.is_cuda())
+      fail(name, " must be on a CUDA device like the others, got one on ",
+           tensor.is_cpu() ? "the CPU" : "another device");
+    const int64_t its = tensor.get_device_index();
+    if (index < 0) index = its;
+    if (its != index) fail(name, " must be on cuda:", index, " like the others, got one on cuda:", its);
   }
 
   void floating(const Tensor& tensor, const char* name) const {

@@ -191,11 +191,13 @@ class RoutedLinear(nn.Module):
             or source[5] != self.route_options
             or source[6] is not (self.state.bias if self.state.active else None)
         ):
+            # what it is made from first: another thread's change in between is then seen by the next call
             options = None if self.route_options is None else dict(self.route_options)
             bias = self.state.bias if self.state.active else None
+            source = (*(held[key] for key in _BRANCH), options, bias)
             self.__dict__["_arguments"] = self._branch_arguments()
             self.__dict__["_may_fuse"] = held["lora_A"].device.type in FUSED_DEVICES
-            self.__dict__["_made_from"] = (*(held[key] for key in _BRANCH), options, bias)
+            self.__dict__["_made_from"] = source
         return self._arguments
 
     def _branch_arguments(self) -> tuple:

@@ -38,10 +38,13 @@ def test_the_table_covers_every_source_and_architecture():
 
 @pytest.mark.parametrize("name", of("Mma<"))
 def test_tensor_core_kernels(name):
-    """Tensor cores, asynchronous 16-byte copies, no spills, registers for three blocks (of 256 threads: two)."""
+    """Tensor cores, asynchronous 16-byte copies, no spills, registers for three blocks (of 256 threads: two, and the
+    largest one).
+    """
+    most = 168 if "LoraOuter" not in name or "128, 2" in name else 128
     for architecture, found in KERNELS[name].items():
         assert found["spills"] == 0, (architecture, found)
-        assert found["registers"] <= (128 if "LoraOuter" in name else 168), (architecture, found)
+        assert found["registers"] <= most, (architecture, found)
         assert found["mma"] > 0 and found["copy16"] > 0, (architecture, found)
 
 

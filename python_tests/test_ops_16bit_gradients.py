@@ -60,6 +60,18 @@ def test_a_bank_of_another_type_loses_nothing(types, R):
     check(bank(64, R, 72, x, other, base, counts=(40, 0, 17)), 5e-6 if other == F32 else 1e-5)
 
 
+def test_a_long_sum_does_not_drift():
+    """Its terms do not cancel, and a tensor core rounds every sum toward zero."""
+    case = bank(8, 16, 8, BF16, F32, BF16, counts=(3000, 0, 17))
+    for name in ("x", "lora_a", "lora_b"):
+        case[name] = case[name].abs() + 1
+    wanted = ("lora_a", "lora_b")
+    ours = gradients(ops.lora_apply, case, wanted)[1]
+    truth = gradients(reference.lora_apply, double(case), wanted)[1]
+    for name in wanted:
+        assert abs((ours[name][0] / truth[name][0] - 1).median()) < 2e-6
+
+
 @pytest.mark.parametrize("factored", [False, True])
 def test_an_expert_named_often(factored):
     case = bank(64, 24, 72)

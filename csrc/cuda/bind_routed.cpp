@@ -20,9 +20,14 @@ struct Routing {
 class Router {
  public:
   Router(const Check& check, const LoraPlan& plan, const Routing& r)
-      : check_(check), plan_(plan), r_(r), route_plan_(check_route(check, r.x, r.gates, r.options)), call_(r.x) {
+      : check_(check),
+        plan_(plan),
+        r_(r),
+        route_plan_(check_route(check, r.x, r.gates, r.options)),
+        call_(r.x),
+        x_(readable_rows(r.x)) {
     check_same_bank(check, route_plan_, plan);
-    route_ = route_arguments(route_plan_, call_, r.x, r.gates, r.options);
+    route_ = route_arguments(route_plan_, call_, x_, r.gates, r.options);
     weights = new_tensor(r.x, {route_.T, route_.K}, accumulator(route_.wide));
     experts = new_tensor(r.x, {route_.T, route_.K}, ScalarType::Int);
   }
@@ -32,9 +37,13 @@ class Router {
   Stream stream() const { return call_.stream(); }
   void run(Stream stream) { run_route(route_, call_, weights, experts, stream); }
 
+  // Whether the branch reads what the router reads and writes as it lies. Where it has to be converted, torch does that
+  // on the current stream, whichever the router runs on.
+  bool feeds_branch() const { return plan_.wide == route_.wide; }
+
   // The branch's arguments, once the router has run.
   LoraArguments chosen(Call& call) const {
-    return LoraArguments(check_, plan_, call, r_.x, r_.lora_a, r_.lora_b, weights, experts, r_.lora_bias, std::nullopt,
+    return LoraArguments(check_, plan_, call, x_, r_.lora_a, r_.lora_b, weights, experts, r_.lora_bias, std::nullopt,
                          r_.factored, r_.packed);
   }
 
@@ -65,6 +74,7 @@ class Router {
   const Routing& r_;
   RoutePlan route_plan_;
   Call call_;
+  Tensor x_;
   Route route_;
 };
 
@@ -142,7 +152,7 @@ void many_tokens(Router& router, const Linear& linear, const Tensor& y) {
     add_product(y, linear.x, torch::stable::transpose(linear.weight, 0, 1));
     return;
   }
-  const bool forks = recording(stream);
+  const bool forks = router.feeds_branch() && recording(stream);
   const Stream beside = forks ? fork(stream) : stream;
   router.run(beside);
   const LoraArguments args = router.chosen(call);

@@ -63,6 +63,7 @@ MOERGE_DEVICE void store_pair_as(void* to, DType dtype, int64_t i, float low, fl
 template <class T, int ranks, int parts>
 struct LoraOuterMma {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLeastBlocks = ranks * parts <= 128 ? 2 : 1;
   static constexpr const char* kName = "lora_outer_mma";
   static constexpr int kWidth = parts * ranks, kLeftStride = kWidth + kPad;
   static constexpr int kStages = kWidth <= 128 ? 4 : 3;
@@ -124,20 +125,31 @@ struct LoraOuterMma {
   MOERGE_DEVICE static int first_rank() { return warp() / kColumnWarps * kWarpRanks; }
   MOERGE_DEVICE static int first_column() { return warp() % kColumnWarps * kWarpColumns; }
 
+  // Tensor cores round every sum toward zero, which adds up: where float32 is kept they do not make the long one.
+  MOERGE_DEVICE static void add(float (&sum)[4], const uint32_t (&a)[parts][4], const uint32_t (&b)[2]) {
+    if constexpr (parts == 1) {
+      mma<T>(sum, a[0], b);
+    } else {
+      float product[4] = {};
+      for (int part = parts - 1; part >= 0; --part) mma<T>(product, a[part], b);
+      for (int j = 0; j < 4; ++j) sum[j] += product[j];
+    }
+  }
+
   MOERGE_DEVICE void multiply(const T* rows, const T* lefts, Sums& sum) const {
     const int pair = lane() / 16 * 8 + lane() % 8, rank = first_rank() + lane() / 8 % 2 * 8;
     for (int k = 0; k < kPairs; k += 16) {
       uint32_t b[kWarpColumns / 16][4];
       for (int n = 0; n < kWarpColumns / 16; ++n) load_right<false>(b[n], rows, kRowStride, k, first_column() + n * 16);
-      for (int part = 0; part < parts; ++part)
-        for (int i = 0; i < kWarpRanks / 16; ++i) {
-          uint32_t a[4];
-          load_matrices<true>(a, lefts + (k + pair) * kLeftStride + part * ranks + rank + i * 16);
-          for (int n = 0; n < kWarpColumns / 16; ++n) {
-            mma<T>(sum[i][2 * n], a, {b[n][0], b[n][1]});
-            mma<T>(sum[i][2 * n + 1], a, {b[n][2], b[n][3]});
-          }
+      for (int i = 0; i < kWarpRanks / 16; ++i) {
+        uint32_t a[parts][4];
+        for (int part = 0; part < parts; ++part)
+          load_matrices<true>(a[part], lefts + (k + pair) * kLeftStride + part * ranks + rank + i * 16);
+        for (int n = 0; n < kWarpColumns / 16; ++n) {
+          add(sum[i][2 * n], a, {b[n][0], b[n][1]});
+          add(sum[i][2 * n + 1], a, {b[n][2], b[n][3]});
         }
+      }
     }
   }
 

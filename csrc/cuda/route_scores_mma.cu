@@ -3,7 +3,8 @@
 // A block has 64 tokens and up to 64 experts and walks over its part of the features with kStages tiles of 32 under
 // way; each warp owns 16 of the tokens. Variants: 16, 40 or 64 experts per block, for banks that small. Every factor is
 // the sum of two TF32 numbers of 11 bits, and three of the four products are added (the fourth is below float32's
-// rounding), so this is no single-pass TF32. The gates stay float32 in memory.
+// rounding), so this is no single-pass TF32. Tensor cores round every sum toward zero, which adds up: they only add
+// up one tile, and the tiles are added as float32. The gates stay float32 in memory.
 //
 // x is read once: the mean is not known yet, so "standardize" takes every token around a pivot m, the mean of n = 32
 // features (8 where D < 32), and the sums of x - m, of its square and of the gates are found on the way. route_select
@@ -42,6 +43,7 @@ struct RouteStatistics {
 template <class X, int kExperts>
 struct RouteScoresMma {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLeastBlocks = kExperts > 40 ? 3 : 4;
   static constexpr const char* kName = "route_scores_mma";
   static constexpr int kPerCopy = 16 / sizeof(X);  // elements of x in 16 bytes
   static constexpr int kTokenStride = kFeatures + kPerCopy;
@@ -114,6 +116,7 @@ struct RouteScoresMma {
   // One tile, of which `left` features are within D.
   MOERGE_DEVICE void multiply(const X* tokens, const float* gates, int64_t left, Tokens& mine,
                               float (&sum)[kExperts / 8][4], float (&gate_sum)[kExperts / 8]) const {
+    float part[kExperts / 8][4] = {};
     const int g = lane() / 4, i = lane() % 4, row = warp() * 16 + g;
     for (int k = 0; k < kFeatures; k += 8) {
       uint32_t a_high[4], a_low[4];
@@ -129,11 +132,13 @@ struct RouteScoresMma {
           if (sums_gates()) gate_sum[n] += gate;
           split(gate, b_high[j], b_low[j]);
         }
-        mma_tf32(sum[n], a_low, b_high);
-        mma_tf32(sum[n], a_high, b_low);
-        mma_tf32(sum[n], a_high, b_high);
+        mma_tf32(part[n], a_low, b_high);
+        mma_tf32(part[n], a_high, b_low);
+        mma_tf32(part[n], a_high, b_high);
       }
     }
+    for (int n = 0; n < kExperts / 8; ++n)
+      for (int j = 0; j < 4; ++j) sum[n][j] += part[n][j];
   }
 
   // Which blocks, and which of their warps, keep the sums.

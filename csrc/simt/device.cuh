@@ -181,6 +181,12 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
+// As tensor cores round their sums: toward zero.
+inline float toward_zero(double value) {
+  const float near = static_cast<float>(value);
+  return fabs(static_cast<double>(near)) > fabs(value) && !isinf(near) ? std::nextafterf(near, 0.0f) : near;
+}
+
 // c [16,8] += a [16,K] b [K,8] over the fragments of 32 lanes; `at` picks element `part` of a register.
 template <int K, class At>
 void multiply(void** all, const At& at) {
@@ -200,8 +206,10 @@ void multiply(void** all, const At& at) {
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      float& sum = static_cast<Fragments*>(all[lane])->c[i];
-      for (int k = 0; k < K; ++k) sum += a[row][k] * b[k][column];
+      float& c = static_cast<Fragments*>(all[lane])->c[i];
+      double sum = c;
+      for (int k = 0; k < K; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+      c = toward_zero(sum);
     }
 }
 
