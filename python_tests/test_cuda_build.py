@@ -38,8 +38,8 @@ def test_the_table_covers_every_source_and_architecture():
 
 @pytest.mark.parametrize("name", of("Mma<"))
 def test_tensor_core_kernels(name):
-    """Tensor cores, asynchronous 16-byte copies, no spills, registers for three blocks (of 256 threads: two; the largest
-    kernel, of 128 ranks in two parts: one).
+    """Tensor cores, asynchronous 16-byte copies, no spills, registers for three blocks (of 256 threads: two; the
+    largest kernel, of 128 ranks in two parts: one).
     """
     most = 168 if "LoraOuter" not in name else 255 if "128, 2" in name else 128
     for architecture, found in KERNELS[name].items():
