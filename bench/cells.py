@@ -111,9 +111,9 @@ def gpu_cells() -> list[Cell]:
 
 
 def gpu_wide_cells() -> list[Cell]:
-    """What gpu_cells leaves out for the sake of time: float16, 512 experts, 16384 tokens."""
+    """What gpu_cells leaves out for the sake of time: float16, 512 experts, 16384 tokens, and sizes between."""
     first = set(gpu_cells())
-    wide = _gpu(("bfloat16", "float16"), (8, 36, 166, 512), (1, 8, 64, 512, 4096, 16384))
+    wide = _gpu(("bfloat16", "float16"), (8, 36, 166, 512), (1, 8, 16, 32, 64, 128, 512, 1024, 4096, 16384))
     return [cell for cell in wide if cell not in first]
 
 

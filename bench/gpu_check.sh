@@ -4,15 +4,16 @@
 #
 #   bench/gpu_check.sh                          # all parts
 #   bench/gpu_check.sh --part build,tests       # some: build, tests, sanitizer, linear, graphs, kernels, model, table
-#   bench/gpu_check.sh --part linear --wide        # float16, E = 512 and T = 16384, in place of the cells timed else
+#   bench/gpu_check.sh --part linear --wide     # float16, E = 512 and T = 16384, in place of the cells timed else
 #   bench/gpu_check.sh --device cpu --tiny      # a dry run of the same steps without a GPU: a minute or two
 #   bench/gpu_check.sh --results FOLDER         # where the rows go (bench/results)
 #   bench/gpu_check.sh --triton-peers DIR       # time vLLM's and SGLang's kernels too, imported from DIR
 #
 # Where a call may take ten minutes at most: build,tests; then sanitizer; linear,table; graphs,table; kernels,table;
 # model. A call of a timed part that was cut off goes on where it ended when it is given again.
-# Needs python with torch (CUDA), pybind11, pytest, transformers and peft; cmake, ninja, nvcc. It installs and downloads
-# nothing, and leaves out what does not work here by its name. MAX_JOBS bounds the compilers that run at once.
+# Needs python ($PYTHON, else that of .venv, else the one on PATH) with torch (CUDA), pybind11, pytest, transformers
+# and peft; cmake, ninja, nvcc. It installs and downloads nothing, and leaves out what does not work here by its name.
+# MAX_JOBS bounds the compilers that run at once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,7 +23,9 @@ tiny=""
 size=--gpu
 results=bench/results
 triton_peers=()
-python=$(command -v "${PYTHON:-python}" || command -v python3)
+python=${PYTHON:-}
+[ -z "$python" ] && [ -x .venv/bin/python ] && python=.venv/bin/python
+python=$(command -v "${python:-python}" || command -v python3)
 if ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then export PATH="/usr/local/cuda/bin:$PATH"; fi
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -32,11 +35,15 @@ while [ $# -gt 0 ]; do
     --wide) size=--gpu-wide ;;
     --results) results=$2; shift ;;
     --triton-peers) triton_peers=(--triton-peers "$2"); shift ;;
-    -h | --help) sed -n '2,15p' "$0" | cut -c3-; exit 0 ;;
+    -h | --help) sed -n '2,16p' "$0" | cut -c3-; exit 0 ;;
     *) echo "gpu_check: unknown option $1 (see --help)" >&2; exit 2 ;;
   esac
   shift
 done
+if ! "$python" -c "import torch" 2>/dev/null; then
+  echo "gpu_check: $python has no torch; PYTHON=<a python that has it> $0 ... chooses another" >&2
+  exit 2
+fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 size=${tiny:-$size}
 failed=""

@@ -34,7 +34,8 @@ def lines(rows: list[Row], kernels: list[Row]) -> list[str]:
         ours = found.get("ours")
         if ours is None or "plain" not in found:
             continue
-        peers = {name: row for name, row in found.items() if name not in ("ours", "plain", "plain_again", "peft_one")}
+        no_rivals = ("plain", "plain_again", "peft_one")
+        peers = {name: row for name, row in found.items() if name not in no_rivals and not name.startswith("ours")}
         best = min(peers, key=lambda name: peers[name]["ratio"], default=None)
         dtype, D, O, E, K, R, T, popularity, mode, cache, run = key
         name = f"{dtype} {D}x{O} E={E} K={K} R={R} T={T} {popularity} {mode} {cache} {run}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,3 +76,18 @@ def named(path: str, what: str) -> Iterator[None]:
 def is_seq2seq(config: Any) -> bool:
     """Whether a transformers config is that of an encoder-decoder."""
     return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def open_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
+    """Token ids of a text to be continued: without the end that some tokenizers add, but with one that is its own."""
+    ids = tokenizer(text).input_ids
+    if not ids or ids[-1] not in ends:
+        return ids
+    own = tokenizer(text, add_special_tokens=False).input_ids
+    added = _ends_of(ids, ends) > _ends_of(own, ends)
+    return ids[:-1] if added and len(ids) > 1 else ids
+
+
+def _ends_of(ids: list[int], ends: Sequence[int]) -> int:
+    """How many of `ends` stand at the end."""
+    return next((i for i, token in enumerate(reversed(ids)) if token not in ends), len(ids))

@@ -29,7 +29,7 @@ PARTS = ("build", "tests", "sanitizer", "linear", "graphs", "kernels", "model", 
 
 def test_gpu_and_gpu_wide_are_the_whole_grid():
     first, rest = cells.gpu_cells(), cells.gpu_wide_cells()
-    grid = product(("bfloat16", "float16"), (8, 36, 166, 512), (1, 8, 64, 512, 4096, 16384))
+    grid = product(("bfloat16", "float16"), (8, 36, 166, 512), (1, 8, 16, 32, 64, 128, 512, 1024, 4096, 16384))
     want = {cells.Cell(4096, 4096, e, 2, 16, t, dtype) for dtype, e, t in grid}
     assert set(first) | set(rest) == want and len(first) + len(rest) == len(want) and len(first) == 15
 

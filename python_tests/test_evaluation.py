@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import builders
 import patch_cases as cases
@@ -110,6 +111,26 @@ def test_tasks_explain_what_is_wrong(tmp_path):
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
+class WithEnds:
+    """A tokenizer of characters whose line end, id 2, is the end of a sequence; it adds one when told so."""
+
+    pad_token_id, eos_token_id = 0, 2
+
+    def __init__(self, adds: bool):
+        self.adds = adds
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [2 if c == "\n" else ord(c) for c in text] + [2] * (self.adds and add_special_tokens)
+        return SimpleNamespace(input_ids=ids)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("text", ["ab", "ab\n", "ab\n\n", "\n"])
+def test_a_prompt_keeps_its_own_end_and_no_other(adds, text):
+    own = WithEnds(False)(text).input_ids
+    assert Answerer(cases.build("llama"), WithEnds(adds)).prompt_ids(text) == own
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_a_batch_answers_as_one_by_one(family, tmp_path):
     model = cases.build(family)
@@ -199,7 +220,7 @@ def test_evaluate_goes_on_where_it_stopped(setup, tmp_path, monkeypatch):
     monkeypatch.setattr(Answerer, "generate", lambda self, p, limit: asked.append(len(p)) or real(self, p, limit))
     assert evaluate(model, tokenizer, experts, runs, loaded, **options) == first
     assert asked == [3, 1] and path.read_text() == "".join(lines)
-    with pytest.raises(ValueError, match="belongs to another evaluation(.|\n)*choose another output folder"):
+    with pytest.raises(ValueError, match="another evaluation \\(.+, now .+\\): choose another output folder"):
         evaluate(model, tokenizer, experts, runs, loaded, **{**options, "settings": Settings("Q: {input}")})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pretrained import is_seq2seq
+from ..pretrained import is_seq2seq, open_ids
 from ..training.batches import model_device
 
 
@@ -30,9 +30,7 @@ class Answerer:
         self.pad = next(token for token in pad if token is not None)
 
     def prompt_ids(self, text: str) -> list[int]:
-        ids = self.tokenizer(text).input_ids
-        if not self.seq2seq and len(ids) > 1 and ids[-1] in self.ends:
-            ids = ids[:-1]
+        ids = self.tokenizer(text).input_ids if self.seq2seq else open_ids(self.tokenizer, text, self.ends)
         if not ids:
             raise ValueError(f"the prompt {text!r} has no token")
         return ids

@@ -25,7 +25,7 @@ class Answers:
             lines = path.read_text(encoding="utf-8").split("\n")
             if lines[0] != header:
                 raise ValueError(
-                    f"{path} belongs to another evaluation ({lines[0][:300]}), now {header[:300]}: "
+                    f"{path} belongs to another evaluation ({_difference(lines[0], settings)}): "
                     "choose another output folder or delete this one"
                 )
             # what follows the last line end was cut off by a kill
@@ -39,6 +39,16 @@ class Answers:
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(item) + "\n" for item in items))
+
+
+def _difference(header: str, settings: dict[str, Any]) -> str:
+    """What its first line says otherwise than `settings`."""
+    try:
+        before = json.loads(header)["settings"]
+        keys = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
+    except (ValueError, KeyError, TypeError):
+        return "its first line does not tell which"
+    return "; ".join(f"{key}: {before.get(key)!r:.200}, now {settings.get(key)!r:.200}" for key in keys)
 
 
 def file_name(label: str) -> str:

@@ -155,6 +155,8 @@ def encode(row: dict[str, str], tokenizer: Any, max_length: int, *, seq2seq: boo
     first, then the end of the target. Encoder-decoder: the input to the encoder, the target as labels, each
     cut at `max_length`.
     """
+    from ..pretrained import open_ids
+
     if seq2seq:
         if "input" not in row:
             raise ValueError('an encoder-decoder model needs rows with "input" and "target", not "text"')
@@ -164,17 +166,13 @@ def encode(row: dict[str, str], tokenizer: Any, max_length: int, *, seq2seq: boo
         }
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if "input" not in row:
-        ids = (_without_end(tokenizer(row["text"]).input_ids, end) + end)[:max_length]
+        ids = tokenizer(row["text"]).input_ids
+        ids = (ids + end if ids[-1:] != end else ids)[:max_length]
         return {"input_ids": ids, "labels": list(ids)}
-    given = _without_end(tokenizer(row["input"]).input_ids, end)
+    given = open_ids(tokenizer, row["input"], end)
     target = (tokenizer(row["target"], add_special_tokens=False).input_ids + end)[: max_length - 1]
     given = given[max(0, len(given) + len(target) - max_length) :]
     return {"input_ids": given + target, "labels": [IGNORED] * len(given) + target}
-
-
-def _without_end(ids: list[int], end: list[int]) -> list[int]:
-    """Some tokenizers end every text by themselves."""
-    return ids[:-1] if end and ids[-1:] == end else ids
 
 
 def collator(tokenizer: Any) -> Collate:
