@@ -32,7 +32,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="the whole grid (days), or the larger model; resumable")
     size.add_argument("--gpu", action="store_true", help="the few cells that a GPU is judged by")
-    size.add_argument("--gpu-wide", action="store_true", help="the rest of it: float16, 512 experts, up to 16384 tokens")
+    size.add_argument("--gpu-wide", action="store_true", help="the rest: float16, 512 experts, up to 16384 tokens")
     size.add_argument("--tiny", action="store_true", help="seconds; to see that it works")
     parser.add_argument("--warm", action="store_true", help="one copy of the weights, so that they stay in the cache")
     parser.add_argument("--graphs", action="store_true", help="on CUDA: time the replay of captured graphs")
