@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from types import SimpleNamespace
 
 import builders
 import patch_cases as cases
@@ -109,26 +108,6 @@ def test_tasks_explain_what_is_wrong(tmp_path):
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
-
-
-class WithEnds:
-    """A tokenizer of characters whose line end, id 2, is the end of a sequence; it adds one when told so."""
-
-    pad_token_id, eos_token_id = 0, 2
-
-    def __init__(self, adds: bool):
-        self.adds = adds
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = [2 if c == "\n" else ord(c) for c in text] + [2] * (self.adds and add_special_tokens)
-        return SimpleNamespace(input_ids=ids)
-
-
-@pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("text", ["ab", "ab\n", "ab\n\n", "\n"])
-def test_a_prompt_keeps_its_own_end_and_no_other(adds, text):
-    own = WithEnds(False)(text).input_ids
-    assert Answerer(cases.build("llama"), WithEnds(adds)).prompt_ids(text) == own
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
