@@ -1,20 +1,14 @@
 """The benchmark runs end to end, catches a wrong candidate, resumes, and its tables are stable."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bench_checkout import REPO  # first: bench is importable after it
 
-REPO = Path(__file__).resolve().parents[1]
-if not (REPO / "bench" / "run.py").exists():
-    pytest.skip("needs the checkout: bench/ is not part of the package", allow_module_level=True)
-sys.path.append(str(REPO))
-pytest.importorskip("peft")
-
-from bench import cells, data, linear, machine, peers, plots, render, results, run, table, timing, triton_peers  # noqa: E402
+from bench import cells, data, linear, machine, peers, plots, render, results, run, table, timing, triton_peers
 
 CPU = torch.device("cpu")
 CELL = cells.Cell(64, 48, 5, 2, 4, 9)

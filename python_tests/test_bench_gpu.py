@@ -12,15 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_checkout import REPO  # first: bench is importable after it
 from torch.autograd import DeviceType
 
-REPO = Path(__file__).resolve().parents[1]
-if not (REPO / "bench" / "run.py").exists():
-    pytest.skip("needs the checkout: bench/ is not part of the package", allow_module_level=True)
-sys.path.append(str(REPO))
-pytest.importorskip("peft")
-
-from bench import cells, data, gpu_table, kernel_time, linear, results, run, timing  # noqa: E402
+from bench import cells, data, gpu_table, kernel_time, linear, results, run, timing
 
 CPU = torch.device("cpu")
 CELL = cells.Cell(64, 48, 5, 2, 4, 9)

@@ -4,16 +4,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import bench_checkout  # noqa: F401  (first: bench is importable after it)
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[1]
-if not (REPO / "bench" / "run.py").exists():
-    pytest.skip("needs the checkout: bench/ is not part of the package", allow_module_level=True)
-sys.path.append(str(REPO))
-pytest.importorskip("peft")
-
-from bench import cells, data, linear, render, results, run, triton_peers  # noqa: E402
+from bench import cells, data, linear, render, results, run, triton_peers
 
 CPU = torch.device("cpu")
 CELL = cells.Cell(64, 48, 5, 2, 4, 9, "bfloat16", only=tuple(triton_peers.ENGINES))
