@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from transformers.utils import logging as transformers_logging
 
 from .._version import __version__
-from ..experts import ExpertBank, load_experts
-from ..patch import patch
+from ..experts.bank import ExpertBank, load_experts
+from ..routing.patch import patch
 from . import heatmap
 from .evaluate import accuracies, converse, tokens_per_second
 from .tasks import Conversation, held_in, held_out

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..generate import ALL, parse_option
+from ..commands.generate import ALL, parse_option
 from ..methods import get_method
 from ..methods.fixed import PREFIX
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..experts import ExpertBank
-from ..patch import Handle, patch
-from ..pretrained import is_seq2seq
+from ..experts.bank import ExpertBank
+from ..models.pretrained import is_seq2seq
+from ..routing.patch import Handle, patch
 from .batches import Batch, BatchSource, Collate
 from .loop import batch_loss
 
@@ -135,7 +135,7 @@ class LoraHubRouter:
 
     def task_affinities(self, examples: Sequence[Mapping[str, str]], handle: Handle) -> Tensor:
         """Solved examples {"input", "target"} of one task -> weights [1,E], by `handle.options`."""
-        from .cli import collator, encode
+        from ..commands.train_gates import collator, encode
 
         rows = [{**row, "input": self.template.replace("{input}", row["input"])} for row in examples]
         seq2seq = is_seq2seq(handle.model.config)
