@@ -63,7 +63,7 @@ class Plan:
 class Taxonomy:
     """The columns of the MoErging survey (Yadav et al. 2024, arXiv 2408.07057, Table 1).
 
-    The defaults: LoRA experts as anybody trains them, chosen per token and module without data. A row says what differs.
+    The defaults: LoRA experts as anybody trains them, chosen per token and module without data; rows say what differs.
     """
 
     expert_training: str = "Standard"
