@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files.safefile import AdapterError
+from ..models.wrappers import unwrapped
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, inspect_adapter, nonfinite_problems
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
@@ -45,6 +46,7 @@ def collect_sources(paths: Any) -> list[Source]:
     """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
     bad: dict[str, list[str]] = {}
     if isinstance(paths, nn.Module):
+        paths = unwrapped(paths)
         if not is_peft_model(paths):
             raise ValueError(
                 f"load_experts: {type(paths).__name__} has no PEFT adapters; pass a PeftModel, paths, or {{name: path}}"

@@ -15,6 +15,7 @@ from ..experts.bank import ExpertBank
 from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
+from ..models.wrappers import unwrapped
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
@@ -190,8 +191,9 @@ def patch(
     """Routes a model's linear layers among experts, in place.
 
     Args:
-        model: any torch model whose layers have the paths the experts were trained on. Offload or dispatch it with
-            accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
+        model: any torch model whose layers have the paths the experts were trained on; `torch.compile` and
+            DistributedDataParallel are looked through. Offload or dispatch it with accelerate before the patch, not
+            after: accelerate looks weights up by the names that the patch hides.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
@@ -204,6 +206,7 @@ def patch(
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
     row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
+    model = unwrapped(model)
     problems = _model_problems(model, experts, routing)
     plans: dict[str, Plan] = {}
     for name, bank in experts.modules.items():
@@ -242,6 +245,7 @@ def check_patch(
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
     row, (routing, _, _) = _configured(experts, method, backend, options)
+    model = unwrapped(model)
     problems = _model_problems(model, experts, routing)
     if row.lacks is not None:
         problems += row.lacks(experts)
@@ -261,7 +265,7 @@ def _configured(experts: ExpertBank, method: str, backend: str, options: dict[st
 
 def get_handle(model: nn.Module) -> Handle:
     """The handle of a patched model: for a deepcopy or an unpickled copy, whose handle is its own."""
-    handle = getattr(model, "_moerge_handle", None)
+    handle = getattr(unwrapped(model), "_moerge_handle", None)
     if handle is None:
         raise ValueError("this model is not patched by moerge_ext")
     return handle
