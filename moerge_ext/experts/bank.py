@@ -43,6 +43,7 @@ class ExpertBank:
         self.folders = tuple(folders) if folders is not None else (None,) * len(self.names)
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
+        self._gated: dict[str, frozenset[int]] = {}  # of `gated`, which large models ask once a module
         problems = []
         if len(set(self.names)) != len(self.names):
             problems.append(f"expert names must be distinct, got {list(self.names)}")
@@ -78,6 +79,14 @@ class ExpertBank:
         """Every kind of gate or global vector that some expert has."""
         kinds = {kind for module in self.modules.values() for kind in module.gates}
         return tuple(sorted(kinds | set(self.global_vectors)))
+
+    def gated(self, kind: str) -> frozenset[int]:
+        """Ids of the experts that have a gate of `kind` in some module."""
+        if kind not in self._gated:
+            flags = [module.has_gate[kind] for module in self.modules.values() if kind in module.has_gate]
+            found = torch.stack(flags).any(0).nonzero().flatten().tolist() if flags else []
+            self._gated[kind] = frozenset(found)
+        return self._gated[kind]
 
     @property
     def nbytes(self) -> int:
@@ -154,6 +163,7 @@ class ExpertBank:
             raise ValueError(f"set_gates({self.names[e]!r}): " + "; ".join(problems))
         for path, row in rows.items():
             self.modules[path].set_gate(kind, e, row)
+        self._gated.clear()
         if global_vector is not None:
             vector = torch.as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector
