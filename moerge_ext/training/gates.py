@@ -60,8 +60,7 @@ def train_gates(
     data            an iterable of ready batches (dicts of tensors), begun again when it ends; with `tokenizer` rows of
                     text; with `collate_fn` a list or Dataset of features. The latter two are cut into batches of
                     `batch_size` and, under `shuffle`, shuffled every epoch from `seed`
-    tokenizer       the model's: rows are {"input": str, "target": str} (the loss is on the target) or {"text": str},
-                    of `max_length` tokens at most
+    tokenizer       for rows {"input": str, "target": str} (loss on the target) or {"text": str}, cut at `max_length`
     accumulate      batches per step; its gradient is the mean of theirs, and of all ranks' under torchrun
     validation      the same kind of data: the gates with the lowest loss per label are kept, of those before the first
                     step, after every `eval_every` steps and after the last; without it the last ones are
