@@ -88,28 +88,30 @@ def open_tensors(path: Path):
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except Exception as error:  # the library's own error type, OSError, and whatever a crafted header provokes
-        raise ValueError(f"{path.name} is not a valid safetensors file: {_what_it_is(path) or error}") from None
+        what = what_it_is(path)
+        reason = f"it is {what}" if what else str(error)
+        raise ValueError(f"{path.name} is not a valid safetensors file: {reason}") from None
     with handle:
         yield handle
 
 
-def _what_it_is(path: Path) -> str | None:
-    """What stands in the place of a file of tensors, when its first bytes tell."""
+def what_it_is(path: Path) -> str | None:
+    """What stands in the place of a file of tensors or JSON, when its first bytes tell: "a Git-LFS pointer, ..."."""
     try:
         with open(path, "rb") as opened:
             start = opened.read(512)
     except OSError:
         return None
     if not start:
-        return "it is empty; was its download interrupted?"
+        return "an empty file; was its download interrupted?"
     if start.startswith(b"version https://git-lfs"):
-        return "it is a Git-LFS pointer, the text that stands for the file: run `git lfs pull` in its repository"
+        return "a Git-LFS pointer, the text that stands for the file: run `git lfs pull` in its repository"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "it is a web page: download the file itself"
-    if start.startswith(b"PK\x03\x04") or start.startswith(b"\x80\x02"):
-        return "it is a pickle of torch.save under another name"
+        return "a web page: download the file itself"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "a pickle of torch.save under another name"
     if start.startswith(b"GGUF"):
-        return "it is a GGUF file under another name"
+        return "a GGUF file under another name"
     return None
 
 

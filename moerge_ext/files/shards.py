@@ -84,9 +84,9 @@ def _check_index(folder: Path, name: str, headers: dict[str, TensorHeader]) -> N
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise ValueError(f"{index} has {path.stat().st_size} bytes; expected at most {MAX_INDEX_BYTES}")
         try:
-            listed = json.loads(path.read_bytes().decode("utf-8"))["weight_map"]
-            lacking = sorted(set(listed) - headers.keys())
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            listed = json.loads(path.read_bytes().decode("utf-8"))["weight_map"].keys()
+            lacking = sorted(listed - headers.keys())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is not an index of tensors ({type(error).__name__})") from None
         if lacking:
             such = lacking[0][:200]

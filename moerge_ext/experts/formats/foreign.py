@@ -9,8 +9,46 @@ from pathlib import Path
 from ...files.safefile import open_tensors
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin", "pytorch_model.bin")
+# PEFT's methods (0.21) that its save_as_lora approximates by a LoRA, that have no layer of their own, and that turn or
+# scale the base's weights
+_CONVERTIBLE = frozenset(
+    [
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "GRALORA",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "RANDLORA",
+        "TINYLORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ]
+)
+_NO_LAYER = frozenset(
+    ["ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
+)
+_CHANGES_WEIGHTS = frozenset(
+    ["BOFT", "HIRA", "HRA", "IA3", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"]
+)
 MAX_SCANNED = 1000  # entries of a folder
 _CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (torch.load, weights only)"
+
+
+def what_kind(kind: object) -> str:
+    """A clause for an error about PEFT's other methods: what this one is, and whether it can become a LoRA."""
+    if kind in _CONVERTIBLE:
+        return (
+            f"; {kind} adds to the weights, so PEFT can convert it: peft.save_as_lora(OUT, "
+            "PeftModel.from_pretrained(base, FOLDER), rank)"
+        )
+    if kind in _NO_LAYER:
+        return f"; {kind} trains tokens or activations and adds to no layer"
+    if kind in _CHANGES_WEIGHTS:
+        return f"; {kind} multiplies the base's weights, which a routed sum of experts cannot do"
+    return ""
 
 
 def what_else(folder: Path) -> str:

@@ -40,6 +40,7 @@ _FUSED = {  # Phi-3 keeps q, k and v, and gate and up, in one layer each
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NO_GATE = {name: path for name, path in _LAYER.items() if name != "ffn_gate"}
 _PLAIN_MLP = {name: path for name, path in _LAYER.items() if name.startswith("attn_")} | {
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
@@ -50,7 +51,7 @@ ARCHITECTURES: dict[str, tuple[Mapping[str, str], bool]] = {
     "mistral3": (_LAYER, True),
     "granite": (_LAYER, True),
     "smollm3": (_LAYER, True),
-    "arcee": (_LAYER, True),
+    "arcee": (_NO_GATE, True),
     "olmo": (_LAYER, True),
     "olmo2": (_LAYER, False),
     "qwen2": (_LAYER, False),
