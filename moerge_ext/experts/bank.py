@@ -248,8 +248,8 @@ def load_experts(
 ) -> ExpertBank:
     """Load LoRA adapters (PEFT, MLX-LM, llama.cpp's GGUF; see `experts.formats`) as one bank of experts.
 
-    paths: folders, GGUF files or hub ids (see `experts.hub`), as a list (names are the folders' names), as {name:
-    path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
+    paths: folders, GGUF files or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as
+    {name: path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
     dtype: scaling (alpha/r, or alpha/sqrt(r) with rslora, with the config's patterns) is folded into lora_B and
     lora_bias in float32 before the cast to dtype. None keeps the stored dtype, promoted where experts differ,
     as long as folding is exact: experts stored in 16 bits become float32 (twice the memory) unless every

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files.safefile import AdapterError
+from ..models.wrappers import unwrapped
 from .formats import inspect_adapter
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, nonfinite_problems
 from .hub import find_adapter
@@ -46,6 +47,7 @@ def collect_sources(paths: Any, base: Any = None) -> list[Source]:
     """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
     bad: dict[str, list[str]] = {}
     if isinstance(paths, nn.Module):
+        paths = unwrapped(paths)
         if not is_peft_model(paths):
             raise ValueError(
                 f"load_experts: {type(paths).__name__} has no PEFT adapters; pass a PeftModel, paths, or {{name: path}}"
