@@ -44,7 +44,7 @@ def test_a_file_that_is_something_else(tmp_path, file, content, words):
 def test_a_config_that_is_a_pointer(tmp_path):
     folder = write_adapter(tmp_path / "expert", {Q: factors()})
     (folder / CONFIG).write_bytes(POINTER)
-    refused(folder, "adapter_config.json is a Git-LFS pointer", "git lfs pull")
+    refused(folder, "adapter_config.json is not valid JSON in UTF-8: it is a Git-LFS pointer", "git lfs pull")
 
 
 @pytest.mark.parametrize(

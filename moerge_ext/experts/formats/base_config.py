@@ -6,17 +6,20 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ...models.pretrained import location
+
 
 def base_config(base: Any) -> Mapping[str, Any]:
     """The fields of the text model's config. ValueError when there is none.
 
-    base: a model, a config, its fields, or the folder or hub id of a model. Nothing but the config is read.
+    base: a model, a config, its fields, or the folder, GGUF file or hub id of a model. Nothing but the config is read.
     """
     if isinstance(base, (str, os.PathLike)):
         from transformers import PretrainedConfig
 
+        where, options = location(os.fspath(base))
         try:
-            fields, _ = PretrainedConfig.get_config_dict(base)
+            fields, _ = PretrainedConfig.get_config_dict(where, **options)
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(f"needs the base's config, and {os.fspath(base)!r} has none ({reason})") from None

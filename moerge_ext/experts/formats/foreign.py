@@ -39,6 +39,8 @@ _CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (tor
 
 def what_kind(kind: object) -> str:
     """A clause for an error about PEFT's other methods: what this one is, and whether it can become a LoRA."""
+    if not isinstance(kind, str):
+        return ""
     if kind in _CONVERTIBLE:
         return (
             f"; {kind} adds to the weights, so PEFT can convert it: peft.save_as_lora(OUT, "

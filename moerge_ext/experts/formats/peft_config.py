@@ -169,8 +169,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
     except ValueError as error:
-        what = what_it_is(path) or f"not valid JSON in UTF-8: {error}"
-        raise ValueError(f"{path.name} is {what}") from None
+        what = what_it_is(path)
+        reason = f"it is {what}" if what else str(error)
+        raise ValueError(f"{path.name} is not valid JSON in UTF-8: {reason}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path.name} must hold a JSON object, got {type(config).__name__}")
     return config

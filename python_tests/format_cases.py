@@ -71,10 +71,13 @@ def _text(text: str) -> bytes:
 
 
 def _value(value) -> bytes:
+    """The type and the value of a string, a whole number, a float, or a list of one of these."""
+    if isinstance(value, list):
+        items = [_value(item) for item in value]
+        kind = items[0][:4] if items else struct.pack("<I", 8)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(items)) + b"".join(item[4:] for item in items)
     if isinstance(value, str):
         return struct.pack("<I", 8) + _text(value)
-    if isinstance(value, list):  # of strings
-        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_text, value))
     return struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
 
 
