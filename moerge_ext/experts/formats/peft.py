@@ -22,6 +22,7 @@ from torch import Tensor
 from ...files.safefile import FLOATS, AdapterError, TensorHeader, file_inside, path_problem
 from ...files.shards import has_weights, open_weights
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
+from . import adalora
 from .foreign import what_else
 from .peft_config import LoraRules, check_config, read_config
 from .view import PREFIX, AdapterView, OpenTensors
@@ -187,12 +188,13 @@ def view_peft(folder: Path, opener: Callable[[], AbstractContextManager[OpenTens
         config = read_config(file_inside(folder, CONFIG_FILE))
     except (ValueError, OSError) as error:
         problems.append(str(error) + _adapters_below(folder))
-    if opener is not None:
-        return AdapterView(config, opener, problems)
-    if not has_weights(folder, WEIGHTS_FILE):
+    if opener is None and not has_weights(folder, WEIGHTS_FILE):
         problems.append(f"{WEIGHTS_FILE} is missing{what_else(folder)}")
         return AdapterView(config, None, problems)
-    return AdapterView(config, lambda: open_weights(folder, WEIGHTS_FILE), problems)
+    opener = opener or (lambda: open_weights(folder, WEIGHTS_FILE))
+    if config is not None and config.get("peft_type") == adalora.KIND:
+        return adalora.view_adalora(config, opener, problems)
+    return AdapterView(config, opener, problems)
 
 
 def inspect_view(name: str, path: Path, folder: Path | None, view: AdapterView) -> AdapterHeader:
