@@ -57,7 +57,9 @@ def view_adalora(
         factor = key[: -len(suffix)] + ".lora_E"
         if suffix == ".lora_E" or (suffix in _PARTS and 0 in header.shape):
             continue
-        names[key[: -len(suffix)] + _PARTS[suffix] if suffix in _PARTS else key] = key
+        name = key[: -len(suffix)] + _PARTS[suffix] if suffix in _PARTS else key
+        if names.setdefault(name, key) != key:
+            problems.append(f"{key} and {names[name]} are the same factor")
         if suffix == ".lora_A" and (factor not in found or found[factor].shape != (*header.shape[:1], 1)):
             got = list(found[factor].shape) if factor in found else "none"
             problems.append(f"{factor} must be [R, 1] for lora_A {list(header.shape)}, got {got}")
