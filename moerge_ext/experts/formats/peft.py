@@ -220,7 +220,7 @@ def inspect_view(name: str, path: Path, folder: Path | None, view: AdapterView) 
 
 
 def heading(name: str, folder: Path | None) -> str:
-    return f"adapter {name!r} in {folder} cannot be used"
+    return f"adapter {name!r}{f' in {folder}' if folder is not None else ''} cannot be used"
 
 
 def _adapters_below(folder: Path) -> str:
