@@ -1,107 +1,86 @@
-"""Who may know whom: Python imports read with ast, C++ includes with a regular expression."""
+"""Who may know whom: rooms.toml against the imports of every Python file, and rules of csrc against its includes."""
 
 from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from import_graph import FILES, GRAPH, PACKAGE, ROOT, circle, imports_of, reach, room_of
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "moerge_ext"
 SOURCES = ROOT / "csrc"
-
-FILES = {
-    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
-    for file in sorted(PACKAGE.rglob("*.py"))
-}
-
-
-def imports_of(module: str, source: str | None = None) -> set[str]:
-    """Everything a module imports, also inside functions: "torch", or "moerge_ext.experts" for our own."""
-    tree = ast.parse(FILES[module].read_text() if source is None else source)
-    package = ["moerge_ext", *module.split(".")]
-    if source is None and FILES[module].name != "__init__.py":
-        package.pop()
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parts = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*parts, *(node.module or "").split(".")]).strip(".")
-            children = {f"{base}.{alias.name}" for alias in node.names}
-            ours = {child for child in children if child.removeprefix("moerge_ext.") in FILES}
-            found |= ours
-            if len(ours) < len(children):
-                found.add(base)
-    return found
-
-
-def ours(module: str) -> set[str]:
-    """The modules of this package that `module` imports, without the package's name."""
-    names = {name.removeprefix("moerge_ext.") for name in imports_of(module) if name.startswith("moerge_ext.")}
-    if "moerge_ext" in imports_of(module):
-        names.add("(the package itself)")
-    return names
-
-
-def reach(module: str) -> set[str]:
-    """Everything of this package that importing `module` brings in."""
-    found, todo = set(), [module]
-    while todo:
-        for name in ours(todo.pop()):
-            if name not in found:
-                found.add(name)
-                todo += [name] if name in FILES else []
-    return found
-
-
-def family(module: str) -> set[str]:
-    return {name for name in FILES if name == module or name.startswith(module + ".")}
-
-
-PATCH, METHODS, EXPERTS = family("routing"), family("methods"), family("experts")
-REFERENCE = {"ops.reference"}
-KERNELS = family("ops") - REFERENCE
+ROOMS = tomllib.loads(Path(__file__).with_name("rooms.toml").read_text())
+OURS = {module for module in FILES if module.split(".")[0] == PACKAGE}
 
 
 def test_the_reader_of_imports():
-    assert imports_of("", "import a.b\nfrom torch import nn\ndef f():\n import c") >= {"a.b", "c", "torch"}
-    assert {"moerge_ext.ops", "moerge_ext.experts.bank", "moerge_ext.methods"} <= imports_of("routing.patch")
-    assert "moerge_ext.experts.bank" in imports_of("methods.base")
-    assert "moerge_ext.methods.base" in imports_of("methods.arrow")
+    assert imports_of(PACKAGE, "import a.b\nfrom torch import nn\ndef f():\n import c") >= {"a.b", "c", "torch"}
+    assert {"moerge_ext.ops", "moerge_ext.experts.bank", "moerge_ext.methods"} <= imports_of("moerge_ext.routing.patch")
+    assert "moerge_ext.methods.base" in imports_of("moerge_ext.methods.arrow")
+    assert "moerge_ext.files.safefile" in reach("moerge_ext.methods.arrow")
+    assert (room_of("moerge_ext.experts.formats.peft"), room_of("moerge_ext._version"), room_of("bench.run")) == (
+        "experts",
+        None,
+        None,
+    )
 
 
-@pytest.mark.parametrize(
-    "lower, above",
-    [
-        (METHODS, PATCH | KERNELS | REFERENCE),
-        (EXPERTS, PATCH | METHODS | KERNELS | REFERENCE),
-        (family("files"), PATCH | METHODS | EXPERTS | KERNELS | REFERENCE),
-        (KERNELS | family("native"), PATCH | METHODS | EXPERTS | family("files") | REFERENCE),
-    ],
-    ids=["methods", "experts", "files", "ops"],
-)
-def test_a_layer_knows_nothing_above_it(lower, above):
-    for module in lower:
-        upward = reach(module) & (above - {module})
-        assert not upward, f"{module} must not reach {sorted(upward)}"
-        assert "(the package itself)" not in ours(module), f"{module} imports the whole package"
+def test_the_finder_of_circles():
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    assert circle({"a": ["b", "c"], "b": ["c"]}) == []
 
 
-def test_patch_stands_on_methods_experts_and_ops():
-    assert {"ops", "methods", "experts.bank"} <= ours("routing.patch")
-    assert not reach("routing.patch") & (family("training") | family("commands"))
+def test_no_circle_anywhere():
+    found = circle(GRAPH)
+    assert not found, " -> ".join(found)
 
 
-def test_every_module_of_a_layer_is_there():
-    assert {"routing.patch", "experts.bank", "files.safefile", "ops.wrappers", "native.loading", "methods.base"} | REFERENCE <= set(FILES)
+def test_every_folder_is_a_room_and_every_room_a_folder():
+    folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
+    assert folders == ROOMS.keys()
+    for room, facts in ROOMS.items():
+        assert (ROOT / PACKAGE / room / facts["start"]).is_file(), f"{room}: no {facts['start']} to start with"
+        assert set(facts["may_import"]) <= ROOMS.keys() - {room}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_it_may(room):
+    allowed = {room, *ROOMS[room]["may_import"]}
+    for module in OURS:
+        if room_of(module) == room:
+            foreign = {other for other in reach(module) if room_of(other) not in {None, *allowed}}
+            assert not foreign, f"{module} must not reach {sorted(foreign)}: see python_tests/rooms.toml"
+            assert room == "commands" or PACKAGE not in GRAPH[module], f"{module} imports the whole package"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is(room):
+    said = " ".join(ast.get_docstring(ast.parse((ROOT / PACKAGE / room / "__init__.py").read_text())).split())
+    may = ", ".join(ROOMS[room]["may_import"]) or "nothing of this package"
+    assert said.endswith(f"May import: {may}."), said
+    assert f"`{ROOMS[room]['start']}`" in said, f"it does not say where to start: {ROOMS[room]['start']}"
+
+
+def test_contributing_lists_the_rooms():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for room, facts in ROOMS.items():
+        assert f"| `moerge_ext/{room}/` | {facts['holds']} | `{facts['start']}` |" in text, (
+            f"the row of {room} is missing or differs"
+        )
+
+
+def test_tests_lie_in_the_rooms_that_they_guard():
+    """python_tests/<room>/ for every room; csrc/ and bench/ beside them; what is about all of it on top."""
+    folders = {path.name for path in (ROOT / "python_tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
+    assert folders <= {*ROOMS, "csrc", "bench"} and ROOMS.keys() - folders <= {"files"}, folders
 
 
 def test_reference_is_torch_alone():
-    outside = {name for name in imports_of("ops.reference") if name.partition(".")[0] not in ("torch", "__future__")}
+    outside = {
+        name for name in imports_of("moerge_ext.ops.reference") if name.partition(".")[0] not in ("torch", "__future__")
+    }
     assert outside <= {"math", "typing", "collections.abc"}, outside
 
 
@@ -110,7 +89,7 @@ def test_reference_is_torch_alone():
 )
 def test_optional_libraries_are_imported_late(library):
     """`import moerge_ext` works without them."""
-    for module in {name for name in FILES if "demo" not in name}:
+    for module in {name for name in OURS if "demo" not in name}:
         for node in ast.parse(FILES[module].read_text()).body:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -120,18 +99,29 @@ def test_optional_libraries_are_imported_late(library):
 
 
 def test_only_ops_touch_the_registered_ops():
-    for module, file in FILES.items():
-        if module in KERNELS:
+    for module in OURS:
+        if room_of(module) in ("ops", "native"):
             continue
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
             used = isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.ops.moerge")
             assert not used, f"{module} uses torch.ops.moerge (line {node.lineno}); moerge_ext/ops is its only user"
-        if module != "native.loading":
-            assert not imports_of(module) & {"moerge_ext._C", "moerge_ext._kernels"}, f"{module} imports the extension"
+        assert not imports_of(module) & {"moerge_ext._C", "moerge_ext._kernels"}, f"{module} imports the extension"
+
+
+LINES, BODY = 400, 60
+
+
+@pytest.mark.parametrize("file", sorted(FILES.values()), ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_are_short(file):
+    text = file.read_text()
+    assert text.count("\n") <= LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.body[0].lineno < BODY, f"{node.name} (line {node.lineno}) is long"
 
 
 def test_init_holds_names_only():
-    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    body = ast.parse((ROOT / PACKAGE / "__init__.py").read_text()).body
     assert not any(isinstance(node, ast.ClassDef | ast.For | ast.With) for node in body)
 
 

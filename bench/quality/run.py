@@ -22,7 +22,6 @@ from bench.quality import tasks  # noqa: E402
 from bench.quality.train import MULTITASK, RECIPE, features  # noqa: E402
 from moerge_ext import Embedder, average_activation, describe, index_examples  # noqa: E402
 from moerge_ext.commands import main as cli  # noqa: E402
-from moerge_ext.commands.train_gates import collator  # noqa: E402
 from moerge_ext.evaluation.evaluate import Score  # noqa: E402
 from moerge_ext.evaluation.report import CHANCE, mean, mean_chance, share  # noqa: E402
 from moerge_ext.experts.gates import read_gates  # noqa: E402
@@ -31,6 +30,7 @@ from moerge_ext.files.rows import read_rows  # noqa: E402
 from moerge_ext.models.pretrained import load_model, load_tokenizer  # noqa: E402
 from moerge_ext.queries.hidden import base_name  # noqa: E402
 from moerge_ext.queries.index import index_file  # noqa: E402
+from moerge_ext.training.encoding import collator  # noqa: E402
 
 METHODS = (
     "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,glider_code/alpha=100,retrieval,"

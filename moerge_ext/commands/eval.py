@@ -10,36 +10,12 @@ from typing import Any
 from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..methods.fixed import PREFIX
-from .generate import top_k
-from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Declare what `eval` and `inspect` share: model, experts, tasks."""
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
-    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
-    add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")
-    add("--split", default="test", help="which <split>.jsonl of the tasks (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="the first N rows of every task (default: all)")
-    add(
-        "--top-k",
-        type=top_k,
-        metavar="K",
-        help="experts per token, or 'all', of every method that sets none itself",
-    )
-    add("--template", default="{input}", help="the prompt; \\n is a line end (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
-    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
-    add("--no-progress", action="store_true", help="no progress bar")
-    add_embedder(parser)
-    add_hidden_layer(parser)
-    add_writer(parser)
+from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    add_model(parser)
+    add_tasks_and_model(parser)
     add = parser.add_argument
     add(
         "--methods",
@@ -134,32 +110,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{name}: {DERIVED[name]}", highlight=False)
     console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
     return 0
-
-
-def listed(methods: str) -> list[str]:
-    """The methods of `--methods`."""
-    return [text.strip() for text in methods.split(",") if text.strip()]
-
-
-def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task]:
-    """The tasks of the arguments; one ValueError with what is wrong with each."""
-    tasks, problems = [], []
-    for folder in args.tasks:
-        try:
-            tasks.append(load_task(folder, split=args.split, limit=args.limit, metric=metric))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return tasks
-
-
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
-    from ..models.pretrained import load_model, load_tokenizer, usable_device
-
-    device = usable_device(args.device)
-    return load_model(args.model, dtype=args.dtype, device=device), load_tokenizer(args.model)
 
 
 def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Task]) -> None:

@@ -8,9 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..methods.base import HIDDEN_STATES, Method
+from ..methods.option_text import ALL, parse_option, top_k
 from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
-
-ALL = "all"  # experts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     check_decoding(args)
 
     from ..models.pretrained import is_seq2seq, load_model, load_tokenizer, usable_device
+    from ..models.prompt import encode
 
     device = usable_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -131,41 +131,3 @@ def check_decoding(args: argparse.Namespace) -> None:
         raise ValueError("--temperature is for --sample")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-
-
-def top_k(text: str) -> int | str:
-    """What --top-k takes: a number or ALL."""
-    return ALL if text.lower() in (ALL, "none") else int(text)
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """ "name=value" with value an int, a float, true/false, none, or a string; top_k=all and keep=all are none."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError(f"--option takes NAME=VALUE, such as top_p=0.5, got {text!r}")
-    words = {"true": True, "false": False, "none": None} | ({ALL: None} if name in ("top_k", "keep") else {})
-    if value.lower() in words:
-        return name, words[value.lower()]
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
-
-
-def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """Model inputs for one prompt. ValueError when it has no token."""
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("--chat: this tokenizer has no chat template; leave --chat out")
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError(f"the prompt {prompt!r} has no token: give the model some text to continue")
-    return inputs

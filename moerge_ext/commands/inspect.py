@@ -6,21 +6,18 @@ import argparse
 import json
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
+from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import write_atomically
-from ..files.rows import read_json
-from ..methods.fixed import PREFIX
-from .eval import add_model, listed, load, read_tasks
-from .options import build_routers, check_writer
+from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    add_model(parser)
+    add_tasks_and_model(parser)
     parser.set_defaults(limit=32)
     add = parser.add_argument
     add("--methods", default="phatgoose", metavar="A,B,...", help="as in `moerge eval` (default: %(default)s)")
@@ -73,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     )
     shares = {(row["method"], row["task"]): row["score"] for row in results}
     related = correlations(found, shares)
-    rows = [_record(i, shares.get((i.method, i.task))) for i in found]
+    rows = [record(i, shares.get((i.method, i.task))) for i in found]
     args.output.mkdir(parents=True, exist_ok=True)
     report = {"experts": list(experts.names), "rows": rows, "pearson_kl_score": related}
     path = args.output / "inspect.json"
@@ -89,19 +86,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record(i: Any, score: float | None) -> dict[str, Any]:
-    return {
-        "method": i.method,
-        "task": i.task,
-        "oracle": i.oracle,
-        "entropy": i.entropy,
-        "kl_oracle_routing": i.divergence,
-        "weight_of_oracle": i.to_oracle,
-        "score": score,
-        "modules": {name: (m.distribution / m.tokens).tolist() for name, m in i.modules.items()},
-    }
-
-
 def _text(value: str | float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else value
 
@@ -111,21 +95,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not (task and equals and expert):
         raise ValueError(f"--oracle takes TASK=EXPERT, got {text!r}")
     return task, expert
-
-
-def read_results(path: Path) -> list[dict]:
-    """The rows of a results.json; ValueError when it is none."""
-    rows = read_json(path, "the results.json of `moerge eval`")
-    try:
-        return [{key: row[key] for key in ("method", "task", "score")} for row in rows]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no results.json of `moerge eval`") from error
-
-
-def best_experts(results: list[dict]) -> dict[str, str]:
-    """{task: its best expert} from the `expert:<name>` rows."""
-    best: dict[str, dict] = {}
-    for row in results:
-        if row["method"].startswith(PREFIX) and row["score"] > best.get(row["task"], {"score": -1.0})["score"]:
-            best[row["task"]] = row
-    return {task: row["method"][len(PREFIX) :] for task, row in best.items()}

@@ -10,8 +10,8 @@ from .._version import __version__
 
 # command: (the module with its `add_arguments` and `run`, what it does); imported when it is called
 COMMANDS = {
-    "doctor": (None, "what was built, what this machine has, whether they fit"),
-    "methods": (None, "the routing methods, their options and their papers"),
+    "doctor": (".doctor", "what was built, what this machine has, whether they fit"),
+    "methods": (".methods", "the routing methods, their options and their papers"),
     "generate": (".generate", "one prompt through your model and experts"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
@@ -19,31 +19,11 @@ COMMANDS = {
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
-    "demo": ("..demo.run", "the embedded model and experts: a table and a routing heatmap"),
+    "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
 }
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from . import doctor
-
-    return doctor.run()
-
-
-def _methods(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ..methods import table
-
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    table.render(console, verbose=args.verbose)
-    return 0
-
-
 def _run(args: argparse.Namespace) -> int:
-    if args.command == "doctor":
-        return _doctor(args)
-    if args.command == "methods":
-        return _methods(args)
     return import_module(COMMANDS[args.command][0], __package__).run(args)
 
 
@@ -54,13 +34,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if command not in (name, None):
-            continue
-        if name == "methods":
-            sub.add_argument(
-                "-v", "--verbose", action="store_true", help="also the survey's taxonomy, options and papers"
-            )
-        elif module is not None:
+        if command in (name, None):
             import_module(module, __package__).add_arguments(sub)
     return root
 

@@ -1,4 +1,4 @@
-"""Command-line options for language models and embedders, shared by the commands that need them."""
+"""Options that several commands share, and what is made of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..ensemble.judge import JUDGES
+from ..evaluation.tasks import Task, load_task
+from ..files.rows import read_rows
 from ..methods.base import HIDDEN_STATES
+from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
 from ..queries.hidden import GENERIC, base_name
 from ..queries.writer import InstructionWriter
@@ -120,3 +124,105 @@ def build_routers(
 
         routers["few-shot"] = LoraHubRouter(load()[1], getattr(args, "template", "{input}").replace("\\n", "\n"))
     return routers
+
+
+def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
+    """Declare what `eval` and `inspect` share: model, experts, tasks."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
+    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")
+    add("--split", default="test", help="which <split>.jsonl of the tasks (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="the first N rows of every task (default: all)")
+    add(
+        "--top-k",
+        type=top_k,
+        metavar="K",
+        help="experts per token, or 'all', of every method that sets none itself",
+    )
+    add("--template", default="{input}", help="the prompt; \\n is a line end (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
+    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
+    add("--no-progress", action="store_true", help="no progress bar")
+    add_embedder(parser)
+    add_hidden_layer(parser)
+    add_writer(parser)
+
+
+def listed(methods: str) -> list[str]:
+    """The methods of `--methods`."""
+    return [text.strip() for text in methods.split(",") if text.strip()]
+
+
+def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task]:
+    """The tasks of the arguments; one ValueError with what is wrong with each."""
+    tasks, problems = [], []
+    for folder in args.tasks:
+        try:
+            tasks.append(load_task(folder, split=args.split, limit=args.limit, metric=metric))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tasks
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from ..models.pretrained import load_model, load_tokenizer, usable_device
+
+    device = usable_device(args.device)
+    return load_model(args.model, dtype=args.dtype, device=device), load_tokenizer(args.model)
+
+
+def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
+    """Declare what both commands take: model, prompts, questions."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="folder or hub id of the backbone, with its tokenizer")
+    add("--prompts", required=True, type=Path, metavar="FILE", help="the prompt experts: a JSON list, see the README")
+    add("--data", required=True, type=Path, metavar="FILE", help='JSON lines {"input": question, "target": answer}')
+    add("--judge", choices=tuple(JUDGES), default="exact", help="when an answer is right (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="the first N questions (default: all)")
+    add("--max-new-tokens", type=int, default=64, help="of an answer (default: %(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; \\n is a line end; repeatable")
+    add("--batch-size", type=int, default=16, help="questions at a time (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the backbone")
+    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
+    add("--no-progress", action="store_true", help="no progress bar")
+    add_embedder(parser)
+
+
+def read_questions(args: argparse.Namespace) -> list[dict]:
+    """The questions; ValueError for arguments out of range."""
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return read_rows(args.data)[: args.limit]
+
+
+def build_ensemble(args: argparse.Namespace) -> Any:
+    """The ensemble of --model and --prompts, without a router."""
+    from .. import load_experts, patch
+    from ..ensemble.config import read_experts
+    from ..ensemble.mixture import PromptEnsemble
+    from ..models.pretrained import load_model, load_tokenizer, usable_device
+
+    experts, loras = read_experts(args.prompts, lambda: build_embedder(args, args.device))
+    model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
+    handle = patch(model, load_experts(loras), method="given", top_k=1) if loras else None
+    return PromptEnsemble(model, load_tokenizer(args.model), experts, handle=handle)
+
+
+def answering(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `answers_of`."""
+    from ..ensemble.config import read_entries
+
+    return {
+        "output": args.output,
+        "facts": {"model": args.model, "prompts": read_entries(args.prompts)},
+        "batch_size": args.batch_size,
+        "progress": not args.no_progress,
+        "max_new_tokens": args.max_new_tokens,
+        "stop": [text.replace("\\n", "\n") for text in args.stop],
+    }

@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
 from ..files.rows import read_rows
 
-if TYPE_CHECKING:
-    from ..training.batches import Batch, Collate
-
-IGNORED = -100  # the label that no loss counts
 PAPER_BATCH = 1024  # sequences per step in PHATGOOSE, arXiv 2402.05859, section 4
 
 # what only training takes; an option that is not given is absent from the arguments, so that train_gates's own
@@ -87,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..models.pretrained import is_seq2seq, load_model, load_tokenizer, usable_device
+    from ..training.encoding import collator, encode
 
     device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = load_tokenizer(args.model)
@@ -145,52 +142,3 @@ def plan_of(examples: int, *, batch_size: int, **training: Any) -> str:
         f"{steps} steps of up to {min(batch_size, examples) * accumulate} sequences (batch size {batch_size}, "
         f"accumulate {accumulate}): {total} sequences in all, from {examples} examples"
     )
-
-
-def encode(row: dict[str, str], tokenizer: Any, max_length: int, *, seq2seq: bool) -> dict[str, list[int]]:
-    """One example as token ids: "input_ids" and "labels".
-
-    Decoder-only: input and target in one sequence, as they are, with an end-of-sequence token; labels on
-    the target (on everything for a "text" row). Over `max_length` tokens the beginning of the input goes
-    first, then the end of the target. Encoder-decoder: the input to the encoder, the target as labels, each
-    cut at `max_length`.
-    """
-    from ..models.pretrained import open_ids
-
-    if seq2seq:
-        if "input" not in row:
-            raise ValueError('an encoder-decoder model needs rows with "input" and "target", not "text"')
-        return {
-            "input_ids": tokenizer(row["input"]).input_ids[:max_length],
-            "labels": tokenizer(text_target=row["target"]).input_ids[:max_length],
-        }
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    if "input" not in row:
-        ids = tokenizer(row["text"]).input_ids
-        ids = (ids + end if ids[-1:] != end else ids)[:max_length]
-        return {"input_ids": ids, "labels": list(ids)}
-    given = open_ids(tokenizer, row["input"], end)
-    target = (tokenizer(row["target"], add_special_tokens=False).input_ids + end)[: max_length - 1]
-    given = given[max(0, len(given) + len(target) - max_length) :]
-    return {"input_ids": given + target, "labels": [IGNORED] * len(given) + target}
-
-
-def collator(tokenizer: Any) -> Collate:
-    """A function that pads encoded examples on the right into a batch of tensors."""
-    import torch
-
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-    def padded(lists: list[list[int]], value: int) -> torch.Tensor:
-        longest = max(len(ids) for ids in lists)
-        return torch.tensor([ids + [value] * (longest - len(ids)) for ids in lists])
-
-    def collate(features: list[dict[str, list[int]]]) -> Batch:
-        inputs = [feature["input_ids"] for feature in features]
-        return {
-            "input_ids": padded(inputs, pad),
-            "attention_mask": padded([[1] * len(ids) for ids in inputs], 0),
-            "labels": padded([feature["labels"] for feature in features], IGNORED),
-        }
-
-    return collate

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files.rows import read_json, read_rows, read_text
-from ..queries.embedder import Embedder, unit
+from ..queries.embedder import Embedder
+from ..queries.vectors import unit
 from .prompts import (
     DEMONSTRATIONS,
     PromptExpert,

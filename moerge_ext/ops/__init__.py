@@ -2,6 +2,7 @@
 
 `wrappers.py` has every op with its docstring, `reference.py` the same in plain torch: the definition of correct.
 `autograd.py` registers fake kernels and gradients. Start with `reference.route` and `reference.lora_apply`.
+
 May import: native.
 """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import TextCache, model_identity, model_name
+from .vectors import mean_pool
 
 
 class Embedder:
@@ -169,14 +170,3 @@ class Embedder:
         if not vectors.isfinite().all() or (vectors.norm(dim=1) == 0).any():
             raise ValueError(f"embedder '{self.name}' returned a vector that is zero or not finite")
         return vectors.clone()  # an inference tensor could not be used in autograd
-
-
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """hidden [N,T,G], mask [N,T] -> [N,G]: the mean over the tokens where mask is 1."""
-    mask = mask[..., None].to(hidden.dtype)
-    return (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """[..., G] of length 1."""
-    return torch.nn.functional.normalize(vectors.float(), dim=-1, eps=1e-12)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..experts.bank import ExpertBank
 from ..files.safefile import AdapterError
-from .embedder import Embedder, unit
+from .embedder import Embedder
 from .index import read_index
 from .router import Router
+from .vectors import unit
 
 
 class ExampleRouter(Router):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.pretrained import is_seq2seq
-from .embedder import mean_pool
+from .vectors import mean_pool
 
 GENERIC = ("hf", "model", "snapshot", "base", "checkpoint")  # folder names that say nothing of the model in them
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..experts.formats.peft import inspect_adapter
 from ..files.atomic import write_atomically
 from ..files.safefile import FLOATS, AdapterError, file_inside, open_tensors, read_headers, read_tensor
-from .embedder import Embedder, unit
+from .embedder import Embedder
+from .vectors import unit
 from .writer import Example
 
 PREFIX, SUFFIX = "moerge_examples.", ".safetensors"

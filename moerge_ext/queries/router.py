@@ -13,7 +13,8 @@ from ..experts.bank import ExpertBank
 from ..experts.kinds import INSTRUCTION
 from ..methods.base import HIDDEN_STATES, Method
 from .describe import EXAMPLES
-from .embedder import Embedder, unit
+from .embedder import Embedder
+from .vectors import unit
 from .writer import Example, InstructionWriter
 
 PAPER_EMBEDDER = "nomic-embed-text-v1.5"  # the threshold of `glider`, 0.8, was chosen for it

@@ -182,8 +182,8 @@ class TransformersGenerator:
     def __call__(self, prompt: str) -> str:
         import torch
 
-        from ..commands.generate import encode
         from ..models.pretrained import is_seq2seq
+        from ..models.prompt import encode
 
         chat = bool(getattr(self.tokenizer, "chat_template", None))
         inputs = encode(self.tokenizer, prompt, chat=chat).to(self.model.device)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moerge_ext import METHODS, load_experts, patch
 from moerge_ext.commands import main as cli
-from moerge_ext.commands.generate import parse_option
+from moerge_ext.methods.option_text import parse_option
 
 
 @pytest.fixture(scope="module")

@@ -138,8 +138,8 @@ def test_command_checks_the_device_before_the_model(tmp_path):
 
 
 def test_command_encodes_and_refuses(tmp_path):
-    from moerge_ext.commands.train_gates import collator, encode
     from moerge_ext.files.rows import read_rows
+    from moerge_ext.training.encoding import collator, encode
 
     tokenizer = make_tokenizer(tmp_path)
     ids = lambda text: tokenizer(text).input_ids  # noqa: E731

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import moerge_ext
-from moerge_ext.commands import doctor
+from moerge_ext.commands import main as cli
+from moerge_ext.native import health
 from moerge_ext.native import loading as _native
 
 PACKAGE = Path(moerge_ext.__file__).parent
@@ -67,7 +68,7 @@ def test_nothing_built(copied):
 
 
 def test_doctor_is_content_here(capsys):
-    assert doctor.run() == 0
+    assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "All fits" in out
 
@@ -75,7 +76,7 @@ def test_doctor_is_content_here(capsys):
 def test_doctor_sees_a_version_mismatch(monkeypatch):
     info = moerge_ext.build_info() | {"version": "0.0.1"}
     monkeypatch.setattr(_native, "build_info", lambda: info)
-    report = doctor.examine()
+    report = health.examine()
     assert not report.ok and "0.0.1" in report.problems[0][0]
 
 
