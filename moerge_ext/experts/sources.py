@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files.safefile import AdapterError
+from .claims import BaseClaims
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, inspect_adapter, nonfinite_problems
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
@@ -37,6 +38,7 @@ class Source(Protocol):
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     notes: list[str]
+    claims: BaseClaims
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..experts.bank import ExpertBank
+from ..experts.claims import BaseClaims
 from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
+from ..methods.fixed import PREFIX as ONE_EXPERT
+from .base_model import init_problems, on_this_base, own_parameters, saved_problems, unweighted_targets
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
+from .own_module import OwnModule
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .trace import Trace
 
@@ -38,21 +43,22 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
+        self._own_modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
-        foreign = [n for n in self.modules if not isinstance(self.model.get_submodule(n), RoutedLinear)]
+        wrapped = dict.fromkeys(self.modules, RoutedLinear) | dict.fromkeys(self._own_modules, OwnModule)
+        foreign = [n for n, kind in wrapped.items() if not isinstance(self.model.get_submodule(n), kind)]
         if foreign:
             raise RuntimeError(
-                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected RoutedLinear); "
-                "undo that replacement first"
+                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected "
+                f"{wrapped[foreign[0]].__name__}); undo that replacement first"
             )
-        for name in self.modules:
-            routed = self.model.get_submodule(name)
-            replace_module(self.model, name, routed.base_layer)
-        self.modules = ()
+        for name in wrapped:
+            replace_module(self.model, name, self.model.get_submodule(name).base_layer)
+        self.modules = self._own_modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
 
@@ -191,11 +197,21 @@ def patch(
     Returns:
         The handle: `handle.remove()`, `handle.record()`, `handle.affinities(...)`.
 
+    Parameters of the base that were saved beside an adapter (heads, embeddings, biases) must equal the model's, except
+    under "expert:<name>", which computes with those of its expert. PiSSA and OLoRA adapters that were not converted
+    are, with the model's own weights. Warns once of layers that a config targets and its file lacks.
+
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
     row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
     problems = _model_problems(model, experts, routing)
+    claims = _claims(experts, row)
+    own: dict[str, dict[str, Tensor]] = {}
+    if not problems:
+        own, problems = _base_problems(model, experts, row, claims)
+    if not problems:
+        experts = on_this_base(model, experts, claims)
     plans: dict[str, Plan] = {}
     for name, bank in experts.modules.items():
         try:
@@ -206,6 +222,8 @@ def patch(
         problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
+    if lacking := unweighted_targets(model, experts, claims):
+        warnings.warn("patch:" + "".join(f"\n  - {line}" for line in lacking), stacklevel=2)
     state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
@@ -223,7 +241,9 @@ def patch(
     }
     for name, layer in routed.items():
         replace_module(model, name, layer)
-    handle.modules = tuple(routed)
+    for name, tensors in own.items():
+        replace_module(model, name, OwnModule(model.get_submodule(name), tensors, state))
+    handle.modules, handle._own_modules = tuple(routed), tuple(own)
     model._moerge_handle = handle
     return handle
 
@@ -234,6 +254,7 @@ def check_patch(
     """Raises the ValueError that `patch` would, without building what the method needs."""
     row, (routing, _, _) = _configured(experts, method, backend, options)
     problems = _model_problems(model, experts, routing)
+    problems = problems or _base_problems(model, experts, row, _claims(experts, row))[1]
     if row.lacks is not None:
         problems += row.lacks(experts)
     if problems := problems or _device_problems(model, experts, backend):
@@ -293,6 +314,26 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
     return problems
+
+
+def _claims(experts: ExpertBank, row: Method) -> dict[str, BaseClaims]:
+    """What the experts that the method uses say of their base."""
+    alone = row.name.removeprefix(ONE_EXPERT) if row.name.startswith(ONE_EXPERT) else None
+    return {name: claims for name, claims in experts.claims.items() if alone in (None, name)}
+
+
+def _base_problems(
+    model: nn.Module, experts: ExpertBank, row: Method, claims: dict[str, BaseClaims]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({module: {parameter: tensor}} that the one expert of the method brings, what keeps experts from this base)."""
+    own: dict[str, dict[str, Tensor]] = {}
+    if row.name.startswith(ONE_EXPERT):
+        problems = []
+        for name, claim in claims.items():
+            own, problems = own_parameters(model, name, claim, experts.modules)
+    else:
+        problems = saved_problems(model, claims)
+    return own, problems + init_problems(model, claims)
 
 
 def _near(name: str, layers: dict[str, nn.Module]) -> str:

@@ -4,9 +4,10 @@
 PEFT matches a pattern `key` against a module path as the regular expression `(.*\\.)?(key)$`, and such keys
 come from a file we do not trust: a backtracking engine can be made to run for years. This module accepts the
 part of the syntax that names modules (literals, `.`, `\\.`, `\\d`, `\\w`, `[...]`, groups, `|`, `?`, `*`,
-`+`, `{m,n}`, `^`, `$`, `\\b`, look-ahead and look-behind) and follows all possible matches at once: the set of
-reachable positions in the path is one integer, a bit per position, so a match costs (pattern length) x (path
-length) at most and cannot blow up. A look-ahead is the pattern followed backwards from every position.
+`+`, `^`, `$`; in `rank_pattern` and `alpha_pattern`, which must be read, also `{m,n}`, `\\b`, look-ahead and
+look-behind) and follows all possible matches at once: the set of reachable positions in the path is one integer, a
+bit per position, so a match costs (pattern length) x (path length) at most and cannot blow up. A look-ahead is the
+pattern followed backwards from every position.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class _Path:
 
 
 class ModulePattern:
-    """One pattern over module paths. Raises ValueError for a key outside the accepted syntax."""
+    """One pattern over module paths. Raises ValueError for a key outside the accepted syntax, which is `wide` with
+    counted repeats, word boundaries and look-around.
+    """
 
-    def __init__(self, key: str):
+    def __init__(self, key: str, wide: bool = False):
         if not key or len(key) > MAX_PATTERN:
             raise ValueError(f"a pattern must have 1 to {MAX_PATTERN} characters, got {len(key)}")
         self.key = key
@@ -60,7 +63,7 @@ class ModulePattern:
         self.cost = 0  # per character of a path; a literal with wildcards costs nothing to speak of
         self._node = None
         if self._plain is None:
-            parser = _Parser(key)
+            parser = _Parser(key, wide)
             self._node = parser.parse()
             self.cost = len(key) * parser.repeats
 
@@ -152,8 +155,8 @@ class LayerNumbers:
 class _Parser:
     """Recursive descent over the accepted syntax; every method returns a node and whether it holds a loop."""
 
-    def __init__(self, key: str):
-        self.key = key
+    def __init__(self, key: str, wide: bool):
+        self.key, self.wide = key, wide
         self.at = 0
         self.repeats = 1  # the largest count
 
@@ -168,6 +171,10 @@ class _Parser:
 
     def peek(self) -> str:
         return self.key[self.at] if self.at < len(self.key) else ""
+
+    def only_if_wide(self, what: str) -> None:
+        if not self.wide:
+            raise self.error(what)
 
     def take(self, text: str) -> bool:
         """Whether `text` comes next; it is passed over then."""
@@ -232,6 +239,7 @@ class _Parser:
         found = _COUNTS.match(self.key, self.at)
         if not found or not (found[1] or found[3]):
             raise self.error("a stray '{'")
+        self.only_if_wide("a counted repeat")
         least = int(found[1] or 0)
         most = least if not found[2] else int(found[3]) if found[3] else None
         if max(least, most or 0) > MAX_REPEAT or (most is not None and most < least):
@@ -247,10 +255,10 @@ class _Parser:
             return (lambda path, mask, back: mask & 1), False
         if self.take("$"):
             return (lambda path, mask, back: mask & path.end), False
-        if self.take(r"\b"):
-            return (lambda path, mask, back: mask & path.boundaries()), False
-        if self.take(r"\B"):
-            return (lambda path, mask, back: mask & ~path.boundaries()), False
+        for sign, flip in ((r"\b", 0), (r"\B", -1)):
+            if self.take(sign):
+                self.only_if_wide("a word boundary")
+                return (lambda path, mask, back, flip=flip: mask & (path.boundaries() ^ flip)), False
         return _single(self.character()), False
 
     def group(self, depth: int) -> tuple[_Node, bool]:
@@ -258,6 +266,8 @@ class _Parser:
         sign = next((sign for sign in signs if self.take(sign)), "")
         if not sign and self.peek() == "?":
             raise self.error("a group that begins with '(?'")
+        if sign not in ("", "?:"):
+            self.only_if_wide("look-around")
         node, loop = self.alternatives(depth + 1)
         if not self.take(")"):
             raise self.error("an unclosed '('")
@@ -273,7 +283,7 @@ class _Parser:
         elif char == "[":
             self.at += 1
             self.take("^")
-            while self.peek() != "]" or self.at == start + 1 or self.key[start:self.at] == "[^":
+            while self.peek() != "]" or self.key[start : self.at] in ("[", "[^"):
                 if self.peek() in ("", "[") or self.at - start > 128:
                     raise self.error("a character class that is not a plain one")
                 if self.peek() == "\\":
