@@ -80,8 +80,12 @@ def own_parameters(
 def on_base(lora: LoraWeights, layer: nn.Module, init: str) -> LoraWeights:
     """One module of an adapter, as `on_this_base` makes a bank."""
     a, b = taken_out(layer, init, lora.lora_A.shape[0], lora.scaling)
-    lora_a, lora_b = (part.to(a.device, torch.promote_types(part.dtype, a.dtype)) for part in (lora.lora_A, lora.lora_B))
-    return replace(lora, lora_A=torch.cat([lora_a, a.to(lora_a)]), lora_B=torch.cat([lora_b, -b.to(lora_b) / lora.scaling], 1))
+    lora_a, lora_b = (
+        part.to(a.device, torch.promote_types(part.dtype, a.dtype)) for part in (lora.lora_A, lora.lora_B)
+    )
+    return replace(
+        lora, lora_A=torch.cat([lora_a, a.to(lora_a)]), lora_B=torch.cat([lora_b, -b.to(lora_b) / lora.scaling], 1)
+    )
 
 
 def init_problems(model: nn.Module, experts: Mapping[str, BaseClaims]) -> list[str]:

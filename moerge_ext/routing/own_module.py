@@ -25,7 +25,9 @@ class OwnModule(nn.Module):
         self._own = tuple(own)
         for name, tensor in own.items():
             ours = base_layer.get_parameter(name) if name in base_layer._parameters else base_layer.get_buffer(name)
-            self.register_buffer(f"own_{name}", tensor.detach().to(ours.device, ours.dtype, copy=True), persistent=False)
+            self.register_buffer(
+                f"own_{name}", tensor.detach().to(ours.device, ours.dtype, copy=True), persistent=False
+            )
         keep_base_keys(self)
         self.training = base_layer.training
 

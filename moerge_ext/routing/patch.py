@@ -207,9 +207,8 @@ def patch(
     row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
     problems = _model_problems(model, experts, routing)
     claims = _claims(experts, row)
-    own: dict[str, dict[str, Tensor]] = {}
-    if not problems:
-        own, problems = _base_problems(model, experts, row, claims)
+    own, more = _base_problems(model, experts, row, claims)
+    problems += more
     if not problems:
         experts = on_this_base(model, experts, claims)
     plans: dict[str, Plan] = {}
@@ -254,7 +253,7 @@ def check_patch(
     """Raises the ValueError that `patch` would, without building what the method needs."""
     row, (routing, _, _) = _configured(experts, method, backend, options)
     problems = _model_problems(model, experts, routing)
-    problems = problems or _base_problems(model, experts, row, _claims(experts, row))[1]
+    problems += _base_problems(model, experts, row, _claims(experts, row))[1]
     if row.lacks is not None:
         problems += row.lacks(experts)
     if problems := problems or _device_problems(model, experts, backend):
@@ -325,8 +324,14 @@ def _claims(experts: ExpertBank, row: Method) -> dict[str, BaseClaims]:
 def _base_problems(
     model: nn.Module, experts: ExpertBank, row: Method, claims: dict[str, BaseClaims]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({module: {parameter: tensor}} that the one expert of the method brings, what keeps experts from this base)."""
+    """({module: {parameter: tensor}} that the one expert of the method brings, what keeps experts from this base).
+
+    Nothing for a model that lacks their layers or is wrapped already: what it lacks besides is no news.
+    """
     own: dict[str, dict[str, Tensor]] = {}
+    layers = dict(model.named_modules(remove_duplicate=False))
+    if any(isinstance(layers.get(name), (RoutedLinear, type(None))) for name in experts.modules):
+        return own, []
     if row.name.startswith(ONE_EXPERT):
         problems = []
         for name, claim in claims.items():

@@ -206,9 +206,7 @@ def gated_model(
     modules = _on_base(model, adapter, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {
-        path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()
-    }
+    layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
     hooks: list[Any] = []
     try:
         for p, _ in flags:
@@ -265,7 +263,7 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
 
 
 def _on_base(model: nn.Module, adapter: Adapter, joint: bool) -> dict[str, LoraWeights]:
-    """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and the model has not."""
+    """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
     claims = adapter.claims
     problems = saved_problems(model, {adapter.name: claims}) + init_problems(model, {adapter.name: claims})
     if claims.init is not None and joint:

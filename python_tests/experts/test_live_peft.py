@@ -83,10 +83,11 @@ def test_live_model_refusals():
     config = {"r": 2, "target_modules": ["q_proj"]}
     model = get_peft_model(tiny_llama(), LoraConfig(**config), adapter_name="good")
     model.add_adapter("dora", LoraConfig(**config, use_dora=True))
-    model.add_adapter("saves", LoraConfig(**config, modules_to_save=["lm_head"]))
+    model.add_adapter("moves", LoraConfig(**config, init_lora_weights="pissa"))
     with pytest.raises(AdapterError) as caught:
         load_experts(model)
-    assert "2 of 3" in str(caught.value) and "DoRA" in str(caught.value) and "'saves'" in str(caught.value)
+    assert "2 of 3" in str(caught.value) and "DoRA" in str(caught.value) and "'moves'" in str(caught.value)
+    assert "save the adapter and pass its folder" in str(caught.value)
     merged = get_peft_model(tiny_llama(), LoraConfig(**config))
     merged.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):

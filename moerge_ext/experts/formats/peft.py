@@ -205,7 +205,7 @@ def _claims(
 ) -> BaseClaims:
     saved = {path: SavedTensor(headers[key].shape, key, folder, WEIGHTS_FILE) for path, key in keys.saved.items()}
     scalings = {path: module.scaling for path, module in modules.items()} if rules.init else {}
-    return BaseClaims(saved, rules.init, scalings, rules.targets)
+    return BaseClaims(saved, rules.init, scalings, rules.targets.known(modules))
 
 
 def _heading(name: str, folder: Path) -> str:
@@ -335,8 +335,8 @@ def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRule
         problems.append(problem)
     if alpha.unread:
         problems.append(
-            f"alpha_pattern has {show(list(alpha.unread))}, whose syntax is not read and which would change its scaling "
-            f"if it matched (alpha {alpha.value:g}); name the modules in plain words"
+            f"alpha_pattern has {show(list(alpha.unread))}, whose syntax is not read; it would change its scaling "
+            f"(alpha {alpha.value:g}) if it matched; name the modules in plain words"
         )
     if rules.lora_bias != ("bias" in found):
         problems.append(

@@ -132,7 +132,9 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
         return None, [f"{expected}; {got}"]
     problems: list[str] = []
     _check_refusals(config, problems)
-    says = [] if "lora_alpha" in config else [f"the config has no lora_alpha: {DEFAULT_ALPHA:g}, PEFT's default, is used"]
+    says = (
+        [] if "lora_alpha" in config else [f"the config has no lora_alpha: {DEFAULT_ALPHA:g}, PEFT's default, is used"]
+    )
     rules = LoraRules(
         rank=_rank(config["r"], "r", problems) if "r" in config else None,
         alpha=_alpha(config.get("lora_alpha", DEFAULT_ALPHA), "lora_alpha", problems),
@@ -163,7 +165,7 @@ def refused_fields(config: Mapping[str, Any]) -> dict[str, str]:
             continue
         if key == "use_bdlora" and isinstance(value, dict) and value.get("nblocks", 1) == 1:
             continue  # one block is the whole matrix
-        if key in _REFUSED or not _is_off_inside(value):
+        if key in _REFUSED or not _says_nothing(value):
             refused[key] = _REFUSED.get(key, "unknown field, and it is not off")
     return refused
 
@@ -201,9 +203,11 @@ def _is_off(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict, int, float)) and not value)
 
 
-def _is_off_inside(value: Any) -> bool:
-    """Whether a group of settings holds nothing but what is off."""
-    return isinstance(value, dict) and all(_is_off(part) or _is_off_inside(part) for part in value.values())
+def _says_nothing(value: Any) -> bool:
+    """Whether a field that nobody here knows is off: a group of settings that are, or the word for it."""
+    if isinstance(value, dict):
+        return all(_is_off(part) or _says_nothing(part) for part in value.values())
+    return isinstance(value, str) and value.lower() == "none"
 
 
 def _flag(config: Mapping[str, Any], key: str, problems: list[str]) -> bool:

@@ -18,7 +18,11 @@ _KINDS = (
     ("lora_magnitude_vector", "belongs to DoRA, which is not supported", "use_dora"),
     ("lora_diag", "belongs to KaSA, which is not supported", "kasa_config"),
     ("lora_embedding_", "is LoRA on an embedding, which is not a linear layer", ""),
-    ("trainable_tokens_", "holds trained token embeddings, which replace rows of the base model", "trainable_token_indices"),
+    (
+        "trainable_tokens_",
+        "holds trained token embeddings, which replace rows of the base model",
+        "trainable_token_indices",
+    ),
 )
 
 
@@ -46,7 +50,9 @@ def sort_keys(headers: Mapping[str, TensorHeader], refused: Mapping[str, object]
     for (_, meaning, said_by), keys in kinds.items():
         if said_by not in refused:
             found.problems.append(f"{some_of([show(key) for key in keys])} {meaning}")
-    embeddings = {path for path in found.saved if any(f"{path.rpartition('.')[0]}.lora_embedding_" in k for k in headers)}
+    embeddings = {
+        path for path in found.saved if any(f"{path.rpartition('.')[0]}.lora_embedding_" in k for k in headers)
+    }
     for path in embeddings:  # the embedding itself, saved with the LoRA on it: the same cause
         del found.saved[path]
     return found

@@ -145,8 +145,8 @@ def _ambiguous(alphas: Mapping[str, Alpha]) -> list[str]:
         why = "as the rank of the tensors says" if alpha.told_by_rank else "as PEFT does when it loads the file"
         lines.append(
             f"alpha_pattern is ambiguous for {some_of(paths)}: {show(alpha.source)} ({alpha.value:g}) is taken, {why}, "
-            f"and {others} matches too (PEFT takes the first that matches and sorts them when it saves, so the file does "
-            "not tell the order of the training)"
+            f"and {others} matches too (PEFT takes the first that matches and sorts them when it saves, so the file "
+            "does not tell the order of the training)"
         )
     return lines
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .peft_patterns import LayerNumbers, ModuleNames
 
@@ -40,6 +40,11 @@ class Targets:
             and not (self.excluded is not None and self.excluded.match(path))
             and not (self.layers is not None and self._layer_is_out(path))
         ]
+
+    def known(self, paths: Collection[str]) -> Targets:
+        """Without the listed names that fit none of the paths: those that other versions of a model have."""
+        unused = self.named.unused(paths) if self.named is not None else []
+        return replace(self, named=ModuleNames(self.named.names - set(unused))) if unused else self
 
     def unused(self, paths: Collection[str]) -> list[str]:
         """The listed targets that fit none of the paths, but for those that are excluded."""
