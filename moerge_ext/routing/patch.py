@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..experts.bank import ExpertBank
-from ..experts.claims import BaseClaims
 from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
-from ..methods.fixed import PREFIX as ONE_EXPERT
-from .base_model import init_problems, on_this_base, own_parameters, saved_problems, unweighted_targets
+from .base_model import BaseCheck
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
 from .own_module import OwnModule
@@ -214,12 +211,10 @@ def patch(
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
     row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
-    problems = _model_problems(model, experts, routing)
-    claims = _claims(experts, row)
-    own, more = _base_problems(model, experts, row, claims)
-    problems += more
+    base = BaseCheck(model, experts, row.name)
+    problems = _model_problems(model, experts, routing) + base.problems
     if not problems:
-        experts = on_this_base(model, experts, claims)
+        experts = base.bank()
     plans: dict[str, Plan] = {}
     for name, bank in experts.modules.items():
         try:
@@ -230,8 +225,7 @@ def patch(
         problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
-    if lacking := unweighted_targets(model, experts, claims):
-        warnings.warn("patch:" + "".join(f"\n  - {line}" for line in lacking), stacklevel=2)
+    base.warn_of_unweighted(stacklevel=2)
     state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
@@ -249,9 +243,7 @@ def patch(
     }
     for name, layer in routed.items():
         replace_module(model, name, layer)
-    for name, tensors in own.items():
-        replace_module(model, name, OwnModule(model.get_submodule(name), tensors, state))
-    handle.modules, handle._own_modules = tuple(routed), tuple(own)
+    handle.modules, handle._own_modules = tuple(routed), base.place_own(state)
     model._moerge_handle = handle
     return handle
 
@@ -261,8 +253,7 @@ def check_patch(
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
     row, (routing, _, _) = _configured(experts, method, backend, options)
-    problems = _model_problems(model, experts, routing)
-    problems += _base_problems(model, experts, row, _claims(experts, row))[1]
+    problems = _model_problems(model, experts, routing) + BaseCheck(model, experts, row.name).problems
     if row.lacks is not None:
         problems += row.lacks(experts)
     if problems := problems or _device_problems(model, experts, backend):
@@ -322,32 +313,6 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
     return problems
-
-
-def _claims(experts: ExpertBank, row: Method) -> dict[str, BaseClaims]:
-    """What the experts that the method uses say of their base."""
-    alone = row.name.removeprefix(ONE_EXPERT) if row.name.startswith(ONE_EXPERT) else None
-    return {name: claims for name, claims in experts.claims.items() if alone in (None, name)}
-
-
-def _base_problems(
-    model: nn.Module, experts: ExpertBank, row: Method, claims: dict[str, BaseClaims]
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({module: {parameter: tensor}} that the one expert of the method brings, what keeps experts from this base).
-
-    Nothing for a model that lacks their layers or is wrapped already: what it lacks besides is no news.
-    """
-    own: dict[str, dict[str, Tensor]] = {}
-    layers = dict(model.named_modules(remove_duplicate=False))
-    if any(isinstance(layers.get(name), (RoutedLinear, type(None))) for name in experts.modules):
-        return own, []
-    if row.name.startswith(ONE_EXPERT):
-        problems = []
-        for name, claim in claims.items():
-            own, problems = own_parameters(model, name, claim, experts.modules)
-    else:
-        problems = saved_problems(model, claims)
-    return own, problems + init_problems(model, claims)
 
 
 def _near(name: str, layers: dict[str, nn.Module]) -> str:

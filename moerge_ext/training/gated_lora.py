@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
-from ..routing.base_model import init_problems, on_base, saved_problems
+from ..routing.base_model import saved_problems
+from ..routing.base_start import init_problems, on_base
 from ..routing.layers import execution_device, linear_features, replace_module
 
 if TYPE_CHECKING:
