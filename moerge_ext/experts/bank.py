@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files.safefile import FLOATS
+from .claims import BaseClaims
 from .formats.peft import GateSet, write_gates
 from .kinds import SIGMOID_GATE
 from .module_bank import ModuleBank
@@ -25,7 +26,8 @@ class ExpertBank:
 
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
-    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them.
+    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
+    claims: {expert name: what it says of the base}, checked by `patch`.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class ExpertBank:
         folders: Sequence[Path | None] | None = None,
         global_vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
         global_metadata: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+        claims: Mapping[str, BaseClaims] | None = None,
     ):
         self.names = tuple(names)
         self.modules = dict(modules)
         self.base_model = base_model
         self.folders = tuple(folders) if folders is not None else (None,) * len(self.names)
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
+        self.claims = dict(claims or {})
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
         problems = []
         if len(set(self.names)) != len(self.names):
@@ -120,6 +124,7 @@ class ExpertBank:
             folders=self.folders,
             global_vectors=vectors,
             global_metadata=self.global_metadata,
+            claims=self.claims,
         )
 
     def set_gates(
@@ -282,6 +287,7 @@ def load_experts(
         folders=[source.folder for source in sources],
         global_vectors=vectors,
         global_metadata=facts,
+        claims={source.name: source.claims for source in sources},
     )
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..files.atomic import write_atomically
 from .formats import inspect_adapter
-from .formats.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, into_memory
+from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterHeader, into_memory
+from .formats.peft_keys import PREFIX
 from .hub import find_adapter
 
 SIDECARS = ("moerge_gates*.safetensors", "moerge_examples*.safetensors")
@@ -36,7 +38,7 @@ def convert_adapter(
     header = inspect_adapter(name, path, base, allow_pickle=allow_pickle)
     adapter = into_memory(header)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(adapter)
+    tensors = _tensors(adapter) | _saved(header)
     write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
     for pattern in SIDECARS if header.folder is not None else ():
         for sidecar in header.folder.glob(pattern):
@@ -47,7 +49,13 @@ def convert_adapter(
     return target
 
 
-def _tensors(adapter: Adapter) -> dict[str, Any]:
+def _saved(header: AdapterHeader) -> dict[str, Tensor]:
+    """Parameters of the base that were saved beside the LoRA, under their own keys."""
+    with header.open() as tensors:
+        return {saved.key: tensors.read(saved.key).contiguous() for saved in header.claims.saved.values()}
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
     tensors = {}
     for path, lora in adapter.modules.items():
         for key, value in (("lora_A.weight", lora.lora_A), ("lora_B.weight", lora.lora_B), ("lora_B.bias", lora.bias)):

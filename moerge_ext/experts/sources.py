@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..files.safefile import AdapterError
 from ..models.wrappers import unwrapped
+from .claims import BaseClaims
 from .formats import inspect_adapter
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, nonfinite_problems
 from .hub import find_adapter
@@ -39,6 +40,7 @@ class Source(Protocol):
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     notes: list[str]
+    claims: BaseClaims
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
 

@@ -22,6 +22,8 @@ from ..experts.formats import read_adapter
 from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
+from ..routing.base_model import saved_problems
+from ..routing.base_start import init_problems, on_base
 from ..routing.layers import execution_device, linear_features, replace_module
 
 if TYPE_CHECKING:
@@ -207,11 +209,10 @@ def gated_model(
     folder = Path(adapter_folder)
     adapter = read_adapter(folder.name, folder, model)
     targets = _matching_layers(model, adapter)
+    modules = _on_base(model, adapter, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {
-        path: GatedLoRA(base, adapter.modules[path], gate=gate, train_lora=joint) for path, base in targets.items()
-    }
+    layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
     hooks: list[Any] = []
     try:
         for p, _ in flags:
@@ -265,6 +266,22 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
             "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(problems)
         )
     return found
+
+
+def _on_base(model: nn.Module, adapter: Adapter, joint: bool) -> dict[str, LoraWeights]:
+    """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
+    claims = adapter.claims
+    problems = saved_problems(model, {adapter.name: claims}) + init_problems(model, {adapter.name: claims})
+    if claims.init is not None and joint:
+        problems.append(
+            f"joint=True would write factors that begin with {claims.init}: convert the adapter first (PEFT: "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if problems:
+        raise ValueError(f"adapter '{adapter.name}' does not fit {type(model).__name__}:\n- " + "\n- ".join(problems))
+    if claims.init is None:
+        return adapter.modules
+    return {path: on_base(lora, model.get_submodule(path), claims.init) for path, lora in adapter.modules.items()}
 
 
 def _inputs_require_grad(model: nn.Module) -> list[Any]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ...files.gguffile import GgufFile, GgufTensor, map_gguf, read_gguf, read_values
 from ...files.safefile import TensorHeader
-from .view import PREFIX, AdapterView, one_line_a_cause, peft_config
+from .peft_keys import PREFIX
+from .view import AdapterView, one_line_a_cause, peft_config
 
 # llama.cpp's name of a layer's tensor -> where Hugging Face has it, for the models that name their layers as Llama does
 _LAYER = {

@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from ...files.safefile import TensorHeader, file_inside, open_tensors, read_headers, read_tensor
-from .peft_config import read_config, show
-from .view import PREFIX, AdapterView, one_line_a_cause, peft_config
+from .peft_config import read_config
+from .peft_keys import PREFIX
+from .peft_rules import show
+from .view import AdapterView, one_line_a_cause, peft_config
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
 _PARTS = {".lora_a": "lora_A.weight", ".lora_b": "lora_B.weight"}

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ...files.safefile import TensorHeader
 
-PREFIX = "base_model.model."  # of PEFT's keys
-
 
 class OpenTensors(Protocol):
     """The tensors of an open adapter, under PEFT's keys and in PEFT's layout (lora_A [R,D], lora_B [O,R])."""
