@@ -6,11 +6,13 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..files.safefile import FLOATS
+from .claims import BaseClaims
 from .formats.peft import GateSet, write_gates
 from .kinds import SIGMOID_GATE
 from .module_bank import ModuleBank
@@ -24,7 +26,8 @@ class ExpertBank:
 
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
-    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them.
+    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
+    claims: {expert name: what it says of the base}, checked by `patch`.
     """
 
     def __init__(
@@ -36,12 +39,14 @@ class ExpertBank:
         folders: Sequence[Path | None] | None = None,
         global_vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
         global_metadata: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+        claims: Mapping[str, BaseClaims] | None = None,
     ):
         self.names = tuple(names)
         self.modules = dict(modules)
         self.base_model = base_model
         self.folders = tuple(folders) if folders is not None else (None,) * len(self.names)
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
+        self.claims = dict(claims or {})
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
         self._gated: dict[str, frozenset[int]] = {}  # of `gated`, which large models ask once a module
         problems = []
@@ -128,6 +133,7 @@ class ExpertBank:
             folders=self.folders,
             global_vectors=vectors,
             global_metadata=self.global_metadata,
+            claims=self.claims,
         )
 
     def set_gates(
@@ -252,24 +258,28 @@ def load_experts(
     paths: str | os.PathLike | Iterable[str | os.PathLike] | Mapping[str, str | os.PathLike] | nn.Module,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    base: Any = None,
 ) -> ExpertBank:
-    """Load PEFT LoRA adapters as one bank of experts.
+    """Load LoRA adapters (PEFT, MLX-LM, llama.cpp's GGUF; see `experts.formats`) as one bank of experts.
 
-    paths: folders or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as {name:
-    path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
+    paths: folders, GGUF files or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as
+    {name: path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
     dtype: scaling (alpha/r, or alpha/sqrt(r) with rslora, with the config's patterns) is folded into lora_B and
     lora_bias in float32 before the cast to dtype. None keeps the stored dtype, promoted where experts differ,
     as long as folding is exact: experts stored in 16 bits become float32 (twice the memory) unless every
     scaling that is not 0 is a power of two, and at least 1 for float16. Pass torch.float16 or torch.bfloat16
     to have 16 bits in any case, with lora_B rounded once more.
     device: where the stacked tensors go; None is the CPU.
+    base: the base model, its config, or the folder or hub id of either: for GGUF adapters of Llama-like models, whose
+    rows of q and k are put back in Hugging Face's order with the number of heads.
 
     Raises ValueError listing every problem of every expert, or why the device cannot be used; then nothing was
     loaded. Warns once, naming the experts, of configs that speak of modules which are not in their files.
     """
     _check_dtype(dtype)
     device = _usable_device("cpu" if device is None else device, "load_experts")
-    sources = collect_sources(paths)
+    sources = collect_sources(paths, base)
     _warn_of_notes(sources)
     modules = stack_modules(sources, dtype, device)
     _place_gates(sources, modules)
@@ -287,6 +297,7 @@ def load_experts(
         folders=[source.folder for source in sources],
         global_vectors=vectors,
         global_metadata=facts,
+        claims={source.name: source.claims for source in sources},
     )
 
 

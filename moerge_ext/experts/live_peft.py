@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files.safefile import FLOATS, AdapterError, path_problem
-from .formats.peft import PREFIX, GateSet, LoraWeights, ModuleHeader, common_dtype
+from ..files.safefile import FLOATS, AdapterError, path_problem, widened
+from .claims import BaseClaims, SavedTensor
+from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
+from .formats.peft_keys import PREFIX
+from .formats.peft_rules import LoraRules, some_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class LiveAdapter:
     gates: dict[str, GateSet] = field(default_factory=dict)
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
+    claims: BaseClaims = field(default_factory=BaseClaims)
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
         """(module path, weights) of every module; the tensors are the model's own: copy, never write."""
@@ -55,15 +59,14 @@ def live_adapters(model: nn.Module) -> tuple[list[LiveAdapter], dict[str, list[s
     found, bad = [], {}
     for name, config in model.peft_config.items():
         try:
-            found.append(_live_adapter(name, config, layers))
+            found.append(_live_adapter(name, config, layers, model))
         except AdapterError as error:
             bad[repr(name)] = error.problems
     return found, bad
 
 
-def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveAdapter:
+def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module], model: nn.Module) -> LiveAdapter:
     values = _plain(config.to_dict())
-    values["auto_mapping"] = None  # a note for loading; the model is loaded already
     rules, problems = check_config(values)
     modules: dict[str, ModuleHeader] = {}
     for path, layer in layers.items():
@@ -73,12 +76,49 @@ def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveA
         problems += reasons
         if not reasons:
             modules[path] = _module_header(layer, name)
+    if rules is not None:
+        problems += _base_problems(rules, values.get("bias"), model, layers, modules)
     if not modules and not problems:
         problems.append("no layer of the model carries this adapter")
     if problems:
         raise AdapterError(problems)
-    base_model = rules.base_model if rules is not None else None
-    return LiveAdapter(name, base_model, values, modules, {path: layers[path] for path in modules})
+    claims = BaseClaims(_saved_modules(model, name))
+    held = {path: layers[path] for path in modules}
+    return LiveAdapter(name, rules.base_model, values, modules, held, claims=claims)
+
+
+def _base_problems(
+    rules: LoraRules, bias: Any, model: nn.Module, layers: dict[str, nn.Module], modules: dict[str, ModuleHeader]
+) -> list[str]:
+    """What the training of this adapter changed in the base that the model now holds."""
+    problems = []
+    if rules.init is not None:
+        problems.append(
+            f"init_lora_weights = {rules.init!r} changed the base weights of this model; save the adapter and pass its "
+            "folder with the base as it was, or convert it (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    if bias == "lora_only":
+        trained = [path for path in modules if getattr(layers[path].get_base_layer(), "bias", None) is not None]
+    elif bias == "all":
+        trained = [path for path, _ in model.named_parameters() if path.endswith(".bias") and "lora_" not in path]
+    else:
+        trained = []
+    if trained:
+        problems.append(f"bias = {bias!r} trained biases of the base: {some_of(trained)}")
+    return problems
+
+
+def _saved_modules(model: nn.Module, name: str) -> dict[str, SavedTensor]:
+    """{parameter path: tensor} of the whole modules that this adapter brings, PEFT's `modules_to_save`."""
+    saved = {}
+    for path, wrapper in model.named_modules():
+        copies = getattr(wrapper, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and name in copies:
+            for key, tensor in copies[name].state_dict().items():
+                full = f"{path.removeprefix(PREFIX)}.{key}"
+                saved[full] = SavedTensor(tuple(tensor.shape), full, tensor=tensor.detach())
+    return saved
 
 
 def _plain(value: Any) -> Any:
@@ -115,7 +155,8 @@ def _layer_problems(path: str, layer: nn.Module, name: str) -> list[str]:
 
 def _tensors(layer: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     lora_b = layer.lora_B[name]
-    return layer.lora_A[name].weight, lora_b.weight, getattr(lora_b, "bias", None)
+    bias = getattr(lora_b, "bias", None)
+    return widened(layer.lora_A[name].weight), widened(lora_b.weight), None if bias is None else widened(bias)
 
 
 def _module_header(layer: nn.Module, name: str) -> ModuleHeader:

@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 
 from ..files.safefile import AdapterError
 from ..models.wrappers import unwrapped
-from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, inspect_adapter, nonfinite_problems
+from .claims import BaseClaims
+from .formats import inspect_adapter
+from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, nonfinite_problems
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
 from .module_bank import ModuleBank
@@ -38,11 +40,12 @@ class Source(Protocol):
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     notes: list[str]
+    claims: BaseClaims
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
 
 
-def collect_sources(paths: Any) -> list[Source]:
+def collect_sources(paths: Any, base: Any = None) -> list[Source]:
     """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
     bad: dict[str, list[str]] = {}
     if isinstance(paths, nn.Module):
@@ -59,7 +62,7 @@ def collect_sources(paths: Any) -> list[Source]:
         sources = []
         for name, folder in tqdm(named.items(), "checking experts", delay=PROGRESS_AFTER, leave=False):
             try:
-                sources.append(inspect_adapter(name, folder))
+                sources.append(inspect_adapter(name, folder, base))
             except AdapterError as error:
                 bad[f"{name!r} ({folder})"] = error.problems
     if not sources and not bad:

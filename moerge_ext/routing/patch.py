@@ -16,8 +16,10 @@ from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from ..models.wrappers import unwrapped
+from .base_model import BaseCheck
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
+from .own_module import OwnModule
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .trace import Trace
 from .ways import Explanation, explain
@@ -40,21 +42,22 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
+        self._own_modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
-        foreign = [n for n in self.modules if not isinstance(self.model.get_submodule(n), RoutedLinear)]
+        wrapped = dict.fromkeys(self.modules, RoutedLinear) | dict.fromkeys(self._own_modules, OwnModule)
+        foreign = [n for n, kind in wrapped.items() if not isinstance(self.model.get_submodule(n), kind)]
         if foreign:
             raise RuntimeError(
-                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected RoutedLinear); "
-                "undo that replacement first"
+                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected "
+                f"{wrapped[foreign[0]].__name__}); undo that replacement first"
             )
-        for name in self.modules:
-            routed = self.model.get_submodule(name)
-            replace_module(self.model, name, routed.base_layer)
-        self.modules = ()
+        for name in wrapped:
+            replace_module(self.model, name, self.model.get_submodule(name).base_layer)
+        self.modules = self._own_modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
 
@@ -191,9 +194,9 @@ def patch(
     """Routes a model's linear layers among experts, in place.
 
     Args:
-        model: any torch model whose layers have the paths the experts were trained on; `torch.compile` and
-            DistributedDataParallel are looked through. Offload or dispatch it with accelerate before the patch, not
-            after: accelerate looks weights up by the names that the patch hides.
+        model: any torch model whose layers have the paths the experts were trained on; `torch.compile`,
+            DistributedDataParallel and SentenceTransformer are looked through. Offload or dispatch it with accelerate
+            before the patch, not after: accelerate looks weights up by the names that the patch hides.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
@@ -202,12 +205,19 @@ def patch(
     Returns:
         The handle: `handle.remove()`, `handle.record()`, `handle.affinities(...)`.
 
+    Parameters of the base that were saved beside an adapter (heads, embeddings, biases) must equal the model's, except
+    under "expert:<name>", which computes with those of its expert. PiSSA and OLoRA adapters that were not converted
+    are, with the model's own weights. Warns once of layers that a config targets and its file lacks.
+
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
-    row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
     model = unwrapped(model)
-    problems = _model_problems(model, experts, routing)
+    row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
+    base = BaseCheck(model, experts, row.name)
+    problems = _model_problems(model, experts, routing) + base.problems
+    if not problems:
+        experts = base.bank()
     plans: dict[str, Plan] = {}
     for name, bank in experts.modules.items():
         try:
@@ -218,6 +228,7 @@ def patch(
         problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
+    base.warn_of_unweighted(stacklevel=2)
     state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
@@ -235,7 +246,7 @@ def patch(
     }
     for name, layer in routed.items():
         replace_module(model, name, layer)
-    handle.modules = tuple(routed)
+    handle.modules, handle._own_modules = tuple(routed), base.place_own(state)
     model._moerge_handle = handle
     return handle
 
@@ -244,9 +255,9 @@ def check_patch(
     model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
-    row, (routing, _, _) = _configured(experts, method, backend, options)
     model = unwrapped(model)
-    problems = _model_problems(model, experts, routing)
+    row, (routing, _, _) = _configured(experts, method, backend, options)
+    problems = _model_problems(model, experts, routing) + BaseCheck(model, experts, row.name).problems
     if row.lacks is not None:
         problems += row.lacks(experts)
     if problems := problems or _device_problems(model, experts, backend):

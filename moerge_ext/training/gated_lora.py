@@ -8,6 +8,7 @@ out again, whatever happens in between.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,11 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
+from ..experts.formats import read_adapter
+from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.gates import gates_file
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
 from ..models.wrappers import trainable_inside
+from ..routing.base_model import saved_problems
+from ..routing.base_start import init_problems, on_base
 from ..routing.layers import execution_device, linear_features, replace_module
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
@@ -122,7 +126,9 @@ class GatedModel:
 
     @property
     def folder(self) -> Path:
-        return Path(self.adapter.folder)
+        if self.adapter.folder is None:
+            raise ValueError(f"adapter {self.adapter.name!r} is a file without a folder of its own: say where to write")
+        return self.adapter.folder
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: "<module path>/gate" -> [D], with joint training also ".../lora_A" and so on."""
@@ -170,7 +176,7 @@ class GatedModel:
         warning that names them, and `patch` masks the expert there.
 
         After joint training the LoRA is written too: `adapter_model.safetensors` with the trained A and B
-        (float32) and a copy of `adapter_config.json`. Every file appears whole or not at all. Of several processes
+        (float32) and the adapter's config as PEFT has it. Every file appears whole or not at all. Of several processes
         rank 0 writes; under FSDP2 (`fully_shard`) every rank must call this. ValueError when no gate is left.
         """
         self.check_target(folder)
@@ -190,11 +196,12 @@ class GatedModel:
         return write_gates(target, gates, kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
 
     def check_target(self, folder: str | Path | None) -> None:
-        """ValueError when `save` would overwrite the adapter without having been told to."""
-        if self.joint and folder is None:
+        """ValueError when `save` would overwrite the adapter without having been told to, or has no folder."""
+        own = self.folder if folder is None else None
+        if self.joint and own is not None:
             raise ValueError(
-                "joint training changes the adapter's weights: say in which folder to write them "
-                f"({self.folder} itself to overwrite it)"
+                f"joint training changes the adapter's weights: say in which folder to write them ({own} itself to "
+                "overwrite it)"
             )
 
     def _lora(self) -> dict[str, Tensor]:
@@ -207,7 +214,7 @@ class GatedModel:
         }
 
     def _write_adapter(self, target: Path, tensors: dict[str, Tensor]) -> None:
-        config = (self.folder / "adapter_config.json").read_bytes()
+        config = json.dumps(self.adapter.config, indent=2).encode()
         write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
         # the config last: without it the folder is not yet an adapter
         write_atomically(target / "adapter_config.json", lambda file: file.write_bytes(config))
@@ -242,14 +249,13 @@ def gated_model(
     is already wrapped, or has other sizes (both shapes). Nothing is wrapped then.
     """
     folder = Path(adapter_folder)
-    adapter = read_adapter(folder.name, folder)
     model = trainable_inside(model)
+    adapter = read_adapter(folder.name, folder, model)
     targets = _matching_layers(model, adapter)
+    modules = _on_base(model, adapter, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {
-        path: GatedLoRA(base, adapter.modules[path], gate=gate, train_lora=joint) for path, base in targets.items()
-    }
+    layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
     with frozen(model) as still, gradients_pass_checkpoints(model):
         try:
             for p, _ in flags:
@@ -313,6 +319,22 @@ def warn_of_left_out(name: str, paths: Collection[str], total: int) -> None:
         f"because {NOT_REACHED}: {shown}{more}",
         stacklevel=3,
     )
+
+
+def _on_base(model: nn.Module, adapter: Adapter, joint: bool) -> dict[str, LoraWeights]:
+    """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
+    claims = adapter.claims
+    problems = saved_problems(model, {adapter.name: claims}) + init_problems(model, {adapter.name: claims})
+    if claims.init is not None and joint:
+        problems.append(
+            f"joint=True would write factors that begin with {claims.init}: convert the adapter first (PEFT: "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if problems:
+        raise ValueError(f"adapter '{adapter.name}' does not fit {type(model).__name__}:\n- " + "\n- ".join(problems))
+    if claims.init is None:
+        return adapter.modules
+    return {path: on_base(lora, model.get_submodule(path), claims.init) for path, lora in adapter.modules.items()}
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
