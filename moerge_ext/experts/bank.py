@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,24 +248,28 @@ def load_experts(
     paths: str | os.PathLike | Iterable[str | os.PathLike] | Mapping[str, str | os.PathLike] | nn.Module,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    base: Any = None,
 ) -> ExpertBank:
-    """Load PEFT LoRA adapters as one bank of experts.
+    """Load LoRA adapters (PEFT, MLX-LM, llama.cpp's GGUF; see `experts.formats`) as one bank of experts.
 
-    paths: folders or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as {name:
-    path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
+    paths: folders, GGUF files or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as
+    {name: path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
     dtype: scaling (alpha/r, or alpha/sqrt(r) with rslora, with the config's patterns) is folded into lora_B and
     lora_bias in float32 before the cast to dtype. None keeps the stored dtype, promoted where experts differ,
     as long as folding is exact: experts stored in 16 bits become float32 (twice the memory) unless every
     scaling that is not 0 is a power of two, and at least 1 for float16. Pass torch.float16 or torch.bfloat16
     to have 16 bits in any case, with lora_B rounded once more.
     device: where the stacked tensors go; None is the CPU.
+    base: the base model, its config, or the folder or hub id of either: for GGUF adapters of Llama-like models, whose
+    rows of q and k are put back in Hugging Face's order with the number of heads.
 
     Raises ValueError listing every problem of every expert, or why the device cannot be used; then nothing was
     loaded. Warns once, naming the experts, of configs that speak of modules which are not in their files.
     """
     _check_dtype(dtype)
     device = _usable_device("cpu" if device is None else device, "load_experts")
-    sources = collect_sources(paths)
+    sources = collect_sources(paths, base)
     _warn_of_notes(sources)
     modules = stack_modules(sources, dtype, device)
     _place_gates(sources, modules)

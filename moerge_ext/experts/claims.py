@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..files.safefile import file_inside, open_tensors
+from ..files.shards import open_weights
 
 if TYPE_CHECKING:
     from .formats.peft_targets import Targets
@@ -33,8 +33,8 @@ class SavedTensor:
         if self.tensor is not None:
             return self.tensor
         try:
-            with open_tensors(file_inside(self.folder, self.file)) as handle:
-                tensor = handle.get_tensor(self.key)
+            with open_weights(self.folder, self.file) as opened:
+                tensor = opened.read(self.key)
         except Exception as error:  # whatever a file that changed since provokes
             raise ValueError(f"{self.key} of {self.folder} cannot be read: {error}") from None
         if tuple(tensor.shape) != self.shape:

@@ -14,8 +14,8 @@ from ..files.safefile import FLOATS, AdapterError, path_problem
 from .claims import BaseClaims, SavedTensor
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
-from .formats.peft_keys import PREFIX
 from .formats.peft_rules import LoraRules, some_of
+from .formats.view import PREFIX
 
 
 @dataclass(frozen=True)

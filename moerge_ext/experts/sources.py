@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..files.safefile import AdapterError
+from ..models.wrappers import unwrapped
 from .claims import BaseClaims
-from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, inspect_adapter, nonfinite_problems
+from .formats import inspect_adapter
+from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, nonfinite_problems
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
 from .module_bank import ModuleBank
@@ -43,10 +45,11 @@ class Source(Protocol):
     def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
 
 
-def collect_sources(paths: Any) -> list[Source]:
+def collect_sources(paths: Any, base: Any = None) -> list[Source]:
     """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
     bad: dict[str, list[str]] = {}
     if isinstance(paths, nn.Module):
+        paths = unwrapped(paths)
         if not is_peft_model(paths):
             raise ValueError(
                 f"load_experts: {type(paths).__name__} has no PEFT adapters; pass a PeftModel, paths, or {{name: path}}"
@@ -59,7 +62,7 @@ def collect_sources(paths: Any) -> list[Source]:
         sources = []
         for name, folder in tqdm(named.items(), "checking experts", delay=PROGRESS_AFTER, leave=False):
             try:
-                sources.append(inspect_adapter(name, folder))
+                sources.append(inspect_adapter(name, folder, base))
             except AdapterError as error:
                 bad[f"{name!r} ({folder})"] = error.problems
     if not sources and not bad:

@@ -15,6 +15,7 @@ from ..experts.bank import ExpertBank
 from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
+from ..models.wrappers import unwrapped
 from .base_model import BaseCheck
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
@@ -193,8 +194,9 @@ def patch(
     """Routes a model's linear layers among experts, in place.
 
     Args:
-        model: any torch model whose layers have the paths the experts were trained on. Offload or dispatch it with
-            accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
+        model: any torch model whose layers have the paths the experts were trained on; `torch.compile`,
+            DistributedDataParallel and SentenceTransformer are looked through. Offload or dispatch it with accelerate
+            before the patch, not after: accelerate looks weights up by the names that the patch hides.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
@@ -210,6 +212,7 @@ def patch(
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
+    model = unwrapped(model)
     row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
     base = BaseCheck(model, experts, row.name)
     problems = _model_problems(model, experts, routing) + base.problems
@@ -252,6 +255,7 @@ def check_patch(
     model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
+    model = unwrapped(model)
     row, (routing, _, _) = _configured(experts, method, backend, options)
     problems = _model_problems(model, experts, routing) + BaseCheck(model, experts, row.name).problems
     if row.lacks is not None:
@@ -272,7 +276,7 @@ def _configured(experts: ExpertBank, method: str, backend: str, options: dict[st
 
 def get_handle(model: nn.Module) -> Handle:
     """The handle of a patched model: for a deepcopy or an unpickled copy, whose handle is its own."""
-    handle = getattr(model, "_moerge_handle", None)
+    handle = getattr(unwrapped(model), "_moerge_handle", None)
     if handle is None:
         raise ValueError("this model is not patched by moerge_ext")
     return handle

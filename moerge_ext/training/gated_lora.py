@@ -8,6 +8,7 @@ out again, whatever happens in between.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
+from ..experts.formats import read_adapter
+from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
 from ..routing.base_model import saved_problems
@@ -110,7 +112,9 @@ class GatedModel:
 
     @property
     def folder(self) -> Path:
-        return Path(self.adapter.folder)
+        if self.adapter.folder is None:
+            raise ValueError(f"adapter {self.adapter.name!r} is a file without a folder of its own: say where to write")
+        return self.adapter.folder
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: "<module path>/gate" -> [D], with joint training also ".../lora_A" and so on."""
@@ -142,7 +146,7 @@ class GatedModel:
         """Write the gates beside the adapter (or into `folder`) and return the file written.
 
         After joint training the LoRA is written too: `adapter_model.safetensors` with the trained A and B
-        (float32) and a copy of `adapter_config.json`. Every file appears whole or not at all.
+        (float32) and the adapter's config as PEFT has it. Every file appears whole or not at all.
         """
         self.check_target(folder)
         target = Path(folder) if folder is not None else self.folder
@@ -153,11 +157,12 @@ class GatedModel:
         return write_gates(target, self.gates(), kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
 
     def check_target(self, folder: str | Path | None) -> None:
-        """ValueError when `save` would overwrite the adapter without having been told to."""
-        if self.joint and folder is None:
+        """ValueError when `save` would overwrite the adapter without having been told to, or has no folder."""
+        own = self.folder if folder is None else None
+        if self.joint and own is not None:
             raise ValueError(
-                "joint training changes the adapter's weights: say in which folder to write them "
-                f"({self.folder} itself to overwrite it)"
+                f"joint training changes the adapter's weights: say in which folder to write them ({own} itself to "
+                "overwrite it)"
             )
 
     def _write_adapter(self, target: Path) -> None:
@@ -167,7 +172,7 @@ class GatedModel:
                 value = getattr(layer, name)
                 if value is not None:
                     tensors[f"base_model.model.{path}.{key}"] = value.detach().cpu().contiguous()
-        config = (self.folder / "adapter_config.json").read_bytes()
+        config = json.dumps(self.adapter.config, indent=2).encode()
         write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
         # the config last: without it the folder is not yet an adapter
         write_atomically(target / "adapter_config.json", lambda file: file.write_bytes(config))
@@ -202,7 +207,7 @@ def gated_model(
     is already wrapped, or has other sizes (both shapes). Nothing is wrapped then.
     """
     folder = Path(adapter_folder)
-    adapter = read_adapter(folder.name, folder)
+    adapter = read_adapter(folder.name, folder, model)
     targets = _matching_layers(model, adapter)
     modules = _on_base(model, adapter, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]

@@ -255,8 +255,8 @@ def test_a_file_that_changes_after_the_check(two, monkeypatch):
     folder, _ = two
     inspect = loading.inspect_adapter
 
-    def swap(name, path):
-        header = inspect(name, path)
+    def swap(name, path, *base):
+        header = inspect(name, path, *base)
         write_adapter(path, {Q: factors(r=2, dtype=torch.float64), K: factors(r=2)}, r=2)
         return header
 

@@ -1,4 +1,4 @@
-"""Readers of adapter formats. Today: PEFT LoRA folders, with the gates sidecar of this project beside them.
+"""PEFT LoRA folders, and the checks of what any format's reader makes of an adapter (`view.py`).
 
 A folder is untrusted. `inspect_adapter` reads the config and the headers only and lists every reason to
 refuse; tensors are read afterwards, straight from the mapped file. No code, module name or model is loaded
@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...files.safefile import (
-    FLOATS,
-    AdapterError,
-    TensorHeader,
-    file_inside,
-    open_tensors,
-    read_headers,
-    read_tensor,
-)
+from ...files.safefile import FLOATS, AdapterError, TensorHeader, file_inside
+from ...files.shards import has_weights, open_weights
 from ..claims import BaseClaims, SavedTensor
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
+from .foreign import what_else
 from .peft_config import check_config, read_config, refused_fields
-from .peft_keys import PREFIX, SUFFIXES, SortedKeys, sort_keys
+from .peft_keys import SUFFIXES, SortedKeys, sort_keys
 from .peft_rules import Alpha, LoraRules, show, some_of
+from .view import PREFIX, AdapterView, OpenTensors
 
 __all__ = [
     "GATES_FILE",
@@ -51,7 +47,6 @@ __all__ = [
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_SCANNED, MAX_NAMED = 1000, 10  # entries of a folder without a config, and adapters below it to name
-_UNREADABLE = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Adapter:
     """A checked adapter with its tensors in memory."""
 
     name: str
-    folder: Path
+    folder: Path | None
     base_model: str | None
     config: dict[str, Any]
     modules: dict[str, LoraWeights]
@@ -92,15 +87,19 @@ class ModuleHeader:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """A checked adapter whose tensors are still in its file; `read` yields them one module at a time."""
+    """A checked adapter whose tensors are still in its file; `read` yields them one module at a time.
+
+    folder: where gates lie and are written, or None for an adapter that is one file among others.
+    """
 
     name: str
-    folder: Path
+    folder: Path | None
     base_model: str | None
     config: dict[str, Any]
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     headers: dict[str, TensorHeader] = field(repr=False)
+    open: Callable[[], AbstractContextManager[OpenTensors]] = field(repr=False)
     notes: list[str] = field(default_factory=list)  # what is odd about it and no reason to refuse
     claims: BaseClaims = field(default_factory=BaseClaims)
 
@@ -108,25 +107,34 @@ class AdapterHeader:
         """(module path, weights) of every module. The tensors may alias the mapped file: copy what you
         keep.
         """
-        with open_tensors(file_inside(self.folder, WEIGHTS_FILE)) as handle:
+        with self.open() as tensors:
             for path, module in self.modules.items():
                 parts = {}
                 for suffix, part in SUFFIXES.items():
                     if part != "bias" or module.has_bias:
                         key = PREFIX + path + suffix
-                        parts[part] = read_tensor(handle, key, self.headers[key])
+                        parts[part] = self._read(tensors, key)
                 yield path, LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
+
+    def _read(self, tensors: OpenTensors, key: str) -> Tensor:
+        if tensors.headers.get(key) != self.headers[key]:
+            raise ValueError(f"{key} changed while it was being read")
+        return tensors.read(key)
 
 
 def read_adapter(name: str, folder: str | os.PathLike) -> Adapter:
-    """Read a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`, gates) into memory.
+    """`into_memory` of a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`, gates)."""
+    return into_memory(inspect_adapter(name, folder))
 
-    Tensors keep their stored dtype and are unscaled. Raises AdapterError with every problem found; warns of
+
+def into_memory(header: AdapterHeader) -> Adapter:
+    """Read the tensors of a checked adapter.
+
+    They keep their stored dtype and are unscaled. Raises AdapterError with every problem found; warns of
     what the config says of modules that are not in the file.
     """
-    header = inspect_adapter(name, folder)
     for note in header.notes:
-        warnings.warn(f"adapter {name!r} in {header.folder}: {note}", stacklevel=2)
+        warnings.warn(f"adapter {header.name!r} in {header.folder}: {note}", stacklevel=3)
     modules, problems = {}, []
     try:
         for path, weights in header.read():
@@ -137,8 +145,8 @@ def read_adapter(name: str, folder: str | os.PathLike) -> Adapter:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise AdapterError(problems, _heading(name, header.folder))
-    return Adapter(name, header.folder, header.base_model, header.config, modules, header.gates, header.claims)
+        raise AdapterError(problems, heading(header.name, header.folder))
+    return Adapter(header.name, header.folder, header.base_model, header.config, modules, header.gates, header.claims)
 
 
 def nonfinite_problems(path: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> list[str]:
@@ -159,19 +167,46 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
     expression of `patterns`' syntax), `exclude_modules` or `layers_to_transform` leave out; a listed target or
     a pattern without any module in the file is noted.
     """
-    folder = Path(folder)
-    try:
-        folder = folder.resolve(strict=True)
-        if not folder.is_dir():
-            raise ValueError("it is not a folder; expected a folder with " + CONFIG_FILE)
-    except (OSError, RuntimeError) as error:
-        raise AdapterError(["there is no such folder"], _heading(name, folder)) from error
-    except ValueError as error:  # also a null byte in the path
-        raise AdapterError([str(error)], _heading(name, folder)) from None
+    resolved = resolve(name, folder)
+    if not resolved.is_dir():
+        raise AdapterError([f"it is not a folder; expected a folder with {CONFIG_FILE}"], heading(name, resolved))
+    return inspect_view(name, resolved, resolved, view_peft(resolved))
 
-    problems: list[str] = []
-    config, rules = _read_rules(folder, problems)
-    headers = _read_headers(folder, problems)
+
+def resolve(name: str, path: str | os.PathLike) -> Path:
+    """The path without links; AdapterError when there is nothing."""
+    path = Path(path)
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise AdapterError(["there is no such folder"], heading(name, path)) from error
+    except ValueError as error:  # a null byte in the path
+        raise AdapterError([str(error)], heading(name, path)) from None
+
+
+def view_peft(folder: Path, opener: Callable[[], AbstractContextManager[OpenTensors]] | None = None) -> AdapterView:
+    """A resolved PEFT folder, as it is; `opener` opens tensors that are not in the usual file."""
+    config, problems = None, []
+    try:
+        config = read_config(file_inside(folder, CONFIG_FILE))
+    except (ValueError, OSError) as error:
+        problems.append(str(error) + _adapters_below(folder))
+    if opener is not None:
+        return AdapterView(config, opener, problems)
+    if not has_weights(folder, WEIGHTS_FILE):
+        problems.append(f"{WEIGHTS_FILE} is missing{what_else(folder)}")
+        return AdapterView(config, None, problems)
+    return AdapterView(config, lambda: open_weights(folder, WEIGHTS_FILE), problems)
+
+
+def inspect_view(name: str, path: Path, folder: Path | None, view: AdapterView) -> AdapterHeader:
+    """Check what a format's reader made of `path`; gates are looked for in `folder`. Raises as `inspect_adapter`."""
+    problems = list(view.problems)
+    rules, config = None, view.config or {}
+    if view.config is not None:
+        rules, reasons = check_config(config)
+        problems += reasons
+    headers = _read_headers(view, problems)
     refused = refused_fields(config)
     keys = sort_keys(headers, refused)
     modules: dict[str, ModuleHeader] = {}
@@ -180,47 +215,36 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
     if config.get("peft_type", "LORA") == "LORA" and "enable_lora" not in refused:
         problems += keys.problems
         if headers and not keys.parts and not keys.problems:
-            problems.append(f"{WEIGHTS_FILE} holds no LoRA weight")
+            problems.append("it holds no LoRA weight")
         modules, alphas = _check_modules(keys.parts, rules, problems)
     # gates are matched against modules only when the modules could be understood
     widths = {path: module.in_features for path, module in modules.items()}
     gates: dict[str, GateSet] = {}
     try:
-        gates = read_gates(folder, None if problems else widths)
+        gates = read_gates(folder, None if problems else widths) if folder is not None else {}
     except AdapterError as error:
         problems += error.problems
-    if problems:
-        raise AdapterError(problems, _heading(name, folder))
-    claims = _claims(folder, keys, headers, rules, modules)
-    notes = rules.notes(alphas, claims.saved)
-    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, notes, claims)
+    if problems or rules is None or view.open is None:
+        raise AdapterError(problems, heading(name, path))
+    claims = _claims(path, keys, headers, rules, modules)
+    notes = view.notes + rules.notes(alphas, claims.saved)
+    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, view.open, notes, claims)
 
 
 def _claims(
-    folder: Path,
+    path: Path,
     keys: SortedKeys,
     headers: Mapping[str, TensorHeader],
     rules: LoraRules,
     modules: Mapping[str, ModuleHeader],
 ) -> BaseClaims:
-    saved = {path: SavedTensor(headers[key].shape, key, folder, WEIGHTS_FILE) for path, key in keys.saved.items()}
-    scalings = {path: module.scaling for path, module in modules.items()} if rules.init else {}
+    saved = {own: SavedTensor(headers[key].shape, key, path, WEIGHTS_FILE) for own, key in keys.saved.items()}
+    scalings = {module: header.scaling for module, header in modules.items()} if rules.init else {}
     return BaseClaims(saved, rules.init, scalings, rules.targets.known(modules))
 
 
-def _heading(name: str, folder: Path) -> str:
+def heading(name: str, folder: Path | None) -> str:
     return f"adapter {name!r} in {folder} cannot be used"
-
-
-def _read_rules(folder: Path, problems: list[str]) -> tuple[dict[str, Any], LoraRules | None]:
-    try:
-        config = read_config(file_inside(folder, CONFIG_FILE))
-    except (ValueError, OSError) as error:
-        problems.append(str(error) + _adapters_below(folder))
-        return {}, None
-    rules, reasons = check_config(config)
-    problems += reasons
-    return config, rules
 
 
 def _adapters_below(folder: Path) -> str:
@@ -242,16 +266,16 @@ def _adapters_below(folder: Path) -> str:
     return f"; it has adapters in: {', '.join(found[:MAX_NAMED])}{more}. Pass these folders"
 
 
-def _read_headers(folder: Path, problems: list[str]) -> dict[str, TensorHeader]:
-    try:
-        with open_tensors(file_inside(folder, WEIGHTS_FILE)) as handle:
-            headers = read_headers(handle)
-    except (ValueError, OSError) as error:
-        pickles = [name for name in _UNREADABLE if (folder / name).exists()]
-        hint = f"; {pickles[0]} is a pickle and is never read: convert it to {WEIGHTS_FILE}" if pickles else ""
-        problems.append(str(error) + hint)
+def _read_headers(view: AdapterView, problems: list[str]) -> dict[str, TensorHeader]:
+    if view.open is None:
         return {}
-    if not headers:
+    try:
+        with view.open() as tensors:
+            headers = dict(tensors.headers)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return {}
+    if not headers and not problems:
         problems.append(f"{WEIGHTS_FILE} holds no tensor")
     return headers
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...files.safefile import what_it_is
+from .foreign import what_kind
 from .peft_patterns import LayerNumbers, ModuleNames, ModulePattern
 from .peft_rules import LoraRules, PatternRow, show
 from .peft_targets import Targets
@@ -105,7 +107,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path.name} is not valid JSON in UTF-8: {error}") from None
+        what = what_it_is(path)
+        reason = f"it is {what}" if what else str(error)
+        raise ValueError(f"{path.name} is not valid JSON in UTF-8: {reason}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path.name} must hold a JSON object, got {type(config).__name__}")
     return config
@@ -129,7 +133,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
     if kind != "LORA":
         expected = "peft_type must be 'LORA', the only kind of adapter that can be an expert"
         got = f"got {show(kind)}" if "peft_type" in config else "the config has none"
-        return None, [f"{expected}; {got}"]
+        return None, [f"{expected}; {got}{what_kind(kind)}"]
     problems: list[str] = []
     _check_refusals(config, problems)
     says = (

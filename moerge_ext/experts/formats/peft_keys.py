@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from ...files.safefile import TensorHeader, path_problem
 from .peft_rules import show, some_of
+from .view import PREFIX
 
-PREFIX = "base_model.model."
 SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
 # State of the training alone, of no effect on what a stored adapter computes: VeLoRA's projection for the backward
 # pass, MonteCLoRA's sampler.
