@@ -1,5 +1,6 @@
 """adapter_config.json: the fields that count, those that are refused, and its agreement with the tensors."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -10,6 +11,7 @@ from adapter_cases import CONFIG, UP, Q, factors, good_adapter, refused, set_con
 from builders import lora_config, write_adapter
 
 from moerge_ext.experts.bank import load_experts
+from moerge_ext.experts.formats import peft_config
 from moerge_ext.experts.formats.peft import inspect_adapter, read_adapter
 
 
@@ -251,6 +253,14 @@ def test_one_line_a_cause(folder, fields, tensors, words):
     added = {f"base_model.model.{key}": torch.zeros(shape) for key, shape in tensors.items()}
     set_tensors(folder, lambda stored: stored.update(added))
     assert len(refused(folder, words).problems) == 1
+
+
+def test_every_field_of_peft_is_known():
+    """A field of a later version is refused while it is on, until somebody has looked at what it does."""
+    from peft import LoraConfig
+
+    known = peft_config._INERT | peft_config._USED | peft_config._REFUSED.keys()
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
 
 
 def test_state_of_the_training_is_passed_over(folder):
