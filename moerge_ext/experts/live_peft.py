@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files.safefile import FLOATS, AdapterError, path_problem
+from ..files.safefile import FLOATS, AdapterError, path_problem, widened
 from .claims import BaseClaims, SavedTensor
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
@@ -155,7 +155,8 @@ def _layer_problems(path: str, layer: nn.Module, name: str) -> list[str]:
 
 def _tensors(layer: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     lora_b = layer.lora_B[name]
-    return layer.lora_A[name].weight, lora_b.weight, getattr(lora_b, "bias", None)
+    bias = getattr(lora_b, "bias", None)
+    return widened(layer.lora_A[name].weight), widened(lora_b.weight), None if bias is None else widened(bias)
 
 
 def _module_header(layer: nn.Module, name: str) -> ModuleHeader:

@@ -126,14 +126,18 @@ def read_headers(handle) -> dict[str, TensorHeader]:
     return headers
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """8-bit floats in the dtype in which they are computed with; others as they are."""
+    return tensor.to(FLOATS[WIDENED]) if tensor.dtype in NARROW.values() else tensor
+
+
 def read_tensor(handle, key: str, header: TensorHeader) -> Tensor:
     """The tensor, which may alias the file. ValueError when the file changed since its header was checked."""
     try:
         tensor = handle.get_tensor(key)
     except Exception as error:
         raise ValueError(f"{key} cannot be read: {error}") from None
-    if tensor.dtype in NARROW.values():
-        tensor = tensor.to(FLOATS[WIDENED])
+    tensor = widened(tensor)
     if tuple(tensor.shape) != header.shape or tensor.dtype != FLOATS.get(header.dtype, tensor.dtype):
         raise ValueError(f"{key} changed while it was being read")
     return tensor

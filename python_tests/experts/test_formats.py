@@ -186,6 +186,18 @@ def test_8_bit_floats_are_read_exactly(tmp_path, dtype):
     assert torch.equal(every[finite].bfloat16().float(), every[finite].float())
 
 
+def test_8_bit_floats_of_a_live_model():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    path, module = next(iter(load_experts(model).modules.items()))
+    stored = model.get_submodule("base_model.model." + path).lora_A["default"].weight
+    assert module.dtype == torch.bfloat16 and torch.equal(module.lora_A[0].float(), stored.float())
+
+
 def as_pickle(folder, content=None):
     """A PEFT folder whose weights are a pickle."""
     torch.save(load_file(folder / WEIGHTS) if content is None else content, folder / "adapter_model.bin")

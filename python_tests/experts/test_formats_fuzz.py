@@ -10,6 +10,7 @@ from builders import write_adapter
 from format_cases import ADAPTER, gguf_bytes, gguf_tensors, write_gguf, write_mlx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_adapters_fuzz import EDITS, FUZZ, JSON_VALUES, SIZES, memory_guard, mutate  # noqa: F401  (a fixture)
 from test_formats import as_pickle, in_parts
 
@@ -26,7 +27,17 @@ def small():
     return {Q: factors(r=2), UP: factors(8, 4, 2)}
 
 
+def write_adalora(folder):
+    write_adapter(folder, small(), r=2, peft_type="ADALORA", init_r=4)
+    stored = load_file(folder / "adapter_model.safetensors")
+    tensors = {key.removesuffix(".weight"): value for key, value in stored.items()}
+    tensors |= {key[:-1] + "E": torch.ones(2, 1) for key in tensors if key.endswith("A")}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
 WRITERS = {
+    "adalora": write_adalora,
     "mlx": lambda folder: write_mlx(folder, small()),
     "gguf": lambda folder: write_gguf(folder / "a.gguf", small(), "llama", heads=(3, 1)).parent,
     "parts": lambda folder: in_parts(write_adapter(folder, small(), r=2)),

@@ -1,6 +1,7 @@
 """Readers of adapter formats, one file each, and which of them reads what.
 
     adapter_config.json, adapter_model.safetensors (whole or in parts)      peft.py
+    the same, peft_type ADALORA                                             adalora.py
     adapter_config.json, adapters.safetensors                               mlx.py, MLX-LM
     <file>.gguf, or a folder with one and no config                         gguf.py, llama.cpp
 

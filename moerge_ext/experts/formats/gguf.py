@@ -63,7 +63,7 @@ ARCHITECTURES: dict[str, tuple[Mapping[str, str], bool]] = {
     "starcoder2": (_PLAIN_MLP, False),
 }
 _NAME = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<part>[ab])")
-_BLOCK = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<name>\w+)")
+_BLOCK = re.compile(r"blk\.(?P<layer>0|[1-9]\d{0,5})\.(?P<name>\w+)")
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 
@@ -194,7 +194,7 @@ def _peft_key(tensor: GgufTensor, names: Mapping[str, str]) -> tuple[str, str | 
     if module == "output":
         path = "lm_head"
     elif block is not None and block["name"] in names:
-        path = f"model.layers.{int(block['layer'])}.{names[block['name']]}"
+        path = f"model.layers.{block['layer']}.{names[block['name']]}"
     elif block is not None and len(tensor.shape) > 2:
         return "", f"{shown} {list(tensor.shape)} is LoRA on the experts of a mixture, which are no linear layers"
     else:

@@ -23,6 +23,7 @@ from ...files.safefile import FLOATS, AdapterError, TensorHeader, file_inside
 from ...files.shards import has_weights, open_weights
 from ..claims import BaseClaims, SavedTensor
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
+from . import adalora
 from .foreign import what_else
 from .peft_config import check_config, read_config, refused_fields
 from .peft_keys import SUFFIXES, SortedKeys, sort_keys
@@ -191,12 +192,13 @@ def view_peft(folder: Path, opener: Callable[[], AbstractContextManager[OpenTens
         config = read_config(file_inside(folder, CONFIG_FILE))
     except (ValueError, OSError) as error:
         problems.append(str(error) + _adapters_below(folder))
-    if opener is not None:
-        return AdapterView(config, opener, problems)
-    if not has_weights(folder, WEIGHTS_FILE):
+    if opener is None and not has_weights(folder, WEIGHTS_FILE):
         problems.append(f"{WEIGHTS_FILE} is missing{what_else(folder)}")
         return AdapterView(config, None, problems)
-    return AdapterView(config, lambda: open_weights(folder, WEIGHTS_FILE), problems)
+    opener = opener or (lambda: open_weights(folder, WEIGHTS_FILE))
+    if config is not None and config.get("peft_type") == adalora.KIND:
+        return adalora.view_adalora(config, opener, problems)
+    return AdapterView(config, opener, problems)
 
 
 def inspect_view(name: str, path: Path, folder: Path | None, view: AdapterView) -> AdapterHeader:
