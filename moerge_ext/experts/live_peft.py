@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..files.safefile import FLOATS, AdapterError, path_problem
-from .formats.peft import PREFIX, GateSet, LoraWeights, ModuleHeader, common_dtype
+from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
+from .keys import bare_path
+from .selection import Selection
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,33 @@ def is_peft_model(source: Any) -> bool:
     return isinstance(source, nn.Module) and isinstance(getattr(source, "peft_config", None), dict)
 
 
-def live_adapters(model: nn.Module) -> tuple[list[LiveAdapter], dict[str, list[str]]]:
-    """(the adapters that can be experts, {adapter name: problems} of the others)."""
+def live_adapters(model: nn.Module, selection: Selection) -> tuple[list[LiveAdapter], dict[str, list[str]]]:
+    """(the adapters that can be experts, {adapter name: problems} of the others), of those that are selected."""
     layers = {
-        name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
+        path: module
+        for path, module in ((bare_path(name), module) for name, module in model.named_modules())
         if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A")
+        if selection.keeps is None or selection.keeps(path)
     }
     found, bad = [], {}
-    for name, config in model.peft_config.items():
+    for name in selection.choose(list(model.peft_config)):
         try:
-            found.append(_live_adapter(name, config, layers))
+            adapter = _live_adapter(name, model.peft_config[name], layers)
+            if selection.names is None and (role := _role(name)):
+                adapter.notes.append(f"{role}: choose the experts with names=[...] if it is none")
+            found.append(adapter)
         except AdapterError as error:
             bad[repr(name)] = error.problems
     return found, bad
+
+
+def _role(name: str) -> str:
+    """What libraries keep under this name beside the adapters that are experts."""
+    if name == "ref":
+        return "TRL keeps its frozen reference policy under this name"
+    if re.fullmatch(r"gks_\d+", name):
+        return "PEFT's Arrow keeps a general-knowledge adapter, which it subtracts from the others, under this name"
+    return ""
 
 
 def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveAdapter:
@@ -74,7 +90,7 @@ def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveA
         if not reasons:
             modules[path] = _module_header(layer, name)
     if not modules and not problems:
-        problems.append("no layer of the model carries this adapter")
+        problems.append("no layer of the model carries this adapter, or none that modules=... takes")
     if problems:
         raise AdapterError(problems)
     base_model = rules.base_model if rules is not None else None

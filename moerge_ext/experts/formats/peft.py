@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from ...files.safefile import (
     read_tensor,
 )
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
-from .peft_config import LoraRules, check_config, read_config
+from ..keys import PREFIX, lora_key, module_of
+from .peft_config import LoraRules, check_config, read_config, show
 
 __all__ = [
     "GATES_FILE",
@@ -48,8 +49,6 @@ __all__ = [
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
 MAX_SCANNED, MAX_NAMED = 1000, 10  # entries of a folder without a config, and adapters below it to name
 _UNREADABLE = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
@@ -100,6 +99,7 @@ class AdapterHeader:
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     headers: dict[str, TensorHeader] = field(repr=False)
+    keys: dict[str, dict[str, str]] = field(repr=False)  # {module path: {"A" | "B" | "bias": key in the file}}
     notes: list[str] = field(default_factory=list)  # what is odd about it and no reason to refuse
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
@@ -108,11 +108,8 @@ class AdapterHeader:
         """
         with open_tensors(file_inside(self.folder, WEIGHTS_FILE)) as handle:
             for path, module in self.modules.items():
-                parts = {}
-                for suffix, part in _SUFFIXES.items():
-                    if part != "bias" or module.has_bias:
-                        key = PREFIX + path + suffix
-                        parts[part] = read_tensor(handle, key, self.headers[key])
+                keys = self.keys[path]
+                parts = {part: read_tensor(handle, key, self.headers[key]) for part, key in keys.items()}
                 yield path, LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
 
 
@@ -148,8 +145,10 @@ def nonfinite_problems(path: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor |
     ]
 
 
-def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
-    """Check a PEFT LoRA folder without reading its tensors.
+def inspect_adapter(
+    name: str, folder: str | os.PathLike, keep: Callable[[str], bool] | None = None
+) -> AdapterHeader:
+    """Check a PEFT LoRA folder without reading its tensors; `keep` says which module paths to look at (None: all).
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
     agreement with the config, and of the gates. The config must agree with the file both ways where it can be
@@ -169,18 +168,20 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
 
     problems: list[str] = []
     config, rules = _read_rules(folder, problems)
-    headers, parts = _read_parts(folder, problems)
+    headers, keys = _read_keys(folder, problems, keep)
+    parts = {path: {part: headers[key] for part, key in found.items()} for path, found in keys.items()}
     modules = _check_modules(parts, rules, problems)
     # gates are matched against modules only when the modules could be understood
     widths = {path: module.in_features for path, module in modules.items()}
     gates: dict[str, GateSet] = {}
     try:
-        gates = read_gates(folder, None if problems else widths)
+        gates = read_gates(folder, None if problems else widths, keep)
     except AdapterError as error:
         problems += error.problems
     if problems:
         raise AdapterError(problems, _heading(name, folder))
-    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, rules.notes(modules))
+    notes = rules.notes(modules) if keep is None else []
+    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, keys, notes)
 
 
 def _heading(name: str, folder: Path) -> str:
@@ -217,10 +218,10 @@ def _adapters_below(folder: Path) -> str:
     return f"; it has adapters in: {', '.join(found[:MAX_NAMED])}{more}. Pass these folders"
 
 
-def _read_parts(
-    folder: Path, problems: list[str]
-) -> tuple[dict[str, TensorHeader], dict[str, dict[str, TensorHeader]]]:
-    """(headers by key, {module path: {"A" | "B" | "bias": header}}) from the weights file."""
+def _read_keys(
+    folder: Path, problems: list[str], keep: Callable[[str], bool] | None
+) -> tuple[dict[str, TensorHeader], dict[str, dict[str, str]]]:
+    """(headers by key, {module path: {"A" | "B" | "bias": key}}) from the weights file."""
     try:
         with open_tensors(file_inside(folder, WEIGHTS_FILE)) as handle:
             headers = read_headers(handle)
@@ -231,17 +232,29 @@ def _read_parts(
         return {}, {}
     if not headers:
         problems.append(f"{WEIGHTS_FILE} holds no tensor")
-    parts: dict[str, dict[str, TensorHeader]] = {}
-    for key, header in headers.items():
-        part = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        path = key[len(PREFIX) : -len(part)] if part else ""
-        if part is None or not key.startswith(PREFIX):
+    keys: dict[str, dict[str, str]] = {}
+    adapters: set[str] = set()
+    for key in headers:
+        if keep is not None and not keep(module_of(key)):
+            continue
+        lora = lora_key(key)
+        if lora is None:
             problems.append(_unknown_key(key))
-        elif why := path_problem(path):
+        elif why := path_problem(lora.path):
             problems.append(why)
         else:
-            parts.setdefault(path, {})[_SUFFIXES[part]] = header
-    return headers, parts
+            adapters.update([lora.adapter] if lora.adapter else [])
+            first = keys.setdefault(lora.path, {}).setdefault(lora.part, key)
+            if first != key and len(adapters) < 2:
+                problems.append(f"{lora.path}: {show(first)} and {show(key)} are the same weight twice")
+    if len(adapters) > 1:
+        problems.append(
+            f"{WEIGHTS_FILE} holds several adapters ({', '.join(sorted(adapters))}): save each into a folder of its own"
+        )
+    if headers and not keys and keep is not None and not problems:
+        some = module_of(next(iter(headers)))
+        problems.append(f"modules=... takes none of its modules (one of them: {some}); names=[...] leaves it out")
+    return headers, keys
 
 
 def _unknown_key(key: str) -> str:
