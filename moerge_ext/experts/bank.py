@@ -124,9 +124,7 @@ class ExpertBank:
         moved.global_vectors = vectors
         return moved
 
-    def with_modules(
-        self, modules: Mapping[str, ModuleBank], stored_paths: Sequence[Mapping[str, str]]
-    ) -> ExpertBank:
+    def with_modules(self, modules: Mapping[str, ModuleBank], stored_paths: Sequence[Mapping[str, str]]) -> ExpertBank:
         """The same experts with other modules."""
         return ExpertBank(
             self.names,

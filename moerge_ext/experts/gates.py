@@ -45,7 +45,8 @@ def read_gates(
     """{kind: GateSet} of every sidecar in `folder`; empty when there is none.
 
     `modules` (module path -> D) adds the check that every gate belongs to a module of the adapter and has its
-    width; `keep` says for which modules gates are read (None: all). Raises AdapterError with every problem of every sidecar.
+    width; `keep` says for which modules gates are read (None: all). Raises AdapterError with every problem of every
+    sidecar.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():

@@ -22,7 +22,9 @@ def idle_notes(names: Sequence[str], modules: Mapping[str, ModuleBank]) -> list[
             total = int(present[:, e].sum())
             first = next(path for path, flag in zip(modules, idle[:, e].tolist(), strict=True) if flag)
             where = "" if count == total else f", such as {first}"
-            notes.append(f"expert {names[e]!r} changes nothing in {count} of {total} modules (lora_B lora_A is 0{where})")
+            notes.append(
+                f"expert {names[e]!r} changes nothing in {count} of {total} modules (lora_B lora_A is 0{where})"
+            )
     return notes
 
 

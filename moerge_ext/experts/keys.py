@@ -1,10 +1,10 @@
 """From the key of a tensor to its module, whatever the adapter was wrapped in when it was saved.
 
-    base_model.model.<module>.lora_A.weight                     PEFT
-    base_model.model.base_model.model.<module>...               a PeftModel around a PeftModel
-    <module>.lora_A.<adapter>.weight                            state_dict() instead of save_pretrained()
-    module. / _orig_mod. / _fsdp_wrapped_module. /              DistributedDataParallel and DeepSpeed, torch.compile,
-    _checkpoint_wrapped_module.                                 FSDP, activation checkpointing
+base_model.model.<module>.lora_A.weight                     PEFT
+base_model.model.base_model.model.<module>...               a PeftModel around a PeftModel
+<module>.lora_A.<adapter>.weight                            state_dict() instead of save_pretrained()
+module. / _orig_mod. / _fsdp_wrapped_module. /              DistributedDataParallel and DeepSpeed, torch.compile,
+_checkpoint_wrapped_module.                                 FSDP, activation checkpointing
 """
 
 from __future__ import annotations

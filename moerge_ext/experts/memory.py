@@ -62,7 +62,7 @@ def _width(held: Sequence[tuple[int, Any]]) -> int:
 
 
 def _blame(names: Sequence[str], holders: Holders, dtype: torch.dtype, needed: int) -> str:
-    """": ..." with the experts of the largest rank and what the bank takes without them; empty where all are alike."""
+    """ ": ..." with the experts of the largest rank and what the bank takes without them; empty where all are alike."""
     ranks = [0] * len(names)
     for held in holders.values():
         for e, header in held:
@@ -97,7 +97,10 @@ def _available() -> int | None:
 
 def _left_of_limit() -> int | None:
     """What a container's limit (cgroup 2, then 1) leaves; its cached files count as free."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             stat = (_CGROUP / Path(limit).parent / "memory.stat").read_text().splitlines()
             cached = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)

@@ -31,9 +31,7 @@ def renamed_bank(bank: ExpertBank, paths: Sequence[Mapping[str, str]]) -> Expert
             modules[new] = whole
         else:
             modules[new] = _joined(new, [(bank.modules[path], ids) for path, ids in parts.items()])
-    stored = [
-        {new: bank.stored_paths[e].get(old, old) for old, new in moved.items()} for e, moved in enumerate(paths)
-    ]
+    stored = [{new: bank.stored_paths[e].get(old, old) for old, new in moved.items()} for e, moved in enumerate(paths)]
     return bank.with_modules(modules, stored)
 
 

@@ -113,7 +113,9 @@ def _named_folders(paths: Any, bad: dict[str, list[str]], selection: Selection) 
             bad[repr(name)] = [f"{count} experts have this name ({folders}); pass {{name: path}} to name them apart"]
     named = dict(found)
     if selection.names is not None:
-        named = {name: named[name] for name in selection.choose(list(named) + [n for n, _ in pairs if n])if name in named}
+        named = {
+            name: named[name] for name in selection.choose(list(named) + [n for n, _ in pairs if n]) if name in named
+        }
         for said in set(bad) - {repr(name) for name in selection.names}:
             del bad[said]
     return named

@@ -1,9 +1,9 @@
 """Modules that not every expert has: who competes there.
 
-    absent="mask"    the experts that have the module, among themselves: where only one has it, softmax gives it weight 1
-                     on every token of every task. The papers' pools are homogeneous, so that this never arises.
-    absent="base"    all: an expert without the module competes with score 0 (its gate is zero; what the handle adds to
-                     its score counts) as a branch that adds zero, so its share of the weight goes to the base.
+absent="mask"    the experts that have the module, among themselves: where only one has it, softmax gives it weight 1
+                 on every token of every task. The papers' pools are homogeneous, so that this never arises.
+absent="base"    all: an expert without the module competes with score 0 (its gate is zero; what the handle adds to
+                 its score counts) as a branch that adds zero, so its share of the weight goes to the base.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def fit(model: nn.Module, experts: ExpertBank, missing: str = "error") -> Fitted
             fitted.experts = renamed_bank(experts, [naming.paths for naming in namings])
         except ValueError as error:
             fitted.problems.append(str(error))
-    if moved:
-        fitted.notes.append(_renamed(experts.names, namings))
+    if note := renamed_note(experts.names, namings):
+        fitted.notes.append(note)
     if lost and missing == "drop" and not fitted.experts.modules:
         fitted.problems.append(f"none of the experts' modules is in {type(model).__name__}")
     return fitted
@@ -110,13 +110,13 @@ def _differing(path: str, near: str) -> tuple[str, str]:
 def _dropped(model: nn.Module, lost: dict[str, list[str]]) -> str:
     who = list(dict.fromkeys(name for names in lost.values() for name in names))
     return (
-        f"{len(lost)} modules of {listed([repr(name) for name in who], 'experts')} are not in {type(model).__name__} and "
-        f"were left out: {listed(list(lost))}"
+        f"{len(lost)} modules of {listed([repr(name) for name in who], 'experts')} are not in {type(model).__name__} "
+        f"and were left out: {listed(list(lost))}"
     )
 
 
-def _renamed(names: Sequence[str], namings: Sequence[Naming]) -> str:
-    """What was renamed, once for each way of reading."""
+def renamed_note(names: Sequence[str], namings: Sequence[Naming]) -> str | None:
+    """What was renamed, once for each way of reading; None when nothing was."""
     ways: dict[str, list[str]] = {}
     for name, naming in zip(names, namings, strict=True):
         moved = [(old, new) for old, new in naming.paths.items() if old != new]
@@ -124,5 +124,7 @@ def _renamed(names: Sequence[str], namings: Sequence[Naming]) -> str:
             old, new = moved[0]
             how = naming.how or "the wrappers of this model"
             ways.setdefault(f"{len(moved)} modules by {how}, such as {old} -> {new}", []).append(name)
+    if not ways:
+        return None
     lines = [f"{said} ({listed([repr(name) for name in who], 'experts')})" for said, who in ways.items()]
     return "the experts' modules have other names in this model and were renamed: " + "; ".join(lines)

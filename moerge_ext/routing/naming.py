@@ -20,7 +20,7 @@ from .tables import renaming_tables
 Sizes = Mapping[str, tuple[int, int]]  # {module path: (D, O)}
 Reading = Mapping[str, str | None]  # {path of the expert: bare path in the model}
 
-# Containers by which a text class and the classes around it differ: put in, left out or exchanged, they change no layer.
+# Containers by which a text class and the classes around it differ: in, out or exchanged, they change no layer.
 CONTAINERS = frozenset(["model", "base_model", "language_model", "text_model", "llm", "thinker", "backbone"])
 MAX_PROBES = 8
 

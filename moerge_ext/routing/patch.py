@@ -202,9 +202,9 @@ def patch(
     """Routes a model's linear layers among experts, in place.
 
     Args:
-        model: any torch model whose layers have the paths the experts were trained on, or paths that the renaming tables
-            of transformers or another prefix lead to; what was renamed is said in a warning. Offload or dispatch it with
-            accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
+        model: any torch model whose layers have the paths the experts were trained on, or paths to which a renaming
+            table of transformers or another prefix leads (a warning says what was renamed). Offload or dispatch it
+            with accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).

@@ -1,4 +1,4 @@
-"""Whether the experts belong to this model: what their configs say of the base, and base layers that were never trained."""
+"""Whether the experts belong to this model: what their configs say of the base, and base layers of chance."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _fresh_layers(model: nn.Module, paths: Iterable[str]) -> str | None:
     if not fresh:
         return None
     return (
-        f"the experts have a LoRA on {listed(fresh)}, whose base weights come from no checkpoint: a head that was freshly "
-        "initialised differs from the one the LoRA was trained on. Load the head the experts were trained with, or leave "
-        "it out with load_experts(..., modules=...)"
+        f"the experts have a LoRA on {listed(fresh)}, whose base weights come from no checkpoint: a head that was "
+        "freshly initialised differs from the one the LoRA was trained on. Load the head the experts were trained "
+        "with, or leave it out with load_experts(..., modules=...)"
     )
 
 

@@ -1,8 +1,8 @@
 """transformers' own tables of renamed modules, as functions from old module paths to the paths in this model.
 
-A class whose modules were renamed between versions of transformers carries a table by which its old checkpoints are read.
-The same table serves adapters, as PEFT 0.21 uses it (`peft.utils.transformers_weight_conversion`). An entry that changes
-tensors (fused experts, split q/k/v) renames nothing here: a LoRA on the old module is none on the new one.
+A class whose modules were renamed between versions of transformers carries a table by which its old checkpoints are
+read. The same table serves adapters, as PEFT 0.21 uses it (`peft.utils.transformers_weight_conversion`). An entry that
+changes tensors (fused experts, split q/k/v) renames nothing here: a LoRA on the old module is none on the new one.
 """
 
 from __future__ import annotations

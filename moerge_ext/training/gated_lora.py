@@ -8,6 +8,7 @@ out again, whatever happens in between.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
+from ..files.listing import grouped
+from ..routing.fitting import renamed_note
 from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.naming import ModelPaths
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
@@ -201,7 +205,8 @@ def gated_model(
     """
     folder = Path(adapter_folder)
     adapter = read_adapter(folder.name, folder)
-    targets = _matching_layers(model, adapter)
+    places = _places(model, adapter)
+    targets = _matching_layers(model, adapter, places)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     layers = {
@@ -213,30 +218,38 @@ def gated_model(
             p.requires_grad_(False)
         for path, layer in layers.items():
             layer.train(targets[path].training)
-            replace_module(model, path, layer)
+            replace_module(model, places[path], layer)
         hooks = _inputs_require_grad(model)
         yield GatedModel(model, adapter, layers, joint=joint)
     finally:
         for hook in hooks:
             hook.remove()
         for path, base in targets.items():
-            replace_module(model, path, base)
+            replace_module(model, places[path], base)
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
+    sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
+    naming = ModelPaths(model).naming(sizes)
+    if note := renamed_note([adapter.name], [naming]):
+        warnings.warn(note, stacklevel=4)
+    return naming.paths
+
+
+def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str]) -> dict[str, nn.Module]:
     """The model's layer for every module of the adapter; one ValueError with all that does not fit."""
     found: dict[str, nn.Module] = {}
     problems: list[str] = []
     for path, lora in adapter.modules.items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
+        if path not in places:
             problems.append(f"{path}: the model has no such module")
             continue
+        layer = model.get_submodule(places[path])
         if hasattr(layer, "base_layer"):
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
@@ -257,7 +270,7 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
     if problems:
         raise ValueError(
             f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
-            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(problems)
+            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
 

@@ -145,9 +145,7 @@ def nonfinite_problems(path: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor |
     ]
 
 
-def inspect_adapter(
-    name: str, folder: str | os.PathLike, keep: Callable[[str], bool] | None = None
-) -> AdapterHeader:
+def inspect_adapter(name: str, folder: str | os.PathLike, keep: Callable[[str], bool] | None = None) -> AdapterHeader:
     """Check a PEFT LoRA folder without reading its tensors; `keep` says which module paths to look at (None: all).
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
