@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from ..files.atomic import write_atomically
 from .formats import inspect_adapter
-from .formats.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter, into_memory
+from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, into_memory
 from .hub import find_adapter
+from .keys import PREFIX
 
 SIDECARS = ("moerge_gates*.safetensors", "moerge_examples*.safetensors")
 

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .listing import grouped
+
 # safetensors' names of the dtypes an adapter may have
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # 8-bit floats, which no kernel computes in: read as the smallest dtype of FLOATS that holds all their values
@@ -24,13 +26,14 @@ MAX_SHOWN = 50  # problems listed for one adapter; the rest are counted
 
 
 class AdapterError(ValueError):
-    """One or more adapters cannot be used. `problems` holds every reason; the message lists them all."""
+    """One or more adapters cannot be used. `problems` holds every reason; the message says each cause once."""
 
     def __init__(self, problems: Sequence[str], heading: str = "the adapter cannot be used"):
         self.problems = list(problems)
-        shown = self.problems[:MAX_SHOWN]
-        if len(self.problems) > MAX_SHOWN:
-            shown.append(f"... and {len(self.problems) - MAX_SHOWN} more problems")
+        lines = grouped(self.problems)
+        shown = lines[:MAX_SHOWN]
+        if len(lines) > MAX_SHOWN:
+            shown.append(f"... and {len(lines) - MAX_SHOWN} more problems")
         super().__init__(heading + ":" + "".join(f"\n  - {problem}" for problem in shown))
 
     def __reduce__(self):  # the message is not the first argument, which is what pickle would pass

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ...files.safefile import TensorHeader
+from ..keys import PREFIX
 
-PREFIX = "base_model.model."  # of PEFT's keys
+__all__ = ["PREFIX", "AdapterView", "OpenTensors", "peft_config"]
 
 
 class OpenTensors(Protocol):
