@@ -179,7 +179,7 @@ def _check_padding(sources: Sequence[Source]) -> None:
         problem = (
             f"{path}: padding all {len(sources)} experts to its rank {rank} makes the bank "
             f"{total_padded / 2**30:.1f} GiB, {total_padded // total_stored} times what the adapters hold; "
-            "load it apart"
+            "load it apart, the others with names=[...]"
         )
         raise _refusal({repr(sources[e].name): [problem]}, len(sources))
 

@@ -236,6 +236,18 @@ def test_fused_modules_are_one_cause(tmp_path):
         assert set(handle.modules) == set(attention)
 
 
+def test_the_table_of_a_models_own_code(tmp_path):
+    """As models with remote code bring it, and transformers 4 had it."""
+    model = builders.tiny_llama()
+    model._checkpoint_conversion_mapping = {r"^lm\.blocks\.": "^model.layers.", "attention": "self_attn"}
+    layers = linear_layers(model, "layers.")
+    new = routed(model, adapter(tmp_path / "new", layers))
+    old = adapter(tmp_path / "old", layers, lambda path: path.replace("model.layers", "lm.blocks"))
+    assert torch.equal(routed(model, old), new)
+    (note,) = said(lambda: routed(model, old))
+    assert "the table in LlamaForCausalLM" in note
+
+
 def test_gates_are_trained_under_the_adapters_own_names(tmp_path):
     model = cases.qwen2_vl()
     layers = linear_layers(model, "language_model")

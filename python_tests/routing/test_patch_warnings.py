@@ -12,6 +12,7 @@ import transformers
 from patch_cases import logits, tokens
 
 import moerge_ext as moerge
+from moerge_ext.training.gated_lora import gated_model
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -102,6 +103,13 @@ def test_another_base(llama, tmp_path, base, own, other):
     assert bool(said) == other
     if other:
         assert "'sql' on " in said[0] and f"'{base}'" in said[0] and f"'{own}'" in said[0] and len(said) == 1
+
+
+def test_gates_of_another_base(llama, tmp_path):
+    bank = bank_on("org/base-8b", tmp_path / "e")
+    llama.config._name_or_path = "org/base-13b"
+    with pytest.warns(UserWarning, match="trained on another model"), gated_model(llama, bank.folders[0]):
+        pass
 
 
 def test_another_revision(llama, tmp_path):
