@@ -184,6 +184,9 @@ def test_a_wrapped_model(tmp_path):
     with moerge.patch(around, moerge.load_experts({"e": folder}), method="expert:e") as handle:
         assert all(name.startswith("module.") for name in handle.modules)
         torch.testing.assert_close(logits(around, **inputs(model)), want)
+    named = moerge.load_experts({"e": folder}, rename={"": "module"})  # by the wrapper's own names
+    plain = Around(builders.tiny_llama())
+    assert not said(lambda: moerge.patch(plain, named, method="expert:e").remove())
     assert not any(isinstance(module, moerge.RoutedLinear) for module in around.modules())
 
 
