@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -26,8 +27,9 @@ def other_base_note(
     """What the experts say of their base, (`base_model_name_or_path`, `revision`), against the model's own."""
     config = getattr(model, "config", None)
     own, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
-    if not isinstance(own, str) or not own:
+    if not isinstance(own, (str, os.PathLike)) or not os.fspath(own):
         return None
+    own = os.fspath(own)
     others: dict[str, list[str]] = {}
     for name, (base, revision) in zip(names, bases, strict=True):
         if base and _short_name(base) != _short_name(own):

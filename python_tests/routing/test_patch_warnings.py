@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+from pathlib import Path
+
 import builders
 import patch_cases as cases
 import pytest
@@ -95,6 +97,7 @@ def bank_on(base, folder, revision=None):
         (None, "org/base", False),
         ("org/base", "org/base-instruct", True),
         ("org/base-8b", "/models/base-13b", True),
+        ("org/base-8b", Path("/models/base-13b"), True),
     ],
 )
 def test_another_base(llama, tmp_path, base, own, other):
