@@ -312,7 +312,7 @@ def load_experts(
         global_vectors=vectors,
         global_metadata=facts,
         stored_paths=[getattr(source, "stored_paths", {}) for source in sources],
-        bases=[(source.base_model, source.config.get("revision")) for source in sources],
+        bases=[(source.base_model, getattr(source, "config", {}).get("revision")) for source in sources],
     )
 
 

@@ -38,7 +38,6 @@ class Source(Protocol):
     name: str
     folder: Path | None
     base_model: str | None
-    config: dict[str, Any]
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     notes: list[str]
