@@ -210,6 +210,20 @@ def test_modules_that_are_gone(tmp_path):
         moerge.patch(model, bank, method="expert:e", missing="skip")
 
 
+def test_keys_and_values_that_layers_share(tmp_path):
+    """Gemma 3n lost k_proj and v_proj of the layers that share them; adapters of before have both."""
+    model = cases.gemma3n()
+    layers = linear_layers(model, "self_attn")
+    first = {path: sizes for path, sizes in layers.items() if ".0." in path}
+    before = {path.replace(".0.", f".{i}."): sizes for i in range(4) for path, sizes in first.items()}
+    folder = adapter(tmp_path / "e", before)
+    with pytest.raises(ValueError, match=r"model.layers.2.self_attn.k_proj[\s\S]*missing=\"drop\""):
+        routed(model, folder)
+    with pytest.warns(UserWarning, match="4 modules of 'e' are not in Gemma3nForCausalLM"):
+        handle = moerge.patch(model, moerge.load_experts({"e": folder}), method="expert:e", missing="drop")
+    assert set(handle.modules) == set(layers) and len(before) == len(layers) + 4
+
+
 def test_old_names_and_parts_that_are_gone(tmp_path):
     model = cases.gemma3()
     layers = linear_layers(model, "language_model")
