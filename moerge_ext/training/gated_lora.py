@@ -29,6 +29,7 @@ from ..routing.base_start import init_problems, on_base
 from ..routing.fitting import renamed_note
 from ..routing.layers import execution_device, linear_features, replace_module
 from ..routing.naming import ModelPaths
+from ..routing.provenance import other_base_note
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
@@ -242,7 +243,8 @@ def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
     sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
     naming = ModelPaths(model).naming(sizes)
-    if note := renamed_note([adapter.name], [naming]):
+    base = other_base_note(model, [adapter.name], [(adapter.base_model, adapter.config.get("revision"))])
+    for note in filter(None, (renamed_note([adapter.name], [naming]), base)):
         warnings.warn(note, stacklevel=4)
     return naming.paths
 
