@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,3 +53,35 @@ class BaseClaims:
     init: str | None = None
     scalings: Mapping[str, float] = field(default_factory=dict)
     targets: Targets | None = None
+
+    def renamed(self, paths: Mapping[str, str]) -> BaseClaims:
+        """The same of modules that go by other paths: {path: new path}, without those that were left out.
+
+        A parameter of no such module moves with the prefix that all of them exchanged.
+        """
+        old, new = _exchanged(paths)
+        saved = {}
+        for path, tensor in self.saved.items():
+            module, dot, leaf = path.rpartition(".")
+            if module in paths:
+                path = paths[module] + dot + leaf
+            elif old != new and (not old or path.startswith(old + ".")):
+                path = ".".join(filter(None, (new, path.removeprefix(old).lstrip("."))))
+            saved[path] = tensor
+        scalings = {paths[path]: scaling for path, scaling in self.scalings.items() if path in paths}
+        same = all(path == name for path, name in paths.items())
+        return replace(self, saved=saved, scalings=scalings, targets=self.targets if same else None)
+
+
+def _exchanged(paths: Mapping[str, str]) -> tuple[str, str]:
+    """(old, new) prefix by which all paths differ; ("", "") when there is none."""
+    for path, name in paths.items():
+        if path != name:
+            old, new = path.split("."), name.split(".")
+            while old and new and old[-1] == new[-1]:
+                old, new = old[:-1], new[:-1]
+            start, other = "".join(part + "." for part in old), "".join(part + "." for part in new)
+            if all(name == other + path.removeprefix(start) for path, name in paths.items() if path.startswith(start)):
+                return ".".join(old), ".".join(new)
+            break
+    return "", ""

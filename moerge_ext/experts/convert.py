@@ -14,8 +14,8 @@ from torch import Tensor
 from ..files.atomic import write_atomically
 from .formats import inspect_adapter
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterHeader, into_memory
-from .formats.peft_keys import PREFIX
 from .hub import find_adapter
+from .keys import PREFIX
 
 SIDECARS = ("moerge_gates*.safetensors", "moerge_examples*.safetensors")
 
@@ -37,8 +37,8 @@ def convert_adapter(
         raise ValueError(f"{target} is there already: name a folder that is empty or not there yet")
     header = inspect_adapter(name, path, base, allow_pickle=allow_pickle)
     adapter = into_memory(header)
-    target.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(adapter) | _saved(header)
+    target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
     for pattern in SIDECARS if header.folder is not None else ():
         for sidecar in header.folder.glob(pattern):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from ..files.safefile import FLOATS, AdapterError, path_problem, widened
 from .claims import BaseClaims, SavedTensor
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
-from .formats.peft_keys import PREFIX
 from .formats.peft_rules import LoraRules, some_of
+from .keys import bare_path, module_of
+from .selection import Selection
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,38 @@ def is_peft_model(source: Any) -> bool:
     return isinstance(source, nn.Module) and isinstance(getattr(source, "peft_config", None), dict)
 
 
-def live_adapters(model: nn.Module) -> tuple[list[LiveAdapter], dict[str, list[str]]]:
-    """(the adapters that can be experts, {adapter name: problems} of the others)."""
+def live_adapters(model: nn.Module, selection: Selection) -> tuple[list[LiveAdapter], dict[str, list[str]]]:
+    """(the adapters that can be experts, {adapter name: problems} of the others), of those that are selected."""
     layers = {
-        name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
+        path: module
+        for path, module in ((bare_path(name), module) for name, module in model.named_modules())
         if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A")
+        if selection.keeps is None or selection.keeps(path)
     }
     found, bad = [], {}
-    for name, config in model.peft_config.items():
+    for name in selection.choose(list(model.peft_config)):
         try:
-            found.append(_live_adapter(name, config, layers, model))
+            adapter = _live_adapter(name, model.peft_config[name], layers, model)
+            if selection.keeps is not None:
+                kept = {
+                    path: tensor for path, tensor in adapter.claims.saved.items() if selection.keeps(module_of(path))
+                }
+                adapter = replace(adapter, claims=BaseClaims(kept))
+            if selection.names is None and (role := _role(name)):
+                adapter.notes.append(f"{role}: choose the experts with names=[...] if it is none")
+            found.append(adapter)
         except AdapterError as error:
             bad[repr(name)] = error.problems
     return found, bad
+
+
+def _role(name: str) -> str:
+    """What libraries keep under this name beside the adapters that are experts."""
+    if name == "ref":
+        return "TRL keeps its frozen reference policy under this name"
+    if re.fullmatch(r"gks_\d+", name):
+        return "PEFT's Arrow keeps a general-knowledge adapter, which it subtracts from the others, under this name"
+    return ""
 
 
 def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module], model: nn.Module) -> LiveAdapter:
@@ -79,7 +99,7 @@ def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module], model: n
     if rules is not None:
         problems += _base_problems(rules, values.get("bias"), model, layers, modules)
     if not modules and not problems:
-        problems.append("no layer of the model carries this adapter")
+        problems.append("no layer of the model carries this adapter, or none that modules=... takes")
     if problems:
         raise AdapterError(problems)
     claims = BaseClaims(_saved_modules(model, name))
@@ -116,7 +136,7 @@ def _saved_modules(model: nn.Module, name: str) -> dict[str, SavedTensor]:
         copies = getattr(wrapper, "modules_to_save", None)
         if isinstance(copies, nn.ModuleDict) and name in copies:
             for key, tensor in copies[name].state_dict().items():
-                full = f"{path.removeprefix(PREFIX)}.{key}"
+                full = f"{bare_path(path)}.{key}"
                 saved[full] = SavedTensor(tuple(tensor.shape), full, tensor=tensor.detach())
     return saved
 

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .listing import grouped
+
 # safetensors' names of the dtypes an adapter may have
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # 8-bit floats, which no kernel computes in: read as the smallest dtype of FLOATS that holds all their values
@@ -24,13 +26,14 @@ MAX_SHOWN = 50  # problems listed for one adapter; the rest are counted
 
 
 class AdapterError(ValueError):
-    """One or more adapters cannot be used. `problems` holds every reason; the message lists them all."""
+    """One or more adapters cannot be used. `problems` holds every reason; the message says each cause once."""
 
     def __init__(self, problems: Sequence[str], heading: str = "the adapter cannot be used"):
         self.problems = list(problems)
-        shown = self.problems[:MAX_SHOWN]
-        if len(self.problems) > MAX_SHOWN:
-            shown.append(f"... and {len(self.problems) - MAX_SHOWN} more problems")
+        lines = grouped(self.problems)
+        shown = lines[:MAX_SHOWN]
+        if len(lines) > MAX_SHOWN:
+            shown.append(f"... and {len(lines) - MAX_SHOWN} more problems")
         super().__init__(heading + ":" + "".join(f"\n  - {problem}" for problem in shown))
 
     def __reduce__(self):  # the message is not the first argument, which is what pickle would pass
@@ -138,7 +141,7 @@ def read_tensor(handle, key: str, header: TensorHeader) -> Tensor:
     except Exception as error:
         raise ValueError(f"{key} cannot be read: {error}") from None
     tensor = widened(tensor)
-    if tuple(tensor.shape) != header.shape or tensor.dtype != FLOATS[header.dtype]:
+    if tuple(tensor.shape) != header.shape or tensor.dtype != FLOATS.get(header.dtype, tensor.dtype):
         raise ValueError(f"{key} changed while it was being read")
     return tensor
 

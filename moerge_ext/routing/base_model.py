@@ -4,7 +4,6 @@ initialization took from the base, and the layers that should have weights.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,14 +16,14 @@ from ..methods.fixed import PREFIX as ONE_EXPERT
 from .base_start import init_problems, on_this_base
 from .layers import linear_features, replace_module, shared_parameters, values_problem
 from .own_module import OwnModule
-from .routed_linear import RoutedLinear, RoutingState
+from .routed_linear import RoutingState
 
 
 class BaseCheck:
     """The experts that a method uses, and what they say of their base, on one model.
 
-    `problems` is what keeps them from it: nothing for a model that lacks their layers or is patched already, where what
-    it lacks besides is no news.
+    `problems` is what keeps them from it: nothing for a model that lacks their layers, where what it lacks besides is
+    no news.
     """
 
     def __init__(self, model: nn.Module, experts: ExpertBank, method: str):
@@ -34,7 +33,7 @@ class BaseCheck:
         self.problems: list[str] = []
         self.own: dict[str, dict[str, Tensor]] = {}  # {module: {parameter: tensor}} of the one expert
         layers = dict(model.named_modules(remove_duplicate=False))
-        if any(isinstance(layers.get(name), (RoutedLinear, type(None))) for name in experts.modules):
+        if not experts.modules or any(layers.get(name) is None for name in experts.modules):
             return
         if alone in self.claims:
             self.own, self.problems = own_parameters(model, alone, self.claims[alone], experts.modules)
@@ -46,9 +45,13 @@ class BaseCheck:
         """The experts as plain LoRA on this model."""
         return on_this_base(self.model, self.experts, self.claims)
 
-    def warn_of_unweighted(self, stacklevel: int) -> None:
-        if lines := unweighted_targets(self.model, self.experts, self.claims):
-            warnings.warn("patch:" + "".join(f"\n  - {line}" for line in lines), stacklevel=stacklevel + 1)
+    def unweighted_note(self) -> str | None:
+        lines = unweighted_targets(self.model, self.experts, self.claims)
+        return (
+            "layers have no weights in an expert's file:" + "".join(f"\n  - {line}" for line in lines)
+            if lines
+            else None
+        )
 
     def place_own(self, state: RoutingState) -> tuple[str, ...]:
         """Puts the modules that the one expert brings into the model; their paths."""

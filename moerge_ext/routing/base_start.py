@@ -58,14 +58,7 @@ def on_this_base(model: nn.Module, experts: ExpertBank, claims: Mapping[str, Bas
     modules = dict(experts.modules)
     for path, held in tqdm(starts.items(), "PiSSA and OLoRA on this base", delay=PROGRESS_AFTER, leave=False):
         modules[path] = _less_start(modules[path], model.get_submodule(path), held)
-    return ExpertBank(
-        experts.names,
-        modules,
-        base_model=experts.base_model,
-        folders=experts.folders,
-        global_vectors=experts.global_vectors,
-        global_metadata=experts.global_metadata,
-    )
+    return experts.with_modules(modules, experts.stored_paths)
 
 
 def on_base(lora: LoraWeights, layer: nn.Module, init: str) -> LoraWeights:

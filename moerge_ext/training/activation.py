@@ -15,6 +15,7 @@ from ..experts.formats.peft import write_gates
 from ..experts.gates import gates_file
 from ..experts.kinds import AVERAGE_ACTIVATION
 from ..files.atomic import check_writable
+from ..files.listing import grouped
 from .batches import Batch, BatchSource, Collate, run_model
 from .encoding import MAX_LENGTH, prepare
 from .gated_lora import GatedLoRA, GatedModel, gated_model, warn_of_left_out
@@ -74,7 +75,7 @@ def average_activation(
         problems = [f"{path}: its input is not finite" for path, mean in seen.items() if not mean.finite()]
         problems += [] if seen else [f"{path}: saw no token" for path in means]
         if problems:
-            raise ValueError("no average activation for:\n- " + "\n- ".join(problems))
+            raise ValueError("no average activation for:\n- " + "\n- ".join(grouped(problems)))
         with ranks.together():
             if ranks.first:
                 _write(target, gated, seen, int(count))

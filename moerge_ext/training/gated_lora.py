@@ -24,10 +24,14 @@ from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.gates import gates_file
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
+from ..files.listing import grouped
 from ..models.wrappers import trainable_inside
 from ..routing.base_model import saved_problems
 from ..routing.base_start import init_problems, on_base
+from ..routing.fitting import renamed_note
 from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.naming import ModelPaths
+from ..routing.provenance import other_base_note
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
 from .ranks import current_ranks, whole
@@ -251,8 +255,9 @@ def gated_model(
     folder = Path(adapter_folder)
     model = trainable_inside(model)
     adapter = read_adapter(folder.name, folder, model)
-    targets = _matching_layers(model, adapter)
-    modules = _on_base(model, adapter, joint)
+    places = _places(model, adapter)
+    targets = _matching_layers(model, adapter, places)
+    modules = _on_base(model, adapter, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
@@ -262,27 +267,36 @@ def gated_model(
                 p.requires_grad_(False)
             for path, layer in layers.items():
                 layer.train(targets[path].training)
-                replace_module(model, path, layer)
+                replace_module(model, places[path], layer)
             yield GatedModel(model, adapter, layers, still, joint=joint)
         finally:
             for path, base in targets.items():
-                replace_module(model, path, base)
+                replace_module(model, places[path], base)
             for p, flag in flags:
                 p.requires_grad_(flag)
             for module, mode in modes:
                 module.training = mode
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
+    sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
+    naming = ModelPaths(model).naming(sizes)
+    base = other_base_note(model, [adapter.name], [(adapter.base_model, adapter.config.get("revision"))])
+    for note in filter(None, (renamed_note([adapter.name], [naming]), base)):
+        warnings.warn(note, stacklevel=4)
+    return naming.paths
+
+
+def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str]) -> dict[str, nn.Module]:
     """The model's layer for every module of the adapter; one ValueError with all that does not fit."""
     found: dict[str, nn.Module] = {}
     problems: list[str] = []
     for path, lora in adapter.modules.items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
+        if path not in places:
             problems.append(f"{path}: the model has no such module")
             continue
+        layer = model.get_submodule(places[path])
         if hasattr(layer, "base_layer"):
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
@@ -303,7 +317,7 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
     if problems:
         raise ValueError(
             f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
-            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(problems)
+            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
 
@@ -321,20 +335,21 @@ def warn_of_left_out(name: str, paths: Collection[str], total: int) -> None:
     )
 
 
-def _on_base(model: nn.Module, adapter: Adapter, joint: bool) -> dict[str, LoraWeights]:
+def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, LoraWeights]:
     """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
-    claims = adapter.claims
-    problems = saved_problems(model, {adapter.name: claims}) + init_problems(model, {adapter.name: claims})
-    if claims.init is not None and joint:
+    claims = {adapter.name: adapter.claims.renamed(places)}
+    problems = saved_problems(model, claims) + init_problems(model, claims)
+    init = adapter.claims.init
+    if init is not None and joint:
         problems.append(
-            f"joint=True would write factors that begin with {claims.init}: convert the adapter first (PEFT: "
+            f"joint=True would write factors that begin with {init}: convert the adapter first (PEFT: "
             "save_pretrained with path_initial_model_for_weight_conversion)"
         )
     if problems:
         raise ValueError(f"adapter '{adapter.name}' does not fit {type(model).__name__}:\n- " + "\n- ".join(problems))
-    if claims.init is None:
+    if init is None:
         return adapter.modules
-    return {path: on_base(lora, model.get_submodule(path), claims.init) for path, lora in adapter.modules.items()}
+    return {path: on_base(lora, model.get_submodule(places[path]), init) for path, lora in adapter.modules.items()}
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -252,22 +252,6 @@ def test_a_broken_config_beside_a_pickle(tmp_path):
         convert_adapter(folder, tmp_path / "out", allow_pickle=True)
 
 
-def test_what_is_saved_beside_the_lora_comes_along(tmp_path):
-    """A head in parts, in a pickle, converted: the same bytes under the same key."""
-    modules, head = {Q: factors()}, {f"{PREFIX}score.weight": torch.randn(3, 8)}
-
-    def folder(name):
-        made = write_adapter(tmp_path / name, modules, modules_to_save=["score"])
-        save_file(load_file(made / WEIGHTS) | head, made / WEIGHTS)
-        return made
-
-    for name, change, options in (("parts", in_parts, {}), ("pickle", as_pickle, {"allow_pickle": True})):
-        converted = convert_adapter(change(folder(name)), tmp_path / ("out-" + name), **options)
-        assert torch.equal(load_file(converted / WEIGHTS)[f"{PREFIX}score.weight"], head[f"{PREFIX}score.weight"])
-    claims = inspect_adapter("e", tmp_path / "parts").claims
-    assert torch.equal(claims.saved["score.weight"].read(), head[f"{PREFIX}score.weight"])
-
-
 def test_convert_refuses_before_it_writes(tmp_path):
     folder = write_adapter(tmp_path / "e", {Q: factors()})
     with pytest.raises(ValueError, match="is there already"):
@@ -292,6 +276,22 @@ def test_a_converted_folder_is_peft_s(tmp_path):
     peft_model = PeftModel.from_pretrained(tiny_qwen2(), convert_adapter(folder, tmp_path / "out"))
     with patch(model, load_experts(folder), "expert:m"), torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, peft_model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_saved_beside_the_lora_comes_along(tmp_path):
+    """A head in parts, in a pickle, converted: the same bytes under the same key."""
+    modules, head = {Q: factors()}, {f"{PREFIX}score.weight": torch.randn(3, 8), f"{PREFIX}norm.seen": torch.tensor(3)}
+
+    def folder(name):
+        made = write_adapter(tmp_path / name, modules, modules_to_save=["score"])
+        save_file(load_file(made / WEIGHTS) | head, made / WEIGHTS)
+        return made
+
+    for name, change, options in (("parts", in_parts, {}), ("pickle", as_pickle, {"allow_pickle": True})):
+        converted = convert_adapter(change(folder(name)), tmp_path / ("out-" + name), **options)
+        assert torch.equal(load_file(converted / WEIGHTS)[f"{PREFIX}score.weight"], head[f"{PREFIX}score.weight"])
+    claims = inspect_adapter("e", tmp_path / "parts").claims
+    assert all(torch.equal(saved.read(), head[PREFIX + path]) for path, saved in claims.saved.items()) and claims.saved
 
 
 def test_gates_are_trained_for_any_format(tmp_path):

@@ -13,6 +13,7 @@ reads; `pickled.py` reads `adapter_model.bin` for `moerge convert` alone, where 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ __all__ = ["inspect_adapter", "read_adapter"]
 
 
 def inspect_adapter(
-    name: str, path: str | os.PathLike, base: Any = None, *, allow_pickle: bool = False
+    name: str,
+    path: str | os.PathLike,
+    base: Any = None,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    allow_pickle: bool = False,
 ) -> peft.AdapterHeader:
     """Check an adapter of any format without reading its tensors.
 
-    base: the base model, its config or the folder of either, for formats that need to know it (GGUF). allow_pickle:
-    open `adapter_model.bin` where a PEFT folder has nothing else; see `pickled.py` first.
+    base: the base model, its config or the folder of either, for formats that need to know it (GGUF). keep: which
+    module paths to look at (None: all). allow_pickle: open `adapter_model.bin` where a PEFT folder has nothing else;
+    see `pickled.py` first.
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
     agreement with the config, and of the gates beside it.
@@ -49,7 +56,7 @@ def inspect_adapter(
             view = peft.view_peft(folder)
     except (ValueError, OSError) as error:
         raise AdapterError([str(error)], peft.heading(name, found)) from None
-    return peft.inspect_view(name, found, folder, view)
+    return peft.inspect_view(name, found, folder, view, keep)
 
 
 def read_adapter(name: str, path: str | os.PathLike, base: Any = None) -> peft.Adapter:

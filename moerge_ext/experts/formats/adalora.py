@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ...files.safefile import FLOATS, TensorHeader
-from .peft_keys import PREFIX
+from ..keys import PREFIX
 from .view import AdapterView, OpenTensors, peft_config
 
 KIND = "ADALORA"

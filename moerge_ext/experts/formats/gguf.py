@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...files.gguffile import GgufFile, GgufTensor, map_gguf, read_gguf, read_values
 from ...files.safefile import TensorHeader
-from .peft_keys import PREFIX
+from ..keys import PREFIX
 from .view import AdapterView, one_line_a_cause, peft_config
 
 # llama.cpp's name of a layer's tensor -> where Hugging Face has it, for the models that name their layers as Llama does

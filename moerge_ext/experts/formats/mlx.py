@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from ...files.safefile import TensorHeader, file_inside, open_tensors, read_headers, read_tensor
+from ..keys import PREFIX
 from .peft_config import read_config
-from .peft_keys import PREFIX
 from .peft_rules import show
 from .view import AdapterView, one_line_a_cause, peft_config
 

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
 from . import adalora
 from .foreign import what_else
 from .peft_config import check_config, read_config, refused_fields
-from .peft_keys import PREFIX, SUFFIXES, SortedKeys, sort_keys
-from .peft_rules import Alpha, LoraRules, show, some_of
+from .peft_keys import SortedKeys, sort_keys
+from .peft_rules import Alpha, LoraRules, show
 from .view import AdapterView, OpenTensors
 
 __all__ = [
@@ -101,6 +101,7 @@ class AdapterHeader:
     gates: dict[str, GateSet]
     headers: dict[str, TensorHeader] = field(repr=False)
     open: Callable[[], AbstractContextManager[OpenTensors]] = field(repr=False)
+    keys: dict[str, dict[str, str]] = field(repr=False)  # {module path: {"A" | "B" | "bias": key in the file}}
     notes: list[str] = field(default_factory=list)  # what is odd about it and no reason to refuse
     claims: BaseClaims = field(default_factory=BaseClaims)
 
@@ -110,11 +111,7 @@ class AdapterHeader:
         """
         with self.open() as tensors:
             for path, module in self.modules.items():
-                parts = {}
-                for suffix, part in SUFFIXES.items():
-                    if part != "bias" or module.has_bias:
-                        key = PREFIX + path + suffix
-                        parts[part] = self._read(tensors, key)
+                parts = {part: self._read(tensors, key) for part, key in self.keys[path].items()}
                 yield path, LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
 
     def _read(self, tensors: OpenTensors, key: str) -> Tensor:
@@ -159,8 +156,8 @@ def nonfinite_problems(path: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor |
     ]
 
 
-def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
-    """Check a PEFT LoRA folder without reading its tensors.
+def inspect_adapter(name: str, folder: str | os.PathLike, keep: Callable[[str], bool] | None = None) -> AdapterHeader:
+    """Check a PEFT LoRA folder without reading its tensors; `keep` says which module paths to look at (None: all).
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
     agreement with the config, and of the gates. The config must agree with the file both ways where it can be
@@ -171,7 +168,7 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
     resolved = resolve(name, folder)
     if not resolved.is_dir():
         raise AdapterError([f"it is not a folder; expected a folder with {CONFIG_FILE}"], heading(name, resolved))
-    return inspect_view(name, resolved, resolved, view_peft(resolved))
+    return inspect_view(name, resolved, resolved, view_peft(resolved), keep)
 
 
 def resolve(name: str, path: str | os.PathLike) -> Path:
@@ -201,7 +198,9 @@ def view_peft(folder: Path, opener: Callable[[], AbstractContextManager[OpenTens
     return AdapterView(config, opener, problems)
 
 
-def inspect_view(name: str, path: Path, folder: Path | None, view: AdapterView) -> AdapterHeader:
+def inspect_view(
+    name: str, path: Path, folder: Path | None, view: AdapterView, keep: Callable[[str], bool] | None = None
+) -> AdapterHeader:
     """Check what a format's reader made of `path`; gates are looked for in `folder`. Raises as `inspect_adapter`."""
     problems = list(view.problems)
     config, rules = view.config or {}, None
@@ -210,27 +209,33 @@ def inspect_view(name: str, path: Path, folder: Path | None, view: AdapterView) 
         problems += reasons
     headers = _read_headers(view, problems)
     refused = refused_fields(config)
-    keys = sort_keys(headers, refused)
+    keys = sort_keys(headers, refused, keep)
     modules: dict[str, ModuleHeader] = {}
     alphas: dict[str, Alpha] = {}
     # what the tensors of another kind of adapter lack is no news
     if config.get("peft_type", "LORA") == "LORA" and "enable_lora" not in refused:
         problems += keys.problems
-        if headers and not keys.parts and not keys.problems:
+        if headers and not keys.keys and not keys.problems:
             problems.append("there is no LoRA weight among its tensors")
-        modules, alphas = _check_modules(keys.parts, rules, problems)
+        modules, alphas = _check_modules(keys.parts(headers), rules, problems)
     # gates are matched against modules only when the modules could be understood
     widths = {path: module.in_features for path, module in modules.items()}
     gates: dict[str, GateSet] = {}
     try:
-        gates = read_gates(folder, None if problems else widths) if folder is not None else {}
+        gates = read_gates(folder, None if problems else widths, keep) if folder is not None else {}
     except AdapterError as error:
         problems += error.problems
     if problems or rules is None or view.open is None:
         raise AdapterError(problems, heading(name, path))
     claims = _claims(folder, keys, headers, rules, modules)
-    notes = view.notes + rules.notes(alphas, claims.saved)
-    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, view.open, notes, claims)
+    notes = list(view.notes)
+    if keep is None:
+        notes += rules.notes(alphas, claims.saved)
+    else:  # what is not taken is not missed
+        claims = replace(claims, targets=None)
+    return AdapterHeader(
+        name, folder, rules.base_model, config, modules, gates, headers, view.open, keys.keys, notes, claims
+    )
 
 
 def _claims(
@@ -240,8 +245,8 @@ def _claims(
     rules: LoraRules,
     modules: Mapping[str, ModuleHeader],
 ) -> BaseClaims:
-    saved = {path: SavedTensor(headers[key].shape, key, folder, WEIGHTS_FILE) for path, key in keys.saved.items()}
-    scalings = {path: module.scaling for path, module in modules.items()} if rules.init else {}
+    saved = {own: SavedTensor(headers[key].shape, key, folder, WEIGHTS_FILE) for own, key in keys.saved.items()}
+    scalings = {module: header.scaling for module, header in modules.items()} if rules.init else {}
     return BaseClaims(saved, rules.init, scalings, rules.targets.known(modules))
 
 
@@ -285,14 +290,13 @@ def _read_headers(view: AdapterView, problems: list[str]) -> dict[str, TensorHea
 def _check_modules(
     parts: Mapping[str, Mapping[str, TensorHeader]], rules: LoraRules | None, problems: list[str]
 ) -> tuple[dict[str, ModuleHeader], dict[str, Alpha]]:
-    """({module path: header}, {module path: alpha}) of the modules that are right; one problem a cause."""
+    """({module path: header}, {module path: alpha}) of the modules that are right."""
     modules: dict[str, ModuleHeader] = {}
     alphas: dict[str, Alpha] = {}
     if rules is not None and (reasons := rules.work_problems(parts)):
         problems += reasons
         rules = None
     left_out = rules.targets.left_out(parts) if rules is not None else {}
-    causes: dict[str, list[str]] = {}
     for path, found in parts.items():
         reasons = _shape_problems(found)
         if not reasons and rules is not None:
@@ -300,8 +304,7 @@ def _check_modules(
             reasons = _disagreements(path, found, rules, alphas[path])
         if path in left_out:
             reasons.append(f"the file has weights for it, {left_out[path]}")
-        for reason in reasons:
-            causes.setdefault(reason, []).append(path)
+        problems += [f"{path}: {reason}" for reason in reasons]
         if not reasons:
             rank, in_features = found["A"].shape
             modules[path] = ModuleHeader(
@@ -313,7 +316,6 @@ def _check_modules(
                 has_bias="bias" in found,
                 nbytes=sum(part.nbytes for part in found.values()),
             )
-    problems += [f"{some_of(paths)}: {reason}" for reason, paths in causes.items()]
     return modules, alphas
 
 

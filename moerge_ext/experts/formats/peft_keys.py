@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ...files.safefile import TensorHeader, path_problem
+from ..keys import PREFIX, bare_path, lora_key, module_of
 from .peft_rules import show, some_of
 
-PREFIX = "base_model.model."
-SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
 # State of the training alone, of no effect on what a stored adapter computes: VeLoRA's projection for the backward
 # pass, MonteCLoRA's sampler.
 _TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
@@ -28,50 +27,62 @@ _KINDS = (
 
 @dataclass
 class SortedKeys:
-    """parts: {module path: {"A" | "B" | "bias": header}}; saved: {parameter path of the base: key}; problems."""
+    """keys: {module path: {"A" | "B" | "bias": key}}; saved: {parameter path of the base: key}; problems."""
 
-    parts: dict[str, dict[str, TensorHeader]] = field(default_factory=dict)
+    keys: dict[str, dict[str, str]] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    adapters: set[str] = field(default_factory=set)  # the adapters' names that keys hold
+
+    def parts(self, headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, TensorHeader]]:
+        return {path: {part: headers[key] for part, key in found.items()} for path, found in self.keys.items()}
 
 
-def sort_keys(headers: Mapping[str, TensorHeader], refused: Mapping[str, object]) -> SortedKeys:
-    """Sorts the names of a file. One problem for all tensors of a kind, and none for a kind that the config says of
-    itself: `refused` holds its fields that were refused already.
+def sort_keys(
+    headers: Mapping[str, TensorHeader],
+    refused: Mapping[str, object],
+    keep: Callable[[str], bool] | None = None,
+) -> SortedKeys:
+    """Sorts the names of a file, those of the modules that `keep` takes. One problem for all tensors of a kind, and
+    none for a kind that the config says of itself: `refused` holds its fields that were refused already.
     """
     found, kinds = SortedKeys(), {}
-    for key, header in headers.items():
+    taken = [key for key in headers if keep is None or keep(module_of(key))]
+    for key in taken:
         if kind := next((kind for kind in _KINDS if kind[0] in key), None):
             kinds.setdefault(kind, []).append(key)
-        elif any(part in _TRAINING_STATE for part in key.split(".")):
-            continue
-        else:
-            _sort(key, header, found)
+        elif not any(part in _TRAINING_STATE for part in key.split(".")):
+            _sort(key, found)
     for (_, meaning, said_by), keys in kinds.items():
         if said_by not in refused:
             found.problems.append(f"{some_of([show(key) for key in keys])} {meaning}")
-    embeddings = {
-        path for path in found.saved if any(f"{path.rpartition('.')[0]}.lora_embedding_" in k for k in headers)
-    }
-    for path in embeddings:  # the embedding itself, saved with the LoRA on it: the same cause
-        del found.saved[path]
+    if len(found.adapters) > 1:
+        names = ", ".join(sorted(found.adapters))
+        found.problems.append(f"it holds several adapters ({names}): save each into a folder of its own")
+    for path in list(found.saved):  # an embedding, saved with the LoRA on it: the same cause
+        if any(f"{path.rpartition('.')[0]}.lora_embedding_" in key for key in taken):
+            del found.saved[path]
+    if headers and not taken:
+        some = module_of(next(iter(headers)))
+        found.problems.append(f"modules=... takes none of its modules (one of them: {some}); names=[...] leaves it out")
     return found
 
 
-def _sort(key: str, header: TensorHeader, found: SortedKeys) -> None:
-    part = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
-    if not key.startswith(PREFIX) or (part is None and "lora_" in key):
+def _sort(key: str, found: SortedKeys) -> None:
+    lora = lora_key(key)
+    if lora is None and (PREFIX not in key or "lora_" in key):
         found.problems.append(_unknown_key(key))
         return
-    path = key.removeprefix(PREFIX).removesuffix(part or "")
-    if part is None:
-        path = _base_path(path)
+    path = lora.path if lora is not None else _base_path(bare_path(key))
     if why := path_problem(path):
         found.problems.append(why)
-    elif part is not None:
-        found.parts.setdefault(path, {})[SUFFIXES[part]] = header
-    else:
+    elif lora is None:
         found.saved[path] = key
+    else:
+        found.adapters.update([lora.adapter] if lora.adapter else [])
+        first = found.keys.setdefault(path, {}).setdefault(lora.part, key)
+        if first != key and len(found.adapters) < 2:
+            found.problems.append(f"{path}: {show(first)} and {show(key)} are the same weight twice")
 
 
 def _base_path(path: str) -> str:
