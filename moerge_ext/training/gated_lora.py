@@ -181,12 +181,15 @@ class GatedModel:
 
         After joint training the LoRA is written too: `adapter_model.safetensors` with the trained A and B
         (float32) and the adapter's config as PEFT has it. Every file appears whole or not at all. Of several processes
-        rank 0 writes; under FSDP2 (`fully_shard`) every rank must call this. ValueError when no gate is left.
+        rank 0 writes; under FSDP2 (`fully_shard`) every rank must call this. ValueError when none is left.
         """
         self.check_target(folder)
         target = Path(folder) if folder is not None else self.folder
-        left_out = set(self.untrained() if untrained is None else untrained)
-        gates = {path: gate for path, gate in self.gates().items() if path not in left_out}
+        left_out, gates = set(self.untrained() if untrained is None else untrained), self.gates()
+        if untrained is None and left_out == gates.keys():
+            warnings.warn(f"no gate of '{self.adapter.name}' was trained: all that are written are zero", stacklevel=2)
+            left_out.clear()
+        gates = {path: gate for path, gate in gates.items() if path not in left_out}
         lora = self._lora() if self.joint else None
         if not gates:
             raise ValueError(f"no gate of '{self.adapter.name}' was trained: {NOT_REACHED}")
