@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,12 @@ from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from .growing import GrowingTexts, watch_steps
-from .layers import execution_device, linear_features, replace_module, watch_batch
+from .layers import execution_device, linear_features, replace_module
+from .peft_layers import idle_notes
+from .ran import FirstForward
+from .refusals import layer_problems
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
+from .rows import Rows
 from .trace import Trace
 
 _SHOWN = 20  # problems listed in full before the rest is only counted
@@ -40,6 +45,7 @@ class Handle:
         self.modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
+        self._watch: FirstForward | None = None
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
@@ -49,6 +55,8 @@ class Handle:
                 f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected RoutedLinear); "
                 "undo that replacement first"
             )
+        if self._watch is not None:
+            self._watch.remove()
         for name in self.modules:
             routed = self.model.get_submodule(name)
             replace_module(self.model, name, routed.base_layer)
@@ -155,15 +163,22 @@ class Handle:
     def _rows(self, bias: Tensor) -> Iterator[None]:
         """bias [N,E] added to the scores of the forwards inside the block."""
         before = self._state.bias.clone() if self._state.active else None
+        outer = self._state.rows
         self._state.set_bias(bias)
-        watch = watch_batch(self.model, bias.shape[0], lambda: self._state.enabled)
+        rows = Rows(self.model, bias.shape[0], self._applies) if bias.shape[0] > 1 else None
+        self._state.rows = rows
         try:
             yield
         finally:
-            watch.remove()
+            self._state.rows = outer
+            if rows is not None:
+                rows.remove()
             if before is not None:
                 self._state.set_bias(before)
             self._state.active = before is not None
+
+    def _applies(self, rows: Rows) -> bool:
+        return self._state.enabled and self._state.rows is rows
 
     def __enter__(self) -> Handle:
         return self
@@ -176,7 +191,13 @@ class Handle:
 
 
 def patch(
-    model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
+    model: nn.Module,
+    experts: ExpertBank,
+    method: str = "phatgoose",
+    *,
+    backend: str = "native",
+    strict: bool = False,
+    **options: Any,
 ) -> Handle:
     """Routes a model's linear layers among experts, in place.
 
@@ -186,6 +207,8 @@ def patch(
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
+        strict: the first forward raises RuntimeError, and does not only warn, when a layer with experts was passed by:
+            its module ran and did not call it. A part of the model that the input has nothing for is no error.
         options: the method's own parameters and those of `route`: top_k, top_p, scale, weighting, aggregation, ...
 
     Returns:
@@ -224,7 +247,10 @@ def patch(
     for name, layer in routed.items():
         replace_module(model, name, layer)
     handle.modules = tuple(routed)
+    handle._watch = FirstForward(model, handle.modules, what="layers with experts", strict=strict)
     model._moerge_handle = handle
+    for note in idle_notes(model, handle.modules):
+        warnings.warn(note, stacklevel=2)
     return handle
 
 
@@ -266,8 +292,9 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
         return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
     if is_peft_model(model) and hasattr(model, "unload"):
         return [
-            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass the model inside, "
-            "model.unload() (before that, moerge_ext.load_experts(model) makes experts of its adapters)"
+            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass model.unload(), "
+            "the base model without them, or model.merge_and_unload(), the base model with them built in "
+            "(get_base_model() leaves them on; before either, moerge_ext.load_experts(model) makes experts of them)"
         ]
     if not experts.modules:
         problems.append("the experts have no LoRA module")
@@ -292,7 +319,7 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
             )
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
-    return problems
+    return problems + layer_problems(model, experts.modules)
 
 
 def _near(name: str, layers: dict[str, nn.Module]) -> str:

@@ -15,6 +15,8 @@ from ..experts.module_bank import whole_vectors
 from ..methods.base import Plan, Routing
 from ..ops import reference
 from .layers import execution_device, linear_features
+from .peft_layers import is_peft_layer
+from .rows import Rows
 from .trace import Trace
 
 BACKENDS = {"native": ops, "reference": reference}
@@ -31,6 +33,7 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None  # [N,E] float32
+        self.rows: Rows | None = None  # which of several rows a token belongs to
         self.active = False
         self.enabled = True  # False: every layer is its base alone
         self.trace: Trace | None = None
@@ -117,6 +120,12 @@ class RoutedLinear(nn.Module):
         # as model.tie_weights() does
         if name in ("weight", "bias"):
             setattr(self.base_layer, name, value)
+        elif name == "base_layer" and is_peft_layer(value):
+            raise ValueError(
+                f"{self.name}: PEFT would put an adapter ({type(value).__name__}) below the experts, to be trained "
+                "under the routing: call handle.remove() first (moerge_ext.get_handle(model) finds it) and load the "
+                "base model again for PEFT, which may have changed other layers before this one"
+            )
         else:
             self.__dict__["_made_from"] = None
             super().__setattr__(name, value)
@@ -238,6 +247,7 @@ class RoutedLinear(nn.Module):
             and self.state.enabled
             and forward_ad._current_level < 0
             and x.is_contiguous()
+            and (self.state.rows is None or self.state.rows.of(self.name, x) is None)
         )
 
     def _fuses(self, x: Tensor, weight: Tensor) -> bool:
@@ -253,6 +263,11 @@ class RoutedLinear(nn.Module):
         """What forward does with the base layer's output in general."""
         if not self.state.enabled:
             return base
+        if not isinstance(base, Tensor):
+            raise TypeError(
+                f"{self.name}: {type(self._modules['base_layer']).__name__} returned a {type(base).__name__}, and "
+                "experts can only be added to the one tensor of a linear layer; leave this module out of the experts"
+            )
         # a hook may have kept it, and then it must not be written into
         watched = self._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks
         in_place = not torch.is_grad_enabled() and not watched
@@ -261,7 +276,7 @@ class RoutedLinear(nn.Module):
         kernels, tensors = BACKENDS[self.backend], self._buffers
         bank = (tensors["gates"], tensors["lora_A"], tensors["lora_B"])
         options = {"mask": tensors["mask"], "lora_bias": tensors["lora_bias"], "factored": self.factored}
-        options |= self.route_options | {"bias": self.score_bias(x.device)}
+        options |= self.route_options | {"bias": self.score_bias(x.device), "rows": self.rows_of(x)}
         if in_place and self.state.trace is None and base.is_contiguous() and x.is_contiguous():
             kernels.routed_lora_(base, x, *bank, **options)
             return base
@@ -293,6 +308,10 @@ class RoutedLinear(nn.Module):
                 "`with handle.queries(texts):` or `with handle.affinities(s):`, s [N, E]"
             )
         return self.state.bias.to(device)
+
+    def rows_of(self, x: Tensor) -> Tensor | None:
+        """The row of every token of x [..., D], [T] int32; None where T/N adjacent tokens share one."""
+        return None if self.state.rows is None else self.state.rows.of(self.name, x)
 
     def extra_repr(self) -> str:
         n_experts, rank, _ = self.lora_A.shape
