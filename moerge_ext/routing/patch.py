@@ -24,6 +24,7 @@ from .refusals import layer_problems
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .rows import Rows
 from .trace import Trace
+from .ways import Explanation, explain
 
 _SHOWN = 20  # problems listed in full before the rest is only counted
 # what `queries` asks, by the `source` of a method
@@ -179,6 +180,14 @@ class Handle:
 
     def _applies(self, rows: Rows) -> bool:
         return self._state.enabled and self._state.rows is rows
+
+    def explain(self, *, grad: bool = False) -> Explanation:
+        """Which way every kind of routed layer takes at present, and why not a faster one; print it.
+
+        For tokens of the type of the layer's weights, in inference or (`grad`) with gradients.
+        """
+        self._check_alive()
+        return explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
 
     def __enter__(self) -> Handle:
         return self
