@@ -27,13 +27,14 @@ _HELPERS = 2  # calls deep that functions which are no methods are followed for 
 
 @dataclass(frozen=True)
 class Use:
-    """called: the layer is called, or handed to code that may call it; read: its weight is used as a tensor."""
+    """called: as self.layer(...); handed: to code that may call it or not; read: its weight is used as a tensor."""
 
     called: bool = False
+    handed: bool = False
     read: bool = False
 
     def __or__(self, other: Use) -> Use:
-        return Use(self.called or other.called, self.read or other.read)
+        return Use(self.called or other.called, self.handed or other.handed, self.read or other.read)
 
 
 def use_of(parent: nn.Module, attribute: str) -> Use | None:
@@ -155,7 +156,7 @@ def _uses(function: FunctionType, answers: tuple[bool | None, ...]) -> dict[str,
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == source.myself:
             uses[node.attr] = uses.get(node.attr, Use()) | _use(node, source.above)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            uses[node.value] = uses.get(node.value, Use()) | Use(called=True)  # getattr(self, "q_proj")
+            uses[node.value] = uses.get(node.value, Use()) | Use(handed=True)  # getattr(self, "q_proj")
     return uses
 
 
@@ -165,9 +166,10 @@ def _use(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> Use:
     if _asked(node, outer):
         return Use()
     if not isinstance(outer, ast.Attribute):
-        return Use(called=True)
+        called = isinstance(outer, ast.Call) and outer.func is node
+        return Use(called=called, handed=not called)
     if outer.attr != "weight":
-        return Use(called=outer.attr not in _OF_LAYER)
+        return Use(handed=outer.attr not in _OF_LAYER)
     around = above[outer]
     asked = isinstance(around, ast.Attribute) and around.attr in _OF_WEIGHT
     return Use(read=not asked and not isinstance(around, ast.Compare) and not _asked(outer, around))

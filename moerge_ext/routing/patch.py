@@ -238,6 +238,8 @@ def patch(
         problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
+    for note in idle_notes(model, plans):
+        warnings.warn(note, stacklevel=2)
     state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
@@ -258,8 +260,6 @@ def patch(
     handle.modules = tuple(routed)
     handle._watch = FirstForward(model, handle.modules, what="layers with experts", strict=strict)
     model._moerge_handle = handle
-    for note in idle_notes(model, handle.modules):
-        warnings.warn(note, stacklevel=2)
     return handle
 
 

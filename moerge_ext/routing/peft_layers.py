@@ -73,7 +73,7 @@ def how_to_take_off(model: nn.Module, names: Iterable[str]) -> str:
         calls = ", ".join(f"model.delete_adapter({name!r})" for name in names)
     else:
         calls = "peft_model.unload(), which returns the base model (get_base_model() leaves the adapters on)"
-    return f"take it off: {calls}. moerge_ext.load_experts(...) of the PEFT model before that makes experts of them"
+    return f"take it off: {calls}. moerge_ext.load_experts(...) of the model before that makes an expert of it"
 
 
 def idle_notes(model: nn.Module, names: Iterable[str]) -> list[str]:

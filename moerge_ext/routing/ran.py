@@ -52,6 +52,12 @@ class FirstForward:
         self.__dict__.update(state)
         self._register()
 
+    def __enter__(self) -> FirstForward:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
     def remove(self) -> None:
         """Ends the watch. Where only parts of the model have run until then, layers that they passed by are named."""
         if not self.judged and self.ran and "" not in self.ran:
@@ -75,13 +81,13 @@ class FirstForward:
             kinds = sorted({type(self.model.get_submodule(self._holders[name][0])).__name__ for name in passed_by})
             self._fail(
                 strict,
-                f"the first forward did not call {self._grouped(passed_by)}, {self.what}, although {', '.join(kinds)}, "
-                "which holds them, ran (it may read their weights instead): they have no effect; leave them out",
+                f"the first forward did not call these {self.what}: {self._grouped(passed_by)}. {', '.join(kinds)} "
+                "ran, which holds them, and may read their weights instead, so that they have no effect; leave them out",
             )
         if unused and whole and len(missed) < len(self.layers):
             warnings.warn(
-                f"the first forward did not use {self._grouped(map(self._branch, unused))}, {self.what}: right where "
-                "the input has nothing for them, such as no image, or no token for an expert of a mixture",
+                f"the first forward did not use these {self.what}: {self._grouped(map(self._branch, unused))}. That is "
+                "right where the input has nothing for them, such as no image, or no token for an expert of a mixture",
                 stacklevel=2,
             )
 
@@ -96,6 +102,9 @@ class FirstForward:
         path, attribute = self._holders[name]
         if path not in self.ran:
             return False
+        beside = name.rpartition(".")[0]
+        if beside != path and any(other.startswith(beside + ".") for other in self.ran):
+            return False  # one of a list, of which others ran
         use = use_of(self.model.get_submodule(path), attribute)
         return use is None or use.read or not use.called
 
@@ -107,7 +116,7 @@ class FirstForward:
         """The paths, those that differ in numbers alone as one."""
         groups: dict[str, set[str]] = {}
         for path in paths:
-            groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), set()).add(path)
+            groups.setdefault(re.sub(r"(?<![A-Za-z])\d+(?![^.])", "*", path), set()).add(path)
         said = [next(iter(of)) if len(of) == 1 else f"{group} ({len(of)})" for group, of in groups.items()]
         return ", ".join(said[:_SHOWN]) + (f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else "")
 

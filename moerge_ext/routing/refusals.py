@@ -14,22 +14,26 @@ from .peft_layers import peft_layers, wrapper_problem
 _UNSLOTH = "unsloth"  # its `generate` computes with the layers' weights, also where its `forward` calls the layers
 
 
-def layer_problems(model: nn.Module, names: Iterable[str], *, peft: bool = True) -> list[str]:
-    """Why a branch on one of the layers would not count, or count beside another; "module '<name>': ..." each.
-
-    peft=False leaves out what is said of layers that carry PEFT's adapters.
-    """
+def layer_problems(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Why the layers of that name cannot be routed, or not rightly; "module '<name>': ..." each. Unknown names pass."""
     layers = dict(model.named_modules(remove_duplicate=False))
-    carried = peft_layers(model) if peft else {}
+    carried = peft_layers(model)
     problems = parallel_problems(model)
     for name in names:
-        layer = layers.get(name)
-        if layer is None:
-            continue
-        said = [wrapper_problem(model, layer, carried.get(name)) if peft else None, _caller_problem(layers, name)]
-        said += [_call_problem(layer), _sharding_problem(layers, name)]
-        problems += [f"module '{name}': {text}" for text in said if text is not None]
-    return problems
+        if name in layers:
+            said = [wrapper_problem(model, layers[name], carried.get(name)), _sharding_problem(layers, name)]
+            problems += [f"module '{name}': {text}" for text in said if text is not None]
+    return problems + [f"module '{name}': {text}" for name, text in no_effect(model, names).items()]
+
+
+def no_effect(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """{name: why} of the layers on which a branch would have no effect, or could not be computed."""
+    layers = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for name in names:
+        if name in layers and (why := _caller_problem(layers, name) or _call_problem(layers[name])):
+            found[name] = why
+    return found
 
 
 def _caller_problem(layers: dict[str, nn.Module], name: str) -> str | None:
@@ -37,20 +41,21 @@ def _caller_problem(layers: dict[str, nn.Module], name: str) -> str | None:
     path, leaf = holder(layers, name)
     parent = layers[path]
     kind, cure = type(parent).__name__, "leave it out of the experts"
-    if any(home(module) == _UNSLOTH for module in _above(layers, name)) or asks_for_peft(parent):
+    use = use_of(parent, leaf)
+    fused = asks_for_peft(parent) and not (use is not None and use.called)
+    if fused or any(home(module) == _UNSLOTH for module in _above(layers, name)):
         return (
             f"{kind} is replaced by fused kernels (Unsloth's) that read the weight of a layer that is not PEFT's, so "
             "that no expert would take part: load the model with transformers alone"
         )
     if isinstance(parent, nn.TransformerEncoderLayer) and _has_fast_path(parent):
         return (
-            f"{kind} reads its weight instead of calling it in eval mode (torch's fast path), so that no expert would "
-            "take part: call torch.backends.mha.set_fastpath_enabled(False) before the patch"
+            f"{kind} reads its weight instead of calling it in eval mode (torch's fast path), so that an expert "
+            "there has no effect: call torch.backends.mha.set_fastpath_enabled(False) before the patch"
         )
-    use = use_of(parent, leaf)
-    if use is None or use.called or not use.read:
+    if use is None or not use.read or use.called or use.handed:
         return None
-    return f"{kind} reads its weight and never calls it, so that no expert would take part: {cure}"
+    return f"{kind} reads its weight and never calls it, so that an expert there has no effect: {cure}"
 
 
 def _above(layers: dict[str, nn.Module], name: str) -> Iterator[nn.Module]:
@@ -91,11 +96,11 @@ def _call_problem(layer: nn.Module) -> str | None:
             continue
         if isinstance(y, Tensor) and list(y.shape) == [*leading, weight.shape[0]]:
             return None
-        came = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        said = f"a forward of its own that makes {came} of {[*leading, weight.shape[1]]}"
+        came = f"{list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        said = f"a forward of its own that turns {[*leading, weight.shape[1]]} into {came}"
     return (
-        f"{type(layer).__name__} has {said}, where a linear layer makes {[*leading, weight.shape[0]]}: leave it out of "
-        "the experts (a router's layer should not be trained with all-linear)"
+        f"{type(layer).__name__} has {said}, where a linear layer gives [..., {weight.shape[0]}]: leave it out of the "
+        "experts (all-linear takes such layers of routers along)"
     )
 
 

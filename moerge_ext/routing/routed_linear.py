@@ -117,7 +117,7 @@ class RoutedLinear(nn.Module):
         # as model.tie_weights() does
         if name in ("weight", "bias"):
             setattr(self.base_layer, name, value)
-        elif name == "base_layer" and is_peft_layer(value):
+        elif name == "base_layer" and name in self._modules and is_peft_layer(value):
             raise ValueError(
                 f"{self.name}: PEFT would put an adapter ({type(value).__name__}) below the experts, to be trained "
                 "under the routing: call handle.remove() first (moerge_ext.get_handle(model) finds it) and load the "

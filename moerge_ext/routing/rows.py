@@ -41,7 +41,7 @@ class Rows:
         self.batch: Batch | None = None
         self.others_even = True  # each sequence of the batch has its one image, or sound, or there are none
         self.others = False
-        self._time_first: dict[str, bool] = {}  # layer -> what its input was, where the shapes told
+        self._seen: dict[str, set[bool]] = {}  # layer, or what holds it -> time first or not, where the shapes told
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._backbone = self._path_of_backbone()
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -59,6 +59,8 @@ class Rows:
         ValueError where the shapes do not tell.
         """
         batch, shape = self.batch, x.shape[:-1]
+        if batch is None and len(shape) > 1 and shape[0] == self.count:
+            return None  # a part of the model that is called by itself
         if batch is None:
             raise ValueError(
                 f"{name}: {self.count} rows are set, and how many sequences the batch has is not known here: call the "
@@ -72,8 +74,10 @@ class Rows:
         if elsewhere and not self.others_even:
             raise self._unknown(name, x)
         if len(shape) == 1:
-            flat = [batch.size] if elsewhere else [batch.size, *(batch.size * length for length in batch.lengths)]
-            if shape[0] not in flat or self._is_chosen(name):
+            lists = self._lists_above(name)
+            pooled = shape[0] == batch.size and not lists
+            whole = shape[0] in [batch.size * length for length in batch.lengths] and lists < 2 and not elsewhere
+            if not pooled and not whole:
                 raise self._unknown(name, x)
             return None
         if self._is_time_first(name, x, batch):
@@ -86,16 +90,18 @@ class Rows:
         first, second = x.shape[0], x.shape[1]
         if first != batch.size:
             transposed = 0 < x.stride(0) < x.stride(1)  # a view of [batch, length, D]
-            if x.dim() != 3 or second != batch.size or not (transposed or first in batch.lengths):
+            as_others = self._seen.get(_holder(name)) == {True}
+            if x.dim() != 3 or second != batch.size or not (transposed or first in batch.lengths or as_others):
                 raise self._unknown(name, x)
             return self._learned(name, True)
         if second != first or first == 1:
             return self._learned(name, False)
+        # as many tokens as sequences: what this layer, or those beside it, saw before; or how transformers computes
+        before = self._seen.get(name) or self._seen.get(_holder(name), set())
+        if len(before) == 1:
+            return next(iter(before))
         if first not in batch.lengths:
             raise self._unknown(name, x)
-        # as many tokens as sequences: what it was before, or how models of transformers compute
-        if name in self._time_first:
-            return self._time_first[name]
         if self._by_convention and x.is_contiguous():
             return False
         raise ValueError(
@@ -105,7 +111,8 @@ class Rows:
 
     def _learned(self, name: str, time_first: bool) -> bool:
         if not torch.compiler.is_compiling():  # a graph would be made again for each layer it has seen
-            self._time_first[name] = time_first
+            for path in (name, _holder(name)):
+                self._seen.setdefault(path, set()).add(time_first)
         return time_first
 
     def _unknown(self, name: str, x: Tensor) -> ValueError:
@@ -135,12 +142,13 @@ class Rows:
     def _in_backbone(self, name: str) -> bool:
         return not self._backbone or name.startswith(self._backbone + ".")
 
-    def _is_chosen(self, name: str) -> bool:
-        """Whether the layer may see some of the tokens: it is in a list within a list, as a mixture's experts are."""
+    def _lists_above(self, name: str) -> int:
+        """How many lists of modules the layer is in: one of blocks, and another where it may be an expert of a mixture,
+        which sees a choice of the tokens.
+        """
         parts = name.split(".")
         above = (self._modules[".".join(parts[:end])] for end in range(1, len(parts)))
-        lists = sum(isinstance(m, (nn.ModuleList, nn.ModuleDict)) or is_container(m) for m in above)
-        return lists > 1
+        return sum(isinstance(m, (nn.ModuleList, nn.ModuleDict)) or is_container(m) for m in above)
 
     # ---- the batch ---------------------------------------------------------------------------------------------------
 
@@ -187,7 +195,7 @@ class Rows:
         ends, positions, tokens = (
             kwargs.get("cu_seq_lens_q"),
             kwargs.get("position_ids"),
-            size * max(lengths, default=0),
+            size * (max(lengths) if lengths else 0),
         )
         before = None if self.batch is None else self.batch.packed
         if before is not None and before.numel() == tokens:
@@ -210,3 +218,7 @@ class Rows:
                 "as sequences (or one for all)"
             )
         return rows.int()
+
+
+def _holder(name: str) -> str:
+    return name.rpartition(".")[0]

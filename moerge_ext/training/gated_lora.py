@@ -21,6 +21,8 @@ from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gat
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
 from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.ran import FirstForward
+from ..routing.refusals import no_effect, parallel_problems
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
@@ -215,7 +217,8 @@ def gated_model(
             layer.train(targets[path].training)
             replace_module(model, path, layer)
         hooks = _inputs_require_grad(model)
-        yield GatedModel(model, adapter, layers, joint=joint)
+        with FirstForward(model, layers, what="layers whose gates are trained"):
+            yield GatedModel(model, adapter, layers, joint=joint)
     finally:
         for hook in hooks:
             hook.remove()
@@ -252,6 +255,8 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
         elif execution_device(layer).type == "meta":
             problems.append(f"{path}: its weights are on the meta device: load them before training")
         found[path] = layer
+    problems += parallel_problems(model)
+    problems += [f"{path}: {why}" for path, why in no_effect(model, adapter.modules).items()]
     if not adapter.modules:
         problems.append("the adapter has no LoRA module")
     if problems:
