@@ -82,7 +82,7 @@ class FirstForward:
             self._fail(
                 strict,
                 f"the first forward did not call these {self.what}: {self._grouped(passed_by)}. {', '.join(kinds)} "
-                "ran, which holds them, and may read their weights instead, so that they have no effect; leave them out",
+                "ran, which holds them, and may read their weights, so that they have no effect: leave them out",
             )
         if unused and whole and len(missed) < len(self.layers):
             warnings.warn(

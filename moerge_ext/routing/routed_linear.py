@@ -246,11 +246,12 @@ class RoutedLinear(nn.Module):
         kernels, tensors = BACKENDS[self.backend], self._buffers
         slots = (tensors["lora_A"], tensors["lora_B"], tensors["weights"], tensors["experts"])
         options = {"lora_bias": tensors["lora_bias"], "factored": self.factored}
-        tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
-        if in_place:
-            kernels.lora_apply_(y, tokens, *slots, **options)
-        else:
-            y = kernels.lora_apply(y, tokens, *slots, **options)
+        tokens = x.reshape(-1, self.in_features)
+        if in_place and base.is_contiguous():
+            # base, not the view: torch.export would find that only some lengths have its shape
+            kernels.lora_apply_(base.view(-1, self.out_features), tokens, *slots, **options)
+            return base
+        y = kernels.lora_apply(base.reshape(-1, self.out_features), tokens, *slots, **options)
         return y.view(base.shape)
 
     def score_bias(self, device: torch.device) -> Tensor | None:
