@@ -146,18 +146,30 @@ def _uses(function: FunctionType, answers: tuple[bool | None, ...]) -> dict[str,
     source = _source(function)
     dead: set[ast.AST] = set()
     for node, answer in zip(source.tests, answers, strict=True):
-        branch = None if answer is None else node.orelse if answer else node.body
-        for part in branch if isinstance(branch, list) else [branch] if branch is not None else []:
-            dead.update(ast.walk(part))
+        if answer is not None:
+            for part in _never_run(node, answer, source.above[node]):
+                dead.update(ast.walk(part))
     uses: dict[str, Use] = {}
     for node in ast.walk(source.definition):
         if node in dead:
             continue
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == source.myself:
             uses[node.attr] = uses.get(node.attr, Use()) | _use(node, source.above)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not _asked(node, source.above[node]):
             uses[node.value] = uses.get(node.value, Use()) | Use(handed=True)  # getattr(self, "q_proj")
     return uses
+
+
+def _never_run(node: ast.If | ast.IfExp, answer: bool, around: ast.AST) -> list[ast.AST]:
+    """The code that a condition with this answer keeps from running, what follows a branch that returns included."""
+    if isinstance(node, ast.IfExp):
+        return [node.orelse if answer else node.body]
+    taken, other = (node.body, node.orelse) if answer else (node.orelse, node.body)
+    after: list[ast.AST] = []
+    if taken and isinstance(taken[-1], (ast.Return, ast.Raise)):
+        blocks = (block for _, block in ast.iter_fields(around) if isinstance(block, list) and node in block)
+        after = [part for block in blocks for part in block[block.index(node) + 1 :]]
+    return [*other, *after]
 
 
 def _use(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> Use:

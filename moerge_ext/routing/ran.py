@@ -21,7 +21,7 @@ from .callers import use_of
 from .layers import holder, is_container
 
 _SHOWN = 4  # groups of layers in a message
-_watches: weakref.WeakValueDictionary[int, FirstForward] = weakref.WeakValueDictionary()
+_watches: weakref.WeakValueDictionary[str, FirstForward] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
@@ -44,7 +44,7 @@ class FirstForward:
         self._register()
 
     def _register(self) -> None:
-        self.key = next(_keys)
+        self.key = str(next(_keys))  # no number: a graph may take one for dynamic
         _watches[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,8 +109,9 @@ class FirstForward:
         return use is None or use.read or not use.called
 
     def _branch(self, name: str) -> str:
-        """The outermost module on the way to an unused layer that did not run."""
-        return next(path for path in _way_to(name) if path not in self.ran and path not in self._containers)
+        """The outermost module on the way to an unused layer of which nothing ran."""
+        idle = (path for path in _way_to(name) if path not in self.ran and path not in self._containers)
+        return next(path for path in idle if path and not any(other.startswith(path + ".") for other in self.ran))
 
     def _grouped(self, paths: Iterable[str]) -> str:
         """The paths, those that differ in numbers alone as one."""
@@ -149,12 +150,12 @@ class _End:
             _finish(self.watch.key)
 
 
-def _note(key: int, path: str) -> None:
+def _note(key: str, path: str) -> None:
     if (watch := _watches.get(key)) is not None:
         watch.ran.add(path)
 
 
-def _finish(key: int) -> None:
+def _finish(key: str) -> None:
     watch = _watches.get(key)
     if watch is None:
         return

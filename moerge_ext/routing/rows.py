@@ -140,7 +140,8 @@ class Rows:
         return path
 
     def _in_backbone(self, name: str) -> bool:
-        return not self._backbone or name.startswith(self._backbone + ".")
+        head = "." not in name
+        return head or not self._backbone or name.startswith(self._backbone + ".")
 
     def _lists_above(self, name: str) -> int:
         """How many lists of modules the layer is in: one of blocks, and another where it may be an expert of a mixture,
