@@ -225,8 +225,7 @@ def patch(
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
-        strict: the first forward raises RuntimeError, and does not only warn, when a layer with experts was passed by:
-            its module ran and did not call it. A part of the model that the input has nothing for is no error.
+        strict: RuntimeError, and not a warning, when the module that holds a layer ran first without calling it.
         absent: who competes in a module that not every expert has: "mask", those that have it (one that is alone gets
             weight 1 on every token); or "base", all of them, the others as branches that add zero.
         missing: what becomes of modules that this model does not have: "error", or "drop" with a warning.
@@ -252,7 +251,6 @@ def patch(
         problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
-    idle = idle_notes(model, plans)
     state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
@@ -268,8 +266,8 @@ def patch(
         )  # fmt: skip
         for name, plan in plans.items()
     }
-    notes = [*fitted.notes, alone_note(plans, experts.names, routing), *provenance_notes(model, experts), *idle]
-    notes.append(base.unweighted_note())
+    notes = [*fitted.notes, alone_note(plans, experts.names, routing), *provenance_notes(model, experts)]
+    notes += [base.unweighted_note(), *idle_notes(model, plans)]
     for name, layer in routed.items():
         replace_module(model, name, layer)
     handle.modules, handle._own_modules = tuple(routed), base.place_own(state)

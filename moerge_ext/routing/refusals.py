@@ -40,7 +40,7 @@ def _caller_problem(layers: dict[str, nn.Module], name: str) -> str | None:
     """Of the module that holds the layer: that it reads the layer's weight instead of calling it."""
     path, leaf = holder(layers, name)
     parent = layers[path]
-    kind, cure = type(parent).__name__, "leave it out of the experts"
+    kind, cure = type(parent).__name__, "leave it out: load_experts(..., modules=...)"
     use = use_of(parent, leaf)
     fused = asks_for_peft(parent) and not (use is not None and use.called)
     if fused or any(home(module) == _UNSLOTH for module in _above(layers, name)):
