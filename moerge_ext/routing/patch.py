@@ -251,8 +251,7 @@ def patch(
         problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
-    state = RoutingState()
-    handle = Handle(model, row, experts.names, state, settings)
+    handle = Handle(model, row, experts.names, state := RoutingState(), settings)
     routed = {
         name: RoutedLinear(
             model.get_submodule(name),
