@@ -46,7 +46,7 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
         if not layer.state.enabled:
             return
         tokens = args[0].detach().reshape(-1, layer.in_features)
-        applied, p = distributions(layer, tokens)
+        applied, p = distributions(layer, tokens, layer.rows_of(args[0]))
         if layer.name not in sums:
             sums[layer.name] = ModuleSums(*(torch.zeros(p.shape[1], dtype=torch.float64) for _ in range(3)))
         mine = sums[layer.name]
@@ -66,11 +66,11 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
 
 
 @torch.no_grad()
-def distributions(layer: RoutedLinear, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def distributions(layer: RoutedLinear, tokens: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """tokens [T,D] -> (weights applied [T,E], distribution over all experts [T,E]), float64 on the CPU."""
     count = layer.lora_A.shape[0]
     route, options = BACKENDS[layer.backend].route, layer.route_options
-    common = {"bias": layer.score_bias(tokens.device), "mask": layer.mask}
+    common = {"bias": layer.score_bias(tokens.device), "rows": rows, "mask": layer.mask}
     applied = _dense(*route(tokens, layer.gates, **options, **common), count)
     if options["weighting"] == "score":
         size = applied.abs()

@@ -56,9 +56,21 @@ def _softmax(scores: Tensor, keep: Tensor) -> Tensor:
 def _ranking(scores: Tensor, eligible: Tensor) -> Tensor:
     """[T,E] ids: eligible numbers by descending score (ties to the lower id), eligible NaN, the masked."""
     nan = scores.isnan()
-    order = torch.argsort(scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), dim=-1, descending=True, stable=True)
+    order = _order(scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), descending=True)
     kind = torch.where(eligible, nan.int(), torch.full_like(nan, 2, dtype=torch.int32))
-    return order.gather(-1, torch.argsort(kind.gather(-1, order), dim=-1, stable=True))
+    return order.gather(-1, _order(kind.gather(-1, order)))
+
+
+def _order(keys: Tensor, descending: bool = False) -> Tensor:
+    """The ids that sort the last dimension, ties to the lower id."""
+    if not torch.compiler.is_exporting():
+        return torch.argsort(keys, dim=-1, descending=descending, stable=True)
+    # ONNX has no stable sort: a key's place is the number of those that come before it, out of [..., E, E] pairs
+    ids = torch.arange(keys.shape[-1], device=keys.device)
+    mine, other = keys[..., :, None], keys[..., None, :]
+    ahead = other > mine if descending else other < mine
+    place = (ahead | ((other == mine) & (ids[None, :] < ids[:, None]))).sum(-1)
+    return torch.zeros_like(place).scatter(-1, place, ids.expand(place.shape))
 
 
 def _slot_weights(weighting: str, scores: Tensor, kept: Tensor, share: Tensor) -> Tensor:
@@ -114,7 +126,7 @@ def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Te
 
     # unused slots carry the lowest ids that no kept slot has
     used = torch.zeros_like(eligible).scatter_(-1, top, kept)
-    unused = torch.argsort(used.int(), dim=-1, stable=True)
+    unused = _order(used.int())
     slot = torch.arange(top_k, device=x.device) - kept.sum(-1, keepdim=True)
     ids = torch.where(kept, top, unused.gather(-1, slot.clamp_min(0)))
     return weights, ids.int()

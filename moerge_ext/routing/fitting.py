@@ -16,6 +16,7 @@ from ..methods.base import Routing
 from .base_model import BaseCheck
 from .layers import linear_features
 from .naming import ModelPaths, Naming
+from .refusals import layer_problems
 from .routed_linear import RoutedLinear
 
 MISSING = ("error", "drop")
@@ -158,8 +159,9 @@ def _state_problems(model: nn.Module) -> list[str]:
         return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
     if is_peft_model(model) and hasattr(model, "unload"):
         return [
-            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass the model inside, "
-            "model.unload() (before that, moerge_ext.load_experts(model) makes experts of its adapters)"
+            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass model.unload(), "
+            "the base model without them, or model.merge_and_unload(), the base model with them built in "
+            "(get_base_model() leaves them on; before either, moerge_ext.load_experts(model) makes experts of them)"
         ]
     return []
 
@@ -191,4 +193,4 @@ def _layer_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
             )
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
-    return problems
+    return problems + layer_problems(model, experts.modules)

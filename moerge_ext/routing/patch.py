@@ -20,10 +20,13 @@ from ..models.wrappers import unwrapped
 from .absent import ABSENT, alone_note, with_absent
 from .fitting import MISSING, on_model
 from .growing import GrowingTexts, watch_steps
-from .layers import execution_device, replace_module, watch_batch
+from .layers import execution_device, replace_module
 from .own_module import OwnModule
+from .peft_layers import idle_notes
 from .provenance import provenance_notes
+from .ran import FirstForward
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
+from .rows import Rows
 from .trace import Trace
 from .ways import Explanation, explain
 
@@ -48,6 +51,7 @@ class Handle:
         self._own_modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
+        self._watch: FirstForward | None = None
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
@@ -58,6 +62,8 @@ class Handle:
                 f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected "
                 f"{wrapped[foreign[0]].__name__}); undo that replacement first"
             )
+        if self._watch is not None:
+            self._watch.remove()
         for name in wrapped:
             replace_module(self.model, name, self.model.get_submodule(name).base_layer)
         self.modules = self._own_modules = ()
@@ -163,15 +169,22 @@ class Handle:
     def _rows(self, bias: Tensor) -> Iterator[None]:
         """bias [N,E] added to the scores of the forwards inside the block."""
         before = self._state.bias.clone() if self._state.active else None
+        outer = self._state.rows
         self._state.set_bias(bias)
-        watch = watch_batch(self.model, bias.shape[0], lambda: self._state.enabled)
+        rows = Rows(self.model, bias.shape[0], self._applies) if bias.shape[0] > 1 else None
+        self._state.rows = rows
         try:
             yield
         finally:
-            watch.remove()
+            self._state.rows = outer
+            if rows is not None:
+                rows.remove()
             if before is not None:
                 self._state.set_bias(before)
             self._state.active = before is not None
+
+    def _applies(self, rows: Rows) -> bool:
+        return self._state.enabled and self._state.rows is rows
 
     def explain(self, *, grad: bool = False) -> Explanation:
         """Which way every kind of routed layer takes at present, and why not a faster one; print it.
@@ -197,6 +210,7 @@ def patch(
     method: str = "phatgoose",
     *,
     backend: str = "native",
+    strict: bool = False,
     absent: str = "mask",
     missing: str = "error",
     **options: Any,
@@ -211,6 +225,7 @@ def patch(
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
+        strict: RuntimeError, and not a warning, when the module that holds a layer ran first without calling it.
         absent: who competes in a module that not every expert has: "mask", those that have it (one that is alone gets
             weight 1 on every token); or "base", all of them, the others as branches that add zero.
         missing: what becomes of modules that this model does not have: "error", or "drop" with a warning.
@@ -236,8 +251,7 @@ def patch(
         problems += _device_problems(model, experts, backend)
     if problems:
         raise ValueError(_listing(method, problems))
-    state = RoutingState()
-    handle = Handle(model, row, experts.names, state, settings)
+    handle = Handle(model, row, experts.names, state := RoutingState(), settings)
     routed = {
         name: RoutedLinear(
             model.get_submodule(name),
@@ -252,10 +266,11 @@ def patch(
         for name, plan in plans.items()
     }
     notes = [*fitted.notes, alone_note(plans, experts.names, routing), *provenance_notes(model, experts)]
-    notes.append(base.unweighted_note())
+    notes += [base.unweighted_note(), *idle_notes(model, plans)]
     for name, layer in routed.items():
         replace_module(model, name, layer)
     handle.modules, handle._own_modules = tuple(routed), base.place_own(state)
+    handle._watch = FirstForward(model, handle.modules, what="layers with experts", strict=strict)
     model._moerge_handle = handle
     for note in filter(None, notes):
         warnings.warn(f"patch: {note}", stacklevel=2)

@@ -15,6 +15,8 @@ from ..ops import reference
 from ..ops.options import BRANCH, filled
 from . import ways
 from .layers import execution_device, linear_features
+from .peft_layers import is_peft_layer
+from .rows import Rows
 from .trace import Trace
 from .ways import against_fast_kernels, against_fused, against_in_place, against_kept, against_short
 
@@ -28,6 +30,7 @@ class RoutingState:
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None  # [N,E] float32
+        self.rows: Rows | None = None  # which of several rows a token belongs to
         self.active = False
         self.enabled = True  # False: every layer is its base alone
         self.trace: Trace | None = None
@@ -113,6 +116,12 @@ class RoutedLinear(nn.Module):
         # as model.tie_weights() does
         if name in ("weight", "bias"):
             setattr(self.base_layer, name, value)
+        elif name == "base_layer" and name in self._modules and is_peft_layer(value):
+            raise ValueError(
+                f"{self.name}: PEFT would put an adapter ({type(value).__name__}) below the experts, to be trained "
+                "under the routing: call handle.remove() first (moerge_ext.get_handle(model) finds it) and load the "
+                "base model again for PEFT, which may have changed other layers before this one"
+            )
         else:
             self.__dict__["_made_from"] = None
             super().__setattr__(name, value)
@@ -144,7 +153,7 @@ class RoutedLinear(nn.Module):
         # the weights of a layer have passed through the caches, each call and each object costs.
         # It takes 50 of 190 microseconds off one token's branch (2048 -> 2048, float32, cold, on a CPU).
         made = () if args or kwargs else self._kept_arguments()
-        if made and not against_short(self, base, x):
+        if made and not against_short(self, base, x) and (self.state.rows is None or self.rows_of(x) is None):
             parameters = base.__dict__["_parameters"]
             weight, bias = parameters["weight"], parameters["bias"]
             if self._may_fuse and not against_fused(x, weight):
@@ -163,7 +172,8 @@ class RoutedLinear(nn.Module):
         # the device first: all that is read becomes a guard, 0.9 microseconds a layer and call together
         if x.device.type in ways.FUSED_DEVICES and not args and not kwargs:
             made = self._branch_arguments()
-            if made and not against_short(self, base, x) and not against_fused(x, base.weight):
+            plain = made and not against_short(self, base, x) and self.rows_of(x) is None
+            if plain and not against_fused(x, base.weight):
                 return ops.ROUTED_LINEAR(x, base.weight, base.bias, *made)[0]
         return self._add_branch(base(x, *args, **kwargs), x)
 
@@ -210,12 +220,17 @@ class RoutedLinear(nn.Module):
         """What forward does with the base layer's output in general."""
         if not self.state.enabled:
             return base
+        if not isinstance(base, Tensor):
+            raise TypeError(
+                f"{self.name}: {type(self._modules['base_layer']).__name__} returned a {type(base).__name__}, and "
+                "experts can only be added to the one tensor of a linear layer; leave this module out of the experts"
+            )
         in_place = not against_in_place(self)
         if self.route_options is None:
             return self._add_fixed(base, x, in_place)
         kernels, tensors = BACKENDS[self.backend], self._buffers
         bank = (tensors["gates"], tensors["lora_A"], tensors["lora_B"])
-        options = self._options(self.score_bias(x.device))
+        options = self._options(self.score_bias(x.device)) | {"rows": self.rows_of(x)}
         if in_place and base.is_contiguous() and x.is_contiguous():
             kernels.routed_lora_(base, x, *bank, **options)
             return base
@@ -230,11 +245,12 @@ class RoutedLinear(nn.Module):
         kernels, tensors = BACKENDS[self.backend], self._buffers
         slots = (tensors["lora_A"], tensors["lora_B"], tensors["weights"], tensors["experts"])
         options = {"lora_bias": tensors["lora_bias"], "factored": self.factored}
-        tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
-        if in_place:
-            kernels.lora_apply_(y, tokens, *slots, **options)
-        else:
-            y = kernels.lora_apply(y, tokens, *slots, **options)
+        tokens = x.reshape(-1, self.in_features)
+        if in_place and base.is_contiguous():
+            # base, not the view: torch.export would find that only some lengths have its shape
+            kernels.lora_apply_(base.view(-1, self.out_features), tokens, *slots, **options)
+            return base
+        y = kernels.lora_apply(base.reshape(-1, self.out_features), tokens, *slots, **options)
         return y.view(base.shape)
 
     def score_bias(self, device: torch.device) -> Tensor | None:
@@ -247,6 +263,10 @@ class RoutedLinear(nn.Module):
                 "`with handle.queries(texts):` or `with handle.affinities(s):`, s [N, E]"
             )
         return self.state.bias.to(device)
+
+    def rows_of(self, x: Tensor) -> Tensor | None:
+        """The row of every token of x [..., D], [T] int32; None where T/N adjacent tokens share one."""
+        return None if self.state.rows is None else self.state.rows.of(self.name, x)
 
     def extra_repr(self) -> str:
         n_experts, rank, _ = self.lora_A.shape

@@ -32,6 +32,8 @@ from ..routing.fitting import renamed_note
 from ..routing.layers import execution_device, linear_features, replace_module
 from ..routing.naming import ModelPaths
 from ..routing.provenance import other_base_note
+from ..routing.ran import FirstForward
+from ..routing.refusals import no_effect, parallel_problems
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
 from .ranks import current_ranks, whole
@@ -271,7 +273,8 @@ def gated_model(
             for path, layer in layers.items():
                 layer.train(targets[path].training)
                 replace_module(model, places[path], layer)
-            yield GatedModel(model, adapter, layers, still, joint=joint)
+            with FirstForward(model, [places[path] for path in layers], what="layers whose gates are trained"):
+                yield GatedModel(model, adapter, layers, still, joint=joint)
         finally:
             for path, base in targets.items():
                 replace_module(model, places[path], base)
@@ -315,6 +318,8 @@ def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str])
         elif execution_device(layer).type == "meta":
             problems.append(f"{path}: its weights are on the meta device: load them before training")
         found[path] = layer
+    problems += parallel_problems(model)
+    problems += [f"{path}: {why}" for path, why in no_effect(model, places.values()).items()]
     if not adapter.modules:
         problems.append("the adapter has no LoRA module")
     if problems:
