@@ -14,6 +14,7 @@ from ..files.safefile import FLOATS
 from .formats.peft import GateSet, write_gates
 from .kinds import SIGMOID_GATE
 from .module_bank import ModuleBank
+from .parameter_gates import ParameterGates, is_stacked_parameter, parameter_gate_problems
 from .sources import MAX_LISTED, Source, collect_sources, stack_modules
 
 __all__ = ["ExpertBank", "ModuleBank", "load_experts"]
@@ -24,7 +25,9 @@ class ExpertBank:
 
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
-    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them.
+    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
+    parameter_gates: the gates of stacked parameters ("...mlp.experts.gate_up_proj"), whose LoRA lies in one module per
+    base expert.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class ExpertBank:
         folders: Sequence[Path | None] | None = None,
         global_vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
         global_metadata: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+        parameter_gates: ParameterGates | None = None,
     ):
         self.names = tuple(names)
         self.modules = dict(modules)
@@ -43,6 +47,7 @@ class ExpertBank:
         self.folders = tuple(folders) if folders is not None else (None,) * len(self.names)
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
+        self.parameter_gates = parameter_gates or ParameterGates()
         problems = []
         if len(set(self.names)) != len(self.names):
             problems.append(f"expert names must be distinct, got {list(self.names)}")
@@ -77,7 +82,7 @@ class ExpertBank:
     def gate_kinds(self) -> tuple[str, ...]:
         """Every kind of gate or global vector that some expert has."""
         kinds = {kind for module in self.modules.values() for kind in module.gates}
-        return tuple(sorted(kinds | set(self.global_vectors)))
+        return tuple(sorted(kinds | set(self.global_vectors) | set(self.parameter_gates)))
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +124,7 @@ class ExpertBank:
             folders=self.folders,
             global_vectors=vectors,
             global_metadata=self.global_metadata,
+            parameter_gates=self.parameter_gates.to(device),
         )
 
     def set_gates(
@@ -142,7 +148,9 @@ class ExpertBank:
         problems = []
         for path, row in rows.items():
             module = self.modules.get(path)
-            if module is None:
+            if module is None and is_stacked_parameter(path, self.modules):
+                problems += parameter_gate_problems(path, row)
+            elif module is None:
                 problems.append(f"{path} is not a module of the bank")
             elif tuple(row.shape) != (module.in_features,):
                 problems.append(f"{path}: a gate must be [D={module.in_features}], got {list(row.shape)}")
@@ -153,7 +161,10 @@ class ExpertBank:
         if problems:
             raise ValueError(f"set_gates({self.names[e]!r}): " + "; ".join(problems))
         for path, row in rows.items():
-            self.modules[path].set_gate(kind, e, row)
+            if path in self.modules:
+                self.modules[path].set_gate(kind, e, row)
+            else:
+                self.parameter_gates.set(kind, path, self.names[e], row)
         if global_vector is not None:
             vector = torch.as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector
@@ -169,7 +180,7 @@ class ExpertBank:
             path: module.gates[kind][e]
             for path, module in self.modules.items()
             if kind in module.gates and module.has_gate[kind][e]
-        }
+        } | self.parameter_gates.of_expert(kind, self.names[e])
 
     def save_gates(
         self,
@@ -262,7 +273,7 @@ def load_experts(
     sources = collect_sources(paths)
     _warn_of_notes(sources)
     modules = stack_modules(sources, dtype, device)
-    _place_gates(sources, modules)
+    parameter_gates = _place_gates(sources, modules)
     vectors: dict[str, dict[str, Tensor]] = {}
     facts: dict[str, dict[str, dict[str, str]]] = {}
     for source in sources:
@@ -277,6 +288,7 @@ def load_experts(
         folders=[source.folder for source in sources],
         global_vectors=vectors,
         global_metadata=facts,
+        parameter_gates=parameter_gates,
     )
 
 
@@ -306,12 +318,18 @@ def _warn_of_notes(sources: Sequence[Source]) -> None:
         warnings.warn("load_experts: " + "".join(f"\n  - {note}" for note in notes), stacklevel=3)
 
 
-def _place_gates(sources: Sequence[Source], modules: Mapping[str, ModuleBank]) -> None:
+def _place_gates(sources: Sequence[Source], modules: Mapping[str, ModuleBank]) -> ParameterGates:
+    """Gives the modules their gates; returns those of stacked parameters."""
+    rest = ParameterGates()
     for e, source in enumerate(sources):
         sets: Iterable[GateSet] = source.gates.values()
         for gates in sets:
             for path, gate in gates.gates.items():
-                modules[path].set_gate(gates.kind, e, gate)
+                if path in modules:
+                    modules[path].set_gate(gates.kind, e, gate)
+                else:
+                    rest.set(gates.kind, path, source.name, gate)
+    return rest
 
 
 def _common_base_model(sources: Sequence[Source]) -> str | None:

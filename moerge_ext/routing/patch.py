@@ -15,8 +15,11 @@ from ..experts.bank import ExpertBank
 from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
+from .fused_experts import close_door, open_door
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
+from .parameter_banks import Placement, place, with_parameters
+from .routed_experts import RoutedExperts, routed_experts
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .trace import Trace
 
@@ -38,6 +41,7 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
+        self.parameters: tuple[str, ...] = ()  # of fused base experts, by path
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
 
@@ -52,12 +56,14 @@ class Handle:
         for name in self.modules:
             routed = self.model.get_submodule(name)
             replace_module(self.model, name, routed.base_layer)
-        self.modules = ()
+        for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):
+            close_door(self.model.get_submodule(owner))
+        self.modules = self.parameters = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
 
     def _check_alive(self) -> None:
-        if not self.modules:
+        if not self.modules and not self.parameters:
             raise ValueError("this handle was removed: patch the model again and use the new handle")
 
     @contextmanager
@@ -172,7 +178,7 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules)} modules)"
+        return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules) + len(self.parameters)} modules)"
 
 
 def patch(
@@ -195,18 +201,22 @@ def patch(
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
     row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
-    problems = _model_problems(model, experts, routing)
+    placement = place(model, experts.modules, experts.parameter_gates.paths())
+    problems = _model_problems(model, experts, routing, placement)
     plans: dict[str, Plan] = {}
-    for name, bank in experts.modules.items():
+    for name, bank in placement.linears.items():
         try:
             plans[name] = row.plan(experts, bank, name, settings)
         except ValueError as error:
             problems.append(str(error))
+    state = RoutingState()
+    shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None, "state": state, "backend": backend}
+    branches: dict[str, RoutedExperts] = {}
     if not problems:
-        problems += _device_problems(model, experts, backend)
+        branches, problems = routed_experts(model, experts, placement, row, routing, settings, **shared)
+        problems += _device_problems(model, placement, backend)
     if problems:
         raise ValueError(_listing(method, problems))
-    state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
         name: RoutedLinear(
@@ -214,16 +224,16 @@ def patch(
             plan,
             routing,
             name=name,
-            factored=aggregation == "factored",
-            needs_bias=row.bias is not None,
-            state=state,
-            backend=backend,
-        )  # fmt: skip
+            **shared,
+        )
         for name, plan in plans.items()
     }
     for name, layer in routed.items():
         replace_module(model, name, layer)
+    for owner, branch in branches.items():
+        open_door(model.get_submodule(owner), branch)
     handle.modules = tuple(routed)
+    handle.parameters = tuple(f"{owner}.{parameter}" for owner, branch in branches.items() for parameter in branch)
     model._moerge_handle = handle
     return handle
 
@@ -233,10 +243,11 @@ def check_patch(
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
     row, (routing, _, _) = _configured(experts, method, backend, options)
-    problems = _model_problems(model, experts, routing)
+    placement = place(model, experts.modules, experts.parameter_gates.paths())
+    problems = _model_problems(model, experts, routing, placement)
     if row.lacks is not None:
-        problems += row.lacks(experts)
-    if problems := problems or _device_problems(model, experts, backend):
+        problems += row.lacks(with_parameters(model, experts, placement))
+    if problems := problems or _device_problems(model, placement, backend):
         raise ValueError(_listing(method, problems))
 
 
@@ -258,11 +269,13 @@ def get_handle(model: nn.Module) -> Handle:
     return handle
 
 
-def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | None) -> list[str]:
+def _model_problems(
+    model: nn.Module, experts: ExpertBank, routing: Routing | None, placement: Placement
+) -> list[str]:
     """What keeps the experts from fitting the model."""
-    problems = []
+    problems = list(placement.problems)
     layers = dict(model.named_modules(remove_duplicate=False))
-    if any(isinstance(layer, RoutedLinear) for layer in layers.values()):
+    if any(isinstance(layer, (RoutedLinear, RoutedExperts)) for layer in layers.values()):
         return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
     if is_peft_model(model) and hasattr(model, "unload"):
         return [
@@ -277,7 +290,7 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
             f"pass top_k={len(experts)}, or None for all"
         )
     seen: dict[int, str] = {}
-    for name, bank in experts.modules.items():
+    for name, bank in placement.linears.items():
         layer = layers.get(name)
         if layer is None:
             problems.append(f"module '{name}' of the experts is not in {type(model).__name__}{_near(name, layers)}")
@@ -303,8 +316,9 @@ def _near(name: str, layers: dict[str, nn.Module]) -> str:
     return ""
 
 
-def _device_problems(model: nn.Module, experts: ExpertBank, backend: str) -> list[str]:
-    devices = {execution_device(model.get_submodule(name)).type for name in experts.modules}
+def _device_problems(model: nn.Module, placement: Placement, backend: str) -> list[str]:
+    patched = (*placement.linears, *placement.parameters)
+    devices = {execution_device(model.get_submodule(name)).type for name in patched}
     problems = []
     if "meta" in devices:
         problems.append("the model's weights are on the meta device: load them before the patch")

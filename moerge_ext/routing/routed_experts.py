@@ -1,0 +1,214 @@
+"""RoutedExperts: LoRA experts on the stacked parameters of a model's own experts.
+
+To the LoRA experts a stacked parameter is one linear layer. It has one router, under the parameter's path, and whoever
+is selected for a token brings its factors for the base expert j that the token passes:
+
+    y_tj = W_j x_tj + sum over the selected experts e of  w_te B_ej A_ej x_tj
+
+gate_up_proj (or up_proj) scores the token as the experts module gets it; down_proj scores what reaches it, the
+activation of each (token, base expert) pair. Prototypes that are made from the factors (Arrow) differ by base expert,
+and then each pair is scored by those of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..experts.bank import ExpertBank
+from ..experts.module_bank import whole_vectors
+from ..methods.base import Method, Plan, Routing
+from .fused_experts import Pairs
+from .layers import execution_device
+from .parameter_banks import ParameterBank, Placement, sizes_problems
+from .routed_linear import BACKENDS, RoutingState
+
+
+class ParameterBranch(nn.Module):
+    """The E experts of one stacked parameter with n base experts; expert e of base expert j lies at j * E + e.
+
+    plans: one for each base expert, of the same method. The tensors are buffers outside the state dict; they follow the
+    model's `.to()` and `.half()`, but gates and fixed weights stay float32.
+    """
+
+    _float32 = ("gates", "weights")
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        routing: Routing | None,
+        *,
+        name: str,
+        device: torch.device,
+        factored: bool = False,
+        needs_bias: bool = False,
+        state: RoutingState,
+        backend: str = "native",
+    ):
+        super().__init__()
+        self.name, self.factored, self.needs_bias, self.state, self.backend = name, factored, needs_bias, state, backend
+        first = plans[0]
+        self.num_experts, _, width = first.lora_A.shape
+        self.route_options = None
+        if first.gates is not None:
+            self.route_options = {
+                "top_k": self.num_experts if routing.top_k is None else routing.top_k,
+                "normalize": routing.normalize,
+                "absolute": routing.absolute,
+                "scale": routing.resolved_scale(width, self.num_experts),
+                "top_p": routing.top_p,
+                "weighting": routing.weighting,
+            }
+        gates, mask = _shared_or_own(plans)
+        for key, tensor in (
+            ("lora_A", _side_by_side([plan.lora_A for plan in plans])),
+            ("lora_B", _side_by_side([plan.lora_B for plan in plans])),
+            ("lora_bias", None if first.lora_bias is None else torch.cat([plan.lora_bias for plan in plans])),
+            ("gates", gates),
+            ("mask", mask),
+            ("weights", None if first.weights is None else first.weights.float()),
+        ):
+            self.register_buffer(key, None if tensor is None else tensor.to(device), persistent=False)
+        self._lay_out()
+
+    def _apply(self, fn, recurse=True):
+        kept = {key: getattr(self, key) for key in self._float32}
+        super()._apply(fn, recurse)
+        for key, tensor in kept.items():
+            moved = getattr(self, key)
+            if moved is not None and moved.dtype != torch.float32:
+                setattr(self, key, tensor.to(moved.device))
+        self._lay_out()
+        return self
+
+    def _lay_out(self) -> None:
+        if self.lora_A.device.type != "cpu":
+            self.lora_A, self.lora_B = whole_vectors(self.lora_A, self.lora_B)
+
+    def forward(self, y: Tensor, x: Tensor, tokens: Tensor | None, pairs: Pairs) -> Tensor:
+        """y [S,O] with the branch of x [S,D]; `tokens` [T,D] are the module's input where x are copies of them."""
+        kernels = BACKENDS[self.backend]
+        if self.route_options is None:
+            weights = self.weights.expand(len(x), -1)
+            experts = torch.arange(self.num_experts, device=x.device).expand(len(x), -1)
+        else:
+            weights, experts = self._choose(kernels, x, tokens, pairs)
+        slots = (pairs.base[:, None] * self.num_experts + experts).int()
+        bank = (self.lora_A, self.lora_B, weights.contiguous(), slots)
+        options = {"lora_bias": self.lora_bias, "factored": self.factored}
+        if torch.is_grad_enabled():
+            return kernels.lora_apply(y, x, *bank, **options)
+        kernels.lora_apply_(y, x, *bank, **options)
+        return y
+
+    def _choose(self, kernels, x: Tensor, tokens: Tensor | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """weights and experts [S,K] of the pairs."""
+        if self.gates.dim() == 3:
+            weights, experts = self._choose_by_base(kernels, x, pairs)
+            self._record(weights, experts)
+            return weights, experts
+        bias = self._score_bias(x.device)
+        scored = x if tokens is None else tokens
+        # pairs are not in the order of the tokens
+        rows = None if bias is None or tokens is not None else (pairs.token * len(bias) // pairs.tokens).int()
+        weights, experts = kernels.route(
+            scored, self.gates, mask=self.mask, bias=bias, rows=rows, **self.route_options
+        )
+        self._record(weights, experts)
+        return (weights, experts) if tokens is None else (weights[pairs.token], experts[pairs.token])
+
+    def _choose_by_base(self, kernels, x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """As `_choose`, by the gates of each pair's base expert."""
+        counts = torch.bincount(pairs.base, minlength=len(self.gates)).tolist()
+        parts = [
+            kernels.route(part, self.gates[j], mask=self.mask[j], **self.route_options)
+            for j, part in enumerate(x.split(counts))
+            # one call at least, for the shapes
+            if len(part) or j == 0
+        ]
+        return torch.cat([weights for weights, _ in parts]), torch.cat([experts for _, experts in parts])
+
+    def _record(self, weights: Tensor, experts: Tensor) -> None:
+        if self.state.trace is not None:
+            self.state.trace.add(self.name, weights, experts)
+
+    def _score_bias(self, device: torch.device) -> Tensor | None:
+        if not self.needs_bias:
+            return None
+        if not self.state.active:
+            raise RuntimeError(
+                f"{self.name}: this method adds a global affinity per sequence, and none is set; run the model inside "
+                "`with handle.queries(texts):` or `with handle.affinities(s):`, s [N, E]"
+            )
+        return self.state.bias.to(device)
+
+    def extra_repr(self) -> str:
+        total, rank, _ = self.lora_A.shape
+        return (
+            f"experts={self.num_experts}, base_experts={total // self.num_experts}, rank={rank}, "
+            f"routing={self.route_options}, factored={self.factored}"
+        )
+
+
+class RoutedExperts(nn.ModuleDict):
+    """The branches of one experts module, by parameter; see `fused_experts.open_door`."""
+
+    def __init__(self, branches: dict[str, ParameterBranch], state: RoutingState):
+        super().__init__(branches)
+        self.state = state
+
+    @property
+    def running(self) -> bool:
+        return self.state.enabled
+
+    def add_branch(self, parameter: str, y: Tensor, x: Tensor, tokens: Tensor | None, pairs: Pairs) -> Tensor:
+        return self[parameter](y, x, tokens, pairs) if parameter in self else y
+
+
+def routed_experts(
+    model: nn.Module,
+    experts: ExpertBank,
+    placement: Placement,
+    method: Method,
+    routing: Routing | None,
+    settings: Mapping[str, Any],
+    **options: Any,
+) -> tuple[dict[str, RoutedExperts], list[str]]:
+    """(what to place in each experts module, what keeps it from being placed); `options` are `ParameterBranch`'s."""
+    branches: dict[str, dict[str, ParameterBranch]] = {}
+    problems = []
+    for owner, parameter, pieces in placement.paths():
+        module, path = model.get_submodule(owner), f"{owner}.{parameter}"
+        if wrong := sizes_problems(path, module, parameter, pieces):
+            problems += wrong
+            continue
+        try:
+            bank = ParameterBank(experts, owner, module, parameter, pieces)
+            plans = [method.plan(experts, bank.of(j), path, settings) for j in range(len(bank))]
+        except ValueError as error:
+            problems.append(str(error) if path in str(error) else f"module '{path}': {error}")
+            continue
+        device = execution_device(module)
+        branch = ParameterBranch(plans, routing, name=path, device=device, **options)
+        branches.setdefault(owner, {})[parameter] = branch
+    return {owner: RoutedExperts(found, options["state"]) for owner, found in branches.items()}, problems
+
+
+def _shared_or_own(plans: Sequence[Plan]) -> tuple[Tensor | None, Tensor | None]:
+    """gates [E,D] and mask [E] or None where all base experts have the same; else [n,E,D] and [n,E]."""
+    first = plans[0]
+    if first.gates is None:
+        return None, None
+    masks = [torch.ones_like(plan.gates[:, 0], dtype=torch.bool) if plan.mask is None else plan.mask for plan in plans]
+    alike = all(torch.equal(first.gates, p.gates) and torch.equal(masks[0], m) for p, m in zip(plans, masks, strict=True))
+    # copied: the bank's set_gates must not reach a patched model
+    return (first.gates.clone(), first.mask) if alike else (torch.stack([p.gates for p in plans]), torch.stack(masks))
+
+
+def _side_by_side(factors: Sequence[Tensor]) -> Tensor:
+    """[E,.,.] of every base expert -> [n*E,.,.], the middle axis contiguous as the CPU kernels read it."""
+    stacked = torch.stack([f.mT for f in factors])
+    return stacked.flatten(0, 1).mT
