@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..files.safefile import FLOATS, AdapterError, path_problem
 from .formats.peft import PREFIX, GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
+from .formats.peft_parameters import StackedLora
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,10 @@ class LiveAdapter:
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
         """(module path, weights) of every module; the tensors are the model's own: copy, never write."""
         for path, module in self.modules.items():
-            a, b, bias = _tensors(self.layers[path], self.name)
-            yield (
-                path,
-                LoraWeights(a.detach(), b.detach(), module.scaling, None if bias is None else bias.detach()),
-            )
+            a, b, bias = (None if t is None else t.detach() for t in _tensors(self.layers[path], self.name))
+            if module.slice is not None:
+                a, b = module.slice.of("A", a), module.slice.of("B", b)
+            yield path, LoraWeights(a, b, module.scaling, bias)
 
 
 def is_peft_model(source: Any) -> bool:
@@ -66,19 +66,22 @@ def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveA
     values["auto_mapping"] = None  # a note for loading; the model is loaded already
     rules, problems = check_config(values)
     modules: dict[str, ModuleHeader] = {}
+    holders: dict[str, nn.Module] = {}
     for path, layer in layers.items():
         if name not in layer.lora_A and name not in getattr(layer, "lora_embedding_A", {}):
             continue
         reasons = _layer_problems(path, layer, name)
         problems += reasons
         if not reasons:
-            modules[path] = _module_header(layer, name)
+            found = _module_headers(path, layer, name)
+            modules |= found
+            holders |= dict.fromkeys(found, layer)
     if not modules and not problems:
         problems.append("no layer of the model carries this adapter")
     if problems:
         raise AdapterError(problems)
     base_model = rules.base_model if rules is not None else None
-    return LiveAdapter(name, base_model, values, modules, {path: layers[path] for path in modules})
+    return LiveAdapter(name, base_model, values, modules, holders)
 
 
 def _plain(value: Any) -> Any:
@@ -116,6 +119,18 @@ def _layer_problems(path: str, layer: nn.Module, name: str) -> list[str]:
 def _tensors(layer: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     lora_b = layer.lora_B[name]
     return layer.lora_A[name].weight, lora_b.weight, getattr(lora_b, "bias", None)
+
+
+def _module_headers(path: str, layer: nn.Module, name: str) -> dict[str, ModuleHeader]:
+    """{module path: header}: one for a layer, one per base expert for PEFT's wrapper of a stacked parameter."""
+    header = _module_header(layer, name)
+    if not hasattr(layer, "parameter_name"):
+        return {path: header}
+    parameter = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+    rank, count = header.rank // layer.num_experts, layer.num_experts
+    header = replace(header, rank=rank, nbytes=header.nbytes // count)
+    slices = StackedLora(path, parameter, count, rank).modules()
+    return {path: replace(header, slice=part) for path, part in slices.items()}
 
 
 def _module_header(layer: nn.Module, name: str) -> ModuleHeader:

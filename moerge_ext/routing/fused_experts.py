@@ -125,9 +125,7 @@ def close_door(module: nn.Module) -> None:
     module.config = module.config.config
 
 
-def forward_with_branches(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def forward_with_branches(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of an experts module, registered in `ALL_EXPERTS_FUNCTIONS`: [T,D], [T,k], [T,k] -> [T,D]."""
     branches, linear = getattr(self, BRANCHES), _LINEARS[self.config.config._experts_implementation]
     per_token = top_k_index.shape[-1]

@@ -41,6 +41,7 @@ class Piece:
     rows: int  # WHOLE, GATE or UP
     factors: Any  # ModuleBank for the experts of a bank, LoraWeights for one adapter
 
+
 @dataclass
 class Placement:
     """Where the modules of a bank belong in a model."""
@@ -91,7 +92,8 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
     known = {name for owner, parameter, pieces in found.paths() for name in gate_names(owner, parameter, pieces)}
     if not found.problems:
         found.problems += [
-            f"module '{path}': the experts have gates for it and no LoRA that belongs there" for path in set(gates) - known
+            f"module '{path}': the experts have gates for it and no LoRA that belongs there"
+            for path in set(gates) - known
         ]
     return found
 
@@ -166,7 +168,9 @@ def sizes_problems(path: str, module: nn.Module, parameter: str, pieces: Iterabl
         if piece.rows != WHOLE and not module.is_concatenated:
             problems[f"its rows alternate between gate and up, and the adapter has '{piece.source}' alone"] = None
         elif got != (width, rows) and (piece.rows != WHOLE or got != (rows, width)):
-            problems[f"a base expert's weight is D={width} -> O={rows}, the experts are D={got[0]} -> O={got[1]}"] = None
+            problems[f"a base expert's weight is D={width} -> O={rows}, the experts are D={got[0]} -> O={got[1]}"] = (
+                None
+            )
     return [f"module '{path}': {problem}" for problem in problems]
 
 
@@ -177,9 +181,11 @@ class ParameterBank:
     expert has a LoRA for any base expert. An expert with LoRAs of gate and up apart holds them side by side along R.
     """
 
-    def __init__(self, bank: ExpertBank, owner: str, module: nn.Module, parameter: str, pieces: list[Piece]):
+    def __init__(
+        self, bank: ExpertBank, owner: str, module: nn.Module, parameter: str, pieces: list[Piece], turned: bool
+    ):
         n, width, out = parameter_sizes(module, parameter)
-        banks = [(piece, _turned(piece.factors, width, out, piece.rows)) for piece in pieces]
+        banks = [(p, _turned(p.factors) if _is_turned(p, width, out, turned) else p.factors) for p in pieces]
         room = {rows: max((b.rank for p, b in banks if p.rows == rows), default=0) for rows in (GATE, UP, WHOLE)}
         first = banks[0][1]
         dtype = first.dtype
@@ -238,15 +244,21 @@ def with_parameters(model: nn.Module, experts: ExpertBank, placement: Placement)
     return ExpertBank(experts.names, modules, base_model=experts.base_model, folders=experts.folders)
 
 
-def _turned(factors: ModuleBank, width: int, out: int, rows: int) -> ModuleBank:
-    """The factors for D -> O. PEFT before 0.18 read a parameter [n,O,D] as O -> D; its A and B are then each other's."""
-    rows = out if rows == WHOLE else out // 2
-    if (factors.in_features, factors.out_features) == (width, rows):
-        return factors
-    return ModuleBank(
-        factors.lora_B.mT,
-        factors.lora_A.mT,
-        None if factors.lora_bias is None else factors.lora_bias,
-        present=factors.present,
-        ranks=factors.ranks,
+def are_turned(module: nn.Module, parameters: Mapping[str, Iterable[Piece]]) -> bool:
+    """Whether LoRAs of whole parameters of this module were made for weights O -> D, which a square one cannot tell."""
+    return any(
+        _is_turned(piece, *parameter_sizes(module, parameter)[1:], False)
+        for parameter, pieces in parameters.items()
+        for piece in pieces
     )
+
+
+def _is_turned(piece: Piece, width: int, out: int, if_square: bool) -> bool:
+    """PEFT up to 0.18 read a parameter [n,O,D] as [n, in, out]: A and B are then each other's."""
+    if piece.rows != WHOLE:
+        return False
+    return if_square if width == out else (piece.factors.in_features, piece.factors.out_features) == (out, width)
+
+
+def _turned(factors: ModuleBank) -> ModuleBank:
+    return ModuleBank(factors.lora_B.mT, factors.lora_A.mT, present=factors.present, ranks=factors.ranks)

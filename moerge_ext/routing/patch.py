@@ -178,7 +178,9 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules) + len(self.parameters)} modules)"
+        return (
+            f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules) + len(self.parameters)} modules)"
+        )
 
 
 def patch(
@@ -210,7 +212,12 @@ def patch(
         except ValueError as error:
             problems.append(str(error))
     state = RoutingState()
-    shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None, "state": state, "backend": backend}
+    shared = {
+        "factored": aggregation == "factored",
+        "needs_bias": row.bias is not None,
+        "state": state,
+        "backend": backend,
+    }
     branches: dict[str, RoutedExperts] = {}
     if not problems:
         branches, problems = routed_experts(model, experts, placement, row, routing, settings, **shared)
@@ -269,9 +276,7 @@ def get_handle(model: nn.Module) -> Handle:
     return handle
 
 
-def _model_problems(
-    model: nn.Module, experts: ExpertBank, routing: Routing | None, placement: Placement
-) -> list[str]:
+def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | None, placement: Placement) -> list[str]:
     """What keeps the experts from fitting the model."""
     problems = list(placement.problems)
     layers = dict(model.named_modules(remove_duplicate=False))

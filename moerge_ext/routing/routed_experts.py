@@ -23,7 +23,7 @@ from ..experts.module_bank import whole_vectors
 from ..methods.base import Method, Plan, Routing
 from .fused_experts import Pairs
 from .layers import execution_device
-from .parameter_banks import ParameterBank, Placement, sizes_problems
+from .parameter_banks import ParameterBank, Placement, are_turned, sizes_problems
 from .routed_linear import BACKENDS, RoutingState
 
 
@@ -114,9 +114,7 @@ class ParameterBranch(nn.Module):
         scored = x if tokens is None else tokens
         # pairs are not in the order of the tokens
         rows = None if bias is None or tokens is not None else (pairs.token * len(bias) // pairs.tokens).int()
-        weights, experts = kernels.route(
-            scored, self.gates, mask=self.mask, bias=bias, rows=rows, **self.route_options
-        )
+        weights, experts = kernels.route(scored, self.gates, mask=self.mask, bias=bias, rows=rows, **self.route_options)
         self._record(weights, experts)
         return (weights, experts) if tokens is None else (weights[pairs.token], experts[pairs.token])
 
@@ -186,7 +184,8 @@ def routed_experts(
             problems += wrong
             continue
         try:
-            bank = ParameterBank(experts, owner, module, parameter, pieces)
+            turned = are_turned(module, placement.parameters[owner])
+            bank = ParameterBank(experts, owner, module, parameter, pieces, turned)
             plans = [method.plan(experts, bank.of(j), path, settings) for j in range(len(bank))]
         except ValueError as error:
             problems.append(str(error) if path in str(error) else f"module '{path}': {error}")
@@ -203,7 +202,9 @@ def _shared_or_own(plans: Sequence[Plan]) -> tuple[Tensor | None, Tensor | None]
     if first.gates is None:
         return None, None
     masks = [torch.ones_like(plan.gates[:, 0], dtype=torch.bool) if plan.mask is None else plan.mask for plan in plans]
-    alike = all(torch.equal(first.gates, p.gates) and torch.equal(masks[0], m) for p, m in zip(plans, masks, strict=True))
+    alike = all(
+        torch.equal(first.gates, p.gates) and torch.equal(masks[0], m) for p, m in zip(plans, masks, strict=True)
+    )
     # copied: the bank's set_gates must not reach a patched model
     return (first.gates.clone(), first.mask) if alike else (torch.stack([p.gates for p in plans]), torch.stack(masks))
 

@@ -71,7 +71,6 @@ def test_harmless_fields_are_accepted(folder, fields):
         ({"alora_invocation_tokens": [1, 2]}, ["aLoRA"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
         ({"trainable_token_indices": [5]}, ["trainable_token_indices"]),
-        ({"target_parameters": ["experts.w"]}, ["target_parameters"]),
         ({"layer_replication": [[0, 4], [2, 5]]}, ["layer_replication"]),
         ({"kasa_config": {"beta": 1e-4}}, ["KaSA"]),
         ({"arrow_config": {"top_k": 3}}, ["Arrow"]),

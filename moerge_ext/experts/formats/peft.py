@@ -11,7 +11,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from ...files.safefile import (
     read_tensor,
 )
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
-from .peft_config import LoraRules, check_config, read_config
+from .peft_config import LoraRules, check_config, read_config, show
+from .peft_parameters import Slice, take_apart, targeted_parameters, unused_targets
 
 __all__ = [
     "GATES_FILE",
@@ -87,6 +88,7 @@ class ModuleHeader:
     dtype: torch.dtype
     has_bias: bool
     nbytes: int
+    slice: Slice | None = None  # of a stacked parameter's tensors
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,9 @@ class AdapterHeader:
                 parts = {}
                 for suffix, part in _SUFFIXES.items():
                     if part != "bias" or module.has_bias:
-                        key = PREFIX + path + suffix
-                        parts[part] = read_tensor(handle, key, self.headers[key])
+                        key = PREFIX + (path if module.slice is None else module.slice.stored) + suffix
+                        tensor = read_tensor(handle, key, self.headers[key])
+                        parts[part] = tensor if module.slice is None else module.slice.of(part, tensor)
                 yield path, LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
 
 
@@ -170,7 +173,11 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
     problems: list[str] = []
     config, rules = _read_rules(folder, problems)
     headers, parts = _read_parts(folder, problems)
+    parameters, reasons = targeted_parameters(parts, rules.parameters if rules is not None else ())
+    problems += reasons
+    stacked = {path: parts.pop(path) for path in parameters}
     modules = _check_modules(parts, rules, problems)
+    modules |= _check_stacked(stacked, parameters, rules, problems)
     # gates are matched against modules only when the modules could be understood
     widths = {path: module.in_features for path, module in modules.items()}
     gates: dict[str, GateSet] = {}
@@ -180,7 +187,10 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
         problems += error.problems
     if problems:
         raise AdapterError(problems, _heading(name, folder))
-    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, rules.notes(modules))
+    notes = rules.notes([*parts, *parameters.values()])
+    if unused := unused_targets(parameters.values(), rules.parameters):
+        notes.append(f"target_parameters names {show(unused)}, of which the file has no weights")
+    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, notes)
 
 
 def _heading(name: str, folder: Path) -> str:
@@ -285,6 +295,38 @@ def _check_modules(
                 has_bias="bias" in found,
                 nbytes=sum(part.nbytes for part in found.values()),
             )
+    return modules
+
+
+def _check_stacked(
+    stacked: Mapping[str, Mapping[str, TensorHeader]],
+    parameters: Mapping[str, str],
+    rules: LoraRules | None,
+    problems: list[str],
+) -> dict[str, ModuleHeader]:
+    """The modules of targeted parameters."""
+    modules: dict[str, ModuleHeader] = {}
+    wrong = [reason for path, found in stacked.items() for reason in _shape_problems(path, found)]
+    wrong += [f"{path}: LoRA on a parameter has no bias" for path, found in stacked.items() if "bias" in found]
+    if wrong or rules is None:
+        problems += wrong
+        return modules
+    sizes = {path: (found["A"].shape[0], found["B"].shape[1]) for path, found in stacked.items()}
+    ranks = {path: rules.rank_of(path)[0] for path in parameters.values()}
+    loras, reasons = take_apart(sizes, parameters, ranks)
+    problems += reasons
+    for lora in loras:
+        found = stacked[lora.stored]
+        header = ModuleHeader(
+            in_features=found["A"].shape[1],
+            out_features=found["B"].shape[0],
+            rank=lora.rank,
+            scaling=rules.scaling_of(lora.path, lora.rank),
+            dtype=common_dtype(FLOATS[part.dtype] for part in found.values()),
+            has_bias=False,
+            nbytes=sum(part.nbytes for part in found.values()) // lora.count,
+        )
+        modules |= {path: replace(header, slice=part) for path, part in lora.modules().items()}
     return modules
 
 

@@ -56,6 +56,7 @@ _USED = frozenset(
         "lora_bias",
         "init_lora_weights",
         "target_modules",
+        "target_parameters",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
@@ -72,7 +73,6 @@ _REFUSED = {
     "alora_invocation_string": "aLoRA switches on at an invocation string",
     "modules_to_save": "whole modules saved with the adapter replace parts of the base model",
     "trainable_token_indices": "trained token embeddings replace rows of the base model",
-    "target_parameters": "LoRA on bare parameters is not LoRA on a linear layer",
     "layer_replication": "the adapter expects a base model with repeated layers",
     "megatron_config": "Megatron layers are not supported",
     "arrow_config": "the file describes an Arrow router, not one expert",
@@ -101,6 +101,7 @@ class LoraRules:
     excluded: ModuleNames | None
     layers: LayerNumbers | None
     base_model: str | None
+    parameters: tuple[str, ...] = ()  # target_parameters
 
     def rank_of(self, path: str) -> tuple[int, str]:
         """(rank, where it was said) for a module; the first matching pattern wins, as in PEFT."""
@@ -205,6 +206,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
         excluded=_names(config.get("exclude_modules"), "exclude_modules", problems),
         layers=_layers(config, problems),
         base_model=_base_model(config.get("base_model_name_or_path"), problems),
+        parameters=_parameters(config.get("target_parameters"), problems),
     )
     return (None if problems else rules), problems
 
@@ -304,6 +306,13 @@ def _names(value: Any, field: str, problems: list[str]) -> ModuleNames | None:
         return ModuleNames(value) if value else None
     problems.append(f"{field} must be a list of names or a string, got {show(value)}")
     return None
+
+
+def _parameters(value: Any, problems: list[str]) -> tuple[str, ...]:
+    if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        problems.append(f"target_parameters must be a list of names or null, got {show(value)}")
+        return ()
+    return tuple(value or ())
 
 
 def _layers(config: Mapping[str, Any], problems: list[str]) -> LayerNumbers | None:

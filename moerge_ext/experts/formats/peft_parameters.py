@@ -1,0 +1,98 @@
+"""PEFT's `target_parameters`: LoRA on stacked 3-D parameters, taken apart into one module per base expert.
+
+PEFT 0.21.2 nests a ParamWrapper per targeted parameter around the module that holds them: the first parameter of the
+module is the innermost, and each further one takes a ".base_layer" off the key.
+
+    <experts>.base_layer.lora_A.weight [n*r, D], <experts>.base_layer.lora_B.weight [O, r*n]     gate_up_proj
+    <experts>.lora_A.weight            [n*r, I], <experts>.lora_B.weight            [D, r*n]     down_proj
+
+A's rows are ordered [n, r], B's columns [r, n]. Base expert j of gate_up_proj is shown as the module
+"<experts>.<j>.gate_up_proj". A "<linear>.weight" as target is LoRA on that linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_BASE = ".base_layer"
+# as the experts modules of transformers register them; other names follow by their own order
+_ORDER = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the factors of one base expert lie: `index` of `count` in the tensors of the module `stored`."""
+
+    stored: str
+    index: int
+    count: int
+
+    def of(self, part: str, tensor: Tensor) -> Tensor:
+        """The rows of lora_A [n*r, D] ("A") or the columns of lora_B [O, r*n] ("B")."""
+        if part == "A":
+            return tensor.unflatten(0, (self.count, -1))[self.index]
+        return tensor.unflatten(1, (-1, self.count))[..., self.index]
+
+
+@dataclass(frozen=True)
+class StackedLora:
+    """The LoRA of one targeted parameter, as stored."""
+
+    stored: str  # the module path of its keys
+    path: str  # of the parameter
+    count: int  # n, the base experts; 1 for a 2-D parameter
+    rank: int  # r
+
+    def modules(self) -> dict[str, Slice]:
+        """{module path: its slice}."""
+        owner, _, name = self.path.rpartition(".")
+        if self.count == 1 and name == "weight":
+            return {owner: Slice(self.stored, 0, 1)}
+        return {f"{owner}.{j}.{name}": Slice(self.stored, j, self.count) for j in range(self.count)}
+
+
+def targeted_parameters(stored: Iterable[str], targets: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """({module path of the keys: parameter path}, problems), for the paths that `target_parameters` explains."""
+    targets = set(targets)
+    nested: dict[str, list[str]] = {}
+    for path in stored:
+        nested.setdefault(path.replace(_BASE, ""), []).append(path)
+    found, problems = {}, []
+    for module, paths in nested.items():
+        names = {t.rpartition(".")[2] for t in targets if f".{module}.{t.rpartition('.')[2]}".endswith(f".{t}")}
+        inner_first = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+        if names and len(names) != len(paths):
+            problems.append(
+                f"{module}: target_parameters names {', '.join(inner_first)} of it, the file has {len(paths)} LoRA(s) there"
+            )
+        elif names:
+            # the outermost wrapper has no ".base_layer"
+            ordered = zip(sorted(paths, key=len, reverse=True), inner_first, strict=True)
+            found |= {path: f"{module}.{name}" for path, name in ordered}
+    return found, problems
+
+
+def unused_targets(parameters: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """The targets that fit none of the parameters."""
+    dotted = ["." + path for path in parameters]
+    return [target for target in targets if not any(path.endswith("." + target) for path in dotted)]
+
+
+def take_apart(
+    stored: Mapping[str, tuple[int, int]], parameters: Mapping[str, str], ranks: Mapping[str, int]
+) -> tuple[list[StackedLora], list[str]]:
+    """(the LoRAs, problems): `stored` are (rows of A, columns of B) of each key, `ranks` those of the parameters."""
+    found, problems = [], []
+    for path, parameter in parameters.items():
+        rows, columns = stored[path]
+        rank = ranks[parameter]
+        if rows != columns or rows % rank:
+            problems.append(
+                f"{parameter}: lora_A must have n * r rows and lora_B r * n columns (r = {rank}), got {rows} and {columns}"
+            )
+        else:
+            found.append(StackedLora(path, parameter, rows // rank, rank))
+    return found, problems
