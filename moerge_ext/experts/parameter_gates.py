@@ -1,7 +1,7 @@
 """Gates of stacked parameters: one for each parameter of fused base experts, whatever base expert a token passes.
 
-An adapter holds the LoRA of such a parameter in one module per base expert ("...mlp.experts.3.gate_proj"); its router is
-one, under the parameter's path in the model ("...mlp.experts.gate_up_proj").
+An adapter holds the LoRA of such a parameter in one module per base expert ("...mlp.experts.3.gate_proj"); its router
+is one, under the parameter's path in the model ("...mlp.experts.gate_up_proj").
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """From the modules of a bank to the stacked parameters of a model's fused experts.
 
 Adapters hold the LoRA of base expert j under the path of a linear layer of transformers 4
-("...mlp.experts.3.gate_proj", "...block_sparse_moe.experts.3.w1"), or as a slice of a whole parameter ("target_parameters"
-of PEFT, shown as "...mlp.experts.3.gate_up_proj"). transformers' own conversion says which parameter of the model such a
-layer became, and which half of it.
+("...mlp.experts.3.gate_proj", "...block_sparse_moe.experts.3.w1"), or as a slice of a whole parameter
+("target_parameters" of PEFT, shown as "...mlp.experts.3.gate_up_proj"). transformers' own conversion says which
+parameter of the model such a layer became, and which half of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..experts.bank import ExpertBank, ModuleBank
 from .fused_experts import first_parameter, is_dispatched, parameter_sizes, stacked, why_unsupported
@@ -159,19 +159,20 @@ def _target(
 def sizes_problems(path: str, module: nn.Module, parameter: str, pieces: Iterable[Piece]) -> list[str]:
     """Where pieces ([R,D] and [O,R]: `factors.in_features`, `.out_features`) do not fit the parameter `path`."""
     n, width, out = parameter_sizes(module, parameter)
-    problems: dict[str, None] = {}  # a problem of every base expert is said once
+    problems = []
     for piece in pieces:
         got = piece.factors.in_features, piece.factors.out_features
         rows = out if piece.rows == WHOLE else out // 2
         if piece.index >= n:
-            problems[f"the adapter has a base expert {piece.index}, the model {n}"] = None
+            problems.append(f"the experts have a base expert {piece.index}, the model has {n}")
         if piece.rows != WHOLE and not module.is_concatenated:
-            problems[f"its rows alternate between gate and up, and the adapter has '{piece.source}' alone"] = None
+            problems.append(f"its rows alternate between gate and up, and the experts have them apart ({piece.source})")
         elif got != (width, rows) and (piece.rows != WHOLE or got != (rows, width)):
-            problems[f"a base expert's weight is D={width} -> O={rows}, the experts are D={got[0]} -> O={got[1]}"] = (
-                None
+            problems.append(
+                f"for each base expert it is D={width} -> O={rows}, the experts are D={got[0]} -> O={got[1]}"
             )
-    return [f"module '{path}': {problem}" for problem in problems]
+    # what is wrong with every base expert is said once
+    return [f"module '{path}': {problem}" for problem in dict.fromkeys(problems)]
 
 
 class ParameterBank:

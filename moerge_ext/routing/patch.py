@@ -19,7 +19,7 @@ from .fused_experts import close_door, open_door
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, linear_features, replace_module, watch_batch
 from .parameter_banks import Placement, place, with_parameters
-from .routed_experts import RoutedExperts, routed_experts
+from .routed_experts import RoutedExperts, routed_experts, ways_of
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .trace import Trace
 from .ways import Explanation, explain
@@ -178,7 +178,8 @@ class Handle:
         For tokens of the type of the layer's weights, in inference or (`grad`) with gradients.
         """
         self._check_alive()
-        return explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
+        linears = explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
+        return Explanation((*linears, *ways_of(self.model, self.parameters, grad)))
 
     def __enter__(self) -> Handle:
         return self
@@ -187,9 +188,8 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return (
-            f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules) + len(self.parameters)} modules)"
-        )
+        modules = len(self.modules) + len(self.parameters)
+        return f"Handle({self.method.name}, {len(self.names)} experts, {modules} modules)"
 
 
 def patch(
@@ -228,20 +228,16 @@ def patch(
         "backend": backend,
     }
     branches: dict[str, RoutedExperts] = {}
+    if not placement.problems:
+        branches, reasons = routed_experts(model, experts, placement, row, routing, settings, **shared)
+        problems += reasons
     if not problems:
-        branches, problems = routed_experts(model, experts, placement, row, routing, settings, **shared)
         problems += _device_problems(model, placement, backend)
     if problems:
         raise ValueError(_listing(method, problems))
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
-        name: RoutedLinear(
-            model.get_submodule(name),
-            plan,
-            routing,
-            name=name,
-            **shared,
-        )
+        name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
         for name, plan in plans.items()
     }
     for name, layer in routed.items():

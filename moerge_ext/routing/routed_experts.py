@@ -12,7 +12,7 @@ and then each pair is scored by those of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from ..experts.bank import ExpertBank
 from ..experts.module_bank import whole_vectors
 from ..methods.base import Method, Plan, Routing
-from .fused_experts import Pairs
+from .fused_experts import BRANCHES, Pairs
 from .layers import execution_device
 from .parameter_banks import ParameterBank, Placement, are_turned, sizes_problems
 from .routed_linear import BACKENDS, RoutingState
+from .ways import Way
 
 
 class ParameterBranch(nn.Module):
@@ -196,15 +197,34 @@ def routed_experts(
     return {owner: RoutedExperts(found, options["state"]) for owner, found in branches.items()}, problems
 
 
+def ways_of(model: nn.Module, parameters: Iterable[str], grad: bool) -> list[Way]:
+    """How the branches of stacked parameters are computed, one entry per kind."""
+    kinds: dict[str, list[str]] = {}
+    for path in parameters:
+        owner, _, parameter = path.rpartition(".")
+        module = model.get_submodule(owner)
+        branch = getattr(module, BRANCHES)[parameter]
+        total, rank, width = branch.lora_A.shape
+        base, bank = (str(t.dtype).removeprefix("torch.") for t in (getattr(module, parameter), branch.lora_A))
+        described = (
+            f"{parameter} of {type(module).__name__} {width} -> {branch.lora_B.shape[1]}, {base} on "
+            f"{branch.lora_A.device.type}, {branch.num_experts} experts of rank {rank} in {bank} for each of "
+            f"{total // branch.num_experts} base experts"
+        )
+        kinds.setdefault(described, []).append(path)
+    way = "its base experts one matrix product each or grouped, the branch "
+    way += "in a result of its own" if grad else "written into their result"
+    return [Way(tuple(paths), described, way, ()) for described, paths in kinds.items()]
+
+
 def _shared_or_own(plans: Sequence[Plan]) -> tuple[Tensor | None, Tensor | None]:
     """gates [E,D] and mask [E] or None where all base experts have the same; else [n,E,D] and [n,E]."""
     first = plans[0]
     if first.gates is None:
         return None, None
     masks = [torch.ones_like(plan.gates[:, 0], dtype=torch.bool) if plan.mask is None else plan.mask for plan in plans]
-    alike = all(
-        torch.equal(first.gates, p.gates) and torch.equal(masks[0], m) for p, m in zip(plans, masks, strict=True)
-    )
+    pairs = zip(plans, masks, strict=True)
+    alike = all(torch.equal(first.gates, plan.gates) and torch.equal(masks[0], mask) for plan, mask in pairs)
     # copied: the bank's set_gates must not reach a patched model
     return (first.gates.clone(), first.mask) if alike else (torch.stack([p.gates for p in plans]), torch.stack(masks))
 

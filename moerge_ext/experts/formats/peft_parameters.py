@@ -66,7 +66,7 @@ def targeted_parameters(stored: Iterable[str], targets: Iterable[str]) -> tuple[
         inner_first = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
         if names and len(names) != len(paths):
             problems.append(
-                f"{module}: target_parameters names {', '.join(inner_first)} of it, the file has {len(paths)} LoRA(s) there"
+                f"{module}: target_parameters names {', '.join(inner_first)} of it, the file has LoRA for {len(paths)}"
             )
         elif names:
             # the outermost wrapper has no ".base_layer"
@@ -91,7 +91,7 @@ def take_apart(
         rank = ranks[parameter]
         if rows != columns or rows % rank:
             problems.append(
-                f"{parameter}: lora_A must have n * r rows and lora_B r * n columns (r = {rank}), got {rows} and {columns}"
+                f"{parameter}: lora_A must have n * r rows and lora_B r * n columns, r = {rank}, got {rows} and {columns}"
             )
         else:
             found.append(StackedLora(path, parameter, rows // rank, rank))
