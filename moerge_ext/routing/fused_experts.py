@@ -30,8 +30,8 @@ class Pairs:
     """The (token, base expert) pairs of one forward, sorted by base expert: S = tokens x base experts per token."""
 
     base: Tensor  # [S] int64, the base expert j
-    token: Tensor  # [S] int64, the token's place in the experts module's input
-    tokens: int  # T
+    token: Tensor  # [S] int64, the place of the token in `tokens`
+    tokens: Tensor  # [T,D], the experts module's input
 
 
 class Branches(Protocol):
@@ -41,8 +41,8 @@ class Branches(Protocol):
     def running(self) -> bool:
         """False: the base alone, by the model's own implementation."""
 
-    def add_branch(self, parameter: str, y: Tensor, x: Tensor, tokens: Tensor | None, pairs: Pairs) -> Tensor:
-        """y [S,O] with the branch of x [S,D]; `tokens` [T,D] are the module's input where x are copies of them."""
+    def add_branch(self, parameter: str, y: Tensor, x: Tensor, pairs: Pairs, copies: bool) -> Tensor:
+        """y [S,O] with the branch of x [S,D]; `copies`: x are rows of `pairs.tokens`, by `pairs.token`."""
 
 
 class Door:
@@ -130,11 +130,11 @@ def forward_with_branches(self: nn.Module, hidden_states: Tensor, top_k_index: T
     branches, linear = getattr(self, BRANCHES), _LINEARS[self.config.config._experts_implementation]
     per_token = top_k_index.shape[-1]
     base, order = top_k_index.reshape(-1).sort(stable=True)
-    pairs = Pairs(base, order // per_token, len(hidden_states))
+    pairs = Pairs(base, order // per_token, hidden_states)
     x, first = hidden_states[pairs.token], first_parameter(self)
-    u = branches.add_branch(first, _linear(self, first, x, base, linear), x, hidden_states, pairs)
+    u = branches.add_branch(first, _linear(self, first, x, base, linear), x, pairs, True)
     u = self._apply_gate(u) if self.has_gate else self.act_fn(u)
-    y = branches.add_branch("down_proj", _linear(self, "down_proj", u, base, linear), u, None, pairs)
+    y = branches.add_branch("down_proj", _linear(self, "down_proj", u, base, linear), u, pairs, False)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order, None]

@@ -39,7 +39,7 @@ class Piece:
     source: str  # its path in the bank
     index: int  # j, the base expert
     rows: int  # WHOLE, GATE or UP
-    factors: Any  # ModuleBank for the experts of a bank, LoraWeights for one adapter
+    factors: Any  # a ModuleBank, or the LoraWeights of one adapter
 
 
 @dataclass
@@ -86,9 +86,12 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
             pieces = found.parameters.setdefault(experts, {}).setdefault(parameter, [])
             pieces.append(Piece(path, int(match["index"]), rows, factors))
     found.problems += [f"module '{path}': {reason}" for path, reason in refused.items()]
-    for experts in found.parameters:
-        if reason := why_unsupported(layers[experts]):
-            found.problems.append(f"module '{experts}': {reason}")
+    for owner, parameters in found.parameters.items():
+        if reason := why_unsupported(layers[owner]):
+            found.problems.append(f"module '{owner}': {reason}")
+            continue
+        for parameter, pieces in parameters.items():
+            found.problems += _sizes_problems(f"{owner}.{parameter}", layers[owner], parameter, pieces)
     known = {name for owner, parameter, pieces in found.paths() for name in gate_names(owner, parameter, pieces)}
     if not found.problems:
         found.problems += [
@@ -156,8 +159,8 @@ def _target(
     return None
 
 
-def sizes_problems(path: str, module: nn.Module, parameter: str, pieces: Iterable[Piece]) -> list[str]:
-    """Where pieces ([R,D] and [O,R]: `factors.in_features`, `.out_features`) do not fit the parameter `path`."""
+def _sizes_problems(path: str, module: nn.Module, parameter: str, pieces: Iterable[Piece]) -> list[str]:
+    """Where pieces do not fit the parameter `path`."""
     n, width, out = parameter_sizes(module, parameter)
     problems = []
     for piece in pieces:
@@ -227,22 +230,29 @@ class ParameterBank:
         return self.lora_A.shape[0]
 
 
-def with_parameters(model: nn.Module, experts: ExpertBank, placement: Placement) -> ExpertBank:
-    """The bank for `Method.lacks`: its linears, and every stacked parameter as a module with gates and no factors."""
-    modules = dict(placement.linears)
+def with_parameters(model: nn.Module, experts: ExpertBank, placement: Placement) -> tuple[ExpertBank, list[str]]:
+    """The bank for `Method.lacks`, and what is wrong with its gates.
+
+    Its linears, and every stacked parameter as a module that has gates and no factors.
+    """
+    modules, problems = dict(placement.linears), []
     for owner, parameter, pieces in placement.paths():
         _, width, out = parameter_sizes(model.get_submodule(owner), parameter)
-        device = pieces[0].factors.device
-        names = gate_names(owner, parameter, pieces)
-        gates, has_gate = experts.parameter_gates.stack(names, experts.names, width, device)
-        modules[f"{owner}.{parameter}"] = ModuleBank(
+        path, device = f"{owner}.{parameter}", pieces[0].factors.device
+        try:
+            names = gate_names(owner, parameter, pieces)
+            gates, has_gate = experts.parameter_gates.stack(names, experts.names, width, device)
+        except ValueError as error:
+            problems.append(f"module '{path}': {error}")
+            continue
+        modules[path] = ModuleBank(
             torch.zeros(len(experts), 1, width, device=device),
             torch.zeros(len(experts), out, 1, device=device),
             present=torch.stack([piece.factors.present for piece in pieces]).any(0),
             gates=gates,
             has_gate=has_gate,
         )
-    return ExpertBank(experts.names, modules, base_model=experts.base_model, folders=experts.folders)
+    return ExpertBank(experts.names, modules, base_model=experts.base_model, folders=experts.folders), problems
 
 
 def are_turned(module: nn.Module, parameters: Mapping[str, Iterable[Piece]]) -> bool:

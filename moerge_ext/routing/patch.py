@@ -257,8 +257,9 @@ def check_patch(
     row, (routing, _, _) = _configured(experts, method, backend, options)
     placement = place(model, experts.modules, experts.parameter_gates.paths())
     problems = _model_problems(model, experts, routing, placement)
-    if row.lacks is not None:
-        problems += row.lacks(with_parameters(model, experts, placement))
+    if row.lacks is not None and not placement.problems:
+        bank, reasons = with_parameters(model, experts, placement)
+        problems += reasons + row.lacks(bank)
     if problems := problems or _device_problems(model, placement, backend):
         raise ValueError(_listing(method, problems))
 

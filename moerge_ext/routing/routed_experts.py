@@ -23,7 +23,7 @@ from ..experts.module_bank import whole_vectors
 from ..methods.base import Method, Plan, Routing
 from .fused_experts import BRANCHES, Pairs
 from .layers import execution_device
-from .parameter_banks import ParameterBank, Placement, are_turned, sizes_problems
+from .parameter_banks import ParameterBank, Placement, are_turned
 from .routed_linear import BACKENDS, RoutingState
 from .ways import Way
 
@@ -89,14 +89,14 @@ class ParameterBranch(nn.Module):
         if self.lora_A.device.type != "cpu":
             self.lora_A, self.lora_B = whole_vectors(self.lora_A, self.lora_B)
 
-    def forward(self, y: Tensor, x: Tensor, tokens: Tensor | None, pairs: Pairs) -> Tensor:
-        """y [S,O] with the branch of x [S,D]; `tokens` [T,D] are the module's input where x are copies of them."""
+    def forward(self, y: Tensor, x: Tensor, pairs: Pairs, copies: bool) -> Tensor:
+        """y [S,O] with the branch of x [S,D]; `copies`: x are rows of `pairs.tokens`, by `pairs.token`."""
         kernels = BACKENDS[self.backend]
         if self.route_options is None:
             weights = self.weights.expand(len(x), -1)
             experts = torch.arange(self.num_experts, device=x.device).expand(len(x), -1)
         else:
-            weights, experts = self._choose(kernels, x, tokens, pairs)
+            weights, experts = self._choose(kernels, x, pairs, copies)
         slots = (pairs.base[:, None] * self.num_experts + experts).int()
         bank = (self.lora_A, self.lora_B, weights.contiguous(), slots)
         options = {"lora_bias": self.lora_bias, "factored": self.factored}
@@ -105,19 +105,19 @@ class ParameterBranch(nn.Module):
         kernels.lora_apply_(y, x, *bank, **options)
         return y
 
-    def _choose(self, kernels, x: Tensor, tokens: Tensor | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    def _choose(self, kernels, x: Tensor, pairs: Pairs, copies: bool) -> tuple[Tensor, Tensor]:
         """weights and experts [S,K] of the pairs."""
         if self.gates.dim() == 3:
             weights, experts = self._choose_by_base(kernels, x, pairs)
             self._record(weights, experts)
             return weights, experts
         bias = self._score_bias(x.device)
-        scored = x if tokens is None else tokens
+        scored = pairs.tokens if copies else x
         # pairs are not in the order of the tokens
-        rows = None if bias is None or tokens is not None else (pairs.token * len(bias) // pairs.tokens).int()
+        rows = None if bias is None or copies else (pairs.token * len(bias) // len(pairs.tokens)).int()
         weights, experts = kernels.route(scored, self.gates, mask=self.mask, bias=bias, rows=rows, **self.route_options)
         self._record(weights, experts)
-        return (weights, experts) if tokens is None else (weights[pairs.token], experts[pairs.token])
+        return (weights[pairs.token], experts[pairs.token]) if copies else (weights, experts)
 
     def _choose_by_base(self, kernels, x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """As `_choose`, by the gates of each pair's base expert."""
@@ -163,8 +163,8 @@ class RoutedExperts(nn.ModuleDict):
     def running(self) -> bool:
         return self.state.enabled
 
-    def add_branch(self, parameter: str, y: Tensor, x: Tensor, tokens: Tensor | None, pairs: Pairs) -> Tensor:
-        return self[parameter](y, x, tokens, pairs) if parameter in self else y
+    def add_branch(self, parameter: str, y: Tensor, x: Tensor, pairs: Pairs, copies: bool) -> Tensor:
+        return self[parameter](y, x, pairs, copies) if parameter in self else y
 
 
 def routed_experts(
@@ -181,9 +181,6 @@ def routed_experts(
     problems = []
     for owner, parameter, pieces in placement.paths():
         module, path = model.get_submodule(owner), f"{owner}.{parameter}"
-        if wrong := sizes_problems(path, module, parameter, pieces):
-            problems += wrong
-            continue
         try:
             turned = are_turned(module, placement.parameters[owner])
             bank = ParameterBank(experts, owner, module, parameter, pieces, turned)

@@ -64,6 +64,14 @@ class LoraWeights:
     scaling: float
     bias: Tensor | None = None  # [O]
 
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
 
 @dataclass(frozen=True)
 class Adapter:

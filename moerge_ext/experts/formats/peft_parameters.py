@@ -91,7 +91,8 @@ def take_apart(
         rank = ranks[parameter]
         if rows != columns or rows % rank:
             problems.append(
-                f"{parameter}: lora_A must have n * r rows and lora_B r * n columns, r = {rank}, got {rows} and {columns}"
+                f"{parameter}: lora_A must have n * r rows and lora_B r * n columns, r = {rank}; "
+                f"got {rows} and {columns}"
             )
         else:
             found.append(StackedLora(path, parameter, rows // rank, rank))
