@@ -24,7 +24,8 @@ from ..routing.routed_linear import BACKENDS
 class GatedParameter(nn.Module):
     """The branch of one stacked parameter: lora_A [n,R,D], lora_B [n,O,R] with the scaling folded in, gate [D].
 
-    The gate is a float32 parameter that starts at zero; `gate=False` leaves the sigmoid out (the plain LoRA).
+    The gate is a float32 parameter that starts at zero; `gate=False` leaves the sigmoid out (the plain LoRA). A hook
+    before the forward sees the gate's input first, then the pairs.
     """
 
     def __init__(self, bank: ParameterBank, device: torch.device, *, gate: bool = True) -> None:
@@ -35,15 +36,15 @@ class GatedParameter(nn.Module):
         width = self.lora_A.shape[-1]
         self.gate = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device)) if gate else None
 
-    def forward(self, scored: Tensor, pairs: Pairs, y: Tensor, x: Tensor, copies: bool) -> Tensor:
-        """y [S,O] with the branch of x [S,D]; `scored` is what the gate sees: the tokens, or x."""
+    def forward(self, scored: Tensor, pairs: Pairs, y: Tensor, x: Tensor) -> Tensor:
+        """y [S,O] with the branch of x [S,D]; `scored` is what the gate sees: the tokens [T,D], or x."""
         with torch.autocast(x.device.type, enabled=False):
             if self.gate is None:
                 strength = torch.ones(len(x), 1, device=x.device)
             else:
                 dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
                 strength = torch.sigmoid(scored.to(dtype) @ self.gate.to(dtype)).unsqueeze(-1)
-                strength = strength[pairs.token] if copies else strength
+                strength = strength if scored is x else strength[pairs.token]
             kernels = BACKENDS["native" if ops.has_kernels(x.device.type) else "reference"]
             slots = pairs.base[:, None].int()
             return kernels.lora_apply(y, x, self.lora_A, self.lora_B, strength, slots, lora_bias=self.lora_bias)
@@ -60,7 +61,7 @@ class GatedExperts(nn.ModuleDict):
     def add_branch(self, parameter: str, y: Tensor, x: Tensor, pairs: Pairs, copies: bool) -> Tensor:
         if parameter not in self:
             return y
-        return self[parameter](pairs.tokens if copies else x, pairs, y, x, copies)
+        return self[parameter](pairs.tokens if copies else x, pairs, y, x)
 
 
 def gated_experts(model: nn.Module, placement: Placement, *, gate: bool = True) -> dict[str, GatedExperts]:
@@ -73,6 +74,11 @@ def gated_experts(model: nn.Module, placement: Placement, *, gate: bool = True) 
         bank = ParameterBank(ExpertBank(["adapter"], {}), owner, module, parameter, banks, turned)
         made.setdefault(owner, GatedExperts())[parameter] = GatedParameter(bank, execution_device(module), gate=gate)
     return made
+
+
+def gated_parameters(branches: dict[str, GatedExperts]) -> dict[str, GatedParameter]:
+    """{parameter path: its branch}."""
+    return {f"{owner}.{name}": branch for owner, found in branches.items() for name, branch in found.items()}
 
 
 def _bank_of_one(lora: LoraWeights) -> ModuleBank:

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
+from ..routing.fused_experts import close_door, open_door
 from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.parameter_banks import Placement, place
+from .gated_experts import GatedParameter, gated_experts, gated_parameters
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
@@ -95,11 +98,11 @@ class GatedModel:
     """What `gated_model` yields: the wrapped layers and what can be done with them.
 
     `model` is the caller's model (changed in place until the context ends), `adapter` what was read,
-    `layers` one `GatedLoRA` per module path.
+    `layers` one `GatedLoRA` per module path and one `GatedParameter` per stacked parameter of fused experts.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, layers: dict[str, GatedLoRA], *, joint: bool = False
+        self, model: nn.Module, adapter: Adapter, layers: dict[str, GatedLoRA | GatedParameter], *, joint: bool = False
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -201,12 +204,14 @@ def gated_model(
     """
     folder = Path(adapter_folder)
     adapter = read_adapter(folder.name, folder)
-    targets = _matching_layers(model, adapter)
+    placement = place(model, adapter.modules)
+    targets = _matching_layers(model, adapter, placement, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     layers = {
         path: GatedLoRA(base, adapter.modules[path], gate=gate, train_lora=joint) for path, base in targets.items()
     }
+    branches = gated_experts(model, placement, gate=gate)
     hooks: list[Any] = []
     try:
         for p, _ in flags:
@@ -214,24 +219,33 @@ def gated_model(
         for path, layer in layers.items():
             layer.train(targets[path].training)
             replace_module(model, path, layer)
+        for owner, branch in branches.items():
+            open_door(model.get_submodule(owner), branch)
         hooks = _inputs_require_grad(model)
-        yield GatedModel(model, adapter, layers, joint=joint)
+        yield GatedModel(model, adapter, layers | gated_parameters(branches), joint=joint)
     finally:
         for hook in hooks:
             hook.remove()
         for path, base in targets.items():
             replace_module(model, path, base)
+        for owner in branches:
+            close_door(model.get_submodule(owner))
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
-    """The model's layer for every module of the adapter; one ValueError with all that does not fit."""
+def _matching_layers(model: nn.Module, adapter: Adapter, placement: Placement, joint: bool) -> dict[str, nn.Module]:
+    """The model's layer for every module of the adapter that has one; one ValueError with all that does not fit."""
     found: dict[str, nn.Module] = {}
-    problems: list[str] = []
-    for path, lora in adapter.modules.items():
+    problems = list(placement.problems)
+    if joint and placement.parameters:
+        owners = ", ".join(list(placement.parameters)[:3])
+        problems.append(
+            f"joint=True trains the LoRA of linear layers, and this one is also on fused experts ({owners})"
+        )
+    for path, lora in placement.linears.items():
         try:
             layer = model.get_submodule(path)
         except AttributeError:
