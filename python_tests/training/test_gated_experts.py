@@ -46,8 +46,9 @@ def test_the_gradient_of_a_gate_is_that_of_finite_differences(trained):
     model, folder, _ = trained
     model.double().set_experts_implementation("eager")  # grouped_mm has no float64
     (batch,) = batches(1)
+    loss = lambda: model(input_ids=batch["input_ids"]).logits.square().mean()  # noqa: E731
     with gated_model(model, folder) as gated:
-        model(**batch).loss.backward()
+        loss().backward()
         for path in (UP, DOWN):
             gate = gated.layers[path].gate
             step = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0))
@@ -55,10 +56,10 @@ def test_the_gradient_of_a_gate_is_that_of_finite_differences(trained):
             for sign in (1e-3, -1e-3):
                 with torch.no_grad():
                     gate.add_(step, alpha=sign)
-                    losses.append(model(**batch).loss)
+                    losses.append(loss())
                     gate.sub_(step, alpha=sign)
             slope = (losses[0] - losses[1]) / 2e-3
-            assert torch.isclose(slope, (gate.grad * step).sum().double(), rtol=1e-3), path
+            assert torch.isclose(slope, (gate.grad * step).sum().double(), rtol=1e-4), path
 
 
 def test_trained_gates_lie_under_the_parameters_and_are_routed_by(trained):
