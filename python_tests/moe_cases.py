@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -147,3 +150,36 @@ def changed(name: str, deltas: dict[str, Tensor], weight: float = 1.0, model: nn
                 module = model.get_submodule(owner)
                 getattr(module, leaf).add_(weight * (delta.mT if module.is_transposed else delta))
     return model
+
+
+class AnyConfig:
+    """A config that has whatever an experts module asks for."""
+
+    hidden_size, intermediate_size, moe_intermediate_size = D, I, I
+    num_experts = num_local_experts = n_routed_experts = moe_num_experts = N
+    hidden_act = hidden_activation = "silu"
+    mlp_hidden_act = "relu2"
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name: str) -> float | None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        guesses = {"hidden": D, "intermediate": I, "limit": 0.5, "alpha": 0.5, "cap": 0.5, "eps": 1e-5}
+        return next((value for part, value in guesses.items() if part in name), None)
+
+
+def experts_classes() -> Iterator[type]:
+    """Every class of transformers' models that its experts interface computes."""
+    folder = Path(transformers.__file__).parent / "models"
+    for file in sorted(folder.glob("*/modeling_*.py")):
+        names = re.findall(r"^@use_experts_implementation(?:\(.*\))?\nclass (\w+)", file.read_text(), re.MULTILINE)
+        for name in names:
+            yield getattr(importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}"), name)
+
+
+def experts_of(kind: type) -> nn.Module:
+    """One such module with random weights."""
+    module = kind(AnyConfig()).float().eval()
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+    return module

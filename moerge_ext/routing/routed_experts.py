@@ -107,32 +107,33 @@ class ParameterBranch(nn.Module):
 
     def _choose(self, kernels, x: Tensor, pairs: Pairs, copies: bool) -> tuple[Tensor, Tensor]:
         """weights and experts [S,K] of the pairs."""
+        weights, experts = self.scored(kernels, x, pairs, copies, self.route_options)
+        if self.state.trace is not None:
+            self.state.trace.add(self.name, weights, experts)
+        of_tokens = copies and self.gates.dim() == 2
+        return (weights[pairs.token], experts[pairs.token]) if of_tokens else (weights, experts)
+
+    def scored(
+        self, kernels, x: Tensor, pairs: Pairs, copies: bool, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """weights and experts of whatever is scored: [T,K] for the tokens, where x are copies of them, else [S,K]."""
         if self.gates.dim() == 3:
-            weights, experts = self._choose_by_base(kernels, x, pairs)
-            self._record(weights, experts)
-            return weights, experts
+            return self._scored_by_base(kernels, x, pairs, options)
         bias = self._score_bias(x.device)
-        scored = pairs.tokens if copies else x
         # pairs are not in the order of the tokens
         rows = None if bias is None or copies else (pairs.token * len(bias) // len(pairs.tokens)).int()
-        weights, experts = kernels.route(scored, self.gates, mask=self.mask, bias=bias, rows=rows, **self.route_options)
-        self._record(weights, experts)
-        return (weights[pairs.token], experts[pairs.token]) if copies else (weights, experts)
+        return kernels.route(pairs.tokens if copies else x, self.gates, mask=self.mask, bias=bias, rows=rows, **options)
 
-    def _choose_by_base(self, kernels, x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """As `_choose`, by the gates of each pair's base expert."""
+    def _scored_by_base(self, kernels, x: Tensor, pairs: Pairs, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """[S,K], by the gates of each pair's base expert."""
         counts = torch.bincount(pairs.base, minlength=len(self.gates)).tolist()
         parts = [
-            kernels.route(part, self.gates[j], mask=self.mask[j], **self.route_options)
+            kernels.route(part, self.gates[j], mask=self.mask[j], **options)
             for j, part in enumerate(x.split(counts))
             # one call at least, for the shapes
             if len(part) or j == 0
         ]
         return torch.cat([weights for weights, _ in parts]), torch.cat([experts for _, experts in parts])
-
-    def _record(self, weights: Tensor, experts: Tensor) -> None:
-        if self.state.trace is not None:
-            self.state.trace.add(self.name, weights, experts)
 
     def _score_bias(self, device: torch.device) -> Tensor | None:
         if not self.needs_bias:
@@ -211,7 +212,7 @@ def ways_of(model: nn.Module, parameters: Iterable[str], grad: bool) -> list[Way
         kinds.setdefault(described, []).append(path)
     way = "its base experts one matrix product each or grouped, the branch "
     way += "in a result of its own" if grad else "written into their result"
-    return [Way(tuple(paths), described, way, ()) for described, paths in kinds.items()]
+    return [Way(tuple(paths), described, way, (), ()) for described, paths in kinds.items()]
 
 
 def _shared_or_own(plans: Sequence[Plan]) -> tuple[Tensor | None, Tensor | None]:

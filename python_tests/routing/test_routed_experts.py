@@ -12,6 +12,7 @@ from patch_cases import error, logits
 
 import moerge_ext as moerge
 from moerge_ext.ops import reference
+from moerge_ext.routing import fused_experts
 
 # transformers 4 had gpt-oss fused as well
 APART = [(name, "apart") for name in cases.MODELS if name != "gpt_oss"]
@@ -175,14 +176,14 @@ def test_copies_have_branches_of_their_own(qwen):
 
 
 @pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
-def test_a_compiled_model_is_one_graph(qwen, kernel):
+def test_compiled_experts_are_one_graph(qwen, kernel):
     model, bank, *_ = qwen
     model.set_experts_implementation(kernel)
-    ids = patch_cases.tokens()
-    with moerge.patch(model, bank):
-        want = logits(model, input_ids=ids)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert error(logits(compiled, input_ids=ids), want) < 1e-5
+    module = model.model.layers[0].mlp.experts
+    x, index, weights = torch.randn(9, D), torch.stack([torch.randperm(N)[:2] for _ in range(9)]), torch.rand(9, 2)
+    with moerge.patch(model, bank), torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert error(compiled(x, index, weights), module(x, index, weights)) < 1e-5
 
 
 def test_gradients_reach_the_base_through_the_branch(qwen):
@@ -205,6 +206,19 @@ def test_half_precision_keeps_gates_in_float32(qwen):
         branch = model.model.layers[0].mlp.experts.moerge_branches["gate_up_proj"]
         assert (branch.gates.dtype, branch.lora_A.dtype) == (torch.float32, torch.bfloat16)
         assert logits(model, input_ids=patch_cases.tokens()).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["phatgoose", "arrow"])
+def test_the_probe_sees_what_the_record_does(qwen, method):
+    from moerge_ext.evaluation.probe import probe
+
+    model, bank, *_ = qwen
+    ids = patch_cases.tokens()
+    with moerge.patch(model, bank, method, top_k=2) as handle, handle.record() as trace, probe(model) as sums:
+        logits(model, input_ids=ids)
+    for path, load in trace.load().items():
+        assert torch.allclose(sums[path].weight, load, atol=1e-4)
+        assert torch.allclose(sums[path].distribution.sum(), load.sum(), atol=1e-4)
 
 
 def refused(model, bank, *words, method="merged", **options):
@@ -268,3 +282,31 @@ def test_experts_that_transformers_runs_otherwise_are_refused_by_name(tmp_path):
     write_adapter(tmp_path, {path: factors}, r=2, **targets)
     message = refused(model, moerge.load_experts({"ant": tmp_path}), "Llama4TextExperts", "experts interface")
     assert message.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_every_experts_class_of_transformers_computes_the_same_through_the_door():
+    """All classes that the experts interface computes, found by their decorator: none is known by its name."""
+    classes = list(cases.experts_classes())
+    assert len(classes) > 20
+    for kind in classes:
+        module = cases.experts_of(kind)
+        width = module.down_proj.shape[2 if module.is_transposed else 1]
+        x, index = torch.randn(9, width), torch.stack([torch.randperm(N)[:2] for _ in range(9)])
+        weights = torch.rand(9, 2)
+        with torch.no_grad():
+            want, config = module(x, index, weights), module.config
+            assert fused_experts.why_unsupported(module) is None, kind
+            for kernel in KERNELS:
+                config._experts_implementation = kernel
+                fused_experts.open_door(module, NoBranches())
+                assert error(module(x, index, weights), want) < 1e-5, (kind, kernel)
+                fused_experts.close_door(module)
+                assert module.config is config
+
+
+class NoBranches(torch.nn.Module):
+    running = True
+
+    def add_branch(self, parameter, y, x, pairs, copies):
+        return y
