@@ -92,7 +92,7 @@ def why_unsupported(module: nn.Module) -> str | None:
     if not is_dispatched(module):
         return (
             f"LoRA on the experts of {kind} cannot be routed: transformers does not compute them through its experts "
-            "interface (ALL_EXPERTS_FUNCTIONS)"
+            "interface (ALL_EXPERTS_FUNCTIONS); load_experts(..., modules=...) takes a part that can, as attention"
         )
     if getattr(module, "_is_expert_parallel", False):
         return f"LoRA on the experts of {kind} cannot be routed under expert parallelism"

@@ -86,7 +86,13 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
             pieces = found.parameters.setdefault(experts, {}).setdefault(parameter, [])
             pieces.append(Piece(path, int(match["index"]), rows, factors))
     found.problems += [f"module '{path}': {reason}" for path, reason in refused.items()]
+    seen: dict[int, str] = {}
     for owner, parameters in found.parameters.items():
+        if seen.setdefault(id(layers[owner]), owner) != owner:
+            found.problems.append(
+                f"modules '{seen[id(layers[owner])]}' and '{owner}' are one; it cannot be routed twice"
+            )
+            continue
         if reason := why_unsupported(layers[owner]):
             found.problems.append(f"module '{owner}': {reason}")
             continue

@@ -1,5 +1,7 @@
 """PEFT's `target_parameters`: LoRA on stacked parameters, taken apart, and gates of such parameters."""
 
+import warnings
+
 import pytest
 import torch
 from adapter_cases import refused
@@ -133,3 +135,13 @@ def test_gates_of_a_parameter_are_read_set_and_written(tmp_path):
         bank.set_gates("ant", {path: torch.full((D,), torch.nan)})
     write_gates(folder, {"model.layers.0.mlp.up_proj": gate}, kind="sigmoid-gate")
     refused(folder, "without LoRA weights")
+
+
+def test_a_file_that_does_not_tell_its_orientation_is_noted(tmp_path):
+    square = {EXPERTS: stacked(D, D)}
+    for version, told in (("0.18.1", False), (None, False), ("0.19.0", True), ("0.21.2", True)):
+        fields = {"target_parameters": ["down_proj"], "peft_version": version}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_experts({"ant": write(tmp_path / str(version), square, **fields)[0]})
+        assert any("PEFT 0.19" in str(warning.message) for warning in caught) is not told, version

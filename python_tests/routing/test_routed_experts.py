@@ -9,6 +9,7 @@ import pytest
 import torch
 from moe_cases import D, I, N
 from patch_cases import error, logits
+from safetensors.torch import load_file, save_file
 
 import moerge_ext as moerge
 from moerge_ext.ops import reference
@@ -64,6 +65,23 @@ def test_one_expert_is_peft(name, layout, tmp_path):
     for experts in (moerge.load_experts({"default": tmp_path}), moerge.load_experts(theirs)):
         with moerge.patch(model, experts, "expert:default"):
             assert error(logits(model, input_ids=ids), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_files_of_peft_before_019_have_a_and_b_exchanged(name, tmp_path):
+    """They took a weight [n,O,D] for [n, in, out]; OLMoE's gate_up_proj is square, and its down_proj tells."""
+    model, ids = cases.build(name), patch_cases.tokens()
+    deltas = cases.adapter(name, model, tmp_path, 1, layout="whole")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if "experts" in key and "lora_A" in key]:
+        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        rank = a.shape[0] // N
+        tensors[key] = b.unflatten(1, (rank, N)).permute(2, 1, 0).flatten(0, 1).contiguous()
+        tensors[key.replace("lora_A", "lora_B")] = a.unflatten(0, (N, rank)).permute(2, 1, 0).flatten(1).contiguous()
+    save_file(tensors, file)
+    with moerge.patch(model, moerge.load_experts({"ant": tmp_path}), "expert:ant"):
+        assert error(logits(model, input_ids=ids), logits(cases.changed(name, deltas), input_ids=ids)) < 1e-5
 
 
 def by_hand(module, path, state, gates, deltas, x, index, weights, *, top_k=2):

@@ -30,7 +30,7 @@ from ...files.safefile import (
 )
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
 from .peft_config import LoraRules, check_config, read_config, show
-from .peft_parameters import Slice, take_apart, targeted_parameters, unused_targets
+from .peft_parameters import Slice, square_note, take_apart, targeted_parameters, unused_targets
 
 __all__ = [
     "GATES_FILE",
@@ -185,7 +185,8 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
     problems += reasons
     stacked = {path: parts.pop(path) for path in parameters}
     modules = _check_modules(parts, rules, problems)
-    modules |= _check_stacked(stacked, parameters, rules, problems)
+    stacked_modules, said = _check_stacked(stacked, parameters, rules, config.get("peft_version"), problems)
+    modules |= stacked_modules
     # gates are matched against modules only when the modules could be understood
     widths = {path: module.in_features for path, module in modules.items()}
     gates: dict[str, GateSet] = {}
@@ -195,7 +196,7 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
         problems += error.problems
     if problems:
         raise AdapterError(problems, _heading(name, folder))
-    notes = rules.notes([*parts, *parameters.values()])
+    notes = rules.notes([*parts, *parameters.values()]) + said
     if unused := unused_targets(parameters.values(), rules.parameters):
         notes.append(f"target_parameters names {show(unused)}, of which the file has no weights")
     return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, notes)
@@ -310,15 +311,16 @@ def _check_stacked(
     stacked: Mapping[str, Mapping[str, TensorHeader]],
     parameters: Mapping[str, str],
     rules: LoraRules | None,
+    version: Any,
     problems: list[str],
-) -> dict[str, ModuleHeader]:
-    """The modules of targeted parameters."""
+) -> tuple[dict[str, ModuleHeader], list[str]]:
+    """(the modules of targeted parameters, what is odd about them)."""
     modules: dict[str, ModuleHeader] = {}
     wrong = [reason for path, found in stacked.items() for reason in _shape_problems(path, found)]
     wrong += [f"{path}: LoRA on a parameter has no bias" for path, found in stacked.items() if "bias" in found]
     if wrong or rules is None:
         problems += wrong
-        return modules
+        return modules, []
     sizes = {path: (found["A"].shape[0], found["B"].shape[1]) for path, found in stacked.items()}
     ranks = {path: rules.rank_of(path)[0] for path in parameters.values()}
     loras, reasons = take_apart(sizes, parameters, ranks)
@@ -335,7 +337,9 @@ def _check_stacked(
             nbytes=sum(part.nbytes for part in found.values()) // lora.count,
         )
         modules |= {path: replace(header, slice=part) for path, part in lora.modules().items()}
-    return modules
+    widths = {lora.stored: (stacked[lora.stored]["A"].shape[1], stacked[lora.stored]["B"].shape[0]) for lora in loras}
+    note = square_note(loras, widths, version)
+    return modules, [note] if note else []
 
 
 def common_dtype(dtypes) -> torch.dtype:

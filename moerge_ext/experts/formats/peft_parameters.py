@@ -12,6 +12,7 @@ A's rows are ordered [n, r], B's columns [r, n]. Base expert j of gate_up_proj i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -79,6 +80,22 @@ def unused_targets(parameters: Iterable[str], targets: Iterable[str]) -> list[st
     """The targets that fit none of the parameters."""
     dotted = ["." + path for path in parameters]
     return [target for target in targets if not any(path.endswith("." + target) for path in dotted)]
+
+
+def square_note(loras: Iterable[StackedLora], sizes: Mapping[str, tuple[int, int]], version: object) -> str | None:
+    """What to say of LoRAs whose orientation the file does not tell: `sizes` are (D, O) by `stored`.
+
+    Up to 0.18 PEFT read a weight [n,O,D] as [n, in, out], which exchanges A and B; other shapes show it.
+    """
+    paths = [lora.path for lora in loras if lora.count > 1]
+    old = re.match(r"0\.(\d+)\.", f"{version or '0.0.0'}")
+    if not paths or old is None or int(old[1]) >= 19 or any(d != o for d, o in sizes.values()):
+        return None
+    return (
+        f"LoRA on the parameter(s) {', '.join(paths[:3])} is square and was saved before PEFT 0.19: where the model "
+        "stores [experts, out, in], such files have A and B exchanged, and nothing in this one tells; it is read as "
+        "PEFT 0.19 reads it"
+    )
 
 
 def take_apart(
