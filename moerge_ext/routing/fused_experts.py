@@ -102,8 +102,8 @@ def why_unsupported(module: nn.Module) -> str | None:
     implementation = module.config._experts_implementation
     if implementation not in _LINEARS:
         return (
-            f"LoRA on the experts of {kind} cannot be routed with experts_implementation={implementation!r}, which "
-            f"computes both layers at once: call model.set_experts_implementation('grouped_mm') first (or "
+            f"LoRA on the experts of {kind} cannot be routed with experts_implementation={implementation!r}, whose "
+            "kernels leave no place for it: call model.set_experts_implementation('grouped_mm') first (or "
             "'batched_mm', 'eager')"
         )
     return None
