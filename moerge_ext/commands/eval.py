@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         length_norm=not args.sum_log_likelihood,
         similar=args.similar,
     )
-    experts = load_experts(args.experts)
+    experts = load_experts(args.experts, base=args.model)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names)
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     )
     scores += derive(scores, derived)
     if args.multitask:
-        one = load_experts({MULTITASK: args.multitask})
+        one = load_experts({MULTITASK: args.multitask}, base=args.model)
         alone = [Run(MULTITASK, PREFIX + MULTITASK)]
         options = {"output": args.output, "progress": not args.no_progress}
         scores += evaluate(model, tokenizer, one, alone, tasks, settings, **options)

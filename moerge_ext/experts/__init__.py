@@ -3,5 +3,5 @@
 `bank.py` has `load_experts` and `ExpertBank`, `sources.py` what any format must offer, `formats/` one file per
 adapter format, `gates.py` the file of gates beside an adapter. Start with `bank.py`.
 
-May import: files.
+May import: models, files.
 """

@@ -4,5 +4,5 @@
 says what counts as a linear layer, `trace.py` what the router did, `growing.py` follows text that `generate` makes
 longer. Start with `patch.py`.
 
-May import: ops, methods, experts, files, native.
+May import: ops, methods, experts, models, files, native.
 """

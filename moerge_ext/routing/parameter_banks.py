@@ -17,7 +17,10 @@ import torch
 from torch import nn
 
 from ..experts.bank import ExpertBank, ModuleBank
+from ..experts.keys import bare_path
+from ..files.listing import listed
 from .fused_experts import first_parameter, is_dispatched, parameter_sizes, stacked, why_unsupported
+from .naming import CONTAINERS
 
 _INDEXED = re.compile(r"(?P<experts>.+)\.(?P<index>[0-9]{1,6})\.(?P<leaf>[^.]+)")
 WHOLE, GATE, UP = 2, 0, 1  # which rows of a parameter's output
@@ -50,6 +53,7 @@ class Placement:
     # experts module -> {its parameter: pieces}
     parameters: dict[str, dict[str, list[Piece]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def paths(self) -> Iterable[tuple[str, str, list[Piece]]]:
         """(experts module, parameter, pieces) of each."""
@@ -64,9 +68,11 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
     `gates` are the paths of stacked parameters that have gates, each of which must be found.
     """
     found, layers = Placement(), dict(model.named_modules(remove_duplicate=False))
+    twins = _without_containers(layers)
     targets: dict[tuple[str, str], tuple[str, str, int] | str | None] = {}
     conversion = None
     refused: dict[str, str] = {}
+    moved: dict[str, str] = {}
     for path, factors in modules.items():
         match = None if path in layers else _INDEXED.fullmatch(path)
         if match is None:
@@ -75,7 +81,7 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
         key = match["experts"], match["leaf"]
         if key not in targets:
             conversion = _Conversion(model) if conversion is None else conversion
-            targets[key] = _target(path, *key, layers, conversion)
+            targets[key] = _target(path, *key, layers, conversion, twins)
         target = targets[key]
         if target is None:
             found.linears[path] = factors
@@ -83,9 +89,14 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
             refused.setdefault(match["experts"], target)
         else:
             experts, parameter, rows = target
+            if experts != match["experts"] and _bare(experts) == _bare(match["experts"]):
+                moved[match["experts"]] = experts
             pieces = found.parameters.setdefault(experts, {}).setdefault(parameter, [])
             pieces.append(Piece(path, int(match["index"]), rows, factors))
     found.problems += [f"module '{path}': {reason}" for path, reason in refused.items()]
+    if moved:
+        said = listed([f"{old} -> {new}" for old, new in moved.items()], "modules")
+        found.notes.append(f"the LoRA on fused experts has other names in this model and was renamed: {said}")
     seen: dict[int, str] = {}
     for owner, parameters in found.parameters.items():
         if seen.setdefault(id(layers[owner]), owner) != owner:
@@ -113,6 +124,19 @@ def gate_names(owner: str, parameter: str, pieces: Iterable[Piece]) -> list[str]
     return list(dict.fromkeys([f"{owner}.{parameter}", *theirs]))
 
 
+def _bare(path: str) -> tuple[str, ...]:
+    return tuple(part for part in bare_path(path).split(".") if part not in CONTAINERS)
+
+
+def _without_containers(layers: Mapping[str, nn.Module]) -> dict[tuple[str, ...], str]:
+    """{parts of a path but for the containers by which classes of one model differ: path}, of stacked experts alone."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for path, layer in layers.items():
+        if stacked(layer):
+            found.setdefault(_bare(path), []).append(path)
+    return {parts: paths[0] for parts, paths in found.items() if len(paths) == 1}
+
+
 class _Conversion:
     """transformers' own renaming of checkpoints of this model."""
 
@@ -137,11 +161,17 @@ class _Conversion:
 
 
 def _target(
-    path: str, experts: str, leaf: str, layers: Mapping[str, nn.Module], conversion: _Conversion
+    path: str,
+    experts: str,
+    leaf: str,
+    layers: Mapping[str, nn.Module],
+    conversion: _Conversion,
+    twins: Mapping[tuple[str, ...], str],
 ) -> tuple[str, str, int] | str | None:
     """(experts module, parameter, rows), why there is none, or None for what is no expert of fused experts."""
     renamed, sources, place = conversion(path + ".weight")
     owner, _, parameter = renamed.rpartition(".")
+    owner = owner if owner in layers else twins.get(_bare(owner), owner)
     if (module := layers.get(owner)) is not None and parameter in stacked(module):
         if not is_dispatched(module):
             return why_unsupported(module)
@@ -151,7 +181,8 @@ def _target(
             return owner, parameter, WHOLE
     # a slice of a parameter, and layers of a model without conversion; the renaming may have moved their parent
     parent = _INDEXED.fullmatch(renamed.removesuffix(".weight"))
-    for owner in dict.fromkeys((experts, parent["experts"] if parent else experts)):
+    tried = [experts, *([parent["experts"]] if parent else ())]
+    for owner in dict.fromkeys([*tried, *(twins[_bare(path)] for path in tried if _bare(path) in twins)]):
         module = layers.get(owner)
         if module is None or not stacked(module):
             continue

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..experts.bank import ExpertBank
 from ..experts.module_bank import whole_vectors
 from ..methods.base import Method, Plan, Routing
+from .absent import with_absent
 from .fused_experts import BRANCHES, Pairs
 from .layers import execution_device
 from .parameter_banks import ParameterBank, Placement, are_turned
@@ -175,17 +176,22 @@ def routed_experts(
     method: Method,
     routing: Routing | None,
     settings: Mapping[str, Any],
+    absent: str,
     **options: Any,
 ) -> tuple[dict[str, RoutedExperts], list[str]]:
     """(what to place in each experts module, what keeps it from being placed); `options` are `ParameterBranch`'s."""
     branches: dict[str, dict[str, ParameterBranch]] = {}
-    problems = []
+    problems: list[str] = []
+    if placement.problems:
+        return {}, problems
     for owner, parameter, pieces in placement.paths():
         module, path = model.get_submodule(owner), f"{owner}.{parameter}"
         try:
             turned = are_turned(module, placement.parameters[owner])
             bank = ParameterBank(experts, owner, module, parameter, pieces, turned)
             plans = [method.plan(experts, bank.of(j), path, settings) for j in range(len(bank))]
+            if absent == "base":
+                plans = [with_absent(plan, bank.of(j)) for j, plan in enumerate(plans)]
         except ValueError as error:
             problems.append(str(error) if path in str(error) else f"module '{path}': {error}")
             continue

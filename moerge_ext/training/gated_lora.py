@@ -8,8 +8,11 @@ out again, whatever happens in between.
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +20,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
+from ..experts.formats import read_adapter
+from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
+from ..files.listing import grouped, listed
+from ..routing.base_model import saved_problems
+from ..routing.base_start import init_problems, on_base
+from ..routing.fitting import renamed_note
 from ..routing.fused_experts import close_door, open_door
 from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.naming import ModelPaths
 from ..routing.parameter_banks import Placement, place
 from .gated_experts import GatedParameter, gated_experts, gated_parameters
 
@@ -111,7 +120,9 @@ class GatedModel:
 
     @property
     def folder(self) -> Path:
-        return Path(self.adapter.folder)
+        if self.adapter.folder is None:
+            raise ValueError(f"adapter {self.adapter.name!r} is a file without a folder of its own: say where to write")
+        return self.adapter.folder
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: "<module path>/gate" -> [D], with joint training also ".../lora_A" and so on."""
@@ -143,7 +154,7 @@ class GatedModel:
         """Write the gates beside the adapter (or into `folder`) and return the file written.
 
         After joint training the LoRA is written too: `adapter_model.safetensors` with the trained A and B
-        (float32) and a copy of `adapter_config.json`. Every file appears whole or not at all.
+        (float32) and the adapter's config as PEFT has it. Every file appears whole or not at all.
         """
         self.check_target(folder)
         target = Path(folder) if folder is not None else self.folder
@@ -154,11 +165,12 @@ class GatedModel:
         return write_gates(target, self.gates(), kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
 
     def check_target(self, folder: str | Path | None) -> None:
-        """ValueError when `save` would overwrite the adapter without having been told to."""
-        if self.joint and folder is None:
+        """ValueError when `save` would overwrite the adapter without having been told to, or has no folder."""
+        own = self.folder if folder is None else None
+        if self.joint and own is not None:
             raise ValueError(
-                "joint training changes the adapter's weights: say in which folder to write them "
-                f"({self.folder} itself to overwrite it)"
+                f"joint training changes the adapter's weights: say in which folder to write them ({own} itself to "
+                "overwrite it)"
             )
 
     def _write_adapter(self, target: Path) -> None:
@@ -168,7 +180,7 @@ class GatedModel:
                 value = getattr(layer, name)
                 if value is not None:
                     tensors[f"base_model.model.{path}.{key}"] = value.detach().cpu().contiguous()
-        config = (self.folder / "adapter_config.json").read_bytes()
+        config = json.dumps(self.adapter.config, indent=2).encode()
         write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
         # the config last: without it the folder is not yet an adapter
         write_atomically(target / "adapter_config.json", lambda file: file.write_bytes(config))
@@ -203,14 +215,15 @@ def gated_model(
     is already wrapped, or has other sizes (both shapes). Nothing is wrapped then.
     """
     folder = Path(adapter_folder)
-    adapter = read_adapter(folder.name, folder)
+    adapter = read_adapter(folder.name, folder, model)
     placement = place(model, adapter.modules)
-    targets = _matching_layers(model, adapter, placement, joint)
+    linears = replace(adapter, modules=placement.linears)
+    places = _places(model, linears)
+    targets = _matching_layers(model, linears, places, _stacked_problems(adapter, placement, joint))
+    modules = _on_base(model, linears, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {
-        path: GatedLoRA(base, adapter.modules[path], gate=gate, train_lora=joint) for path, base in targets.items()
-    }
+    layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
     branches = gated_experts(model, placement, gate=gate)
     hooks: list[Any] = []
     try:
@@ -218,7 +231,7 @@ def gated_model(
             p.requires_grad_(False)
         for path, layer in layers.items():
             layer.train(targets[path].training)
-            replace_module(model, path, layer)
+            replace_module(model, places[path], layer)
         for owner, branch in branches.items():
             open_door(model.get_submodule(owner), branch)
         hooks = _inputs_require_grad(model)
@@ -227,7 +240,7 @@ def gated_model(
         for hook in hooks:
             hook.remove()
         for path, base in targets.items():
-            replace_module(model, path, base)
+            replace_module(model, places[path], base)
         for owner in branches:
             close_door(model.get_submodule(owner))
         for p, flag in flags:
@@ -236,21 +249,42 @@ def gated_model(
             module.training = mode
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter, placement: Placement, joint: bool) -> dict[str, nn.Module]:
-    """The model's layer for every module of the adapter that has one; one ValueError with all that does not fit."""
-    found: dict[str, nn.Module] = {}
-    problems = list(placement.problems)
-    if joint and placement.parameters:
-        owners = ", ".join(list(placement.parameters)[:3])
+def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
+    sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
+    naming = ModelPaths(model).naming(sizes)
+    if note := renamed_note([adapter.name], [naming]):
+        warnings.warn(note, stacklevel=4)
+    return naming.paths
+
+
+def _stacked_problems(adapter: Adapter, placement: Placement, joint: bool) -> list[str]:
+    """What keeps gates of LoRA on fused experts from being trained."""
+    problems, owners = list(placement.problems), listed(list(placement.parameters))
+    if not adapter.modules:
+        problems.append("the adapter has no LoRA module")
+    if owners and joint:
         problems.append(
-            f"joint=True trains the LoRA of linear layers, and this one is also on fused experts ({owners})"
+            f"joint=True trains the LoRA of linear layers, and this adapter has fused experts too ({owners})"
         )
-    for path, lora in placement.linears.items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
+    if owners and adapter.claims.init is not None:
+        problems.append(
+            f"LoRA on fused experts ({owners}) that began with {adapter.claims.init} cannot be computed again: convert "
+            "the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return problems
+
+
+def _matching_layers(
+    model: nn.Module, adapter: Adapter, places: dict[str, str], problems: list[str]
+) -> dict[str, nn.Module]:
+    """The model's layer for every module of the adapter; one ValueError with `problems` and all that does not fit."""
+    found: dict[str, nn.Module] = {}
+    for path, lora in adapter.modules.items():
+        if path not in places:
             problems.append(f"{path}: the model has no such module")
             continue
+        layer = model.get_submodule(places[path])
         if hasattr(layer, "base_layer"):
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
@@ -266,14 +300,29 @@ def _matching_layers(model: nn.Module, adapter: Adapter, placement: Placement, j
         elif execution_device(layer).type == "meta":
             problems.append(f"{path}: its weights are on the meta device: load them before training")
         found[path] = layer
-    if not adapter.modules:
-        problems.append("the adapter has no LoRA module")
     if problems:
         raise ValueError(
             f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
-            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(problems)
+            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
+
+
+def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, LoraWeights]:
+    """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
+    claims = {adapter.name: adapter.claims.renamed(places)}
+    problems = saved_problems(model, claims) + init_problems(model, claims)
+    init = adapter.claims.init
+    if init is not None and joint:
+        problems.append(
+            f"joint=True would write factors that begin with {init}: convert the adapter first (PEFT: "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if problems:
+        raise ValueError(f"adapter '{adapter.name}' does not fit {type(model).__name__}:\n- " + "\n- ".join(problems))
+    if init is None:
+        return adapter.modules
+    return {path: on_base(lora, model.get_submodule(places[path]), init) for path, lora in adapter.modules.items()}
 
 
 def _inputs_require_grad(model: nn.Module) -> list[Any]:

@@ -70,7 +70,11 @@ def test_the_weight_of_a_linear_layer_is_that_layer(tmp_path):
             {"target_parameters": ["down_proj"]},
             ["n * r", "r = 2", "5"],
         ),
-        ({EXPERTS: (torch.ones(6, I), torch.ones(D, 4))}, {"target_parameters": ["down_proj"]}, ["ranks disagree"]),
+        (
+            {EXPERTS: (torch.ones(6, I), torch.ones(D, 4))},
+            {"target_parameters": ["down_proj"]},
+            ["r * n columns", "got 6 and 4"],
+        ),
         (None, {"target_parameters": "experts.down_proj"}, ["target_parameters must be a list"]),
         (None, {"target_parameters": [1]}, ["target_parameters must be a list"]),
     ],

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...files.safefile import TensorHeader
+from .peft_rules import LoraRules, show
+
 _BASE = ".base_layer"
 # as the experts modules of transformers register them; other names follow by their own order
 _ORDER = ("gate_up_proj", "up_proj", "down_proj")
@@ -83,7 +86,7 @@ def unused_targets(parameters: Iterable[str], targets: Iterable[str]) -> list[st
 
 
 def square_note(loras: Iterable[StackedLora], sizes: Mapping[str, tuple[int, int]], version: object) -> str | None:
-    """What to say of LoRAs whose orientation the file does not tell: `sizes` are (D, O) by `stored`.
+    """What to say of LoRAs whose orientation the file does not tell: `sizes` are (D, O) by parameter.
 
     Up to 0.18 PEFT read a weight [n,O,D] as [n, in, out], which exchanges A and B; other shapes show it.
     """
@@ -98,19 +101,41 @@ def square_note(loras: Iterable[StackedLora], sizes: Mapping[str, tuple[int, int
     )
 
 
-def take_apart(
-    stored: Mapping[str, tuple[int, int]], parameters: Mapping[str, str], ranks: Mapping[str, int]
-) -> tuple[list[StackedLora], list[str]]:
-    """(the LoRAs, problems): `stored` are (rows of A, columns of B) of each key, `ranks` those of the parameters."""
-    found, problems = [], []
-    for path, parameter in parameters.items():
-        rows, columns = stored[path]
-        rank = ranks[parameter]
-        if rows != columns or rows % rank:
+def take_stacked(
+    parts: Mapping[str, Mapping[str, TensorHeader]], rules: LoraRules | None
+) -> tuple[dict[str, Mapping[str, TensorHeader]], dict[str, StackedLora], list[str]]:
+    """(parts by module, the LoRAs by parameter path, problems): `parts` are by the modules of the keys.
+
+    In the result the LoRA of a parameter stands under the parameter's path, with the shapes of one base expert's slice.
+    """
+    if rules is None or not rules.parameters:
+        return dict(parts), {}, []
+    parameters, problems = targeted_parameters(parts, rules.parameters)
+    plain = {path: found for path, found in parts.items() if path not in parameters}
+    loras: dict[str, StackedLora] = {}
+    for stored, path in parameters.items():
+        found = parts[stored]
+        rank = rules.first_rank(path)
+        a, b = (found[part].shape if part in found else () for part in "AB")
+        if rank is None or len(a) != 2 or len(b) != 2 or "bias" in found:
+            plain[path] = found  # to be refused as any module would be
+        elif a[0] != b[1] or not a[0] or a[0] % rank:
             problems.append(
-                f"{parameter}: lora_A must have n * r rows and lora_B r * n columns, r = {rank}; "
-                f"got {rows} and {columns}"
+                f"{path}: lora_A must have n * r rows and lora_B r * n columns, r = {rank}; got {a[0]} and {b[1]}"
             )
         else:
-            found.append(StackedLora(path, parameter, rows // rank, rank))
-    return found, problems
+            loras[path] = StackedLora(stored, path, a[0] // rank, rank)
+            plain[path] = {
+                "A": TensorHeader((rank, a[1]), found["A"].dtype),
+                "B": TensorHeader((b[0], rank), found["B"].dtype),
+            }
+    return plain, loras, problems
+
+
+def stacked_notes(loras: Mapping[str, StackedLora], parts: Mapping, rules: LoraRules, version: object) -> list[str]:
+    """What is odd about the LoRAs of stacked parameters and no reason to refuse."""
+    sizes = {lora.path: (parts[lora.path]["A"].shape[1], parts[lora.path]["B"].shape[0]) for lora in loras.values()}
+    notes = [square_note(loras.values(), sizes, version)]
+    if unused := unused_targets(loras, rules.parameters):
+        notes.append(f"target_parameters names {show(unused)}, of which the file has no weights")
+    return [note for note in notes if note]
