@@ -33,8 +33,8 @@ class SavedTensor:
         if self.tensor is not None:
             return self.tensor
         try:
-            with open_weights(self.folder, self.file) as opened:
-                tensor = opened.read(self.key)
+            with open_weights(self.folder, self.file) as tensors:
+                tensor = tensors.read(self.key)
         except Exception as error:  # whatever a file that changed since provokes
             raise ValueError(f"{self.key} of {self.folder} cannot be read: {error}") from None
         if tuple(tensor.shape) != self.shape:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..files.atomic import write_atomically
 from .formats import inspect_adapter
-from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, into_memory
+from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterHeader, into_memory
 from .hub import find_adapter
 from .keys import PREFIX
 
@@ -36,9 +37,7 @@ def convert_adapter(
         raise ValueError(f"{target} is there already: name a folder that is empty or not there yet")
     header = inspect_adapter(name, path, base, allow_pickle=allow_pickle)
     adapter = into_memory(header)
-    tensors = _tensors(adapter)
-    with header.open() as opened:  # what the adapter holds of its base
-        tensors |= {saved.key: opened.read(saved.key).clone() for saved in header.claims.saved.values()}
+    tensors = _tensors(adapter) | _saved(header)
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
     for pattern in SIDECARS if header.folder is not None else ():
@@ -50,7 +49,13 @@ def convert_adapter(
     return target
 
 
-def _tensors(adapter: Adapter) -> dict[str, Any]:
+def _saved(header: AdapterHeader) -> dict[str, Tensor]:
+    """Parameters of the base that were saved beside the LoRA, under their own keys."""
+    with header.open() as tensors:
+        return {saved.key: tensors.read(saved.key).contiguous() for saved in header.claims.saved.values()}
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
     tensors = {}
     for path, lora in adapter.modules.items():
         for key, value in (("lora_A.weight", lora.lora_A), ("lora_B.weight", lora.lora_B), ("lora_B.bias", lora.bias)):

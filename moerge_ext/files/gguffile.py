@@ -165,14 +165,19 @@ def _placed(name: str, shape: tuple[int, ...], kind: int, start: int, size: int)
     return GgufTensor(name, shape, label, held_as, start, nbytes)
 
 
-def read_values(path: Path, tensor: GgufTensor) -> Tensor:
-    """The tensor; it aliases the mapped file unless it is converted. ValueError when the file became shorter."""
+def map_gguf(file: GgufFile) -> mmap.mmap:
+    """The file's bytes, for `read_values`. ValueError when its header is another one than `file`."""
+    with open(file.path, "rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that could be written
+    if read_gguf(file.path) != file or any(t.start + t.nbytes > len(mapped) for t in file.tensors.values()):
+        raise ValueError(f"{file.path.name} changed while it was being read")
+    return mapped
+
+
+def read_values(mapped: mmap.mmap, tensor: GgufTensor) -> Tensor:
+    """The tensor; it aliases the mapped file unless it is converted."""
     if tensor.nbytes == 0:
         return torch.empty(tensor.shape, dtype=_HELD[tensor.held_as])
-    with open(path, "rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that could be written
-    if len(mapped) < tensor.start + tensor.nbytes:
-        raise ValueError(f"{path.name} changed while it was being read")
     if tensor.type == "Q8_0":
         return _from_q8_0(torch.frombuffer(mapped, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.start), tensor)
     dtype = _HELD[tensor.held_as]

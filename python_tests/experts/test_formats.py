@@ -278,15 +278,20 @@ def test_a_converted_folder_is_peft_s(tmp_path):
         torch.testing.assert_close(model(tokens).logits, peft_model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_parameters_saved_beside_a_lora_come_along(tmp_path):
-    folder = write_adapter(tmp_path / "e", {Q: factors()})
-    added = {"score.weight": torch.randn(2, 8), "norm.num_batches_tracked": torch.tensor(3)}
-    stored = load_file(folder / "adapter_model.safetensors")
-    stored |= {f"base_model.model.{key}": tensor for key, tensor in added.items()}
-    save_file(stored, folder / "adapter_model.safetensors")
-    for source in (folder, convert_adapter(folder, tmp_path / "out")):
-        saved = load_experts({"e": source}).claims["e"].saved
-        assert saved.keys() == added.keys() and all(torch.equal(saved[key].read(), added[key]) for key in added)
+def test_what_is_saved_beside_the_lora_comes_along(tmp_path):
+    """A head in parts, in a pickle, converted: the same bytes under the same key."""
+    modules, head = {Q: factors()}, {f"{PREFIX}score.weight": torch.randn(3, 8), f"{PREFIX}norm.seen": torch.tensor(3)}
+
+    def folder(name):
+        made = write_adapter(tmp_path / name, modules, modules_to_save=["score"])
+        save_file(load_file(made / WEIGHTS) | head, made / WEIGHTS)
+        return made
+
+    for name, change, options in (("parts", in_parts, {}), ("pickle", as_pickle, {"allow_pickle": True})):
+        converted = convert_adapter(change(folder(name)), tmp_path / ("out-" + name), **options)
+        assert torch.equal(load_file(converted / WEIGHTS)[f"{PREFIX}score.weight"], head[f"{PREFIX}score.weight"])
+    claims = inspect_adapter("e", tmp_path / "parts").claims
+    assert all(torch.equal(saved.read(), head[PREFIX + path]) for path, saved in claims.saved.items()) and claims.saved
 
 
 def test_gates_are_trained_for_any_format(tmp_path):

@@ -63,7 +63,7 @@ def test_refused_adalora(tmp_path):
         ("init_r", "x", "init_r must be a finite number"),
         ("lora_alpha", 0, "lora_alpha of an AdaLoRA must be positive"),
         ("lora_alpha", None, "lora_alpha must be a finite number"),
-        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("use_dora", True, "DoRA"),
     ):
         (folder / CONFIG).write_text(json.dumps(config | {field: value}))
         refused(folder, words)
@@ -71,6 +71,8 @@ def test_refused_adalora(tmp_path):
     key = next(key for key in tensors if key.endswith("lora_E"))
     save_file({name: value for name, value in tensors.items() if name != key}, folder / WEIGHTS)
     refused(folder, "lora_E must be [R, 1]", "got none")
+    save_file(tensors | {key[:-1] + "A.weight": torch.ones(4, 32)}, folder / WEIGHTS)
+    refused(folder, "'ADALORA' names its factors", "lora_A.weight")
     save_file(tensors | {key: torch.ones(3, 1)}, folder / WEIGHTS)
     refused(folder, "got [3, 1]")
 

@@ -247,3 +247,22 @@ def test_against_the_gguf_package(tmp_path):
         assert torch.equal(module.lora_B[0], modules[path][1] * 1.5)
         entry = stored[next(iter(gguf_tensors({path: modules[path]})))]
         assert torch.equal(module.lora_A[0], torch.from_numpy(gguf.quants.dequantize(entry.data, entry.tensor_type)))
+
+
+def test_one_line_a_cause(tmp_path):
+    tensors = {f"blk.{i}.ffn_up_exps.weight.lora_{x}": torch.ones(2, 4, 8) for i in range(9) for x in "ab"}
+    (tmp_path / "a.gguf").write_bytes(make(tensors))
+    with pytest.raises(ValueError, match="and 15 more: 3 sizes: LoRA on the experts") as caught:
+        load_experts(tmp_path / "a.gguf")
+    assert len(caught.value.problems) == 1
+
+
+def test_a_file_that_changes_after_the_check(tmp_path):
+    from moerge_ext.experts.formats import inspect_adapter
+
+    file = write_gguf(tmp_path / "a.gguf", {"model.layers.0.mlp.up_proj": factors()})
+    header = inspect_adapter("e", file)
+    for content in (make()[:-8], make({"blk.1.ffn_up.weight.lora_a": torch.ones(1, 1)}), b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError):
+            list(header.read())

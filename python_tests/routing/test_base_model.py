@@ -134,6 +134,42 @@ def test_an_expert_with_a_module_of_its_own(make, target, tmp_path):
         assert error(logits(model), want) < 1e-5
 
 
+def test_the_lora_without_the_head(tmp_path):
+    folder = save(tiny_bert, tmp_path / "e", target_modules=["query"], task_type="SEQ_CLS")
+    model, theirs = tiny_bert(), peft.PeftModel.from_pretrained(tiny_bert(), str(folder))
+    with moerge.patch(model, moerge.load_experts({"e": folder}, modules="query"), "merged"):
+        theirs.base_model.model.classifier = model.classifier
+        assert error(logits(model), logits(theirs)) < 1e-5
+
+
+def test_saved_parameters_and_starts_move_with_their_modules(tmp_path):
+    """A text model inside of another class: the same weights under other paths."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_llama()
+
+        def forward(self, ids):
+            return self.inner(ids)
+
+    fields = {"target_modules": PARTS, "init_lora_weights": "pissa"}
+    folder, ours = save(tiny_llama, tmp_path / "e", **fields), tiny_llama()
+    same = {"base_model.model.model.embed_tokens.weight": ours.model.embed_tokens.weight.detach()}
+    edit(folder, lambda tensors: tensors.update(same))
+    want = by_peft(tiny_llama, folder)
+    for rename in ({"": "inner"}, None):
+        model = Wrapper()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # patch says what it renamed
+            handle = moerge.patch(model, moerge.load_experts({"e": folder}, rename=rename), "merged")
+        assert error(logits(model), want) < 1e-5
+        handle.remove()
+    edit(folder, lambda tensors: tensors.update({key: tensor + 1 for key, tensor in same.items()}))
+    with pytest.raises(ValueError, match="its own inner.model.embed_tokens.weight"):
+        moerge.patch(Wrapper(), moerge.load_experts({"e": folder}, rename={"": "inner"}), "merged")
+
+
 def test_a_module_of_a_live_model(tmp_path):
     config = LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
     live = peft.get_peft_model(tiny_bert(), config)

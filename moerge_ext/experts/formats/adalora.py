@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from ...files.safefile import FLOATS, TensorHeader
-from .view import PREFIX, AdapterView, OpenTensors, peft_config
+from ..keys import PREFIX
+from .view import AdapterView, OpenTensors, peft_config
 
 KIND = "ADALORA"
 # of the training, or other in a plain LoRA
@@ -51,6 +52,10 @@ def view_adalora(
             found = dict(stored.headers)
     except (ValueError, OSError) as error:
         return AdapterView(problems=[*problems, str(error)])
+    if plain := [key for key in found if key.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        problems.append(
+            f"peft_type {KIND!r} names its factors lora_A, lora_E and lora_B, the file has {plain[0][:200]!r}"
+        )
     names: dict[str, str] = {}  # PEFT's key of a plain LoRA: the key in the file
     for key, header in found.items():
         suffix = key[-len(".lora_A") :]
@@ -72,17 +77,17 @@ def view_adalora(
         for name, header in headers.items()
         if name.endswith(".lora_A.weight") and len(header.shape) == 2
     }
-    plain = {key: value for key, value in config.items() if key not in _OWN}
+    lora = {key: value for key, value in config.items() if key not in _OWN}
     fields = peft_config(ranks, {path: scaling * rank for path, rank in ranks.items()}, None)
     for key in ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern"):
-        plain[key] = fields[key]
+        lora[key] = fields[key]
 
     @contextmanager
     def open_folded() -> Iterator[_Folded]:
         with opener() as stored:
             yield _Folded(headers, names, stored)
 
-    return AdapterView(plain, open_folded, problems)
+    return AdapterView(lora, open_folded, problems)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...files.gguffile import GgufFile, GgufTensor, read_gguf, read_values
+from ...files.gguffile import GgufFile, GgufTensor, map_gguf, read_gguf, read_values
 from ...files.safefile import TensorHeader
-from .view import PREFIX, AdapterView, peft_config
+from ..keys import PREFIX
+from .view import AdapterView, one_line_a_cause, peft_config
 
 # llama.cpp's name of a layer's tensor -> where Hugging Face has it, for the models that name their layers as Llama does
 _LAYER = {
@@ -95,12 +97,14 @@ def view_gguf(path: Path, base: Any = None) -> AdapterView:
         return AdapterView(problems=problems)
     names, reordered = ARCHITECTURES[file.values["general.architecture"]]
     found: dict[str, tuple[str, GgufTensor]] = {}  # PEFT's key: (module's name in llama.cpp, tensor)
+    causes: dict[str, list[str]] = {}
     for tensor in file.tensors.values():
         key, why = _peft_key(tensor, names)
         if why:
-            problems.append(why)
+            causes.setdefault(why, []).append(tensor.name)
         else:
             found[key] = (_NAME.fullmatch(tensor.name)["module"], tensor)
+    problems += one_line_a_cause(causes)
     heads = None
     if reordered and any(_is_rotated(module) for module, _ in found.values()):
         try:
@@ -124,21 +128,21 @@ def view_gguf(path: Path, base: Any = None) -> AdapterView:
 
     @contextmanager
     def open_file() -> Iterator[_OpenGguf]:
-        yield _OpenGguf(path, headers, found, heads)
+        yield _OpenGguf(map_gguf(file), headers, found, heads)
 
     return AdapterView(config, open_file, problems)
 
 
 @dataclass(frozen=True)
 class _OpenGguf:
-    path: Path
+    mapped: mmap
     headers: dict[str, TensorHeader]
     found: dict[str, tuple[str, GgufTensor]]
     heads: Heads | None
 
     def read(self, key: str) -> Tensor:
         module, tensor = self.found[key]
-        values = read_values(self.path, tensor)
+        values = read_values(self.mapped, tensor)
         if self.heads is not None and "lora_B" in key and _is_rotated(module):
             return halves_from_pairs(values, self.heads.key if module.endswith("attn_k") else self.heads.query)
         return values
@@ -183,22 +187,20 @@ def _kind_problems(file: GgufFile) -> list[str]:
 def _peft_key(tensor: GgufTensor, names: Mapping[str, str]) -> tuple[str, str | None]:
     """(PEFT's key, why there is none)."""
     match = _NAME.fullmatch(tensor.name)
-    shown = repr(tensor.name[:200])
     if match is None:
-        expected = "<layer>.weight.lora_a or .lora_b"
-        return "", f"{shown} is not a LoRA weight ({expected}): it would replace a part of the base model"
+        return "", "not a LoRA weight (<layer>.weight.lora_a or .lora_b): it would replace a part of the base model"
     module = match["module"]
     if module == "token_embd":
-        return "", f"{shown} is LoRA on an embedding, which is not a linear layer"
+        return "", "LoRA on an embedding, which is not a linear layer"
     block = _BLOCK.fullmatch(module)
     if module == "output":
         path = "lm_head"
     elif block is not None and block["name"] in names:
         path = f"model.layers.{block['layer']}.{names[block['name']]}"
     elif block is not None and len(tensor.shape) > 2:
-        return "", f"{shown} {list(tensor.shape)} is LoRA on the experts of a mixture, which are no linear layers"
+        return "", f"{len(tensor.shape)} sizes: LoRA on the experts of a mixture, which are no linear layers"
     else:
-        return "", f"{shown}: there is no layer of that name; known are output and blk.<n>.{{{', '.join(names)}}}"
+        return "", f"there is no layer of that name; known are output and blk.<n>.{{{', '.join(names)}}}"
     return f"{PREFIX}{path}.{_PARTS[match['part']]}", None
 
 
@@ -225,17 +227,15 @@ def _heads_of(base: Any) -> Heads:
 
 def _row_problems(found: Mapping[str, tuple[str, GgufTensor]], heads: Heads) -> list[str]:
     """Rows of q and k that are not those of the base."""
-    wrong = []
+    causes: dict[str, list[str]] = {}
     for key, (module, tensor) in found.items():
         if "lora_B" not in key or not _is_rotated(module) or len(tensor.shape) != 2:
             continue
         number = heads.key if module.endswith("attn_k") else heads.query
         if tensor.shape[0] != number * heads.head_dim or heads.head_dim % 2:
-            wrong.append(
-                f"{tensor.name} has {tensor.shape[0]} rows, the base's config says {number} heads of {heads.head_dim}: "
-                "is it the base of this adapter?"
-            )
-    return wrong
+            says = f"the base's config says {number} heads of {heads.head_dim}: is it the base of this adapter?"
+            causes.setdefault(f"{tensor.shape[0]} rows, {says}", []).append(tensor.name)
+    return one_line_a_cause(causes)
 
 
 def _base_model(file: GgufFile) -> str | None:

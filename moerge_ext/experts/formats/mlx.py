@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from ...files.safefile import TensorHeader, file_inside, open_tensors, read_headers, read_tensor
-from .peft_config import read_config, show
-from .view import PREFIX, AdapterView, peft_config
+from ..keys import PREFIX
+from .peft_config import read_config
+from .peft_rules import show
+from .view import AdapterView, one_line_a_cause, peft_config
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
 _PARTS = {".lora_a": "lora_A.weight", ".lora_b": "lora_B.weight"}
@@ -46,12 +48,14 @@ def view_mlx(folder: Path) -> AdapterView:
     if not stored:
         problems.append(f"{WEIGHTS_FILE} holds no tensor")
     keys: dict[str, str] = {}  # PEFT's key: MLX's
+    causes: dict[str, list[str]] = {}
     for key, header in stored.items():
         name, why = _peft_key(key, header)
         if why:
-            problems.append(why)
+            causes.setdefault(why, []).append(key)
         else:
             keys[name] = key
+    problems += one_line_a_cause(causes)
     headers = {name: TensorHeader(stored[key].shape[::-1], stored[key].dtype) for name, key in keys.items()}
     ranks = {
         name.removeprefix(PREFIX).removesuffix(".lora_A.weight"): header.shape[0]
@@ -123,17 +127,16 @@ def _number(value: Any, where: str, problems: list[str]) -> float:
 
 def _peft_key(key: str, header: TensorHeader) -> tuple[str, str | None]:
     """(PEFT's key, why there is none)."""
-    shown = repr(key if len(key) <= 200 else key[:200] + "...")
     suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), None)
     if suffix is None:
         if key.endswith(".m"):
-            return "", f"{shown} belongs to DoRA, which is not supported"
+            return "", "belongs to DoRA, which is not supported"
         if key.endswith((".A", ".B")):
-            return "", f"{shown} is of mlx-vlm's layout; only MLX-LM's (.lora_a, .lora_b) is read"
-        return "", f"{shown} is not a LoRA weight of MLX-LM (.lora_a or .lora_b)"
+            return "", "of mlx-vlm's layout; only MLX-LM's (.lora_a, .lora_b) is read"
+        return "", "not a LoRA weight of MLX-LM (.lora_a or .lora_b)"
     module = key.removesuffix(suffix)
     if module.rpartition(".")[2] in _EMBEDDINGS:
-        return "", f"{shown} is LoRA on an embedding, which is not a linear layer"
+        return "", "LoRA on an embedding, which is not a linear layer"
     if len(header.shape) == 3:
-        return "", f"{shown} {list(header.shape)} is LoRA on the experts of a mixture, which are no linear layers"
+        return "", "3 sizes: LoRA on the experts of a mixture, which are no linear layers"
     return f"{PREFIX}{module}.{_PARTS[suffix]}", None

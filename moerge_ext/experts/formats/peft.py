@@ -215,7 +215,7 @@ def inspect_view(
 ) -> AdapterHeader:
     """Check what a format's reader made of `path`; gates are looked for in `folder`. Raises as `inspect_adapter`."""
     problems = list(view.problems)
-    rules, config = None, view.config or {}
+    config, rules = view.config or {}, None
     if view.config is not None:
         rules, reasons = check_config(config)
         problems += reasons
@@ -229,7 +229,7 @@ def inspect_view(
     if config.get("peft_type", "LORA") == "LORA" and "enable_lora" not in refused:
         problems += keys.problems
         if headers and not keys.keys and not keys.problems:
-            problems.append("it holds no LoRA weight")
+            problems.append("there is no LoRA weight among its tensors")
         parts, stacked, reasons = take_stacked(keys.parts(headers), rules)
         problems += reasons
         modules, alphas = _check_modules(parts, rules, problems, stacked)
@@ -242,7 +242,7 @@ def inspect_view(
         problems += error.problems
     if problems or rules is None or view.open is None:
         raise AdapterError(problems, heading(name, path))
-    claims = _claims(path, keys, headers, rules, modules)
+    claims = _claims(folder, keys, headers, rules, modules)
     notes = list(view.notes)
     if keep is None:
         notes += rules.notes(alphas, claims.saved)
@@ -256,19 +256,19 @@ def inspect_view(
 
 
 def _claims(
-    path: Path,
+    folder: Path | None,
     keys: SortedKeys,
     headers: Mapping[str, TensorHeader],
     rules: LoraRules,
     modules: Mapping[str, ModuleHeader],
 ) -> BaseClaims:
-    saved = {own: SavedTensor(headers[key].shape, key, path, WEIGHTS_FILE) for own, key in keys.saved.items()}
+    saved = {own: SavedTensor(headers[key].shape, key, folder, WEIGHTS_FILE) for own, key in keys.saved.items()}
     scalings = {module: header.scaling for module, header in modules.items()} if rules.init else {}
     return BaseClaims(saved, rules.init, scalings, rules.targets.known(modules))
 
 
 def heading(name: str, folder: Path | None) -> str:
-    return f"adapter {name!r} in {folder} cannot be used"
+    return f"adapter {name!r}{f' in {folder}' if folder is not None else ''} cannot be used"
 
 
 def _adapters_below(folder: Path) -> str:

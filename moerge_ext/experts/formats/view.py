@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,9 +11,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ...files.safefile import TensorHeader
-from ..keys import PREFIX
-
-__all__ = ["PREFIX", "AdapterView", "OpenTensors", "peft_config"]
 
 
 class OpenTensors(Protocol):
@@ -38,6 +35,16 @@ class AdapterView:
     open: Callable[[], AbstractContextManager[OpenTensors]] | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def one_line_a_cause(causes: Mapping[str, Sequence[str]]) -> list[str]:
+    """{what is wrong: the names of the tensors} as problems, with a few of the names in each."""
+    lines = []
+    for cause, names in causes.items():
+        shown = ", ".join(repr(name if len(name) <= 200 else name[:200] + "...") for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{shown}{more}: {cause}")
+    return lines
 
 
 def peft_config(ranks: Mapping[str, int], alphas: Mapping[str, float], base_model: str | None) -> dict[str, Any]:
