@@ -216,7 +216,7 @@ def test_old_names_and_parts_that_are_gone(tmp_path):
 
 
 def test_fused_modules_that_cannot_be_routed_are_one_cause(tmp_path):
-    """Per-expert LoRA of Mixtral under kernels that leave no place for it: one line, and the attention part is usable."""
+    """LoRA on Mixtral's experts under kernels that leave no place for it: one line, and attention is usable."""
     config = transformers.MixtralConfig(**cases.TEXT, num_local_experts=2)
     model = builders._build(transformers.MixtralForCausalLM, config)
     attention = linear_layers(model, "self_attn")
