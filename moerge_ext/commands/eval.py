@@ -124,3 +124,5 @@ def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Tas
     held_out = {task.name: [row["input"] for row in task.rows] for task in tasks if task.part == "heldout"}
     found = calibrate_threshold(routers["instruction"], held_in, held_out)
     print(f"threshold {found.threshold:.4f}, scores in {found.plot(args.output / 'threshold.png')}")
+    for task, share in found.own.items():
+        print(f"{task}: its own expert is the most similar one to {share:.0%} of {len(found.held_in[task])} queries")

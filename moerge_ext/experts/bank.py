@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files.listing import grouped, listed
 from ..files.safefile import FLOATS
 from .claims import BaseClaims
 from .formats.peft import GateSet, write_gates
@@ -125,7 +126,7 @@ class ExpertBank:
                 for e in module.overflows(self.modules[path])
             ]
             if problems:
-                raise ValueError("ExpertBank.to:" + "".join(f"\n  - {problem}" for problem in problems))
+                raise ValueError("ExpertBank.to:" + "".join(f"\n  - {problem}" for problem in grouped(problems)))
         vectors = {
             kind: {name: vector.to(device) for name, vector in rows.items()}
             for kind, rows in self.global_vectors.items()
@@ -168,21 +169,24 @@ class ExpertBank:
         """
         e = self._id(expert, "set_gates")
         rows = {path: torch.as_tensor(gate).detach().float() for path, gate in gates.items()}
-        problems = []
+        problems, unknown = [], []
         for path, row in rows.items():
             module = self.modules.get(path)
             if module is None and is_stacked_parameter(path, self.modules):
                 problems += parameter_gate_problems(path, row)
             elif module is None:
-                problems.append(f"{path} is not a module of the bank")
+                unknown.append(path)
             elif tuple(row.shape) != (module.in_features,):
                 problems.append(f"{path}: a gate must be [D={module.in_features}], got {list(row.shape)}")
             elif not torch.isfinite(row).all():
                 problems.append(f"{path}: the gate holds NaN or infinite values")
             elif not module.present[e]:
                 problems.append(f"{path}: expert {self.names[e]!r} has no LoRA here")
+        if unknown:
+            is_none = "is not a module" if len(unknown) == 1 else "are not modules"
+            problems.insert(0, f"{listed(unknown)} {is_none} of the bank")
         if problems:
-            raise ValueError(f"set_gates({self.names[e]!r}): " + "; ".join(problems))
+            raise ValueError(f"set_gates({self.names[e]!r}): " + "; ".join(grouped(problems)))
         for path, row in rows.items():
             if path in self.modules:
                 self.modules[path].set_gate(kind, e, row)
@@ -331,7 +335,7 @@ def load_experts(
         parameter_gates=parameter_gates,
         claims={source.name: source.claims for source in sources},
         stored_paths=[getattr(source, "stored_paths", {}) for source in sources],
-        bases=[(source.base_model, source.config.get("revision")) for source in sources],
+        bases=[(source.base_model, getattr(source, "config", {}).get("revision")) for source in sources],
     )
 
 

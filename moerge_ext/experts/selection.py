@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ..files.safefile import path_problem
@@ -34,25 +33,9 @@ class RenamedSource:
         for path, weights in self.source.read():
             yield self.paths[path], weights
 
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def folder(self) -> Path | None:
-        return self.source.folder
-
-    @property
-    def base_model(self) -> str | None:
-        return self.source.base_model
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.source.config
-
-    @property
-    def notes(self) -> list[str]:
-        return self.source.notes
+    def __getattr__(self, name: str) -> Any:
+        """Name, folder, config, notes: the source's own."""
+        return getattr(self.source, name)
 
     @property
     def claims(self) -> BaseClaims:

@@ -41,7 +41,6 @@ class Source(Protocol):
     name: str
     folder: Path | None
     base_model: str | None
-    config: dict[str, Any]
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     notes: list[str]
@@ -184,7 +183,7 @@ def _check_padding(sources: Sequence[Source]) -> None:
         problem = (
             f"{path}: padding all {len(sources)} experts to its rank {rank} makes the bank "
             f"{total_padded / 2**30:.1f} GiB, {total_padded // total_stored} times what the adapters hold; "
-            "load it apart"
+            "load it apart, the others with names=[...]"
         )
         raise _refusal({repr(sources[e].name): [problem]}, len(sources))
 

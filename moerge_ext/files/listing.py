@@ -8,7 +8,7 @@ from collections.abc import Sequence
 NAMED = 3  # places named of those with one problem
 # "expert 'a' (folder): file.safetensors: " + the place + what is wrong with it
 _PROBLEM = re.compile(
-    r"(?P<start>(?:expert '[^'\n]*'(?: \([^()\n]*\))?: )?(?:[^\s:]+\.safetensors: )?)"
+    r"(?P<start>(?:expert '[^'\n]*'(?: \([^()\n]*\))?[:,] )?(?:[^\s:]+\.safetensors: )?)"
     r"(?P<place>[^\s:']+:|'[^'\n]+') (?P<said>.*)",
     re.DOTALL,
 )

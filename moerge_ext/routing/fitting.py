@@ -140,9 +140,10 @@ def _differing(path: str, near: str) -> tuple[str, str]:
 
 def _dropped(model: nn.Module, lost: dict[str, list[str]]) -> str:
     who = list(dict.fromkeys(name for names in lost.values() for name in names))
+    what, verb = ("module", "is") if len(lost) == 1 else ("modules", "are")
     return (
-        f"{len(lost)} modules of {listed([repr(name) for name in who], 'experts')} are not in {type(model).__name__} "
-        f"and were left out: {listed(list(lost))}"
+        f"{len(lost)} {what} of {listed([repr(name) for name in who], 'experts')} {verb} not in {type(model).__name__} "
+        f"and left out: {listed(list(lost))}"
     )
 
 

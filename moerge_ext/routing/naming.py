@@ -61,11 +61,13 @@ class ModelPaths:
 
     def naming(self, wanted: Sizes) -> Naming:
         """The best reading of the paths of one expert."""
-        readings: list[tuple[str, Reading]] = [("", {path: path for path in wanted})]
+        bare = {path: bare_path(path) for path in wanted}
+        readings: list[tuple[str, Reading]] = [("", bare)]
         changed: set[str] = set()
         if self._placed(readings[0][1], wanted) < len(wanted):
             for how, table in renaming_tables(self.model).items():
-                read = table(sorted(wanted))
+                renamed = table(sorted(bare.values()))
+                read = {path: renamed[name] for path, name in bare.items()}
                 changed |= {path for path, new in read.items() if new is None}
                 readings.append((how, read))
             if max(self._placed(read, wanted) for _, read in readings) < len(wanted):

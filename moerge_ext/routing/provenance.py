@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -16,17 +17,21 @@ _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 def provenance_notes(model: nn.Module, experts: ExpertBank) -> list[str]:
     """Lines for what may be another base, or a base layer that no checkpoint has."""
-    return [note for note in (_other_base(model, experts), _fresh_layers(model, experts.modules)) if note]
+    notes = other_base_note(model, experts.names, experts.bases), _fresh_layers(model, experts.modules)
+    return [note for note in notes if note]
 
 
-def _other_base(model: nn.Module, experts: ExpertBank) -> str | None:
-    """The experts' `base_model_name_or_path` and `revision` against the model's own."""
+def other_base_note(
+    model: nn.Module, names: Sequence[str], bases: Sequence[tuple[str | None, str | None]]
+) -> str | None:
+    """What the experts say of their base, (`base_model_name_or_path`, `revision`), against the model's own."""
     config = getattr(model, "config", None)
     own, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
-    if not isinstance(own, str) or not own:
+    if not isinstance(own, (str, os.PathLike)) or not os.fspath(own):
         return None
+    own = os.fspath(own)
     others: dict[str, list[str]] = {}
-    for name, (base, revision) in zip(experts.names, experts.bases, strict=True):
+    for name, (base, revision) in zip(names, bases, strict=True):
         if base and _short_name(base) != _short_name(own):
             others.setdefault(f"'{base}'", []).append(name)
         elif base and _is_commit(revision) and _is_commit(commit) and not commit.startswith(revision):

@@ -32,6 +32,7 @@ from ..routing.fused_experts import close_door, open_door
 from ..routing.layers import execution_device, linear_features, replace_module
 from ..routing.naming import ModelPaths
 from ..routing.parameter_banks import Placement, place
+from ..routing.provenance import other_base_note
 from .gated_experts import GatedParameter, gated_experts, gated_parameters
 
 if TYPE_CHECKING:
@@ -253,7 +254,8 @@ def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
     sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
     naming = ModelPaths(model).naming(sizes)
-    if note := renamed_note([adapter.name], [naming]):
+    base = other_base_note(model, [adapter.name], [(adapter.base_model, adapter.config.get("revision"))])
+    for note in filter(None, (renamed_note([adapter.name], [naming]), base)):
         warnings.warn(note, stacklevel=4)
     return naming.paths
 

@@ -50,6 +50,25 @@ def qwen2_vl() -> nn.Module:
     return builders._build(transformers.Qwen2VLForConditionalGeneration, config)
 
 
+def gemma3n() -> nn.Module:
+    """Its layers 2 and 3 share keys and values with those before and have no k_proj and v_proj."""
+    layers = {
+        "num_hidden_layers": 4,
+        "intermediate_size": [48] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "num_kv_shared_layers": 2,
+    }
+    small = {
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+    }
+    config = transformers.Gemma3nTextConfig(**{**TEXT, **layers, **small}, head_dim=8)
+    return builders._build(transformers.Gemma3nForCausalLM, config)
+
+
 def old_vit(path: str) -> str:
     """As transformers 4 has it."""
     path = path.replace("vit.layers", "vit.encoder.layer").replace("attention.o_proj", "attention.output.dense")

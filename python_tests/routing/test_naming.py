@@ -184,6 +184,9 @@ def test_a_wrapped_model(tmp_path):
     with moerge.patch(around, moerge.load_experts({"e": folder}), method="expert:e") as handle:
         assert all(name.startswith("module.") for name in handle.modules)
         torch.testing.assert_close(logits(around, **inputs(model)), want)
+    named = moerge.load_experts({"e": folder}, rename={"": "module"})  # by the wrapper's own names
+    plain = Around(builders.tiny_llama())
+    assert not said(lambda: moerge.patch(plain, named, method="expert:e").remove())
     assert not any(isinstance(module, moerge.RoutedLinear) for module in around.modules())
 
 
@@ -205,6 +208,20 @@ def test_modules_that_are_gone(tmp_path):
         moerge.patch(model, nothing, method="expert:e", missing="drop")
     with pytest.raises(ValueError, match="missing must be 'error' or 'drop', got 'skip'"):
         moerge.patch(model, bank, method="expert:e", missing="skip")
+
+
+def test_keys_and_values_that_layers_share(tmp_path):
+    """Gemma 3n lost k_proj and v_proj of the layers that share them; adapters of before have both."""
+    model = cases.gemma3n()
+    layers = linear_layers(model, "self_attn")
+    first = {path: sizes for path, sizes in layers.items() if ".0." in path}
+    before = {path.replace(".0.", f".{i}."): sizes for i in range(4) for path, sizes in first.items()}
+    folder = adapter(tmp_path / "e", before)
+    with pytest.raises(ValueError, match=r"model.layers.2.self_attn.k_proj[\s\S]*missing=\"drop\""):
+        routed(model, folder)
+    with pytest.warns(UserWarning, match="4 modules of 'e' are not in Gemma3nForCausalLM"):
+        handle = moerge.patch(model, moerge.load_experts({"e": folder}), method="expert:e", missing="drop")
+    assert set(handle.modules) == set(layers) and len(before) == len(layers) + 4
 
 
 def test_old_names_and_parts_that_are_gone(tmp_path):
@@ -235,6 +252,18 @@ def test_fused_modules_that_cannot_be_routed_are_one_cause(tmp_path):
     part = moerge.load_experts({"e": folder}, modules="self_attn")
     with moerge.patch(model, part, method="expert:e") as handle:
         assert set(handle.modules) == set(attention)
+
+
+def test_the_table_of_a_models_own_code(tmp_path):
+    """As models with remote code bring it, and transformers 4 had it."""
+    model = builders.tiny_llama()
+    model._checkpoint_conversion_mapping = {r"^lm\.blocks\.": "^model.layers.", "attention": "self_attn"}
+    layers = linear_layers(model, "layers.")
+    new = routed(model, adapter(tmp_path / "new", layers))
+    old = adapter(tmp_path / "old", layers, lambda path: path.replace("model.layers", "lm.blocks"))
+    assert torch.equal(routed(model, old), new)
+    (note,) = said(lambda: routed(model, old))
+    assert "the table in LlamaForCausalLM" in note
 
 
 def test_gates_are_trained_under_the_adapters_own_names(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import builders
 import patch_cases as cases
@@ -12,6 +13,7 @@ import transformers
 from patch_cases import logits, tokens
 
 import moerge_ext as moerge
+from moerge_ext.training.gated_lora import gated_model
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -94,6 +96,7 @@ def bank_on(base, folder, revision=None):
         (None, "org/base", False),
         ("org/base", "org/base-instruct", True),
         ("org/base-8b", "/models/base-13b", True),
+        ("org/base-8b", Path("/models/base-13b"), True),
     ],
 )
 def test_another_base(llama, tmp_path, base, own, other):
@@ -102,6 +105,13 @@ def test_another_base(llama, tmp_path, base, own, other):
     assert bool(said) == other
     if other:
         assert "'sql' on " in said[0] and f"'{base}'" in said[0] and f"'{own}'" in said[0] and len(said) == 1
+
+
+def test_gates_of_another_base(llama, tmp_path):
+    bank = bank_on("org/base-8b", tmp_path / "e")
+    llama.config._name_or_path = "org/base-13b"
+    with pytest.warns(UserWarning, match="trained on another model"), gated_model(llama, bank.folders[0]):
+        pass
 
 
 def test_another_revision(llama, tmp_path):
