@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -45,7 +45,7 @@ def on_model(
         nothing = ExpertBank(experts.names, {})
         return Fitted(nothing, problems=problems), BaseCheck(model, nothing, method)
     placement = place(model, experts.modules, experts.parameter_gates.paths())
-    fitted = fit(model, experts.with_modules(placement.linears, experts.stored_paths), missing)
+    fitted = fit(model, _linears(experts, placement), missing)
     fitted.placement = placement
     if missing == "drop" and experts.modules and not fitted.experts.modules and not placement.parameters:
         fitted.problems.append(f"none of the experts' modules is in {type(model).__name__}")
@@ -172,6 +172,17 @@ def _state_problems(model: nn.Module) -> list[str]:
             "model.unload() (before that, moerge_ext.load_experts(model) makes experts of its adapters)"
         ]
     return []
+
+
+def _linears(experts: ExpertBank, placement: Placement) -> ExpertBank:
+    """The experts without what belongs to fused experts."""
+    rest = experts.with_modules(placement.linears, experts.stored_paths)
+    fused = experts.modules.keys() - placement.linears.keys()
+    rest.claims = {
+        name: replace(claims, scalings={path: s for path, s in claims.scalings.items() if path not in fused})
+        for name, claims in experts.claims.items()
+    }
+    return rest
 
 
 def _start_problems(experts: ExpertBank, placement: Placement) -> list[str]:

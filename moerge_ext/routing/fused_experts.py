@@ -94,6 +94,8 @@ def why_unsupported(module: nn.Module) -> str | None:
             f"LoRA on the experts of {kind} cannot be routed: transformers does not compute them through its experts "
             "interface (ALL_EXPERTS_FUNCTIONS); load_experts(..., modules=...) takes a part that can, as attention"
         )
+    if BRANCHES in module._modules:
+        return f"LoRA is on the experts of {kind} already: remove that patch first"
     if getattr(module, "_is_expert_parallel", False):
         return f"LoRA on the experts of {kind} cannot be routed under expert parallelism"
     types = {str(p.dtype).removeprefix("torch.") for p in stacked(module).values() if p.dtype not in _FLOATS}
@@ -119,10 +121,12 @@ def open_door(module: nn.Module, branches: nn.Module) -> None:
     module.config = Door(module.config, branches)
 
 
-def close_door(module: nn.Module) -> None:
-    """The module as it was before `open_door`."""
-    delattr(module, BRANCHES)
-    module.config = module.config.config
+def close_door(module: nn.Module, branches: nn.Module | None = None) -> None:
+    """The module as it was before `open_door`; does nothing where other `branches` are in place, or none."""
+    placed = module._modules.get(BRANCHES)
+    if placed is not None and branches in (None, placed):
+        delattr(module, BRANCHES)
+        module.config = module.config.config
 
 
 def forward_with_branches(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

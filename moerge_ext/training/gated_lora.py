@@ -242,8 +242,8 @@ def gated_model(
             hook.remove()
         for path, base in targets.items():
             replace_module(model, places[path], base)
-        for owner in branches:
-            close_door(model.get_submodule(owner))
+        for owner, branch in branches.items():
+            close_door(model.get_submodule(owner), branch)
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:

@@ -1,7 +1,9 @@
 """LoRA on the experts of mixture-of-experts models, against what the adapters' tensors mean and against PEFT."""
 
 import copy
+import json
 import pickle
+import shutil
 
 import moe_cases as cases
 import patch_cases
@@ -300,6 +302,30 @@ def test_experts_that_transformers_runs_otherwise_are_refused_by_name(tmp_path):
     write_adapter(tmp_path, {path: factors}, r=2, **targets)
     message = refused(model, moerge.load_experts({"ant": tmp_path}), "Llama4TextExperts", "experts interface")
     assert message.count("\n") == 1
+
+
+def test_adapters_of_another_class_of_the_model(qwen, tmp_path):
+    """Trained on the text model alone: its paths lack the container, and a warning says so."""
+    model, *_ = qwen
+    deltas = cases.adapter("qwen3_moe", model, tmp_path / "whole", 7, layout="apart", linear="q_proj")
+    tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    cut = {key.replace("base_model.model.model.", "base_model.model."): tensor for key, tensor in tensors.items()}
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "text")
+    save_file(cut, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    ids = patch_cases.tokens()
+    with pytest.warns(UserWarning, match="LoRA on fused experts has other names in this model"):
+        handle = moerge.patch(model, moerge.load_experts([folder]), "expert:text")
+    with handle:
+        assert error(logits(model, input_ids=ids), logits(cases.changed("qwen3_moe", deltas), input_ids=ids)) < 1e-5
+
+
+def test_an_initialization_that_took_from_the_base_is_refused(qwen, tmp_path):
+    model, *_ = qwen
+    cases.adapter("qwen3_moe", model, tmp_path, 7, layout="whole", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="began its LoRA on fused experts with pissa"):
+        moerge.patch(model, moerge.load_experts({"ant": tmp_path}), "expert:ant")
 
 
 @pytest.mark.slow

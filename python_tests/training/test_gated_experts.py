@@ -97,3 +97,12 @@ def test_joint_training_is_refused(trained, tmp_path):
     model, folder, _ = trained
     with pytest.raises(ValueError, match="joint=True trains the LoRA of linear layers.*fused experts"):
         moerge.train_gates(model, folder, batches(), steps=1, joint=True, output_dir=tmp_path / "out")
+
+
+def test_a_patched_model_is_refused(trained):
+    model, folder, _ = trained
+    with moerge.patch(model, moerge.load_experts({"ant": folder}, modules="experts"), "expert:ant"):
+        want = logits(model, input_ids=patch_cases.tokens())
+        with pytest.raises(ValueError, match="already: remove that patch first"), gated_model(model, folder):
+            pass
+        assert torch.equal(logits(model, input_ids=patch_cases.tokens()), want)
