@@ -31,8 +31,7 @@ class ExpertBank:
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
     float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
-    parameter_gates: the gates of stacked parameters ("...mlp.experts.gate_up_proj"), whose LoRA lies in one module per
-    base expert.
+    parameter_gates: those of stacked parameters, whose LoRA lies in one module per base expert.
     claims: {expert name: what it says of the base}, checked by `patch`;
     stored_paths: per expert {module path: path in its folder}, where they differ; bases: per expert the (name,
     revision) of the model it says it was trained on.
@@ -60,6 +59,7 @@ class ExpertBank:
         self.claims = dict(claims or {})
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
         self.parameter_gates = parameter_gates or ParameterGates()
+        self._gated: dict[str, frozenset[int]] = {}  # of `gated`, which large models ask once a module
         self.stored_paths = tuple(map(dict, stored_paths)) if stored_paths is not None else ({},) * len(self.names)
         self.bases = tuple(bases) if bases is not None else ((base_model, None),) * len(self.names)
         problems = []
@@ -97,6 +97,14 @@ class ExpertBank:
         """Every kind of gate or global vector that some expert has."""
         kinds = {kind for module in self.modules.values() for kind in module.gates}
         return tuple(sorted(kinds | set(self.global_vectors) | set(self.parameter_gates)))
+
+    def gated(self, kind: str) -> frozenset[int]:
+        """Ids of the experts that have a gate of `kind` in some module."""
+        if kind not in self._gated:
+            flags = [module.has_gate[kind] for module in self.modules.values() if kind in module.has_gate]
+            found = torch.stack(flags).any(0).nonzero().flatten().tolist() if flags else []
+            self._gated[kind] = frozenset(found) | set(map(self.names.index, self.parameter_gates.experts(kind)))
+        return self._gated[kind]
 
     @property
     def nbytes(self) -> int:
@@ -192,6 +200,7 @@ class ExpertBank:
                 self.modules[path].set_gate(kind, e, row)
             else:
                 self.parameter_gates.set(kind, path, self.names[e], row)
+        self._gated.clear()
         if global_vector is not None:
             vector = torch.as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector

@@ -162,7 +162,7 @@ def write_gates(
         raise AdapterError(problems, f"gates cannot be written to {folder}")
     # a clone each: safetensors refuses tensors that share storage
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in tensors.items()}
-    path = _file_for(folder, kind)
+    path = gates_file(folder, kind)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     return path
 
@@ -182,7 +182,8 @@ def _value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _file_for(folder: Path, kind: str) -> Path:
+def gates_file(folder: Path, kind: str) -> Path:
+    """The file in `folder` that holds the gates of `kind`, or would."""
     own = folder / f"moerge_gates.{kind}.safetensors"
     first = folder / GATES_FILE
     if own.exists() or not first.exists():

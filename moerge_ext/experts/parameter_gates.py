@@ -26,6 +26,9 @@ class ParameterGates(dict[str, dict[str, dict[str, Tensor]]]):
         """{parameter path: [D]} of one expert."""
         return {path: gates[expert] for path, gates in self.get(kind, {}).items() if expert in gates}
 
+    def experts(self, kind: str) -> set[str]:
+        return {expert for gates in self.get(kind, {}).values() for expert in gates}
+
     def paths(self) -> set[str]:
         return {path for kind in self.values() for path in kind}
 

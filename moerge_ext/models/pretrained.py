@@ -62,6 +62,29 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(where, **options)
 
 
+def _no_text_model(path: str) -> str | None:
+    """Why a command cannot use a model of speech, images, or text beside these; None for a text model, or no model."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+    auto = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
+    of_transformers = isinstance(config, transformers.PretrainedConfig) and not hasattr(config, "auto_map")
+    if not of_transformers or type(config) in auto._model_mapping:
+        return None
+    name = (config.architectures or [type(config).__name__])[0]
+    reads = getattr(getattr(transformers, name, None), "main_input_name", "input_ids")
+    what = "is more than a text model" if reads == "input_ids" else f"reads {reads}, not text"
+    return (
+        f"{path!r} is a {name}, which {what}: the commands read text and load text models. From Python it works with "
+        "batches made by its own processor: moerge_ext.train_expert(model, batches, folder), "
+        "moerge_ext.train_gates(model, folder, batches), moerge_ext.patch(model, experts)"
+    )
+
+
 def _has_config(path: str) -> bool:
     """Whether there is a model at all."""
     from transformers import AutoConfig
@@ -95,6 +118,8 @@ def named(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if (other := _no_text_model(path)) is not None:
+            raise ValueError(other) from error
         reason = str(error).strip().partition("\n")[0]
         if Path(path).is_dir():
             raise ValueError(f"folder {path!r} holds no {what} that transformers can load ({reason})") from error
@@ -117,6 +142,7 @@ def is_seq2seq(config: Any) -> bool:
 def open_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
     """Token ids of a text to be continued: without the end that some tokenizers add, but with one that is its own."""
     ids = tokenizer(text).input_ids
+    ends = (*ends, getattr(tokenizer, "eos_token_id", None))
     if not ids or ids[-1] not in ends:
         return ids
     own = tokenizer(text, add_special_tokens=False).input_ids

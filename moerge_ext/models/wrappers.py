@@ -35,6 +35,17 @@ def is_fsdp1(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())
 
 
+def trainable_inside(model: nn.Module) -> nn.Module:
+    """`unwrapped(model)`, for training a part of it; ValueError where any part is FSDP1's."""
+    inside = unwrapped(model)
+    if is_fsdp1(model):
+        raise ValueError(
+            "the model is wrapped by FullyShardedDataParallel, which flattens the weights: train without it, or shard "
+            "with torch.distributed.fsdp.fully_shard"
+        )
+    return inside
+
+
 def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(

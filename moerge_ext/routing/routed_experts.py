@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank
 from ..experts.module_bank import whole_vectors
+from ..files.listing import listed
 from ..methods.base import Method, Plan, Routing
 from .absent import with_absent
 from .fused_experts import BRANCHES, Pairs
 from .layers import execution_device
-from .parameter_banks import ParameterBank, Placement, are_turned
+from .parameter_banks import ParameterBank, Piece, Placement, are_turned
 from .routed_linear import BACKENDS, RoutingState
 from .ways import Way
 
@@ -189,6 +190,9 @@ def routed_experts(
         try:
             turned = are_turned(module, placement.parameters[owner])
             bank = ParameterBank(experts, owner, module, parameter, pieces, turned)
+            if reason := _gates_of_layers(experts, bank, pieces, method.gate_kind):
+                problems.append(f"module '{path}': {reason}")
+                continue
             plans = [method.plan(experts, bank.of(j), path, settings) for j in range(len(bank))]
             if absent == "base":
                 plans = [with_absent(plan, bank.of(j)) for j, plan in enumerate(plans)]
@@ -199,6 +203,18 @@ def routed_experts(
         branch = ParameterBranch(plans, routing, name=path, device=device, **options)
         branches.setdefault(owner, {})[parameter] = branch
     return {owner: RoutedExperts(found, options["state"]) for owner, found in branches.items()}, problems
+
+
+def _gates_of_layers(experts: ExpertBank, bank: ParameterBank, pieces: Iterable[Piece], kind: str | None) -> str | None:
+    """Why gates are refused that were made for the linear layers of each base expert; None when there are none."""
+    for piece in pieces:
+        made = piece.factors.has_gate.get(kind, torch.zeros_like(bank.present))
+        if names := [experts.names[e] for e in (made & ~bank.has_gate.get(kind, ~made)).nonzero().flatten().tolist()]:
+            return (
+                f"{listed([repr(name) for name in names], 'experts')} have gates of kind '{kind}' for layers of each "
+                f"base expert ({piece.source}), and this model routes all of them by one: make them again with it"
+            )
+    return None
 
 
 def ways_of(model: nn.Module, parameters: Iterable[str], grad: bool) -> list[Way]:

@@ -287,6 +287,18 @@ def test_missing_gates_are_named_with_their_parameter(qwen, tmp_path):
     refused(model, bank, "self_attn.q_proj", "sigmoid-gate", "'dog'", "and 3 more modules", method="phatgoose")
 
 
+def test_gates_of_each_base_experts_layers_are_refused(tmp_path):
+    """Made with transformers 4: to leave the experts out for the want of a gate would be silent."""
+    model = cases.build("qwen3_moe")
+    cases.adapter("qwen3_moe", model, tmp_path, 5, layout="apart")
+    bank = moerge.load_experts({"dog": tmp_path})
+    bank.set_gates("dog", {path: torch.ones(module.in_features) for path, module in bank.modules.items()})
+    with pytest.raises(ValueError, match="'dog' have gates of kind 'sigmoid-gate' for layers of each base expert"):
+        moerge.patch(model, bank, top_k=1)
+    with moerge.patch(model, bank, "expert:dog"):
+        pass
+
+
 def test_experts_that_transformers_runs_otherwise_are_refused_by_name(tmp_path):
     """Llama 4 multiplies all tokens by all experts: no door for a branch."""
     import transformers
