@@ -33,7 +33,7 @@ class BaseCheck:
         self.problems: list[str] = []
         self.own: dict[str, dict[str, Tensor]] = {}  # {module: {parameter: tensor}} of the one expert
         layers = dict(model.named_modules(remove_duplicate=False))
-        if not experts.modules or any(layers.get(name) is None for name in experts.modules):
+        if any(layers.get(name) is None for name in experts.modules):
             return
         if alone in self.claims:
             self.own, self.problems = own_parameters(model, alone, self.claims[alone], experts.modules)

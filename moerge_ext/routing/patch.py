@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,15 @@ from ..methods.base import Method, Plan, Routing
 from ..models.wrappers import unwrapped
 from .absent import ABSENT, alone_note, with_absent
 from .fitting import MISSING, on_model
+from .fused_experts import close_door, open_door
 from .growing import GrowingTexts, watch_steps
 from .layers import execution_device, replace_module
 from .own_module import OwnModule
+from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
 from .provenance import provenance_notes
 from .ran import FirstForward
+from .routed_experts import routed_experts, ways_of
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .rows import Rows
 from .trace import Trace
@@ -48,6 +51,7 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
+        self.parameters: tuple[str, ...] = ()  # of fused experts, by path
         self._own_modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
@@ -66,12 +70,14 @@ class Handle:
             self._watch.remove()
         for name in wrapped:
             replace_module(self.model, name, self.model.get_submodule(name).base_layer)
-        self.modules = self._own_modules = ()
+        for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):
+            close_door(self.model.get_submodule(owner))
+        self.modules = self.parameters = self._own_modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
 
     def _check_alive(self) -> None:
-        if not self.modules:
+        if not self.modules and not self.parameters:
             raise ValueError("this handle was removed: patch the model again and use the new handle")
 
     @contextmanager
@@ -192,7 +198,8 @@ class Handle:
         For tokens of the type of the layer's weights, in inference or (`grad`) with gradients.
         """
         self._check_alive()
-        return explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
+        linears = explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
+        return Explanation((*linears, *ways_of(self.model, self.parameters, grad)))
 
     def __enter__(self) -> Handle:
         return self
@@ -201,7 +208,8 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules)} modules)"
+        modules = len(self.modules) + len(self.parameters)
+        return f"Handle({self.method.name}, {len(self.names)} experts, {modules} modules)"
 
 
 def patch(
@@ -247,30 +255,30 @@ def patch(
     problems = fitted.problems
     experts = fitted.experts if problems else base.bank()
     plans = _plans(row, experts, settings, absent, problems)
-    if not problems:
-        problems += _device_problems(model, experts, backend)
+    state = RoutingState()
+    shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None}
+    shared |= {"state": state, "backend": backend}
+    planned = (row, routing, settings, absent)
+    branches, reasons = routed_experts(model, experts, fitted.placement, *planned, **shared)
+    if not (problems := problems + reasons):
+        problems += _device_problems(model, (*plans, *branches), backend)
     if problems:
         raise ValueError(_listing(method, problems))
-    handle = Handle(model, row, experts.names, state := RoutingState(), settings)
+    handle = Handle(model, row, experts.names, state, settings)
     routed = {
-        name: RoutedLinear(
-            model.get_submodule(name),
-            plan,
-            routing,
-            name=name,
-            factored=aggregation == "factored",
-            needs_bias=row.bias is not None,
-            state=state,
-            backend=backend,
-        )  # fmt: skip
+        name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
         for name, plan in plans.items()
     }
-    notes = [*fitted.notes, alone_note(plans, experts.names, routing), *provenance_notes(model, experts)]
-    notes += [base.unweighted_note(), *idle_notes(model, plans)]
+    everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
+    notes = [*fitted.notes, alone_note(everywhere, experts.names, routing), *provenance_notes(model, experts)]
+    notes += [base.unweighted_note(), *idle_notes(model, everywhere)]
     for name, layer in routed.items():
         replace_module(model, name, layer)
+    for owner, placed in branches.items():
+        open_door(model.get_submodule(owner), placed)
     handle.modules, handle._own_modules = tuple(routed), base.place_own(state)
-    handle._watch = FirstForward(model, handle.modules, what="layers with experts", strict=strict)
+    handle.parameters = tuple(name for name in everywhere if name not in plans)
+    handle._watch = FirstForward(model, (*routed, *branches), what="layers with experts", strict=strict)
     model._moerge_handle = handle
     for note in filter(None, notes):
         warnings.warn(f"patch: {note}", stacklevel=2)
@@ -307,9 +315,11 @@ def check_patch(
     row, (routing, _, _) = _configured(experts, method, backend, absent, missing, options)
     fitted, _ = on_model(model, experts, row.name, routing, missing)
     problems = fitted.problems
-    if row.lacks is not None:
-        problems += row.lacks(fitted.experts)
-    if problems := problems or _device_problems(model, fitted.experts, backend):
+    if row.lacks is not None and not fitted.placement.problems:
+        bank, reasons = with_parameters(model, fitted.experts, fitted.placement)
+        problems += reasons + row.lacks(bank)
+    patched = (*fitted.experts.modules, *fitted.placement.parameters)
+    if problems := problems or _device_problems(model, patched, backend):
         raise ValueError(_listing(method, problems))
 
 
@@ -337,8 +347,8 @@ def get_handle(model: nn.Module) -> Handle:
     return handle
 
 
-def _device_problems(model: nn.Module, experts: ExpertBank, backend: str) -> list[str]:
-    devices = {execution_device(model.get_submodule(name)).type for name in experts.modules}
+def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> list[str]:
+    devices = {execution_device(model.get_submodule(name)).type for name in patched}
     problems = []
     if "meta" in devices:
         problems.append("the model's weights are on the meta device: load them before the patch")

@@ -16,8 +16,10 @@ from ..experts.gates import gates_file
 from ..experts.kinds import AVERAGE_ACTIVATION
 from ..files.atomic import check_writable
 from ..files.listing import grouped
+from ..routing.fused_experts import Pairs
 from .batches import Batch, BatchSource, Collate, run_model
 from .encoding import MAX_LENGTH, prepare
+from .gated_experts import GatedParameter
 from .gated_lora import GatedLoRA, GatedModel, gated_model, warn_of_left_out
 from .random_state import seeded
 from .ranks import Ranks, current_ranks
@@ -118,14 +120,19 @@ def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], batches: in
 class _Mean:
     """Adds up one module's inputs."""
 
-    def __init__(self, layer: GatedLoRA, tokens: _Tokens) -> None:
+    def __init__(self, layer: GatedLoRA | GatedParameter, tokens: _Tokens) -> None:
         self.tokens = tokens
-        self.total = torch.zeros(layer.lora_A.shape[1], dtype=torch.float64, device=layer.lora_A.device)
+        self.total = torch.zeros(layer.lora_A.shape[-1], dtype=torch.float64, device=layer.lora_A.device)
         self.count = 0
 
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
         u = args[0].detach()
-        mask = self.tokens.mask(u)
+        if len(args) > 1 and isinstance(args[1], Pairs):
+            mask = self.tokens.mask(args[1].tokens)
+            if mask is not None and args[0] is not args[1].tokens:
+                mask = mask[args[1].token]
+        else:
+            mask = self.tokens.mask(u)
         u = u.flatten(0, -2) if mask is None else u.flatten(0, -2)[mask]
         self.total += u.sum(0, dtype=torch.float64)
         self.count += u.shape[0]

@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,21 @@ from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.gates import gates_file
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
-from ..files.listing import grouped
+from ..files.listing import grouped, listed
 from ..models.wrappers import trainable_inside
 from ..routing.base_model import saved_problems
 from ..routing.base_start import init_problems, on_base
 from ..routing.fitting import renamed_note
+from ..routing.fused_experts import close_door, open_door
 from ..routing.layers import execution_device, linear_features, replace_module
 from ..routing.naming import ModelPaths
+from ..routing.parameter_banks import Placement, place
 from ..routing.provenance import other_base_note
 from ..routing.ran import FirstForward
 from ..routing.refusals import no_effect, parallel_problems
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
+from .gated_experts import GatedParameter, gated_experts, gated_parameters
 from .ranks import current_ranks, whole
 
 if TYPE_CHECKING:
@@ -118,11 +122,18 @@ class GatedModel:
     """What `gated_model` yields: the wrapped layers and what can be done with them.
 
     `model` is the caller's model (changed in place until the context ends), `adapter` what was read,
-    `layers` one `GatedLoRA` per module path, `still` what holds the rest of the model as it was.
+    `layers` one `GatedLoRA` per module path and one `GatedParameter` per stacked parameter of fused experts, `still`
+    what holds the rest of the model as it was.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, layers: dict[str, GatedLoRA], still: Frozen, *, joint: bool = False
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        layers: dict[str, GatedLoRA | GatedParameter],
+        still: Frozen,
+        *,
+        joint: bool = False,
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -260,12 +271,15 @@ def gated_model(
     folder = Path(adapter_folder)
     model = trainable_inside(model)
     adapter = read_adapter(folder.name, folder, model)
-    places = _places(model, adapter)
-    targets = _matching_layers(model, adapter, places)
-    modules = _on_base(model, adapter, places, joint)
+    placement = place(model, adapter.modules)
+    linears = replace(adapter, modules=placement.linears)
+    places = _places(model, linears)
+    targets = _matching_layers(model, linears, places, _stacked_problems(adapter, placement, joint))
+    modules = _on_base(model, linears, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
+    branches = gated_experts(model, placement, gate=gate)
     with frozen(model) as still, gradients_pass_checkpoints(model):
         try:
             for p, _ in flags:
@@ -273,11 +287,16 @@ def gated_model(
             for path, layer in layers.items():
                 layer.train(targets[path].training)
                 replace_module(model, places[path], layer)
-            with FirstForward(model, [places[path] for path in layers], what="layers whose gates are trained"):
-                yield GatedModel(model, adapter, layers, still, joint=joint)
+            for owner, branch in branches.items():
+                open_door(model.get_submodule(owner), branch)
+            watched = [*(places[path] for path in layers), *branches]
+            with FirstForward(model, watched, what="layers whose gates are trained"):
+                yield GatedModel(model, adapter, layers | gated_parameters(branches), still, joint=joint)
         finally:
             for path, base in targets.items():
                 replace_module(model, places[path], base)
+            for owner, branch in branches.items():
+                close_door(model.get_submodule(owner), branch)
             for p, flag in flags:
                 p.requires_grad_(flag)
             for module, mode in modes:
@@ -294,10 +313,28 @@ def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     return naming.paths
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str]) -> dict[str, nn.Module]:
-    """The model's layer for every module of the adapter; one ValueError with all that does not fit."""
+def _stacked_problems(adapter: Adapter, placement: Placement, joint: bool) -> list[str]:
+    """What keeps gates of LoRA on fused experts from being trained."""
+    problems, owners = list(placement.problems), listed(list(placement.parameters))
+    if not adapter.modules:
+        problems.append("the adapter has no LoRA module")
+    if owners and joint:
+        problems.append(
+            f"joint=True trains the LoRA of linear layers, and this adapter has fused experts too ({owners})"
+        )
+    if owners and adapter.claims.init is not None:
+        problems.append(
+            f"LoRA on fused experts ({owners}) that began with {adapter.claims.init} cannot be computed again: convert "
+            "the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return problems
+
+
+def _matching_layers(
+    model: nn.Module, adapter: Adapter, places: dict[str, str], problems: list[str]
+) -> dict[str, nn.Module]:
+    """The model's layer for every module of the adapter; one ValueError with `problems` and all that does not fit."""
     found: dict[str, nn.Module] = {}
-    problems: list[str] = []
     for path, lora in adapter.modules.items():
         if path not in places:
             problems.append(f"{path}: the model has no such module")
@@ -320,8 +357,6 @@ def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str])
         found[path] = layer
     problems += parallel_problems(model)
     problems += [f"{path}: {why}" for path, why in no_effect(model, places.values()).items()]
-    if not adapter.modules:
-        problems.append("the adapter has no LoRA module")
     if problems:
         raise ValueError(
             f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
