@@ -16,8 +16,9 @@ from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from .growing import GrowingTexts, watch_steps
-from .layers import execution_device, linear_features, replace_module, watch_batch
-from .routed_linear import BACKENDS, RoutedLinear, RoutingState
+from .layers import execution_device, linear_features, watch_batch
+from .routed_linear import BACKENDS, BUFFERS, RoutedLinear, RoutingState
+from .stand_in import name_clashes
 from .trace import Trace
 
 _SHOWN = 20  # problems listed in full before the rest is only counted
@@ -50,8 +51,7 @@ class Handle:
                 "undo that replacement first"
             )
         for name in self.modules:
-            routed = self.model.get_submodule(name)
-            replace_module(self.model, name, routed.base_layer)
+            self.model.get_submodule(name).give_back(self.model, name)
         self.modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
@@ -181,8 +181,8 @@ def patch(
     """Routes a model's linear layers among experts, in place.
 
     Args:
-        model: any torch model whose layers have the paths the experts were trained on. Offload or dispatch it with
-            accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
+        model: any torch model whose layers have the paths the experts were trained on. Quantize it before the patch:
+            quantizers look for nn.Linear, and a patched layer is none.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
@@ -222,7 +222,7 @@ def patch(
         for name, plan in plans.items()
     }
     for name, layer in routed.items():
-        replace_module(model, name, layer)
+        layer.take_place(model, name)
     handle.modules = tuple(routed)
     model._moerge_handle = handle
     return handle
@@ -290,6 +290,8 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
                 f"module '{name}': the layer is D={features[0]} -> O={features[1]}, "
                 f"the experts are D={bank.in_features} -> O={bank.out_features}"
             )
+        if clash := name_clashes(layer, BUFFERS):
+            problems.append(f"module '{name}': {type(layer).__name__} has a tensor named {clash[0]}, as the patch has")
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
     return problems

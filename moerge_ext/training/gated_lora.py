@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
-from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.layers import execution_device, linear_features
+from ..routing.stand_in import StandIn, name_clashes
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
 
+_NAMES = ("lora_A", "lora_B", "lora_bias", "gate")
 _PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
 
 
-class GatedLoRA(nn.Module):
+class GatedLoRA(StandIn):
     """A linear layer with one LoRA expert and, optionally, its gate.
 
         y[..., O] = base_layer(u[..., D]) + s (B A u + b) * sigmoid(v . u)
@@ -44,8 +46,7 @@ class GatedLoRA(nn.Module):
     def __init__(
         self, base_layer: nn.Module, lora: LoraWeights, *, gate: bool = True, train_lora: bool = False
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.scaling = float(lora.scaling)
         device = execution_device(base_layer)
         factors = {"lora_A": lora.lora_A, "lora_B": lora.lora_B, "lora_bias": lora.bias}
@@ -88,7 +89,7 @@ class GatedLoRA(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters: "gate" and, when trained, "lora_A", "lora_B", "lora_bias"."""
-        return {name: p for name, p in self._parameters.items() if p is not None}
+        return {name: self._parameters[name] for name in _NAMES if self._parameters.get(name) is not None}
 
 
 class GatedModel:
@@ -189,9 +190,10 @@ def gated_model(
     modules, their `requires_grad` flags and training modes are back, also after an exception; the base
     weights are never written.
 
-    The model is the base model, not a `PeftModel`. `save_pretrained` inside the block would write the wrapped
-    layers' names: give a Trainer `save_strategy="no"` and take the gates from `GatedModel.save` or its
-    callback.
+    The model is the base model, not a `PeftModel`. What `save_pretrained` or a Trainer's checkpoint writes inside
+    the block is the model under its own names, and beside it "<module path>.gate" (with `joint=True` ".lora_A" and
+    so on): the model loads from it as ever, and the Trainer resumes from it. `GatedModel.save` or its callback
+    writes the file that `load_experts` reads.
 
         with gated_model(model, "experts/a") as gated:
             Trainer(model=model, args=args, train_dataset=data, callbacks=[gated.callback()]).train()
@@ -213,14 +215,15 @@ def gated_model(
             p.requires_grad_(False)
         for path, layer in layers.items():
             layer.train(targets[path].training)
-            replace_module(model, path, layer)
+            layer.take_place(model, path)
         hooks = _inputs_require_grad(model)
         yield GatedModel(model, adapter, layers, joint=joint)
     finally:
         for hook in hooks:
             hook.remove()
-        for path, base in targets.items():
-            replace_module(model, path, base)
+        for path, layer in layers.items():
+            if layer.placed:
+                layer.give_back(model, path)
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:
@@ -249,6 +252,8 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
                 f"{path}: the adapter is for a weight of shape {list(wanted[::-1])} [out, in], the model's is "
                 f"{list(features[::-1])}"
             )
+        elif clash := name_clashes(layer, _NAMES):
+            problems.append(f"{path}: {type(layer).__name__} has a tensor named {clash[0]}, as gate training has")
         elif execution_device(layer).type == "meta":
             problems.append(f"{path}: its weights are on the meta device: load them before training")
         found[path] = layer
