@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -78,10 +79,11 @@ def test_tests_lie_in_the_rooms_that_they_guard():
 
 
 def test_reference_is_torch_alone():
-    outside = {
-        name for name in imports_of("moerge_ext.ops.reference") if name.partition(".")[0] not in ("torch", "__future__")
-    }
-    assert outside <= {"math", "typing", "collections.abc"}, outside
+    """And the options', which are torch alone too."""
+    assert GRAPH["moerge_ext.ops.reference"] == {"moerge_ext.ops.options"} and not GRAPH["moerge_ext.ops.options"]
+    for module in ("moerge_ext.ops.reference", "moerge_ext.ops.options"):
+        outside = {name.partition(".")[0] for name in imports_of(module)} - {"torch", PACKAGE, *sys.stdlib_module_names}
+        assert not outside, outside
 
 
 @pytest.mark.parametrize(

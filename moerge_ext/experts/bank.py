@@ -245,7 +245,7 @@ def load_experts(
 ) -> ExpertBank:
     """Load PEFT LoRA adapters as one bank of experts.
 
-    paths: folders or hub ids (see `moerge_ext.hub`), as a list (names are the folders' names), as {name:
+    paths: folders or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as {name:
     path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
     dtype: scaling (alpha/r, or alpha/sqrt(r) with rslora, with the config's patterns) is folded into lora_B and
     lora_bias in float32 before the cast to dtype. None keeps the stored dtype, promoted where experts differ,

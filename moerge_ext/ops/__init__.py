@@ -1,7 +1,8 @@
 """The ops: what the kernels compute, as functions of tensors.
 
-`wrappers.py` has every op with its docstring, `reference.py` the same in plain torch: the definition of correct.
-`autograd.py` registers fake kernels and gradients. Start with `reference.route` and `reference.lora_apply`.
+`wrappers.py` has every op with its docstring, `reference.py` the same in plain torch: the definition of correct,
+`options.py` what both may be told. `autograd.py` registers fake kernels and gradients. Start with `reference.py`:
+`route` and `lora_apply`.
 
 May import: native.
 """

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import register_autograd
 
 from ..native.loading import load_kernels
+from .options import BRANCH, ROUTE, TENSORS
 
 load_kernels()
 _ops = torch.ops.moerge
@@ -66,10 +67,8 @@ def _route_fake(x, gates, top_k=2, *options):
 
 
 @register_fake("moerge::route_backward")
-def _route_backward_fake(
-    grad_weights, weights, experts, x, gates, needs, top_k=2, normalize="standardize", absolute=False, scale=None,
-    bias=None, *options,
-):  # fmt: skip
+def _route_backward_fake(grad_weights, weights, experts, x, gates, needs, *options):
+    bias = dict(zip(ROUTE, options, strict=False)).get("bias")
     bias_like = x if bias is None else bias
     return (
         _maybe(x, x.shape, needs & 1),
@@ -78,30 +77,47 @@ def _route_backward_fake(
     )
 
 
-def _route_setup(ctx, inputs, output):
-    x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting = inputs
-    ctx.options = (top_k, normalize, absolute, scale, top_p, weighting)
-    ctx.save_for_backward(x, gates, bias, rows, mask, *output)
+def _keep(ctx, tensors: tuple[Tensor, ...], options: dict) -> None:
+    """For backward: tensors, and options by their names."""
+    ctx.options = {name: value for name, value in options.items() if name not in TENSORS}
+    ctx.tensor_names = [name for name in options if name in TENSORS and name != "packed"]
+    ctx.save_for_backward(*tensors, *(options[name] for name in ctx.tensor_names))
     ctx.set_materialize_grads(False)
 
 
-def _route_grads(grad, saved, options, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_x, grad_gates, grad_bias) from the gradient of the weights; `needs` says which."""
-    x, gates, bias, rows, mask, weights, experts = saved
-    top_k, normalize, absolute, scale, top_p, weighting = options
+def _kept(ctx, count: int) -> tuple[list[Tensor], dict]:
+    """The `count` tensors and the options that `_keep` was given."""
+    saved = list(ctx.saved_tensors)
+    return saved[:count], ctx.options | dict(zip(ctx.tensor_names, saved[count:], strict=True))
+
+
+def _route_setup(ctx, inputs, output):
+    x, gates, *options = inputs
+    _keep(ctx, (x, gates, *output), dict(zip(ROUTE, options, strict=True)))
+
+
+def _route_grads(grad, x, gates, chosen, options, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_x, grad_gates, grad_bias) from the gradient of the weights; chosen: weights, experts; `needs`: which."""
     if grad is None or not any(needs):
         return None, None, None
-    grads = _ops.route_backward.default(
-        grad, weights, experts, x, gates, _bits(needs), top_k, normalize, absolute, scale, bias, rows, mask, top_p,
-        weighting,
-    )  # fmt: skip
+    ordered = (options[name] for name in ROUTE)
+    grads = _ops.route_backward.default(grad, *chosen, x, gates, _bits(needs), *ordered)
     return tuple(_given(g, needed) for g, needed in zip(grads, needs, strict=True))
 
 
+# where the differentiable inputs stand among those of the ops, which begin with x, gates and with base, x, gates, ...
+_ROUTE_INPUTS = ["x", "gates", *ROUTE]
+_ROUTED_INPUTS = ["base", "x", "gates", "lora_a", "lora_b", *BRANCH]
+_ROUTED = {name: _ROUTED_INPUTS.index(name) for name in ("x", "gates", "lora_a", "lora_b", "bias", "lora_bias")}
+
+
 def _route_backward(ctx, grad_weights, grad_experts):
-    needs = _needs(ctx, 0, 1, 6)
-    dx, dgates, dbias = _route_grads(grad_weights, ctx.saved_tensors, ctx.options, needs)
-    return dx, dgates, None, None, None, None, dbias, None, None, None, None
+    (x, gates, *chosen), options = _kept(ctx, 4)
+    at = [_ROUTE_INPUTS.index(name) for name in ("x", "gates", "bias")]
+    out = [None] * len(_ROUTE_INPUTS)
+    for position, grad in zip(at, _route_grads(grad_weights, x, gates, chosen, options, _needs(ctx, *at)), strict=True):
+        out[position] = grad
+    return tuple(out)
 
 
 register_autograd("moerge::route", _route_backward, setup_context=_route_setup)
@@ -173,36 +189,24 @@ def _routed_lora_inplace_fake(base, *inputs):
     return None
 
 
-def _save_routed(ctx, first, x, rest, output):
-    """For backward: the tensors of `first`, x, and what follows x in routed_lora and routed_linear."""
-    (gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting, lora_bias, factored,
-     packed) = rest  # fmt: skip
-    _, weights, experts = output
-    ctx.options = (top_k, normalize, absolute, scale, top_p, weighting)
-    ctx.factored = factored
-    ctx.save_for_backward(*first, x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias)
-    ctx.set_materialize_grads(False)
-
-
 def _routed_setup(ctx, inputs, output):
-    base, x, *rest = inputs
-    _save_routed(ctx, (), x, rest, output)
+    base, x, gates, lora_a, lora_b, *options = inputs
+    _keep(ctx, (x, gates, lora_a, lora_b, *output[1:]), dict(zip(BRANCH, options, strict=True)))
 
 
-def _routed_grads(ctx, grad_y, grad_weights, saved, needs) -> dict[str, Tensor | None]:
+def _routed_grads(grad_y, grad_weights, saved, options, needs) -> dict[str, Tensor | None]:
     """Gradients of the branch by name, from those of y [T,O] and of the weights; `needs` by name says which."""
-    x, gates, lora_a, lora_b, weights, experts, bias, rows, mask, lora_bias = saved
+    x, gates, lora_a, lora_b, *chosen = saved
     routed = [needs["x"], needs["gates"], needs["bias"]]
     grads = dict.fromkeys(needs)
     if grad_y is not None:
         wanted = [needs["x"], needs["lora_a"], needs["lora_b"], any(routed), needs["lora_bias"]]
+        applied = (x, lora_a, lora_b, *chosen, options["lora_bias"], None)
         grads["x"], grads["lora_a"], grads["lora_b"], dweights, grads["lora_bias"] = _lora_grads(
-            grad_y, (x, lora_a, lora_b, weights, experts, lora_bias, None), ctx.factored, wanted
+            grad_y, applied, options["factored"], wanted
         )
-        if dweights is not None:
-            grad_weights = dweights if grad_weights is None else grad_weights + dweights
-    saved = (x, gates, bias, rows, mask, weights, experts)
-    dx, grads["gates"], grads["bias"] = _route_grads(grad_weights, saved, ctx.options, routed)
+        grad_weights = _sum(grad_weights, dweights)
+    dx, grads["gates"], grads["bias"] = _route_grads(grad_weights, x, gates, chosen, options, routed)
     grads["x"] = _sum(grads["x"], dx)
     return grads
 
@@ -211,14 +215,10 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-# where the differentiable inputs stand among those of routed_lora
-_ROUTED = {"x": 1, "gates": 2, "lora_a": 3, "lora_b": 4, "bias": 9, "lora_bias": 14}
-
-
 def _routed_backward(ctx, grad_y, grad_weights, grad_experts):
     needs = dict(zip(_ROUTED, _needs(ctx, *_ROUTED.values()), strict=True))
-    grads = _routed_grads(ctx, grad_y, grad_weights, ctx.saved_tensors, needs)
-    out = [None] * 17
+    grads = _routed_grads(grad_y, grad_weights, *_kept(ctx, 6), needs)
+    out = [None] * len(_ROUTED_INPUTS)
     for name, at in _ROUTED.items():
         out[at] = grads[name]
     if grad_y is not None:
@@ -244,19 +244,19 @@ def _routed_linear_fake(x, weight, linear_bias, gates, lora_a, lora_b, top_k=2, 
 
 
 def _linear_setup(ctx, inputs, output):
-    x, weight, linear_bias, *rest = inputs
-    _save_routed(ctx, (weight,), x, rest, output)
+    x, weight, linear_bias, gates, lora_a, lora_b, *options = inputs
+    _keep(ctx, (weight, x, gates, lora_a, lora_b, *output[1:]), dict(zip(BRANCH, options, strict=True)))
 
 
 def _linear_backward(ctx, grad_y, grad_weights, grad_experts):
-    weight, x, *saved = ctx.saved_tensors
+    (weight, x, *saved), options = _kept(ctx, 7)
     at = {name: 0 if name == "x" else position + 1 for name, position in _ROUTED.items()}
     needs = dict(zip(at, _needs(ctx, *at.values()), strict=True))
     tokens = _tokens(x)
     dy = None if grad_y is None else _tokens(grad_y)
-    grads = _routed_grads(ctx, dy, grad_weights, (tokens, *saved), needs)
+    grads = _routed_grads(dy, grad_weights, (tokens, *saved), options, needs)
     need_weight, need_bias = _needs(ctx, 1, 2)
-    out = [None] * 18
+    out = [None] * (len(_ROUTED_INPUTS) + 1)
     if dy is not None:
         grads["x"] = _sum(dy @ weight, grads["x"]) if needs["x"] else None
         out[1] = dy.mT @ tokens if need_weight else None

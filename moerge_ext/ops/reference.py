@@ -6,8 +6,12 @@ features, E experts, K selected per token, R rank, N rows (sequences).
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
+
+from .options import APPLY, BRANCH, ROUTE, ApplyOptions, BranchOptions, RouteOptions, documented, filled
 
 EPS = 1e-5
 TINY = 1e-12
@@ -72,21 +76,10 @@ def _slot_weights(weighting: str, scores: Tensor, kept: Tensor, share: Tensor) -
     return torch.where(kept, weights, torch.zeros_like(weights))
 
 
-def route(
-    x: Tensor,
-    gates: Tensor,
-    *,
-    top_k: int = 2,
-    normalize: str = "standardize",
-    absolute: bool = False,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    mask: Tensor | None = None,
-    top_p: float | None = None,
-    weighting: str = "softmax",
-) -> tuple[Tensor, Tensor]:
+@documented(RouteOptions)
+def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Tensor, Tensor]:
     """See `moerge_ext.ops.route`."""
+    top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting = filled(ROUTE, options).values()
     tokens, features = x.shape
     experts = gates.shape[0]
     if not 1 <= top_k <= experts:
@@ -127,6 +120,7 @@ def route(
     return weights, ids.int()
 
 
+@documented(ApplyOptions)
 def lora_apply(
     base: Tensor,
     x: Tensor,
@@ -134,13 +128,10 @@ def lora_apply(
     lora_b: Tensor,
     weights: Tensor,
     experts: Tensor,
-    *,
-    lora_bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    factored: bool = False,
-    packed: Tensor | None = None,
+    **options: Unpack[ApplyOptions],
 ) -> Tensor:
     """See `moerge_ext.ops.lora_apply`. `packed` is ignored: it is a copy of lora_a and lora_b."""
+    lora_bias, rows, factored, _ = filled(APPLY, options).values()
     if base.shape != (x.shape[0], lora_b.shape[1]):
         raise ValueError(f"base must be [T={x.shape[0]}, O={lora_b.shape[1]}], got {list(base.shape)}")
     acc = _accumulator(base, x, lora_a, lora_b)
@@ -176,39 +167,49 @@ def _weighted(weight: Tensor, used: Tensor, value: Tensor) -> Tensor:
     return weight[:, None] * value
 
 
+@documented(ApplyOptions)
 def lora_apply_(
-    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, weights: Tensor, experts: Tensor, **options
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    **options: Unpack[ApplyOptions],
 ) -> None:
     """See `moerge_ext.ops.lora_apply_`."""
     base.copy_(lora_apply(base, x, lora_a, lora_b, weights, experts, **options))
 
 
+@documented(BranchOptions)
 def routed_lora(
-    base: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    lora_bias: Tensor | None = None,
-    factored: bool = False,
-    packed: Tensor | None = None,
-    **options,
+    base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `moerge_ext.ops.routed_lora`; `options` are those of `route`."""
-    weights, experts = route(x, gates, **options)
-    y = lora_apply(base, x, lora_a, lora_b, weights, experts, lora_bias=lora_bias, factored=factored)
-    return y, weights, experts
+    """See `moerge_ext.ops.routed_lora`."""
+    options = filled(BRANCH, options)
+    weights, experts = route(x, gates, **{name: options[name] for name in ROUTE})
+    applied = {name: options[name] for name in APPLY if name not in ROUTE}
+    return lora_apply(base, x, lora_a, lora_b, weights, experts, **applied), weights, experts
 
 
-def routed_lora_(base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options) -> None:
+@documented(BranchOptions)
+def routed_lora_(
+    base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
+) -> None:
     """See `moerge_ext.ops.routed_lora_`."""
     y, *_ = routed_lora(base.flatten(0, -2), x.flatten(0, -2), gates, lora_a, lora_b, **options)
     base.copy_(y.view(base.shape))
 
 
+@documented(BranchOptions)
 def routed_linear(
-    x: Tensor, weight: Tensor, linear_bias: Tensor | None, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    gates: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    **options: Unpack[BranchOptions],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `moerge_ext.ops.routed_linear`."""
     base = torch.nn.functional.linear(x, weight, linear_bias)

@@ -9,17 +9,24 @@ give the same bits, on the CPU for any number of threads. Wrong shapes, dtypes a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import autograd  # noqa: F401  (registers the fake kernels and the gradients)
+from .calls import watched
+from .options import APPLY, BRANCH, ROUTE, TENSORS, ApplyOptions, BranchOptions, RouteOptions, documented, filled
 
 _ops = torch.ops.moerge
 # for callers that count microseconds: see `call`
-ROUTED_LORA_, ROUTED_LINEAR = _ops.routed_lora_.default, _ops.routed_linear.default
+ROUTED_LORA_, ROUTED_LINEAR = watched(_ops.routed_lora_.default), watched(_ops.routed_linear.default)
+_ROUTE, _ROUTED_LORA = watched(_ops.route.default), watched(_ops.routed_lora.default)
+_LORA_APPLY, _LORA_APPLY_ = watched(_ops.lora_apply.default), watched(_ops.lora_apply_.default)
+_PACK_EXPERTS, _MIX_LOG_PROBS = watched(_ops.pack_experts.default), watched(_ops.mix_log_probs.default)
 # All that the Python kernel of torch.library.register_autograd does when no gradient is wanted. Done in `call`, that
 # kernel is never entered: 11 to 17 microseconds less per call (a tiny routed_linear of one token on a CPU: 31, not 47).
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
@@ -69,12 +76,20 @@ def _has_tangent(args: tuple) -> bool:
     return any(forward_ad.unpack_dual(a).tangent is not None for a in args if isinstance(a, Tensor))
 
 
-def _refuse_grad(op: str, why: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+def _refuse_grad(op: str, why: str, options: Mapping[str, Any], *tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    inputs = (*tensors, *(options.get(name) for name in TENSORS))
+    if any(t is not None and t.requires_grad for t in inputs):
         raise ValueError(
             f"moerge::{op}: {why}, but grad mode is on and an input requires grad; "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
+
+
+def _refuse_packed(op: str, options: Mapping[str, Any], *tensors: Tensor | None) -> None:
+    if options.get("packed") is not None:
+        _refuse_grad(op, "packed is for inference", options, *tensors)
 
 
 def _mark_written(tensor: Tensor) -> None:
@@ -83,20 +98,8 @@ def _mark_written(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def route(
-    x: Tensor,
-    gates: Tensor,
-    *,
-    top_k: int = 2,
-    normalize: str = "standardize",
-    absolute: bool = False,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    mask: Tensor | None = None,
-    top_p: float | None = None,
-    weighting: str = "softmax",
-) -> tuple[Tensor, Tensor]:
+@documented(RouteOptions)
+def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Tensor, Tensor]:
     """Scores all experts for every token and keeps the best.
 
         score_te = f(norm(x_t) . g_e) * scale + bias[row(t), e]
@@ -108,25 +111,17 @@ def route(
         x: [T,D] inputs of the layer.
         gates: [E,D], used as given: standardize or scale them beforehand as the method asks. Fastest when E is
             contiguous (strides (1, E)).
-        top_k: K, 1 <= K <= E.
-        normalize: "standardize", (u - mean) / sqrt(var + 1e-5) with the biased variance over D; "unit",
-            u / max(|u|, 1e-12); or "none".
-        absolute: f is the absolute value, else the identity.
-        scale: None means 1/sqrt(D) under "standardize" and 1 otherwise.
-        bias: [N,E], added to the score of each token of a row.
-        rows: [T] int32, the row of each token; None: T/N adjacent tokens per row.
-        mask: [E] or [N,E] bool; an expert that is False is never selected.
-        top_p: keeps the smallest set whose softmax over all unmasked experts reaches top_p, among the top_k.
-        weighting: "softmax" over the kept, "softmax_all" over all unmasked experts, "sigmoid", or "score" (itself).
+        {options}
 
     Returns:
         weights [T,K] float32 (float64 for float64 x) and experts [T,K] int32, best first, ties to the lower id, NaN
         scores last. An unused slot (too few eligible experts, or cut by top_p) has weight exactly 0 and no gradient.
         Differentiable in x, gates and bias.
     """
-    return call(_ops.route.default, x, gates, top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting)
+    return call(_ROUTE, x, gates, *filled(ROUTE, options).values())
 
 
+@documented(ApplyOptions)
 def lora_apply(
     base: Tensor,
     x: Tensor,
@@ -134,11 +129,7 @@ def lora_apply(
     lora_b: Tensor,
     weights: Tensor,
     experts: Tensor,
-    *,
-    lora_bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    factored: bool = False,
-    packed: Tensor | None = None,
+    **options: Unpack[ApplyOptions],
 ) -> Tensor:
     """Adds the selected experts to the output of a linear layer.
 
@@ -152,19 +143,16 @@ def lora_apply(
         lora_b: [E,O,R], the LoRA scaling folded in. Fastest when O is contiguous (strides (R*O, 1, O)).
         weights: [T,K] or [N,K]; an expert whose weight is exactly 0 is not read (its weight still has a gradient).
         experts: int32 like weights, ids in [0, E).
-        lora_bias: [E,O], scaled like lora_b.
-        rows: [T] int32, the row of each token, for weights [N,K]; None: T/N adjacent tokens per row.
-        factored: combine the factors before they are applied (Arrow's "factored" merge).
-        packed: the result of `pack_experts(lora_a, lora_b)`, read instead of them; inference only.
+        {options}
 
     Returns:
         y [T,O] in base's dtype. Differentiable in base, x, lora_a, lora_b, weights and lora_bias.
     """
-    if packed is not None:
-        _refuse_grad("lora_apply", "packed is for inference", base, x, lora_a, lora_b, weights, lora_bias)
-    return call(_ops.lora_apply.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
+    _refuse_packed("lora_apply", options, base, x, lora_a, lora_b, weights)
+    return call(_LORA_APPLY, base, x, lora_a, lora_b, weights, experts, *filled(APPLY, options).values())
 
 
+@documented(ApplyOptions)
 def lora_apply_(
     base: Tensor,
     x: Tensor,
@@ -172,84 +160,42 @@ def lora_apply_(
     lora_b: Tensor,
     weights: Tensor,
     experts: Tensor,
-    *,
-    lora_bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    factored: bool = False,
-    packed: Tensor | None = None,
+    **options: Unpack[ApplyOptions],
 ) -> None:
     """`lora_apply` written into base. Inference only: ValueError when grad mode is on and an input requires grad."""
-    _refuse_grad("lora_apply_", "it writes in place", base, x, lora_a, lora_b, weights, lora_bias)
-    call(_ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, lora_bias, rows, factored, packed)
+    _refuse_grad("lora_apply_", "it writes in place", options, base, x, lora_a, lora_b, weights)
+    call(_LORA_APPLY_, base, x, lora_a, lora_b, weights, experts, *filled(APPLY, options).values())
     _mark_written(base)
 
 
+@documented(BranchOptions)
 def routed_lora(
-    base: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    top_k: int = 2,
-    normalize: str = "standardize",
-    absolute: bool = False,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    mask: Tensor | None = None,
-    top_p: float | None = None,
-    weighting: str = "softmax",
-    lora_bias: Tensor | None = None,
-    factored: bool = False,
-    packed: Tensor | None = None,
+    base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`route(x, gates, ...)` and `lora_apply` with its result, in one call.
 
     Arguments as there. Returns y [T,O] in base's dtype, weights [T,K] and experts [T,K] int32. Differentiable in base,
     x, gates, lora_a, lora_b, bias and lora_bias (and through weights).
     """
-    if packed is not None:
-        _refuse_grad("routed_lora", "packed is for inference", base, x, gates, lora_a, lora_b, bias, lora_bias)
-    return call(
-        _ops.routed_lora.default, base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask,
-        top_p, weighting, lora_bias, factored, packed,
-    )  # fmt: skip
+    _refuse_packed("routed_lora", options, base, x, gates, lora_a, lora_b)
+    return call(_ROUTED_LORA, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
 
 
+@documented(BranchOptions)
 def routed_lora_(
-    base: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    top_k: int = 2,
-    normalize: str = "standardize",
-    absolute: bool = False,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    mask: Tensor | None = None,
-    top_p: float | None = None,
-    weighting: str = "softmax",
-    lora_bias: Tensor | None = None,
-    factored: bool = False,
-    packed: Tensor | None = None,
+    base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
 ) -> None:
     """`routed_lora` written into base; what the router chose is not returned.
 
     base and x may have any number of dimensions when they are contiguous: [..., O] and [..., D]. Inference only:
     ValueError when grad mode is on and an input requires grad.
     """
-    _refuse_grad("routed_lora_", "it writes in place", base, x, gates, lora_a, lora_b, bias, lora_bias)
-    call(
-        _ops.routed_lora_.default, base, x, gates, lora_a, lora_b, top_k, normalize, absolute, scale, bias, rows, mask,
-        top_p, weighting, lora_bias, factored, packed,
-    )  # fmt: skip
+    _refuse_grad("routed_lora_", "it writes in place", options, base, x, gates, lora_a, lora_b)
+    call(ROUTED_LORA_, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
     _mark_written(base)
 
 
+@documented(BranchOptions)
 def routed_linear(
     x: Tensor,
     weight: Tensor,
@@ -257,19 +203,7 @@ def routed_linear(
     gates: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    *,
-    top_k: int = 2,
-    normalize: str = "standardize",
-    absolute: bool = False,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    rows: Tensor | None = None,
-    mask: Tensor | None = None,
-    top_p: float | None = None,
-    weighting: str = "softmax",
-    lora_bias: Tensor | None = None,
-    factored: bool = False,
-    packed: Tensor | None = None,
+    **options: Unpack[BranchOptions],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A linear layer and its routed experts: `routed_lora` with base = x weight^T + linear_bias.
 
@@ -282,21 +216,14 @@ def routed_linear(
         x: [T,D], or [...,D] when it is contiguous; T counts all tokens.
         weight: [O,D], of x's dtype.
         linear_bias: [O] of x's dtype, or None.
-        packed: the result of `pack_experts(lora_a, lora_b)`; inference only.
         The others as in `routed_lora`.
 
     Returns:
         y [T,O] or [...,O] in x's dtype, weights [T,K] and experts [T,K] int32. Differentiable in x, weight,
         linear_bias, gates, lora_a, lora_b, bias and lora_bias (and through weights).
     """
-    if packed is not None:
-        _refuse_grad(
-            "routed_linear", "packed is for inference", x, weight, linear_bias, gates, lora_a, lora_b, bias, lora_bias
-        )
-    return call(
-        _ops.routed_linear.default, x, weight, linear_bias, gates, lora_a, lora_b, top_k, normalize, absolute, scale,
-        bias, rows, mask, top_p, weighting, lora_bias, factored, packed,
-    )  # fmt: skip
+    _refuse_packed("routed_linear", options, x, weight, linear_bias, gates, lora_a, lora_b)
+    return call(ROUTED_LINEAR, x, weight, linear_bias, gates, lora_a, lora_b, *filled(BRANCH, options).values())
 
 
 def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
@@ -305,7 +232,7 @@ def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     Row e holds the transpose of A_e and then that of B_e, each row by row. Not differentiable.
     """
     with torch.no_grad():
-        return call(_ops.pack_experts.default, lora_a, lora_b)
+        return call(_PACK_EXPERTS, lora_a, lora_b)
 
 
 def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
@@ -321,4 +248,4 @@ def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [N,V] float32 (float64 for float64 logits). Differentiable in logits and weights.
     """
-    return call(_ops.mix_log_probs.default, logits, weights)
+    return call(_MIX_LOG_PROBS, logits, weights)

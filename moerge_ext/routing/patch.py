@@ -20,6 +20,7 @@ from .layers import execution_device, linear_features, watch_batch
 from .routed_linear import BACKENDS, BUFFERS, RoutedLinear, RoutingState
 from .stand_in import name_clashes
 from .trace import Trace
+from .ways import Explanation, explain
 
 _SHOWN = 20  # problems listed in full before the rest is only counted
 # what `queries` asks, by the `source` of a method
@@ -164,6 +165,14 @@ class Handle:
             if before is not None:
                 self._state.set_bias(before)
             self._state.active = before is not None
+
+    def explain(self, *, grad: bool = False) -> Explanation:
+        """Which way every kind of routed layer takes at present, and why not a faster one; print it.
+
+        For tokens of the type of the layer's weights, in inference or (`grad`) with gradients.
+        """
+        self._check_alive()
+        return explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
 
     def __enter__(self) -> Handle:
         return self

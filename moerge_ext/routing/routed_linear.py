@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as module_hooks
 
 from .. import ops
 from ..experts.module_bank import whole_vectors
 from ..methods.base import Plan, Routing
 from ..ops import reference
+from ..ops.options import BRANCH, filled
+from . import ways
 from .layers import execution_device, linear_features
 from .stand_in import StandIn
 from .trace import Trace
+from .ways import against_fast_kernels, against_fused, against_in_place, against_kept, against_short
 
+DEFAULTS = tuple(BRANCH.values())
 BACKENDS = {"native": ops, "reference": reference}
-# Where a plain base layer and its branch are one op, whatever the number of tokens. A guess, not measured on a GPU yet.
-FUSED_DEVICES = {"cuda"}
-LINEAR_FORWARD = nn.Linear.forward
-DEFAULTS = tuple(argument.default_value for argument in ops.ROUTED_LORA_._schema.arguments[2:])  # after base and x
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BUFFERS = ("lora_A", "lora_B", "lora_bias", "gates", "mask", "weights", "experts")
 _BRANCH = ("gates", "lora_A", "lora_B", "mask", "lora_bias")
 
@@ -124,16 +121,8 @@ class RoutedLinear(StandIn):
         return self
 
     def _warn_of_mixed_types(self) -> None:
-        """Right in any mix, but the fast CUDA kernels want the tokens and the bank in one type."""
-        base, bank = getattr(getattr(self.base_layer, "weight", None), "dtype", None), self.lora_A
-        if bank.device.type == "cpu" or base == bank.dtype or base not in _FLOATS:
-            return
-        ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (bank.dtype, base))
-        warnings.warn(
-            f"the experts are {ours} and the model is {theirs}: on a GPU that is slow. "
-            f"load_experts(..., dtype=torch.{theirs}) makes them alike, and rounds them to it.",
-            stacklevel=2,
-        )
+        for reason in against_fast_kernels(self):
+            warnings.warn(reason, stacklevel=2)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., D] -> [..., O], in the dtype of the base layer's output."""
@@ -144,10 +133,10 @@ class RoutedLinear(StandIn):
         # the weights of a layer have passed through the caches, each call and each object costs.
         # It takes 50 of 190 microseconds off one token's branch (2048 -> 2048, float32, cold, on a CPU).
         made = () if args or kwargs else self._kept_arguments()
-        if made and self._is_plain(base, x):
+        if made and not against_short(self, base, x):
             parameters = base.__dict__["_parameters"]
             weight, bias = parameters["weight"], parameters["bias"]
-            if self._may_fuse and self._fuses(x, weight):
+            if self._may_fuse and not against_fused(x, weight):
                 return ops.call(ops.ROUTED_LINEAR, x, weight, bias, *made)[0]
             y = nn.functional.linear(x, weight, bias)
             try:
@@ -161,9 +150,9 @@ class RoutedLinear(StandIn):
         """forward inside of a graph, where the short way is one op or none."""
         base = self.base_layer
         # the device first: all that is read becomes a guard, 0.9 microseconds a layer and call together
-        if x.device.type in FUSED_DEVICES and not args and not kwargs:
+        if x.device.type in ways.FUSED_DEVICES and not args and not kwargs:
             made = self._branch_arguments()
-            if made and self._is_plain(base, x) and self._fuses(x, base.weight):
+            if made and not against_short(self, base, x) and not against_fused(x, base.weight):
                 return ops.ROUTED_LINEAR(x, base.weight, base.bias, *made)[0]
         return self._add_branch(base(x, *args, **kwargs), x)
 
@@ -185,72 +174,38 @@ class RoutedLinear(StandIn):
             bias = self.state.bias if self.state.active else None
             source = (*(held[key] for key in _BRANCH), options, bias)
             self.__dict__["_arguments"] = self._branch_arguments()
-            self.__dict__["_may_fuse"] = held["lora_A"].device.type in FUSED_DEVICES
+            self.__dict__["_may_fuse"] = held["lora_A"].device.type in ways.FUSED_DEVICES
             self.__dict__["_made_from"] = source
         return self._arguments
 
     def _branch_arguments(self) -> tuple:
         """The arguments of routed_lora_ after base and x; empty where they change from call to call."""
-        tensors, options = self._buffers, self.route_options
-        bias = self.state.bias if self.needs_bias and self.state.active else None
-        # a copy of the bias on another device would not see what is written into it
-        elsewhere = self.needs_bias and (bias is None or bias.device != tensors["gates"].device)
-        if options is None or elsewhere or self.backend != "native":
+        if against_kept(self):
             return ()
-        made = (
-            tensors["gates"], tensors["lora_A"], tensors["lora_B"], options["top_k"], options["normalize"],
-            options["absolute"], options["scale"], bias, None, tensors["mask"], options["top_p"],
-            options["weighting"], tensors["lora_bias"], self.factored, None,
-        )  # fmt: skip
+        tensors = self._buffers
+        bias = self.state.bias if self.needs_bias else None
+        made = (tensors["gates"], tensors["lora_A"], tensors["lora_B"], *filled(BRANCH, self._options(bias)).values())
         # what is left to the op's own defaults costs no time
-        while not isinstance(made[-1], Tensor) and made[-1] == DEFAULTS[len(made) - 1]:
+        while not isinstance(made[-1], Tensor) and made[-1] == DEFAULTS[len(made) - 4]:
             made = made[:-1]
         return made
 
-    def _is_plain(self, base: nn.Module, x: Tensor) -> bool:
-        """Whether base is an nn.Linear as torch made it and nobody asks for more than y: no gradient, trace or hook."""
-        inner = base.__dict__
-        return (
-            not torch.is_grad_enabled()
-            and type(base) is nn.Linear
-            and nn.Linear.forward is LINEAR_FORWARD
-            and "forward" not in inner
-            and "weight" in inner["_parameters"]  # not replaced by a plain attribute
-            and "bias" in inner["_parameters"]
-            and inner.get("_compiled_call_impl") is None
-            and not inner["_forward_hooks"]
-            and not inner["_forward_pre_hooks"]
-            and not module_hooks._global_forward_hooks
-            and not module_hooks._global_forward_pre_hooks
-            and self.state.trace is None
-            and self.state.enabled
-            and forward_ad._current_level < 0
-            and x.is_contiguous()
-        )
-
-    def _fuses(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether a plain base layer and its branch are computed by one op."""
-        return (
-            type(weight) is nn.Parameter
-            and weight.device == x.device
-            and weight.dtype == x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+    def _options(self, bias: Tensor | None) -> dict[str, Any]:
+        """The options of the branch, with the score bias of the current rows."""
+        kept = {"bias": bias, "mask": self._buffers["mask"], "lora_bias": self._buffers["lora_bias"]}
+        return self.route_options | kept | {"factored": self.factored}
 
     def _add_branch(self, base: Tensor, x: Tensor) -> Tensor:
         """What forward does with the base layer's output in general."""
         if not self.state.enabled:
             return base
-        # a hook may have kept it, and then it must not be written into
-        watched = self.base_layer._forward_hooks or module_hooks._global_forward_hooks
-        in_place = not torch.is_grad_enabled() and not watched
+        in_place = not against_in_place(self)
         if self.route_options is None:
             return self._add_fixed(base, x, in_place)
         kernels, tensors = BACKENDS[self.backend], self._buffers
         bank = (tensors["gates"], tensors["lora_A"], tensors["lora_B"])
-        options = {"mask": tensors["mask"], "lora_bias": tensors["lora_bias"], "factored": self.factored}
-        options |= self.route_options | {"bias": self.score_bias(x.device)}
-        if in_place and self.state.trace is None and base.is_contiguous() and x.is_contiguous():
+        options = self._options(self.score_bias(x.device))
+        if in_place and base.is_contiguous() and x.is_contiguous():
             kernels.routed_lora_(base, x, *bank, **options)
             return base
         tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)

@@ -50,7 +50,7 @@ print(json.dumps({
 
 MODEL = """
 from transformers import LlamaConfig, LlamaForCausalLM
-from moerge_ext.experts import ExpertBank, ModuleBank
+from moerge_ext.experts.bank import ExpertBank, ModuleBank
 config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
                      num_attention_heads=4, num_key_value_heads=4)
 model, ids = LlamaForCausalLM(config).eval(), torch.ones(1, 512, dtype=torch.long)

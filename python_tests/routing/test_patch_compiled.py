@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 import moerge_ext as moerge
-from moerge_ext.routing import routed_linear
+from moerge_ext.routing import ways
 
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and moerge.build_info()["cuda"]), reason="needs a GPU and CUDA kernels"
@@ -27,7 +27,7 @@ needs_gpu = pytest.mark.skipif(
 )
 def test_same_tokens_as_eager(device, mode, fused, tmp_path, monkeypatch):
     """Twice: the second run replays what the first compiled (on a GPU in this mode: captured graphs)."""
-    monkeypatch.setattr(routed_linear, "FUSED_DEVICES", {device} if fused else set())
+    monkeypatch.setattr(ways, "FUSED_DEVICES", {device} if fused else set())
     model = cases.build("llama")
     experts = cases.bank("llama", model, tmp_path)
     model.to(device)

@@ -11,7 +11,7 @@ import moerge_ext as moerge
 from moerge_ext import ops
 from moerge_ext.experts.module_bank import whole_vectors
 from moerge_ext.methods.base import Plan, Routing
-from moerge_ext.routing import routed_linear
+from moerge_ext.routing import ways
 from moerge_ext.routing.routed_linear import RoutedLinear
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -26,7 +26,7 @@ def calls(monkeypatch):
         made.append(args[0].shape)
         return op(*args)
 
-    monkeypatch.setattr(routed_linear, "FUSED_DEVICES", {"cpu"})
+    monkeypatch.setattr(ways, "FUSED_DEVICES", {"cpu"})
     monkeypatch.setattr(ops, "ROUTED_LINEAR", counted)
     return made
 
@@ -90,7 +90,7 @@ class Graphs(list):
 @pytest.fixture
 def graphs(monkeypatch):
     """Makes layers on the CPU fuse, and is the backend to compile them with."""
-    monkeypatch.setattr(routed_linear, "FUSED_DEVICES", {"cpu"})
+    monkeypatch.setattr(ways, "FUSED_DEVICES", {"cpu"})
     torch._dynamo.reset()
     return Graphs()
 

@@ -82,7 +82,8 @@ def test_gradient_checkpointing(family, reentrant, tmp_path):
             model.enable_input_require_grads()
         with handle.record() as checkpointed:
             got = step(model, family)
-    assert torch.equal(got[0], want[0])
+    # without its cache T5 hands the layers inputs of other strides: the last bit of a sum may differ
+    assert torch.allclose(got[0], want[0], rtol=1e-6)
     assert {k for k in want[1] if "embed" not in k and "wte" not in k} <= set(got[1])
     close({k: v for k, v in got[1].items() if k in want[1]}, want[1])
     for module, counts in plain.counts().items():
