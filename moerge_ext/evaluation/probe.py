@@ -43,7 +43,7 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
     sums: dict[str, ModuleSums] = {}
 
     def before(layer: RoutedLinear, args: tuple) -> None:
-        if not layer.state.enabled:
+        if not layer.state.current().enabled:
             return
         tokens = args[0].detach().reshape(-1, layer.in_features)
         applied, p = distributions(layer, tokens)

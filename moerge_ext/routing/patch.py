@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +16,13 @@ from ..experts.bank import ExpertBank
 from ..experts.live_peft import is_peft_model
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
-from .growing import GrowingTexts, watch_steps
-from .layers import execution_device, linear_features, watch_batch
-from .routed_linear import BACKENDS, BUFFERS, RoutedLinear, RoutingState
+from .batch import BatchCheck
+from .generation import Doors
+from .growing import GrowingTexts
+from .layers import execution_device, linear_features
+from .routed_linear import BACKENDS, BUFFERS, RoutedLinear
 from .stand_in import name_clashes
+from .state import Affinities, RoutingState
 from .trace import Trace
 from .ways import Explanation, explain
 
@@ -42,6 +46,7 @@ class Handle:
         self.modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
+        self._doors: Doors | None = None
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
@@ -53,6 +58,9 @@ class Handle:
             )
         for name in self.modules:
             self.model.get_submodule(name).give_back(self.model, name)
+        if self._doors is not None:
+            self._doors.remove()
+            self._doors = None
         self.modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
@@ -70,13 +78,11 @@ class Handle:
         self._check_alive()
         if self.method.routing is None:
             raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
-        if self._state.trace is not None:
+        if self._state.current().trace is not None:
             raise ValueError("record() is already active on this model; leave that block first")
-        self._state.trace = trace = Trace(self.names, tokens)
-        try:
+        trace = Trace(self.names, tokens)
+        with self._state.block(trace=trace):
             yield trace
-        finally:
-            self._state.trace = None
 
     @contextmanager
     def affinities(self, scores: Tensor) -> Iterator[None]:
@@ -133,38 +139,36 @@ class Handle:
                 "tokenizer=tokenizer), the model's"
             )
         router = router.without_cache()  # every prefix is seen once
-        follow = GrowingTexts(texts, tokenizer, self.options["every"])
+        grow = GrowingTexts(texts, tokenizer, self.options["every"])
+        with self._rows(router.bias(texts, self.method, self.options, self.names)) as affinities:
+            rows = weakref.proxy(affinities)  # it holds `follow`
 
-        def see(ids: Tensor) -> None:
-            if (grown := follow(ids)) is not None:
-                self._state.set_bias(router.bias(grown, self.method, self.options, self.names))
+            def follow(ids: Tensor) -> None:
+                if (grown := grow(ids)) is not None:
+                    rows.set(router.bias(grown, self.method, self.options, self.names))
 
-        with self._rows(router.bias(texts, self.method, self.options, self.names)), watch_steps(self.model, see):
+            affinities.follow = follow
+            del affinities
             yield
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model alone for the forwards inside the block; what `queries` or `affinities` set stays."""
         self._check_alive()
-        before, self._state.enabled = self._state.enabled, False
-        try:
+        with self._state.block(enabled=False):
             yield
-        finally:
-            self._state.enabled = before
 
     @contextmanager
-    def _rows(self, bias: Tensor) -> Iterator[None]:
+    def _rows(self, bias: Tensor) -> Iterator[Affinities]:
         """bias [N,E] added to the scores of the forwards inside the block."""
-        before = self._state.bias.clone() if self._state.active else None
-        self._state.set_bias(bias)
-        watch = watch_batch(self.model, bias.shape[0], lambda: self._state.enabled)
-        try:
-            yield
-        finally:
-            watch.remove()
-            if before is not None:
-                self._state.set_bias(before)
-            self._state.active = before is not None
+        with self._state.block(bias=bias) as request:
+            affinities = request.affinities
+            affinities.rows = BatchCheck(self.model, bias.shape[0], self._state)
+            try:
+                yield affinities
+            finally:
+                affinities.rows.remove()
+                del request, affinities  # what an exception's traceback holds would keep the rows' buffer
 
     def explain(self, *, grad: bool = False) -> Explanation:
         """Which way every kind of routed layer takes at present, and why not a faster one; print it.
@@ -233,6 +237,8 @@ def patch(
     for name, layer in routed.items():
         layer.take_place(model, name)
     handle.modules = tuple(routed)
+    if row.bias is not None:
+        handle._doors = Doors(model, row.name, state)
     model._moerge_handle = handle
     return handle
 
