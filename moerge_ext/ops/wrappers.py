@@ -196,6 +196,19 @@ def routed_lora_(
 
 
 @documented(BranchOptions)
+def routed_lora_ways(
+    base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
+) -> list[str]:
+    """Which kernels `routed_lora` would run for these arguments, and why not faster ones: lines for people to read.
+
+    Arguments as there. Computes nothing.
+    """
+    with torch.no_grad():
+        said = call(_ops.routed_lora_ways.default, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
+    return said.splitlines()
+
+
+@documented(BranchOptions)
 def routed_linear(
     x: Tensor,
     weight: Tensor,

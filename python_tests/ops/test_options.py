@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ TABLES = {
     "lora_apply_": APPLY,
     "routed_lora": BRANCH,
     "routed_lora_": BRANCH,
+    "routed_lora_ways": BRANCH,
     "routed_linear": BRANCH,
 }
 
@@ -28,8 +30,30 @@ def test_the_schema_has_the_same_options_in_the_same_order(name):
     assert {a.name for a in arguments if a.name in options and "Tensor" in str(a.type)} == TENSORS & options.keys()
 
 
+def test_the_kernels_say_which_they_are(request):
+    """On the CPU there is one way; the CUDA kernels say what speaks against the faster ones."""
+    base, x, gates = torch.randn(32, 24), torch.randn(32, 16), torch.randn(4, 16)
+    bank = torch.randn(4, 8, 16), torch.randn(4, 24, 8)
+    said = ops.routed_lora_ways(base, x, gates, *bank)
+    if not request.config.getoption("--simt") and not request.config.getoption("--cuda"):
+        assert len(said) == 1 and re.fullmatch("kernels for (avx512|avx2|portable)", said[0])
+    else:
+        assert said[0] == "several launches: it is for 1 to 16 tokens" and said[1] == "scores: tensor cores"
+        assert said[2] == "shrink: no tensor cores: the factors are not of 16 bits"
+        half = [t.half() for t in (base, x)], [t.half() for t in bank]
+        assert ops.routed_lora_ways(*half[0], gates, *half[1])[2] == "shrink: tensor cores"
+        assert ops.routed_lora_ways(*(t[:1] for t in half[0]), gates, half[1][0].mT.contiguous().mT, half[1][1]) == [
+            "several launches: the experts are of another type than the tokens, or not laid out rank by rank",
+            "scores: no tensor cores: few tokens",
+            "shrink: no tensor cores: few tokens",
+            "expand: no tensor cores: few tokens",
+        ]
+    with pytest.raises(ValueError, match="routed_lora_ways: top_k must be"):
+        ops.routed_lora_ways(base, x, gates, *bank, top_k=9)
+
+
 @pytest.mark.parametrize("module", [ops, reference])
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "routed_lora_ways"])
 def test_help_shows_the_options(name, module):
     shown = inspect.signature(getattr(module, name)).parameters
     named = {key: p.default for key, p in shown.items() if p.kind is p.KEYWORD_ONLY}
