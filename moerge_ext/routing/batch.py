@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .state import Request, RoutingState
+from .state import RoutingState
 
 
 class BatchCheck:
@@ -25,9 +25,7 @@ class BatchCheck:
         self._hook.remove()
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        request = self.state.shown() if torch.compiler.is_compiling() else self.state.current()
-        if request is None:
-            request = _asked(self.state)
+        request = self.state.of_forward()
         if not request.enabled or request.affinities is None or request.affinities.rows is not self:
             return
         inputs = [kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids")] + list(args[:1])
@@ -37,8 +35,3 @@ class BatchCheck:
                 f"{self.rows} rows of affinities are set and the model got a batch of {batch}: give as many queries as "
                 "sequences (or one for all)"
             )
-
-
-@torch.compiler.disable(reason="several requests are open, and a graph cannot tell which of them this forward is of")
-def _asked(state: RoutingState) -> Request:
-    return state.current()

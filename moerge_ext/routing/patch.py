@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .layers import execution_device, linear_features
 from .routed_linear import BACKENDS, BUFFERS, RoutedLinear
 from .stand_in import name_clashes
 from .state import Affinities, RoutingState
+from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
 
@@ -73,6 +74,8 @@ class Handle:
     def record(self, *, tokens: bool = False) -> Iterator[Trace]:
         """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
 
+        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`.
+
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
         self._check_alive()
@@ -80,8 +83,9 @@ class Handle:
             raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
         if self._state.current().trace is not None:
             raise ValueError("record() is already active on this model; leave that block first")
-        trace = Trace(self.names, tokens)
-        with self._state.block(trace=trace):
+        with ExitStack() as stack:
+            trace, real = Trace(self.names, tokens), RealTokens(self.model, stack, self._state)
+            stack.enter_context(self._state.block(trace=trace, tokens=real))
             yield trace
 
     @contextmanager

@@ -17,7 +17,7 @@ from . import ways
 from .generation import NOT_SET
 from .layers import execution_device, linear_features
 from .stand_in import StandIn
-from .state import IDLE, Request, RoutingState
+from .state import AMBIGUOUS, IDLE, Request, RoutingState
 from .threads import REQUESTS
 from .ways import against_fast_kernels, against_fused, against_in_place, against_kept, against_short
 
@@ -145,9 +145,7 @@ class RoutedLinear(StandIn):
                 return ops.ROUTED_LINEAR(x, base.weight, base.bias, *made)[0]
         return self._add_branch(base(x, *args, **kwargs), x, request)
 
-    @torch.compiler.disable(
-        reason="several requests are open, in threads or tasks: a graph cannot tell which of them this forward is of"
-    )
+    @torch.compiler.disable(reason=AMBIGUOUS)
     def _outside_of_graphs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._eager_forward(x, *args, **kwargs)
 
@@ -209,7 +207,8 @@ class RoutedLinear(StandIn):
         tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
         y, weights, experts = kernels.routed_lora(y, tokens, *bank, **options)
         if request.trace is not None:
-            request.trace.add(self.name, weights, experts)
+            real = None if request.tokens is None else request.tokens.mask(x)
+            request.trace.add(self.name, weights, experts, real)
         return y.view(base.shape)
 
     def _add_fixed(self, base: Tensor, x: Tensor, in_place: bool) -> Tensor:

@@ -83,6 +83,7 @@ class Request:
     affinities: Affinities | None = None
     enabled: bool = True  # False: every layer is its base alone
     trace: Trace | None = None
+    tokens: Any = None  # RealTokens, with a trace: which tokens it counts
     outer: Request | None = None  # of the block around
 
     @property
@@ -92,6 +93,7 @@ class Request:
 
 
 IDLE = Request()
+AMBIGUOUS = "several requests are open, in threads or tasks: a graph cannot tell which of them this forward is of"
 
 
 class RoutingState:
@@ -136,6 +138,11 @@ class RoutingState:
         """What a graph may read; None where the layer must ask `current()` outside of it."""
         request = getattr(self._local, "request", None)
         return IDLE if request is None and not self.busy else request
+
+    def of_forward(self) -> Request:
+        """The request of a forward that begins, in a graph or outside."""
+        request = self.shown() if torch.compiler.is_compiling() else self.current()
+        return _current(self) if request is None else request
 
     def show(self, request: Request | None) -> Request | None:
         """Sets what `shown` says in this thread (None: nothing is certain) and returns what it was."""
@@ -194,6 +201,11 @@ class RoutingState:
             else:
                 self._open = [other for other in self._open if other is not request]
             self.busy = bool(self._open)
+
+
+@torch.compiler.disable(reason=AMBIGUOUS)
+def _current(state: RoutingState) -> Request:
+    return state.current()
 
 
 def _leave(token: Any, state: RoutingState, request: Request) -> None:

@@ -13,6 +13,7 @@ import patch_cases as cases
 import pytest
 import torch
 from patch_cases import batch, logits
+from torch import nn
 
 import moerge_ext as moerge
 
@@ -313,41 +314,52 @@ def test_copies_made_inside_begin_clean(glider, phatgoose, duplicate):
 
 
 @pytest.fixture
-def compiled(glider):
-    model, handle = glider
-    model.model.layers = model.model.layers[:1]
-    model.config.num_hidden_layers = 1
+def small(experts):
+    """(a model of one layer, its handle, an input)."""
+    layer = nn.Sequential(nn.Linear(32, 48))
+    one = moerge.ExpertBank(experts.names, {"0": experts.modules["model.layers.0.mlp.up_proj"]})
     torch._dynamo.reset()
-    yield model, torch.compile(model, backend="eager"), handle
+    yield layer, moerge.patch(layer, one, "glider_code", alpha=1000), torch.randn(2, 3, 32)
     torch._dynamo.reset()
 
 
-def test_a_compiled_model_keeps_requests_apart(compiled):
-    model, graph, handle = compiled
-    want, together = answers(model, handle, **batch("llama")), threading.Barrier(2)
+def test_a_compiled_model_keeps_requests_apart(small):
+    model, handle, x = small
+    compiled, together, want = torch.compile(model, backend="eager"), threading.Barrier(2), []
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    for row in EYE:
+        with handle.affinities(row):
+            want.append(model(x))
+            assert torch.equal(compiled(x), want[-1]) and torch.equal(whole(x), want[-1])
 
     def ask(row):
         with handle.affinities(EYE[row]):
             together.wait(TIMEOUT)
-            assert torch.equal(logits(graph, **batch("llama")), want[row])
+            assert torch.equal(compiled(x), want[row]) and torch.equal(whole(x), want[row])
             together.wait(TIMEOUT)
 
-    with handle.affinities(EYE[0]):
-        assert torch.equal(logits(graph, **batch("llama")), want[0])
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(ask, (1, 2)))
 
     async def task(row):
         with handle.affinities(EYE[row]):
             await asyncio.sleep(0)
-            assert torch.equal(logits(graph, **batch("llama")), want[row])
+            assert torch.equal(compiled(x), want[row])
+            assert torch.equal(await asyncio.to_thread(compiled, x), want[row])
             await asyncio.sleep(0)
-            assert torch.equal(await asyncio.to_thread(logits, graph, **batch("llama")), want[row])
 
     async def both():
         await asyncio.gather(task(0), task(2))
 
     asyncio.run(both())
+
+    async def refused():
+        with handle.affinities(EYE[0]):
+            whole(x)
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot tell which of them this forward is of"):
+        asyncio.run(refused())
 
 
 def test_a_captured_graph_has_one_reader(glider, monkeypatch):
