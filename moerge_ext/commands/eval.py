@@ -83,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate:
         calibrate(args, routers, tasks)
     model, tokenizer = loaded()
-    facts = {"model": args.model, "experts": [str(path) for path in args.experts]}
     scores = evaluate(
         model,
         tokenizer,
@@ -92,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
         tasks,
         settings,
         routers=routers,
-        facts=facts,
         output=args.output,
         progress=not args.no_progress,
     )
@@ -100,12 +98,13 @@ def run(args: argparse.Namespace) -> int:
     if args.multitask:
         one = load_experts({MULTITASK: args.multitask})
         alone = [Run(MULTITASK, PREFIX + MULTITASK)]
-        facts = {"model": args.model, "experts": [args.multitask]}
-        options = {"facts": facts, "output": args.output, "progress": not args.no_progress}
+        options = {"output": args.output, "progress": not args.no_progress}
         scores += evaluate(model, tokenizer, one, alone, tasks, settings, **options)
     paths = write(scores, args.output)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(terminal(scores))
+    if reused := sum(score.reused for score in scores if score.method not in derived):
+        console.print(f"{reused} stored answers reused (same model, experts and settings by content)", highlight=False)
     for name in derived:
         console.print(f"{name}: {DERIVED[name]}", highlight=False)
     console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)

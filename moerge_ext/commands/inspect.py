@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
     settings = Settings(template=args.template.replace("\\n", "\n"))
-    best = {task: expert for task, expert in best_experts(results).items() if expert in experts.names}
+    best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
     found = inspect(
         model,
         tokenizer,
