@@ -68,8 +68,7 @@ class _Door:
 
 class _Generate(_Door):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = self.__signature__.bind_partial(*args, **kwargs).arguments
-        given = given | given.pop("kwargs", {})
+        given = _named(self.__signature__, args, kwargs)
         try:
             self._check(given)
             return self.inner(*args, **kwargs)
@@ -93,6 +92,13 @@ class _Generate(_Door):
                     f"method '{self.doors.method}' reads the text again at every token, and with {option} one forward "
                     "computes several: generate without it"
                 )
+
+
+def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name; those of `**kwargs` too."""
+    given = signature.bind_partial(*args, **kwargs).arguments
+    rest = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    return given | given.pop(rest, {})
 
 
 class _Prepare(_Door):

@@ -154,6 +154,8 @@ class RoutedLinear(StandIn):
         was replaced."""
         held, kept = self._buffers, self._kept
         bias = None if request.affinities is None else request.affinities.bias
+        if bias is not None and bias.is_cuda:
+            request.affinities.note_capture()
         if kept is not None:
             source, made, may_fuse = kept
             if (

@@ -42,8 +42,8 @@ class Affinities:
         self._slot.write(bias)
 
     def note_capture(self) -> None:
-        """Called when a layer hands the buffer out: a CUDA graph that is being recorded reads it ever after."""
-        if self.bias.is_cuda and torch.cuda.is_current_stream_capturing():
+        """Called when a layer on a GPU reads the buffer: a graph that is being captured reads it ever after."""
+        if torch.cuda.is_current_stream_capturing():
             self._slot.captured = True
 
 
