@@ -20,8 +20,7 @@ from .batch import BatchCheck
 from .generation import Doors
 from .growing import GrowingTexts
 from .layers import execution_device, linear_features
-from .routed_linear import BACKENDS, BUFFERS, RoutedLinear
-from .stand_in import name_clashes
+from .routed_linear import BACKENDS, RoutedLinear
 from .state import Affinities, RoutingState
 from .tokens import RealTokens
 from .trace import Trace
@@ -309,8 +308,6 @@ def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | No
                 f"module '{name}': the layer is D={features[0]} -> O={features[1]}, "
                 f"the experts are D={bank.in_features} -> O={bank.out_features}"
             )
-        if clash := name_clashes(layer, BUFFERS):
-            problems.append(f"module '{name}': {type(layer).__name__} has a tensor named {clash[0]}, as the patch has")
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
     return problems

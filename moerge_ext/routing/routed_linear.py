@@ -152,7 +152,7 @@ class RoutedLinear(StandIn):
     def _kept_arguments(self, request: Request) -> tuple[tuple, bool]:
         """(`_branch_arguments`, whether base and branch may be one op), made again only after what they are made from
         was replaced."""
-        held, kept = self._buffers, self._kept
+        held, kept = self._held() if self._renamed else self._buffers, self._kept
         bias = None if request.affinities is None else request.affinities.bias
         if bias is not None and bias.is_cuda:
             request.affinities.note_capture()
@@ -176,11 +176,17 @@ class RoutedLinear(StandIn):
         self.__dict__["_kept"] = (source, made, may_fuse)  # at once, and not read again: other threads write here too
         return made, may_fuse
 
+    def _held(self) -> dict[str, Tensor | None]:
+        """This module's buffers, by their names as attributes."""
+        if not self._renamed:
+            return self._buffers
+        return {name: self._buffers[self._renamed.get(name, name)] for name in BUFFERS}
+
     def _branch_arguments(self, request: Request) -> tuple:
         """The arguments of routed_lora_ after base and x; empty where they change from call to call."""
         if against_kept(self, request):
             return ()
-        tensors = self._buffers
+        tensors = self._held()
         bias = request.bias if self.needs_bias else None
         made = (tensors["gates"], tensors["lora_A"], tensors["lora_B"], *filled(BRANCH, self._options(bias)).values())
         # what is left to the op's own defaults costs no time
@@ -190,7 +196,8 @@ class RoutedLinear(StandIn):
 
     def _options(self, bias: Tensor | None) -> dict[str, Any]:
         """The options of the branch, with the score bias of the current rows."""
-        kept = {"bias": bias, "mask": self._buffers["mask"], "lora_bias": self._buffers["lora_bias"]}
+        held = self._held()
+        kept = {"bias": bias, "mask": held["mask"], "lora_bias": held["lora_bias"]}
         return self.route_options | kept | {"factored": self.factored}
 
     def _add_branch(self, base: Tensor, x: Tensor, request: Request) -> Tensor:
@@ -200,7 +207,7 @@ class RoutedLinear(StandIn):
         in_place = not against_in_place(self, request)
         if self.route_options is None:
             return self._add_fixed(base, x, in_place)
-        kernels, tensors = BACKENDS[self.backend], self._buffers
+        kernels, tensors = BACKENDS[self.backend], self._held()
         bank = (tensors["gates"], tensors["lora_A"], tensors["lora_B"])
         options = self._options(self.score_bias(x.device, request))
         if in_place and base.is_contiguous() and x.is_contiguous():
@@ -215,7 +222,7 @@ class RoutedLinear(StandIn):
 
     def _add_fixed(self, base: Tensor, x: Tensor, in_place: bool) -> Tensor:
         """base with the experts of a method that does not route, by their fixed weights."""
-        kernels, tensors = BACKENDS[self.backend], self._buffers
+        kernels, tensors = BACKENDS[self.backend], self._held()
         slots = (tensors["lora_A"], tensors["lora_B"], tensors["weights"], tensors["experts"])
         options = {"lora_bias": tensors["lora_bias"], "factored": self.factored}
         tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)

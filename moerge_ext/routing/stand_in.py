@@ -22,12 +22,14 @@ class StandIn(nn.Module):
 
     Between `take_place` and `give_back` the two share one set of registries: the layer's parameters, buffers and
     submodules are this module's own, under the layer's names, and what is written through either is seen by both.
-    `base_layer` is no submodule then. A hook of accelerate (offload, dispatch) sits on this module meanwhile, where
-    accelerate looks for it, and on the layer afterwards.
+    `base_layer` is no submodule then. What this module adds is registered there too: as "moerge_<name>" where the layer
+    has the name itself, and still the attribute <name> of this module. A hook of accelerate (offload, dispatch) sits on
+    this module meanwhile, where accelerate looks for it, and on the layer afterwards.
     """
 
     placed = False
     _added: frozenset[str] = frozenset()  # names in the shared registries that are not the base layer's
+    _renamed: dict[str, str] = {}  # noqa: RUF012  # attribute -> its name there, where the base layer has that name
     _taken_hook: dict[str, Any] | None = None
 
     def __init__(self, base_layer: nn.Module):
@@ -43,7 +45,7 @@ class StandIn(nn.Module):
         return self.base_layer.bias
 
     def take_place(self, model: nn.Module, path: str) -> None:
-        """Puts this module where `path` of `model` has its base layer, which must have no `name_clashes` with it."""
+        """Puts this module where `path` of `model` has its base layer."""
         self._share()
         self._take_hook()
         replace_module(model, path, self)
@@ -57,24 +59,31 @@ class StandIn(nn.Module):
     def _share(self) -> None:
         base, mine = self.base_layer, self.__dict__
         del self._modules["base_layer"]
-        mine["_added"] = frozenset(name for registry in _REGISTRIES for name in mine[registry])
+        taken = {name for registry in _REGISTRIES for name in base.__dict__[registry]}
+        names = {name for registry in _REGISTRIES for name in mine[registry]}
+        renamed = {name: f"moerge_{name}" for name in names & taken}
+        mine["_renamed"] = renamed
+        mine["_added"] = frozenset(renamed.get(name, name) for name in names)
         for registry in _REGISTRIES:
-            base.__dict__[registry].update(mine[registry])
-            mine[registry] = base.__dict__[registry]
+            shared = base.__dict__[registry]
+            shared.update(_with_names(mine[registry], renamed))
+            mine[registry] = shared
         mine["placed"] = True
 
     def _part(self) -> None:
         """Each has its own registries again."""
         base, mine, added = self.base_layer, self.__dict__, self._added
+        own_names = {there: name for name, there in self._renamed.items()}
         for registry in _REGISTRIES:
             shared = mine[registry]
             if isinstance(shared, set):
-                mine[registry] = shared & added
+                kept = shared & added
                 shared -= added
             else:
-                mine[registry] = {name: shared.pop(name) for name in list(shared) if name in added}
+                kept = {name: shared.pop(name) for name in list(shared) if name in added}
+            mine[registry] = _with_names(kept, own_names)
         self._modules["base_layer"] = base
-        mine["placed"] = False
+        mine["_renamed"], mine["placed"] = {}, False
 
     def _take_hook(self) -> None:
         base = self.base_layer
@@ -95,7 +104,11 @@ class StandIn(nn.Module):
         elif hook is not None:
             _hook(self.base_layer, hook, without=self._added)
 
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(self.__dict__.get("_renamed", {}).get(name, name))
+
     def __setattr__(self, name: str, value: Any) -> None:
+        name = self._renamed.get(name, name)
         if name == "base_layer":
             if placed := self.placed:
                 self._part()
@@ -148,9 +161,11 @@ class StandIn(nn.Module):
         return replica
 
 
-def name_clashes(layer: nn.Module, added: tuple[str, ...]) -> list[str]:
-    """The names of `added` that `layer` has for tensors or submodules of its own."""
-    return [name for name in added if any(name in getattr(layer, registry) for registry in _REGISTRIES)]
+def _with_names(registry: dict | set, names: dict[str, str]) -> dict | set:
+    """`registry` with other `names` for some of its entries."""
+    if isinstance(registry, set):
+        return {names.get(name, name) for name in registry}
+    return {names.get(name, name): value for name, value in registry.items()}
 
 
 def _hook(module: nn.Module, hook: Any, without: frozenset[str] = frozenset()) -> None:

@@ -48,7 +48,7 @@ def against_kept(layer: nn.Module, request: Request) -> list[str]:
         bias = request.bias
         if bias is None:
             reasons.append("the method adds affinities of the query, and none are set")
-        elif bias.device != layer._buffers["gates"].device:
+        elif bias.device != layer.gates.device:
             # a copy on the layer's device would not see what is written into it
             reasons.append(
                 f"the query's affinities are on {bias.device}, the layer on {layer._buffers['gates'].device}"

@@ -21,7 +21,7 @@ from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gat
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
 from ..routing.layers import execution_device, linear_features
-from ..routing.stand_in import StandIn, name_clashes
+from ..routing.stand_in import StandIn
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
@@ -66,7 +66,7 @@ class GatedLoRA(StandIn):
             return super().__getattr__(name)
         except AttributeError:
             # private names (accelerate's hooks) belong to the module that carries them
-            if name == "base_layer" or name.startswith("_"):
+            if name == "base_layer" or name in _NAMES or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -89,7 +89,8 @@ class GatedLoRA(StandIn):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters: "gate" and, when trained, "lora_A", "lora_B", "lora_bias"."""
-        return {name: self._parameters[name] for name in _NAMES if self._parameters.get(name) is not None}
+        values = {name: getattr(self, name) for name in _NAMES}
+        return {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
 
 
 class GatedModel:
@@ -252,8 +253,6 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
                 f"{path}: the adapter is for a weight of shape {list(wanted[::-1])} [out, in], the model's is "
                 f"{list(features[::-1])}"
             )
-        elif clash := name_clashes(layer, _NAMES):
-            problems.append(f"{path}: {type(layer).__name__} has a tensor named {clash[0]}, as gate training has")
         elif execution_device(layer).type == "meta":
             problems.append(f"{path}: its weights are on the meta device: load them before training")
         found[path] = layer

@@ -295,15 +295,43 @@ def test_a_quantized_layer_keeps_its_ways(quantized, experts):
     assert snapshot(quantized)["state"].keys() == before["state"].keys()
 
 
-def test_a_layer_that_has_a_name_of_ours_is_refused(llama, experts, folders):
-    base = llama.get_submodule(UP)
-    base.register_buffer("mask", torch.ones(48, 32))
-    base.register_parameter("gate", nn.Parameter(torch.ones(1)))
-    before = snapshot(llama)
-    with pytest.raises(ValueError, match="up_proj': Linear has a tensor named mask"):
-        moerge.patch(llama, experts)
-    with pytest.raises(ValueError, match="up_proj: Linear has a tensor named gate"), gated_model(llama, folders["ant"]):
-        pass
+class Masked(nn.Linear):
+    """A linear layer that uses names which the branch of experts uses too."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.weight = layer.weight
+        self.register_buffer("mask", torch.ones_like(layer.weight).tril())
+        self.gate = nn.Parameter(torch.tensor(0.5))
+        self.lora_A = nn.ModuleDict({"mine": nn.Linear(layer.in_features, layer.out_features)})
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.mask * self.gate) + 0.1 * self.lora_A["mine"](x)
+
+
+def test_a_layer_with_names_of_ours_keeps_them(llama, experts, folders):
+    with moerge.patch(llama, experts):
+        layer, x = llama.get_submodule(UP), torch.randn(3, 32)
+        branch = layer(x) - layer.base_layer(x)
+    llama.model.layers[0].mlp.up_proj = base = Masked(llama.get_submodule(UP))
+    before, plain = snapshot(llama), logits(llama, **batch("llama"))
+    with moerge.patch(llama, experts):
+        layer = llama.get_submodule(UP)
+        torch.testing.assert_close(layer(x) - base(x), branch)
+        assert list(llama.state_dict()) == list(before["state"]) and layer.lora_A.shape == (3, 4, 32)
+        twin = copy.deepcopy(llama).double().float()
+        assert torch.equal(logits(twin, **batch("llama")), logits(llama, **batch("llama")))
+        layer.lora_A = 2 * layer.lora_A
+        torch.testing.assert_close(layer(x) - base(x), 2 * branch)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x) - base(x), 2 * branch)
+    assert cases.same(before, snapshot(llama)) and torch.equal(logits(llama, **batch("llama")), plain)
+    with gated_model(llama, folders["ant"], joint=True) as gated:
+        layer = gated.layers[UP]
+        assert list(layer.trainable()) == ["lora_A", "lora_B", "gate"] and gated.gates()[UP].shape == (32,)
+        llama(**batch("llama", labels=True)).loss.backward()
+        assert layer.gate.grad.any() and layer.lora_A.shape == (4, 32) and base.gate.grad is None
+    llama.zero_grad()
     assert cases.same(before, snapshot(llama))
 
 
