@@ -44,7 +44,7 @@ def ways(args: argparse.Namespace) -> str:
     from ..models.pretrained import load_model, usable_device
     from ..routing.patch import patch
 
-    experts = load_experts(args.experts)
+    experts = load_experts(args.experts, base=args.model)
     model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
     options = {"top_k": min(4, len(experts))} if args.method == "arrow" else {}
     return str(patch(model, experts, args.method, **options).explain())

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         length_norm=not args.sum_log_likelihood,
         similar=args.similar,
     )
-    experts = load_experts(args.experts)
+    experts = load_experts(args.experts, base=args.model)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names)
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     )
     scores += derive(scores, derived)
     if args.multitask:
-        one = load_experts({MULTITASK: args.multitask})
+        one = load_experts({MULTITASK: args.multitask}, base=args.model)
         alone = [Run(MULTITASK, PREFIX + MULTITASK)]
         options = {"output": args.output, "progress": not args.no_progress}
         scores += evaluate(model, tokenizer, one, alone, tasks, settings, **options)
@@ -124,3 +124,5 @@ def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Tas
     held_out = {task.name: [row["input"] for row in task.rows] for task in tasks if task.part == "heldout"}
     found = calibrate_threshold(routers["instruction"], held_in, held_out)
     print(f"threshold {found.threshold:.4f}, scores in {found.plot(args.output / 'threshold.png')}")
+    for task, share in found.own.items():
+        print(f"{task}: its own expert is the most similar one to {share:.0%} of {len(found.held_in[task])} queries")

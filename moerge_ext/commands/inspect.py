@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.heatmaps import draw
     from ..evaluation.inspect import correlations, inspect
 
-    experts = load_experts(args.experts)
+    experts = load_experts(args.experts, base=args.model)
     runs, derived = parse_runs(methods, experts.names)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")

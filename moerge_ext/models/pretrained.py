@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files.gguffile import read_gguf
+
+GGUF = ".gguf"
 # transformers' model classes take seconds to import, and `moerge --help` needs none: imported in the functions
 
 
@@ -26,35 +30,63 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def location(path: str) -> tuple[str, dict[str, str]]:
+    """(path, further arguments) of transformers' `from_pretrained` for a folder, hub id or GGUF file.
+
+    ImportError, with how to install it, when a GGUF file is given and the gguf package is not there; ValueError for an
+    adapter in place of a model.
+    """
+    file = Path(path)
+    if file.suffix != GGUF or not file.is_file():
+        return path, {}
+    if _is_adapter(file):
+        raise ValueError(f"{path!r} is an adapter, not a model: it belongs to the experts")
+    if find_spec("gguf") is None:
+        raise ImportError(f"{path!r} is a GGUF file: transformers reads it with gguf, pip install 'moerge_ext[gguf]'")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def _is_adapter(file: Path) -> bool:
+    try:
+        return read_gguf(file).values.get("general.type") == "adapter"
+    except (ValueError, OSError):  # transformers says what is wrong with it
+        return False
+
+
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id; ValueError when there is none."""
+    """The tokenizer of a model folder, GGUF file or hub id; ValueError when there is none."""
     from transformers import AutoTokenizer
 
+    where, options = location(path)
     with named(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(where, **options)
 
 
 def _has_config(path: str) -> bool:
     """Whether there is a model at all."""
     from transformers import AutoConfig
 
+    where, options = location(path)
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError):
         return False
     return True
 
 
 def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
-    """The model (causal or encoder-decoder) of a folder or hub id, in eval mode.
+    """The model (causal or encoder-decoder) of a folder, GGUF file or hub id, in eval mode.
 
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Errors: ValueError when there is no such model.
+    dtype: "auto" (as stored; a GGUF file as float32), "float32", "bfloat16" or "float16". Errors: ValueError when there
+    is no such model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    where, options = location(path)
     with named(path, "model"):
-        auto = AutoModelForSeq2SeqLM if is_seq2seq(AutoConfig.from_pretrained(path)) else AutoModelForCausalLM
-        return auto.from_pretrained(path, dtype=dtype).eval().to(device)
+        config = AutoConfig.from_pretrained(where, **options)
+        auto = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
+        return auto.from_pretrained(where, dtype=dtype, **options).eval().to(device)
 
 
 @contextmanager
@@ -66,6 +98,10 @@ def named(path: str, what: str) -> Iterator[None]:
         reason = str(error).strip().partition("\n")[0]
         if Path(path).is_dir():
             raise ValueError(f"folder {path!r} holds no {what} that transformers can load ({reason})") from error
+        if Path(path).is_file():
+            if path.endswith(GGUF):
+                raise ValueError(f"GGUF file {path!r} holds no {what} that transformers can load ({reason})") from error
+            raise ValueError(f"{path!r} is a file: pass the folder of a model, a {GGUF} file or a hub id") from error
         missing = "model" if what == "tokenizer" and not _has_config(path) else what
         raise ValueError(
             f"{missing} {path!r} was not found: there is no local folder of that name, and the hub has no such "

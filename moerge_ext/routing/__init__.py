@@ -1,10 +1,12 @@
 """A model with experts in place: `patch()`, the handle, and the layer that does the work.
 
 `patch.py` puts a `RoutedLinear` (`routed_linear.py`) in the place of every layer that the experts name. Start there.
-The layer: `layers.py` says what counts as a linear layer, `stand_in.py` keeps the layer's names in the model, `ways.py`
-decides how it is computed. The request: `state.py` holds what the handle's blocks set, `threads.py` carries it into
-threads begun inside, `batch.py` checks the batch, `generation.py` stands before `generate`, `growing.py` follows text
-that gets longer, `trace.py` says what the router did and `tokens.py` which tokens count.
+The layer: `layers.py` says what counts as a linear layer, `fitting.py` which layer each module of the experts is
+(`naming.py`, `tables.py`), `absent.py` and `provenance.py` what may not be meant, `stand_in.py` keeps the layer's names
+in the model, `ways.py` decides how it is computed. The request: `state.py` holds what the handle's blocks set,
+`threads.py` carries it into threads begun inside, `batch.py` checks the batch, `generation.py` stands before
+`generate`, `growing.py` follows text that gets longer, `trace.py` says what the router did and `tokens.py` which
+tokens count.
 
-May import: ops, methods, experts, files, native.
+May import: ops, methods, experts, models, files, native.
 """

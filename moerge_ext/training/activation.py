@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..experts.formats.peft import write_gates
 from ..experts.kinds import AVERAGE_ACTIVATION
+from ..files.listing import grouped
 from ..routing.tokens import RealTokens
 from .batches import BatchSource, Collate, run_model
 from .gated_lora import GatedLoRA, gated_model
@@ -66,7 +67,7 @@ def average_activation(
         problems = [f"{path}: saw no token" for path, mean in means.items() if mean.count == 0]
         problems += [f"{path}: its input is not finite" for path, mean in means.items() if not mean.finite()]
         if problems:
-            raise ValueError("no average activation for:\n- " + "\n- ".join(problems))
+            raise ValueError("no average activation for:\n- " + "\n- ".join(grouped(problems)))
         gates = {path: (mean.total / mean.count).float().cpu() for path, mean in means.items()}
         target = Path(output_dir) if output_dir is not None else gated.folder
         target.mkdir(parents=True, exist_ok=True)

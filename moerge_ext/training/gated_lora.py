@@ -8,6 +8,8 @@ out again, whatever happens in between.
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +19,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
+from ..experts.formats import read_adapter
+from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
+from ..files.listing import grouped
+from ..routing.base_model import saved_problems
+from ..routing.base_start import init_problems, on_base
+from ..routing.fitting import renamed_note
 from ..routing.layers import execution_device, linear_features
+from ..routing.naming import ModelPaths
+from ..routing.provenance import other_base_note
 from ..routing.stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -110,7 +119,9 @@ class GatedModel:
 
     @property
     def folder(self) -> Path:
-        return Path(self.adapter.folder)
+        if self.adapter.folder is None:
+            raise ValueError(f"adapter {self.adapter.name!r} is a file without a folder of its own: say where to write")
+        return self.adapter.folder
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: "<module path>/gate" -> [D], with joint training also ".../lora_A" and so on."""
@@ -142,7 +153,7 @@ class GatedModel:
         """Write the gates beside the adapter (or into `folder`) and return the file written.
 
         After joint training the LoRA is written too: `adapter_model.safetensors` with the trained A and B
-        (float32) and a copy of `adapter_config.json`. Every file appears whole or not at all.
+        (float32) and the adapter's config as PEFT has it. Every file appears whole or not at all.
         """
         self.check_target(folder)
         target = Path(folder) if folder is not None else self.folder
@@ -153,11 +164,12 @@ class GatedModel:
         return write_gates(target, self.gates(), kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
 
     def check_target(self, folder: str | Path | None) -> None:
-        """ValueError when `save` would overwrite the adapter without having been told to."""
-        if self.joint and folder is None:
+        """ValueError when `save` would overwrite the adapter without having been told to, or has no folder."""
+        own = self.folder if folder is None else None
+        if self.joint and own is not None:
             raise ValueError(
-                "joint training changes the adapter's weights: say in which folder to write them "
-                f"({self.folder} itself to overwrite it)"
+                f"joint training changes the adapter's weights: say in which folder to write them ({own} itself to "
+                "overwrite it)"
             )
 
     def _write_adapter(self, target: Path) -> None:
@@ -167,7 +179,7 @@ class GatedModel:
                 value = getattr(layer, name)
                 if value is not None:
                     tensors[f"base_model.model.{path}.{key}"] = value.detach().cpu().contiguous()
-        config = (self.folder / "adapter_config.json").read_bytes()
+        config = json.dumps(self.adapter.config, indent=2).encode()
         write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
         # the config last: without it the folder is not yet an adapter
         write_atomically(target / "adapter_config.json", lambda file: file.write_bytes(config))
@@ -203,20 +215,20 @@ def gated_model(
     is already wrapped, or has other sizes (both shapes). Nothing is wrapped then.
     """
     folder = Path(adapter_folder)
-    adapter = read_adapter(folder.name, folder)
-    targets = _matching_layers(model, adapter)
+    adapter = read_adapter(folder.name, folder, model)
+    places = _places(model, adapter)
+    targets = _matching_layers(model, adapter, places)
+    modules = _on_base(model, adapter, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {
-        path: GatedLoRA(base, adapter.modules[path], gate=gate, train_lora=joint) for path, base in targets.items()
-    }
+    layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
     hooks: list[Any] = []
     try:
         for p, _ in flags:
             p.requires_grad_(False)
         for path, layer in layers.items():
             layer.train(targets[path].training)
-            layer.take_place(model, path)
+            layer.take_place(model, places[path])
         hooks = _inputs_require_grad(model)
         yield GatedModel(model, adapter, layers, joint=joint)
     finally:
@@ -224,23 +236,32 @@ def gated_model(
             hook.remove()
         for path, layer in layers.items():
             if layer.placed:
-                layer.give_back(model, path)
+                layer.give_back(model, places[path])
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
+    sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
+    naming = ModelPaths(model).naming(sizes)
+    base = other_base_note(model, [adapter.name], [(adapter.base_model, adapter.config.get("revision"))])
+    for note in filter(None, (renamed_note([adapter.name], [naming]), base)):
+        warnings.warn(note, stacklevel=4)
+    return naming.paths
+
+
+def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str]) -> dict[str, nn.Module]:
     """The model's layer for every module of the adapter; one ValueError with all that does not fit."""
     found: dict[str, nn.Module] = {}
     problems: list[str] = []
     for path, lora in adapter.modules.items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
+        if path not in places:
             problems.append(f"{path}: the model has no such module")
             continue
+        layer = model.get_submodule(places[path])
         if hasattr(layer, "base_layer"):
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
@@ -261,9 +282,26 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
     if problems:
         raise ValueError(
             f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
-            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(problems)
+            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
+
+
+def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, LoraWeights]:
+    """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
+    claims = {adapter.name: adapter.claims.renamed(places)}
+    problems = saved_problems(model, claims) + init_problems(model, claims)
+    init = adapter.claims.init
+    if init is not None and joint:
+        problems.append(
+            f"joint=True would write factors that begin with {init}: convert the adapter first (PEFT: "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if problems:
+        raise ValueError(f"adapter '{adapter.name}' does not fit {type(model).__name__}:\n- " + "\n- ".join(problems))
+    if init is None:
+        return adapter.modules
+    return {path: on_base(lora, model.get_submodule(places[path]), init) for path, lora in adapter.modules.items()}
 
 
 def _inputs_require_grad(model: nn.Module) -> list[Any]:

@@ -164,7 +164,7 @@ def test_the_layer_computes_where_accelerate_says():
 
 def test_refuses_a_model_that_was_not_loaded(adapter):
     with (
-        pytest.raises(ValueError, match="q_proj: its weights are on the meta device"),
+        pytest.raises(ValueError, match="down_proj, .*: its weights are on the meta device"),
         gated_model(llama().to("meta"), adapter),
     ):
         pass
