@@ -46,7 +46,7 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
     sums: dict[str, ModuleSums] = {}
 
     def before(layer: RoutedLinear | ParameterBranch, args: tuple) -> None:
-        if not layer.state.enabled:
+        if not layer.state.current().enabled:
             return
         if isinstance(layer, ParameterBranch):
             applied, p = distributions_of_parameter(layer, *args[1:])

@@ -1,12 +1,14 @@
 """The ops in plain torch: the definition of correct. Same signatures as `moerge_ext.ops`, any device, differentiable.
 
-Written to be read, not to be fast. Arithmetic is float32, or float64 for float64 inputs. T tokens, D in features, O out
-features, E experts, K selected per token, R rank, N rows (sequences).
+Written to be read, not to be fast. Arithmetic is float32, or float64 for float64 inputs; autocast casts nothing inside,
+as in the ops. T tokens, D in features, O out features, E experts, K selected per token, R rank, N rows (sequences).
 """
 
 from __future__ import annotations
 
-from typing import Unpack
+import functools
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,6 +17,18 @@ from .options import APPLY, BRANCH, ROUTE, ApplyOptions, BranchOptions, RouteOpt
 
 EPS = 1e-5
 TINY = 1e-12
+
+
+def _casting_nothing(function: Callable) -> Callable:
+    """`function`, whose first argument is a tensor, outside of autocast."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _accumulator(*tensors: Tensor) -> torch.dtype:
@@ -89,6 +103,7 @@ def _slot_weights(weighting: str, scores: Tensor, kept: Tensor, share: Tensor) -
 
 
 @documented(RouteOptions)
+@_casting_nothing
 def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Tensor, Tensor]:
     """See `moerge_ext.ops.route`."""
     top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting = filled(ROUTE, options).values()
@@ -133,6 +148,7 @@ def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Te
 
 
 @documented(ApplyOptions)
+@_casting_nothing
 def lora_apply(
     base: Tensor,
     x: Tensor,
@@ -180,6 +196,7 @@ def _weighted(weight: Tensor, used: Tensor, value: Tensor) -> Tensor:
 
 
 @documented(ApplyOptions)
+@_casting_nothing
 def lora_apply_(
     base: Tensor,
     x: Tensor,
@@ -194,6 +211,7 @@ def lora_apply_(
 
 
 @documented(BranchOptions)
+@_casting_nothing
 def routed_lora(
     base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,6 +223,7 @@ def routed_lora(
 
 
 @documented(BranchOptions)
+@_casting_nothing
 def routed_lora_(
     base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
 ) -> None:
@@ -214,6 +233,7 @@ def routed_lora_(
 
 
 @documented(BranchOptions)
+@_casting_nothing
 def routed_linear(
     x: Tensor,
     weight: Tensor,
@@ -234,6 +254,7 @@ def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     return torch.cat([lora_a.transpose(1, 2).flatten(1), lora_b.transpose(1, 2).flatten(1)], dim=1)
 
 
+@_casting_nothing
 def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
     """See `moerge_ext.ops.mix_log_probs`."""
     acc = _accumulator(logits)

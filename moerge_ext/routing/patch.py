@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,16 +21,19 @@ from ..models.wrappers import unwrapped
 from .absent import ABSENT, alone_note, with_absent
 from .fitting import MISSING, on_model
 from .fused_experts import close_door, open_door
-from .growing import GrowingTexts, watch_steps
-from .layers import execution_device, replace_module
+from .generation import Doors
+from .growing import GrowingTexts
+from .layers import execution_device
 from .own_module import OwnModule
 from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
 from .provenance import provenance_notes
 from .ran import FirstForward
 from .routed_experts import routed_experts, ways_of
-from .routed_linear import BACKENDS, RoutedLinear, RoutingState
+from .routed_linear import BACKENDS, RoutedLinear
 from .rows import Rows
+from .state import Affinities, RoutingState
+from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
 
@@ -56,6 +60,19 @@ class Handle:
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
         self._watch: FirstForward | None = None
+        self._doors: Doors | None = None
+
+    def _begin(self, routed: dict, branches: dict, place_own: Callable, strict: bool) -> None:
+        """Puts routed layers and branches of stacked parameters in their places, and what watches the model."""
+        for name, layer in routed.items():
+            layer.take_place(self.model, name)
+        for owner, placed in branches.items():
+            open_door(self.model.get_submodule(owner), placed)
+        self.modules, self._own_modules = tuple(routed), place_own(self._state)
+        self.parameters = tuple(branch.name for placed in branches.values() for branch in placed.values())
+        self._watch = FirstForward(self.model, (*routed, *branches), what="layers with experts", strict=strict)
+        self._doors = None if self.method.bias is None else Doors(self.model, self.method.name, self._state)
+        self.model._moerge_handle = self
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
@@ -69,9 +86,12 @@ class Handle:
         if self._watch is not None:
             self._watch.remove()
         for name in wrapped:
-            replace_module(self.model, name, self.model.get_submodule(name).base_layer)
+            self.model.get_submodule(name).give_back(self.model, name)
         for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):
             close_door(self.model.get_submodule(owner))
+        if self._doors is not None:
+            self._doors.remove()
+            self._doors = None
         self.modules = self.parameters = self._own_modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
@@ -84,18 +104,19 @@ class Handle:
     def record(self, *, tokens: bool = False) -> Iterator[Trace]:
         """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
 
+        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`.
+
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
         self._check_alive()
         if self.method.routing is None:
             raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
-        if self._state.trace is not None:
+        if self._state.current().trace is not None:
             raise ValueError("record() is already active on this model; leave that block first")
-        self._state.trace = trace = Trace(self.names, tokens)
-        try:
+        with ExitStack() as stack:
+            trace, real = Trace(self.names, tokens), RealTokens(self.model, stack, self._state)
+            stack.enter_context(self._state.block(trace=trace, tokens=real))
             yield trace
-        finally:
-            self._state.trace = None
 
     @contextmanager
     def affinities(self, scores: Tensor) -> Iterator[None]:
@@ -152,45 +173,42 @@ class Handle:
                 "tokenizer=tokenizer), the model's"
             )
         router = router.without_cache()  # every prefix is seen once
-        follow = GrowingTexts(texts, tokenizer, self.options["every"])
+        grow = GrowingTexts(texts, tokenizer, self.options["every"])
+        with self._rows(router.bias(texts, self.method, self.options, self.names)) as affinities:
+            rows = weakref.proxy(affinities)  # it holds `follow`
 
-        def see(ids: Tensor) -> None:
-            if (grown := follow(ids)) is not None:
-                self._state.set_bias(router.bias(grown, self.method, self.options, self.names))
+            def follow(ids: Tensor) -> None:
+                if (grown := grow(ids)) is not None:
+                    rows.set(router.bias(grown, self.method, self.options, self.names))
 
-        with self._rows(router.bias(texts, self.method, self.options, self.names)), watch_steps(self.model, see):
+            affinities.follow = follow
+            del affinities
             yield
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model alone for the forwards inside the block; what `queries` or `affinities` set stays."""
         self._check_alive()
-        before, self._state.enabled = self._state.enabled, False
-        try:
+        with self._state.block(enabled=False):
             yield
-        finally:
-            self._state.enabled = before
 
     @contextmanager
-    def _rows(self, bias: Tensor) -> Iterator[None]:
+    def _rows(self, bias: Tensor) -> Iterator[Affinities]:
         """bias [N,E] added to the scores of the forwards inside the block."""
-        before = self._state.bias.clone() if self._state.active else None
-        outer = self._state.rows
-        self._state.set_bias(bias)
-        rows = Rows(self.model, bias.shape[0], self._applies) if bias.shape[0] > 1 else None
-        self._state.rows = rows
-        try:
-            yield
-        finally:
-            self._state.rows = outer
-            if rows is not None:
-                rows.remove()
-            if before is not None:
-                self._state.set_bias(before)
-            self._state.active = before is not None
+        with self._state.block(bias=bias) as request:
+            affinities = request.affinities
+            affinities.rows = Rows(self.model, bias.shape[0], self._applies) if bias.shape[0] > 1 else None
+            try:
+                yield affinities
+            finally:
+                if affinities.rows is not None:
+                    affinities.rows.remove()
+                del request, affinities  # what an exception's traceback holds would keep the rows' buffer
 
     def _applies(self, rows: Rows) -> bool:
-        return self._state.enabled and self._state.rows is rows
+        """Whether the forward that begins is of the request that has these rows, and of its experts."""
+        request = self._state.of_forward()
+        return request.enabled and request.affinities is not None and request.affinities.rows is rows
 
     def explain(self, *, grad: bool = False) -> Explanation:
         """Which way every kind of routed layer takes at present, and why not a faster one; print it.
@@ -228,8 +246,8 @@ def patch(
     Args:
         model: any torch model whose layers have the paths the experts were trained on, or paths to which a renaming
             table of transformers or another prefix leads (a warning says what was renamed); `torch.compile`,
-            DistributedDataParallel and SentenceTransformer are looked through. Offload or dispatch it with accelerate
-            before the patch, not after: accelerate looks weights up by the names that the patch hides.
+            DistributedDataParallel and SentenceTransformer are looked through. Quantize it before the patch: quantizers
+            look for nn.Linear, and a patched layer is none.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
@@ -272,14 +290,7 @@ def patch(
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
     notes = [*fitted.notes, alone_note(everywhere, experts.names, routing), *provenance_notes(model, experts)]
     notes += [base.unweighted_note(), *idle_notes(model, everywhere)]
-    for name, layer in routed.items():
-        replace_module(model, name, layer)
-    for owner, placed in branches.items():
-        open_door(model.get_submodule(owner), placed)
-    handle.modules, handle._own_modules = tuple(routed), base.place_own(state)
-    handle.parameters = tuple(name for name in everywhere if name not in plans)
-    handle._watch = FirstForward(model, (*routed, *branches), what="layers with experts", strict=strict)
-    model._moerge_handle = handle
+    handle._begin(routed, branches, base.place_own, strict)
     for note in filter(None, notes):
         warnings.warn(f"patch: {note}", stacklevel=2)
     return handle

@@ -24,9 +24,11 @@ from ..files.listing import listed
 from ..methods.base import Method, Plan, Routing
 from .absent import with_absent
 from .fused_experts import BRANCHES, Pairs
+from .generation import NOT_SET
 from .layers import execution_device
 from .parameter_banks import ParameterBank, Piece, Placement, are_turned
-from .routed_linear import BACKENDS, RoutingState
+from .routed_linear import BACKENDS
+from .state import AMBIGUOUS, Request, RoutingState
 from .ways import Way
 
 
@@ -110,9 +112,10 @@ class ParameterBranch(nn.Module):
     def _choose(self, kernels, x: Tensor, pairs: Pairs, copies: bool) -> tuple[Tensor, Tensor]:
         """weights and experts [S,K] of the pairs."""
         weights, experts = self.scored(kernels, x, pairs, copies, self.route_options)
-        if self.state.trace is not None:
-            self.state.trace.add(self.name, weights, experts)
-        of_tokens = copies and self.gates.dim() == 2
+        request, of_tokens = request_of(self.state), copies and self.gates.dim() == 2
+        if request.trace is not None:
+            real = None if request.tokens is None else request.tokens.mask(pairs.tokens)
+            request.trace.add(self.name, weights, experts, real if real is None or of_tokens else real[pairs.token])
         return (weights[pairs.token], experts[pairs.token]) if of_tokens else (weights, experts)
 
     def scored(
@@ -127,7 +130,9 @@ class ParameterBranch(nn.Module):
 
     def _rows(self, count: int, pairs: Pairs, copies: bool) -> Tensor | None:
         """Which of `count` rows what is scored belongs to, [T] or [S] int32; None: T/count adjacent tokens per row."""
-        of_tokens = None if self.state.rows is None else self.state.rows.of(self.name, pairs.tokens)
+        affinities = request_of(self.state).affinities
+        rows = None if affinities is None else affinities.rows
+        of_tokens = None if rows is None else rows.of(self.name, pairs.tokens)
         if copies:
             return of_tokens
         # pairs are not in the order of the tokens
@@ -147,12 +152,10 @@ class ParameterBranch(nn.Module):
     def _score_bias(self, device: torch.device) -> Tensor | None:
         if not self.needs_bias:
             return None
-        if not self.state.active:
-            raise RuntimeError(
-                f"{self.name}: this method adds a global affinity per sequence, and none is set; run the model inside "
-                "`with handle.queries(texts):` or `with handle.affinities(s):`, s [N, E]"
-            )
-        return self.state.bias.to(device)
+        bias = request_of(self.state).bias
+        if bias is None:
+            raise RuntimeError(f"{self.name}: {NOT_SET}")
+        return bias.to(device)
 
     def extra_repr(self) -> str:
         total, rank, _ = self.lora_A.shape
@@ -160,6 +163,17 @@ class ParameterBranch(nn.Module):
             f"experts={self.num_experts}, base_experts={total // self.num_experts}, rank={rank}, "
             f"routing={self.route_options}, factored={self.factored}"
         )
+
+
+def request_of(state: RoutingState) -> Request:
+    """What applies to the running forward, inside of a graph as well."""
+    shown = state.shown() if torch.compiler.is_compiling() else state.current()
+    return _outside_of_graphs(state) if shown is None else shown
+
+
+@torch.compiler.disable(reason=AMBIGUOUS)
+def _outside_of_graphs(state: RoutingState) -> Request:
+    return state.current()
 
 
 class RoutedExperts(nn.ModuleDict):
@@ -171,7 +185,7 @@ class RoutedExperts(nn.ModuleDict):
 
     @property
     def running(self) -> bool:
-        return self.state.enabled
+        return request_of(self.state).enabled
 
     def add_branch(self, parameter: str, y: Tensor, x: Tensor, pairs: Pairs, copies: bool) -> Tensor:
         return self[parameter](y, x, pairs, copies) if parameter in self else y

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,26 +31,27 @@ from ..routing.base_model import saved_problems
 from ..routing.base_start import init_problems, on_base
 from ..routing.fitting import renamed_note
 from ..routing.fused_experts import close_door, open_door
-from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.layers import execution_device, linear_features
 from ..routing.naming import ModelPaths
 from ..routing.parameter_banks import Placement, place
 from ..routing.provenance import other_base_note
 from ..routing.ran import FirstForward
 from ..routing.refusals import no_effect, parallel_problems
+from ..routing.stand_in import StandIn
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
 from .gated_experts import GatedParameter, gated_experts, gated_parameters
+from .left_out import NOT_REACHED, warn_of_left_out
 from .ranks import current_ranks, whole
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
 
-NOT_REACHED = "they did not run on this data, or the loss does not depend on them"
-MAX_NAMED = 20  # modules that a warning or an error names
+_NAMES = ("lora_A", "lora_B", "lora_bias", "gate")
 _PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
 
 
-class GatedLoRA(nn.Module):
+class GatedLoRA(StandIn):
     """A linear layer with one LoRA expert and, optionally, its gate.
 
         y[..., O] = base_layer(u[..., D]) + s (B A u + b) * sigmoid(v . u)
@@ -66,8 +67,7 @@ class GatedLoRA(nn.Module):
     def __init__(
         self, base_layer: nn.Module, lora: LoraWeights, *, gate: bool = True, train_lora: bool = False
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.scaling = float(lora.scaling)
         device = execution_device(base_layer)
         factors = {"lora_A": lora.lora_A, "lora_B": lora.lora_B, "lora_bias": lora.bias}
@@ -88,7 +88,7 @@ class GatedLoRA(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # private names (accelerate's hooks) belong to the module that carries them
-            if name == "base_layer" or name.startswith("_"):
+            if name == "base_layer" or name in _NAMES or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -115,7 +115,8 @@ class GatedLoRA(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters: "gate" and, when trained, "lora_A", "lora_B", "lora_bias"."""
-        return {name: p for name, p in self._parameters.items() if p is not None}
+        values = {name: getattr(self, name) for name in _NAMES}
+        return {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
 
 
 class GatedModel:
@@ -259,8 +260,9 @@ def gated_model(
     after an exception; the base's weights are never written and its buffers are bit-identical.
 
     The model is the base model, not a `PeftModel`; `torch.compile` and DistributedDataParallel are looked through.
-    `save_pretrained` inside the block would write the wrapped layers' names: give a Trainer `save_strategy="no"` and
-    take the gates from `GatedModel.save` or its callback.
+    What `save_pretrained` or a Trainer's checkpoint writes inside the block is the model under its own names, and
+    beside it "<module path>.gate" (with `joint=True` ".lora_A" and so on): the model loads from it as ever, and the
+    Trainer resumes from it. `GatedModel.save` or its callback writes the file that `load_experts` reads.
 
         with gated_model(model, "experts/a") as gated:
             Trainer(model=model, args=args, train_dataset=data, callbacks=[gated.callback()]).train()
@@ -286,15 +288,16 @@ def gated_model(
                 p.requires_grad_(False)
             for path, layer in layers.items():
                 layer.train(targets[path].training)
-                replace_module(model, places[path], layer)
+                layer.take_place(model, places[path])
             for owner, branch in branches.items():
                 open_door(model.get_submodule(owner), branch)
             watched = [*(places[path] for path in layers), *branches]
             with FirstForward(model, watched, what="layers whose gates are trained"):
                 yield GatedModel(model, adapter, layers | gated_parameters(branches), still, joint=joint)
         finally:
-            for path, base in targets.items():
-                replace_module(model, places[path], base)
+            for path, layer in layers.items():
+                if layer.placed:
+                    layer.give_back(model, places[path])
             for owner, branch in branches.items():
                 close_door(model.get_submodule(owner), branch)
             for p, flag in flags:
@@ -363,19 +366,6 @@ def _matching_layers(
             "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
-
-
-def warn_of_left_out(name: str, paths: Collection[str], total: int) -> None:
-    """One warning for the modules of an expert that get no gate; none when there are none."""
-    if not paths:
-        return
-    shown = ", ".join(sorted(paths)[:MAX_NAMED])
-    more = f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
-    warnings.warn(
-        f"no gate is written for {len(paths)} of {total} modules of '{name}', and patch masks the expert there, "
-        f"because {NOT_REACHED}: {shown}{more}",
-        stacklevel=3,
-    )
 
 
 def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, LoraWeights]:

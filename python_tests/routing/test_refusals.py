@@ -191,12 +191,19 @@ def test_idle_adapters_and_those_on_other_layers_are_said():
 
 
 def test_peft_on_a_patched_model():
+    """It cannot train below the experts: a routed layer is refused by PEFT, by name, or left alone."""
     peft = pytest.importorskip("peft")
     model = builders.tiny_llama()
     handle = moerge.patch(model, cases.experts(model, Q))
-    with pytest.raises(ValueError, match=rf"{Q[0]}: PEFT would put an adapter .* below the experts.*handle\.remove"):
-        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="RoutedLinear"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     handle.remove()
+    model = builders.tiny_llama()
+    handle = moerge.patch(model, cases.experts(model, Q))
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    routed = [model.get_submodule(name) for name in handle.modules]
+    assert {type(layer.base_layer) for layer in routed} == {torch.nn.Linear}
+    assert not [name for layer in routed for name, _ in layer.named_parameters() if "default" in name]
 
 
 def test_gate_training_is_on(tmp_path):
