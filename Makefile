@@ -36,8 +36,8 @@ lint: $(VENV)/.installed
 
 # After a change in csrc, with nvcc and MOERGE_CUDA_PYTHON, a python with a CUDA torch and pybind11: what CI holds.
 cuda-checked: $(VENV)/.installed
-	$(BIN)/python python_tests/cuda_resources.py changed
-	$(BIN)/python python_tests/cuda_extension.py
+	$(BIN)/python python_tests/csrc/cuda_resources.py changed
+	$(BIN)/python python_tests/csrc/cuda_extension.py
 
 build: $(BUILT)
 

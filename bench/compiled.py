@@ -13,7 +13,7 @@ from moerge_ext import reference
 
 from .cells import Cell, wants
 from .data import Tokens, Weights
-from .peers import fast_route
+from .fast_route import fast_route
 from .timing import Candidate
 
 

@@ -82,9 +82,9 @@ build() {
 tests() {
   local on=()
   [ "$device" = cuda ] && on=(--cuda)
-  local files=(python_tests/test_ops_{route,lora,16bit,16bit_gradients,linear,mix,autograd,cuda,grid}.py)
-  files+=(python_tests/test_cuda_graphs.py python_tests/test_patch_compiled.py)
-  [ -n "$tiny" ] && files=(python_tests/test_ops_mix.py)
+  local files=(python_tests/ops/test_{route,lora,16bit,16bit_gradients,linear,mix,autograd,cuda,grid}.py)
+  files+=(python_tests/ops/test_cuda_graphs.py python_tests/routing/test_patch_compiled.py)
+  [ -n "$tiny" ] && files=(python_tests/ops/test_mix.py)
   "$python" -m pytest "${on[@]}" -m "not slow" --maxfail=40 "${files[@]}"
 }
 
@@ -101,7 +101,7 @@ sanitizer() {
     return 0
   fi
   for tool in memcheck racecheck; do
-    "${run[@]}" --tool "$tool" "$python" -m pytest --cuda python_tests/test_ops_16bit.py -k "test_shapes and 33" ||
+    "${run[@]}" --tool "$tool" "$python" -m pytest --cuda python_tests/ops/test_16bit.py -k "test_shapes and 33" ||
       return 1
   done
 }

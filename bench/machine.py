@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import moerge_ext
-from moerge_ext import _native
+from moerge_ext.native import loading as _native
 
 REPO = Path(__file__).resolve().parents[1]
 # what a result depends on, apart from the code of the benchmark's reports

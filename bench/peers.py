@@ -18,16 +18,10 @@ from moerge_ext import ops, reference
 
 from .cells import Cell, wants
 from .data import Tokens, Weights
+from .fast_route import fast_route
 from .timing import PLAIN, PLAIN_AGAIN, Candidate
 
 Apply = Callable[[Tensor, Tensor, int, Tensor, Tensor], Tensor]
-
-
-def fast_route(x: Tensor, fast_gates: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """PHATGOOSE's routing in four torch ops; layer_norm without parameters is the standardization."""
-    scores = F.linear(F.layer_norm(x, x.shape[-1:]), fast_gates)
-    top, experts = scores.topk(top_k, dim=-1)
-    return top.softmax(-1, dtype=torch.float32), experts
 
 
 class Peers:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .cells import Cell, wants
 from .data import Tokens, Weights
-from .peers import fast_route
+from .fast_route import fast_route
 from .timing import Candidate
 
 DEVICE = "cuda"

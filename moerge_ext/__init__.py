@@ -15,24 +15,25 @@ def _bare() -> bool:
 if not _bare():
     import torch  # noqa: F401  (first: the compiled ops are loaded into it)
 
-    from . import ops, reference
-    from ._native import build_info
+    from . import ops
     from .ensemble.mixture import PromptEnsemble
     from .ensemble.prompts import PromptExpert
     from .ensemble.router import PromptRouter
     from .ensemble.train import train_router
-    from .experts import ExpertBank, ModuleBank, load_experts
+    from .experts.bank import ExpertBank, ModuleBank, load_experts
     from .methods import METHODS, get_method
-    from .patch import Handle, get_handle, patch
-    from .query.calibration import calibrate_threshold
-    from .query.describe import describe
-    from .query.embedder import Embedder
-    from .query.example_router import ExampleRouter
-    from .query.index import index_examples
-    from .query.router import AskRouter, QueryRouter, similar_examples
-    from .query.writer import InstructionWriter
-    from .routed_linear import RoutedLinear
-    from .trace import Trace
+    from .native.loading import build_info
+    from .ops import reference
+    from .queries.calibration import calibrate_threshold
+    from .queries.describe import describe
+    from .queries.embedder import Embedder
+    from .queries.example_router import ExampleRouter
+    from .queries.index import index_examples
+    from .queries.router import AskRouter, QueryRouter, similar_examples
+    from .queries.writer import InstructionWriter
+    from .routing.patch import Handle, get_handle, patch
+    from .routing.routed_linear import RoutedLinear
+    from .routing.trace import Trace
     from .training.activation import average_activation
     from .training.experts import train_expert
     from .training.gates import train_gates

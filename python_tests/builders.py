@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moerge_ext.adapters import write_gates
+from moerge_ext.experts.formats.peft import write_gates
 
 PREFIX = "base_model.model."
 
@@ -193,3 +193,15 @@ def tiny_bert() -> nn.Module:
         initializer_range=0.2,
     )
     return _build(transformers.BertForSequenceClassification, config)
+
+
+def make_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .:="]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return fast

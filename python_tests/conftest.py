@@ -48,7 +48,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--simt") and not config.getoption("--cuda"):
         for item in items:
-            if item.path.name == "test_ops_cuda.py":
+            if item.path.name == "test_cuda.py":
                 item.add_marker(pytest.mark.skip(reason="about the CUDA kernels: needs --simt or --cuda"))
         return
     for item in items:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import moerge_ext as moerge
-from moerge_ext.adapters import write_gates
+from moerge_ext.experts.formats.peft import write_gates
 
 SIGMOID, AVERAGE = "sigmoid-gate", "average-activation"
 BOUND = 1e-5

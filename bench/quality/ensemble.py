@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.quality import tasks  # noqa: E402
-from moerge_ext import cli  # noqa: E402
-from moerge_ext.rows import read_rows  # noqa: E402
+from moerge_ext.commands import main as cli  # noqa: E402
+from moerge_ext.files.rows import read_rows  # noqa: E402
 
 DOMAINS = ("clinc_banking", "clinc_home", "clinc_kitchen_and_dining", "clinc_travel")
 TRAIN, TEST = 400, 600  # questions, evenly from the domains

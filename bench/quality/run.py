@@ -20,16 +20,17 @@ sys.path.insert(0, str(ROOT))
 
 from bench.quality import tasks  # noqa: E402
 from bench.quality.train import MULTITASK, RECIPE, features  # noqa: E402
-from moerge_ext import Embedder, average_activation, cli, describe, index_examples  # noqa: E402
-from moerge_ext.adapter_files.gates import read_gates  # noqa: E402
-from moerge_ext.adapter_files.kinds import AVERAGE_ACTIVATION  # noqa: E402
+from moerge_ext import Embedder, average_activation, describe, index_examples  # noqa: E402
+from moerge_ext.commands import main as cli  # noqa: E402
 from moerge_ext.evaluation.evaluate import Score  # noqa: E402
 from moerge_ext.evaluation.report import CHANCE, mean, mean_chance, share  # noqa: E402
-from moerge_ext.pretrained import load_model, load_tokenizer  # noqa: E402
-from moerge_ext.query.hidden import base_name  # noqa: E402
-from moerge_ext.query.index import index_file  # noqa: E402
-from moerge_ext.rows import read_rows  # noqa: E402
-from moerge_ext.training.cli import collator  # noqa: E402
+from moerge_ext.experts.gates import read_gates  # noqa: E402
+from moerge_ext.experts.kinds import AVERAGE_ACTIVATION  # noqa: E402
+from moerge_ext.files.rows import read_rows  # noqa: E402
+from moerge_ext.models.pretrained import load_model, load_tokenizer  # noqa: E402
+from moerge_ext.queries.hidden import base_name  # noqa: E402
+from moerge_ext.queries.index import index_file  # noqa: E402
+from moerge_ext.training.encoding import collator  # noqa: E402
 
 METHODS = (
     "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,glider_code/alpha=100,retrieval,"

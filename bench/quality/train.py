@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.quality import tasks  # noqa: E402
-from moerge_ext.pretrained import load_model, load_tokenizer  # noqa: E402
-from moerge_ext.rows import read_rows  # noqa: E402
-from moerge_ext.training.cli import collator, encode  # noqa: E402
+from moerge_ext.files.rows import read_rows  # noqa: E402
+from moerge_ext.models.pretrained import load_model, load_tokenizer  # noqa: E402
+from moerge_ext.training.encoding import collator, encode  # noqa: E402
 from moerge_ext.training.experts import train_expert  # noqa: E402
 from moerge_ext.training.gates import train_gates  # noqa: E402
 

@@ -1,11 +1,7 @@
-"""The demo: one small model, eight experts, and a router that finds the right one for every token.
-
-moerge demo [--samples N] [--out DIR] [--json FILE]
-"""
+"""The demo: one small model, eight experts, and a router that finds the right one for every token."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -22,8 +18,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from transformers.utils import logging as transformers_logging
 
 from .._version import __version__
-from ..experts import ExpertBank, load_experts
-from ..patch import patch
+from ..experts.bank import ExpertBank, load_experts
+from ..routing.patch import patch
 from . import heatmap
 from .evaluate import accuracies, converse, tokens_per_second
 from .tasks import Conversation, held_in, held_out
@@ -182,29 +178,20 @@ def as_json(results: Results, samples: int, experts: ExpertBank) -> dict[str, An
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=25, help="conversations per row (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the heatmap")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs the demo; returns the exit status. ValueError for arguments that make no sense."""
-    if args.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {args.samples}")
+def show(samples: int, out: Path, json_file: Path | None = None) -> None:
+    """Prints examples, the table and the findings; draws the heatmap into `out`, writes the numbers to `json_file`."""
     start = time.perf_counter()
     console = Console()
     model, tokenizer, experts = load_assets()
     show_examples(console, model, tokenizer, experts)
     with console.status("measuring ..."):
-        results = measure(model, tokenizer, experts, args.samples)
+        results = measure(model, tokenizer, experts, samples)
     console.print(table(results))
     for line in summary(results):
         console.print(line, highlight=False)
     title = "PHATGOOSE: where the tokens of a skill go"
-    path = heatmap.draw(args.out / "routing.png", results.panels, results.modules, list(experts.names), title)
+    path = heatmap.draw(out / "routing.png", results.panels, results.modules, list(experts.names), title)
     console.print(f"routing heatmap: {path.resolve()}", highlight=False, soft_wrap=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps(as_json(results, args.samples, experts), indent=1) + "\n")
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(results, samples, experts), indent=1) + "\n")
     console.print(f"{time.perf_counter() - start:.0f} seconds", highlight=False)
-    return 0

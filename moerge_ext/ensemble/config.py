@@ -7,8 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..query.embedder import Embedder, unit
-from ..rows import read_json, read_rows, read_text
+from ..files.rows import read_json, read_rows, read_text
+from ..queries.embedder import Embedder
+from ..queries.vectors import unit
 from .prompts import (
     DEMONSTRATIONS,
     PromptExpert,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..evaluation.metrics import exact_match
-from ..query.embedder import Embedder, unit
+from ..queries.embedder import Embedder
+from ..queries.vectors import unit
 
 Judge = Callable[[str, str, str], bool]  # (question, answer, gold) -> right?
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..evaluation.answers import Answerer
-from ..patch import Handle
+from ..routing.patch import Handle
 from .prompts import PromptExpert, check_experts
 from .router import PromptRouter
 

@@ -34,7 +34,7 @@ class PromptRouter:
         """A router that `train_router` saved. ValueError when the folder holds none."""
         from transformers import AutoModelForSequenceClassification
 
-        from ..pretrained import load_tokenizer, usable_device
+        from ..models.pretrained import load_tokenizer, usable_device
 
         facts = read_facts(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder).to(usable_device(device))

@@ -99,7 +99,7 @@ def _classifier(base: str, names: Sequence[str], kind: str, seed: int) -> tuple[
     """(the encoder with a new head for the experts, its tokenizer)."""
     from transformers import AutoModelForSequenceClassification
 
-    from ..pretrained import load_tokenizer, named
+    from ..models.pretrained import load_tokenizer, named
 
     with torch.random.fork_rng(devices=[]), named(base, "encoder"):
         torch.manual_seed(seed)

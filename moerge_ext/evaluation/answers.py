@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pretrained import is_seq2seq, open_ids
+from ..models.pretrained import is_seq2seq, open_ids
 from ..training.batches import model_device
 
 

@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..experts import ExpertBank
+from ..experts.bank import ExpertBank
 from ..methods import get_method
 from ..methods.fixed import PREFIX
-from ..patch import Handle, check_patch, patch
-from ..query.describe import draw
-from ..query.router import QueryRouter, similar_examples
+from ..queries.describe import draw
+from ..queries.router import QueryRouter, similar_examples
+from ..routing.patch import Handle, check_patch, patch
 from .answers import Answerer
 from .metrics import accuracy, exact_match, wilson
 from .runs import Run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..experts import ExpertBank
+from ..experts.bank import ExpertBank
 from .answers import Answerer
 from .evaluate import Settings, check_runs, label, patched, row_queries, task_queries
 from .probe import ModuleSums, probe

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..routed_linear import BACKENDS, RoutedLinear
+from ..routing.routed_linear import BACKENDS, RoutedLinear
 
 
 @dataclass

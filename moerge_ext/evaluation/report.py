@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..adapter_files.atomic import write_atomically
+from ..files.atomic import write_atomically
 from .evaluate import Score
 
 CHANCE = "chance"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..generate import ALL, parse_option
 from ..methods import get_method
 from ..methods.fixed import PREFIX
+from ..methods.option_text import ALL, parse_option
 
 BASE = "base"  # the model without experts
 MULTITASK = "multitask"  # one LoRA, trained on the data of all experts

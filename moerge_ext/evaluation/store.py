@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..adapter_files.atomic import write_atomically
+from ..files.atomic import write_atomically
 
 
 class Answers:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..rows import read_json, read_rows
+from ..files.rows import read_json, read_rows
 
 METRICS = ("exact_match", "accuracy", "rank")
 META = 'an object, with "choices", if any, a list of texts'

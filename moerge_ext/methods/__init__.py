@@ -1,4 +1,10 @@
-"""The routing methods: METHODS is the table, one `Method` per row; a new method is a row in a file here."""
+"""The routing methods: METHODS is the table, one `Method` per row; a new method is a row in a file here.
+
+A file is a family. `base.py` says what a row holds, `gating.py` and `prototypes.py` build gates. Start with `base.py`
+and `phatgoose.py`.
+
+May import: experts, files.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..experts import ExpertBank, ModuleBank
+from ..experts.bank import ExpertBank, ModuleBank
 from .base import Method, Plan, Routing, Taxonomy, is_finite_number, is_integer
 from .gating import InverseTemperature, expert_mask
 from .prototypes import power_iteration_prototypes, svd_prototypes

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from ..adapter_files.kinds import AVERAGE_ACTIVATION as KIND
+from ..experts.kinds import AVERAGE_ACTIVATION as KIND
 from .arrow import PAPER as ARROW_PAPER
 from .base import Method, Routing
 from .gating import InverseTemperature, average_activation_plan, check_gate_norm, gates_lacking

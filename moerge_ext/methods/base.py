@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..experts import ExpertBank, ModuleBank
+from ..experts.bank import ExpertBank, ModuleBank
 
 HIDDEN_STATES = "the base model's hidden states"  # `Embedder.from_hidden_states`
 GATE_EPS = 1e-5  # the epsilon of `route`'s standardization, used on gates as well

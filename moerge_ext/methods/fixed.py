@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..experts import ExpertBank, ModuleBank
-from ..module_bank import kernel_copy
+from ..experts.bank import ExpertBank, ModuleBank
+from ..experts.module_bank import kernel_copy
 from .base import Method, Plan, Taxonomy
 
 PREFIX = "expert:"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter_files.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
-from ..experts import ExpertBank, ModuleBank
+from ..experts.bank import ExpertBank, ModuleBank
+from ..experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
 from .base import Plan, Routing, standardize
 
 MENDS = {

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..experts import ExpertBank, ModuleBank
+from ..experts.bank import ExpertBank, ModuleBank
 from .base import Method, Plan, Routing, Taxonomy
 from .gating import expert_mask
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter_files.kinds import SIGMOID_GATE
+from ..experts.kinds import SIGMOID_GATE
 from .base import Method, Routing, is_finite_number
 from .gating import InverseTemperature, gates_lacking, sigmoid_gate_plan
 from .phatgoose import TAXONOMY as LOCAL_TAXONOMY

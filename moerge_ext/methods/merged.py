@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..experts import ExpertBank, ModuleBank
-from ..module_bank import kernel_copy
+from ..experts.bank import ExpertBank, ModuleBank
+from ..experts.module_bank import kernel_copy
 from .base import Method, Plan, Taxonomy
 from .phatgoose import PAPER
 

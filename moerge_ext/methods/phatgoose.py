@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..adapter_files.kinds import SIGMOID_GATE
+from ..experts.kinds import SIGMOID_GATE
 from .base import Method, Routing, Taxonomy
 from .gating import gates_lacking, sigmoid_gate_plan
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..adapter_files.kinds import AVERAGE_ACTIVATION
-from ..adapters import write_gates
+from ..experts.formats.peft import write_gates
+from ..experts.kinds import AVERAGE_ACTIVATION
 from .batches import Batch, BatchSource, Collate, run_model
 from .gated_lora import GatedLoRA, gated_model
 

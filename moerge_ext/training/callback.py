@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from .gated_lora import GatedModel
+
+class Gates(Protocol):
+    """What the callback asks of a `GatedModel`."""
+
+    def check_target(self, folder: str | Path | None) -> Any: ...
+
+    def snapshot(self) -> dict[str, Tensor]: ...
+
+    def restore(self, gates: dict[str, Tensor]) -> None: ...
+
+    def save(self, folder: str | Path | None, *, metadata: dict[str, Any]) -> Any: ...
 
 
 class GateTrainerCallback(TrainerCallback):
@@ -24,7 +33,7 @@ class GateTrainerCallback(TrainerCallback):
 
     def __init__(
         self,
-        gated: GatedModel,
+        gated: Gates,
         *,
         folder: str | Path | None = None,
         metric: str = "eval_loss",

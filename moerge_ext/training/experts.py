@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import replace_module
+from ..routing.layers import replace_module
 from .batches import Collate, as_source
 from .loop import TrainingOptions, TrainingResult, discard_state, fit, kept_step, seeded
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapter_files.atomic import write_atomically
-from ..adapter_files.kinds import SIGMOID_GATE
-from ..adapters import Adapter, LoraWeights, read_adapter, write_gates
-from ..layers import execution_device, linear_features, replace_module
+from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
+from ..experts.kinds import SIGMOID_GATE
+from ..files.atomic import write_atomically
+from ..routing.layers import execution_device, linear_features, replace_module
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..experts import ExpertBank
-from ..patch import Handle, patch
-from ..pretrained import is_seq2seq
+from ..experts.bank import ExpertBank
+from ..models.pretrained import is_seq2seq
+from ..routing.patch import Handle, patch
 from .batches import Batch, BatchSource, Collate
+from .encoding import collator, encode
 from .loop import batch_loss
 
 OPTIMIZERS = ("nevergrad", "cobyla")
@@ -135,8 +136,6 @@ class LoraHubRouter:
 
     def task_affinities(self, examples: Sequence[Mapping[str, str]], handle: Handle) -> Tensor:
         """Solved examples {"input", "target"} of one task -> weights [1,E], by `handle.options`."""
-        from .cli import collator, encode
-
         rows = [{**row, "input": self.template.replace("{input}", row["input"])} for row in examples]
         seq2seq = is_seq2seq(handle.model.config)
         features = [encode(row, self.tokenizer, self.max_length, seq2seq=seq2seq) for row in rows]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..adapter_files.atomic import write_atomically
+from ..files.atomic import write_atomically
 
 STATE_FILE = "moerge_gates.checkpoint.safetensors"
 _FORMAT = "moerge-training-state"

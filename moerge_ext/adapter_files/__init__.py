@@ -1,1 +1,0 @@
-"""The parts of an adapter folder, each read without trust; `moerge_ext.adapters` puts them together."""

@@ -1,0 +1,83 @@
+"""`moerge describe`: the global vector of one expert."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..files.rows import read_rows
+from ..queries.describe import EXAMPLES, describe
+from ..queries.embedder import Embedder
+from ..queries.hidden import base_name
+from ..queries.index import index_examples
+from .options import add_embedder, add_writer, build_embedder, build_writer, check_writer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    add = parser.add_argument
+    add("--adapter", type=Path, required=True, metavar="DIR", help="the expert's PEFT LoRA folder")
+    add("--examples", type=Path, metavar="FILE", help='JSON lines {"input": ..., "target": ...} of its training data')
+    add("--instruction", metavar="TEXT", help="the task in one sentence, instead of --examples and --writer")
+    add("--index", type=int, metavar="N", help="embed up to N of --examples, for the retrieval methods (1000)")
+    add(
+        "--hidden-layer",
+        type=int,
+        metavar="N",
+        help="with --index: --embedder is the base model, and its hidden state N is averaged (-2: method dam)",
+    )
+    add("--count", type=int, default=EXAMPLES, help="examples shown to the language model (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    add("--output", type=Path, metavar="DIR", help="where to write (default: the adapter's folder)")
+    add("--device", default="cpu", help="of the models (default: %(default)s)")
+    add_writer(parser)
+    add_embedder(parser, required=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
+    check_writer(args)
+    describing = args.instruction is not None or bool(args.writer)
+    check(args, describing)
+    rows = read_rows(args.examples, text=True) if args.examples is not None else []
+    embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
+    if describing:
+        made = describe(
+            args.adapter,
+            rows,
+            embedder,
+            build_writer(args, args.device),
+            instruction=args.instruction,
+            count=args.count,
+            seed=args.seed,
+            output_dir=args.output,
+        )
+        print(f"instruction: {made.instruction}\nwrote {made.path}")
+    if args.index is not None:
+        print(f"wrote {index_examples(args.adapter, rows, embedder, samples=args.index, seed=args.seed)}")
+    return 0
+
+
+def check(args: argparse.Namespace, describing: bool) -> None:
+    """ValueError for arguments that do not go together."""
+    if not describing and args.index is None:
+        raise ValueError(
+            "pass --examples FILE and --writer MODEL, or --instruction TEXT, or --examples FILE and --index N"
+        )
+    if args.instruction is not None and (args.writer or (args.examples is not None and args.index is None)):
+        raise ValueError("--instruction is used as it is: leave --writer out, and --examples unless there is --index")
+    if args.index is not None and (args.index < 1 or args.examples is None):
+        raise ValueError(f"--index takes the number of --examples to embed, at least 1; got {args.index}")
+    if args.writer and args.examples is None:
+        raise ValueError("--writer writes from examples: pass --examples FILE")
+    if args.hidden_layer is not None and describing:
+        raise ValueError("--hidden-layer is for --index alone: instructions are embedded by a model of texts")
+
+
+def base_embedder(args: argparse.Namespace) -> Embedder:
+    """The embedder of --hidden-layer."""
+    from ..models.pretrained import load_model, load_tokenizer, usable_device
+
+    model = load_model(args.embedder, dtype="float32", device=usable_device(args.device))
+    name = args.embedder_name or base_name(args.embedder)
+    return Embedder.from_hidden_states(model, load_tokenizer(args.embedder), layer=args.hidden_layer, name=name)

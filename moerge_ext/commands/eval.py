@@ -1,0 +1,127 @@
+"""`moerge eval`: methods on tasks, as a table."""
+
+from __future__ import annotations
+
+import argparse
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
+from ..evaluation.tasks import METRICS, Task, load_task
+from ..methods.fixed import PREFIX
+from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    add_tasks_and_model(parser)
+    add = parser.add_argument
+    add(
+        "--methods",
+        default="",
+        metavar="A,B,...",
+        help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, "
+        + ", ".join(DERIVED),
+    )
+    add("--ablation", choices=("glider", "glider_code"), help="add the rows of GLIDER's ablations of this method")
+    add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
+    add("--metric", choices=METRICS, help="of all tasks (default: what their meta.json says)")
+    add("--sum-log-likelihood", action="store_true", help="rank by the sum over an answer's tokens, not their mean")
+    add(
+        "--similar",
+        type=int,
+        default=0,
+        metavar="N",
+        help="solved examples of the task that --writer sees with a query; 3 is GLIDER, 0 its zero-shot variant",
+    )
+    add("--batch-size", type=int, default=16, help="sequences per forward (default: %(default)s)")
+    add("--max-new-tokens", type=int, help="of generated answers (default: the longest target of the task)")
+    add(
+        "--calibrate",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="held-in tasks whose validation.jsonl sets glider's threshold",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=Path("moerge-eval"),
+        help="answers, tables, chart (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
+    check_writer(args)
+    tasks = read_tasks(args, metric=args.metric)
+    texts = with_top_k(listed(args.methods), args.top_k)
+    if not texts and not args.ablation and not args.multitask:
+        raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
+
+    from rich.console import Console
+
+    from .. import load_experts
+    from ..evaluation.evaluate import Settings, derive, evaluate
+    from ..evaluation.report import terminal, write
+
+    settings = Settings(
+        template=args.template.replace("\\n", "\n"),
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        length_norm=not args.sum_log_likelihood,
+        similar=args.similar,
+    )
+    experts = load_experts(args.experts)
+    if args.ablation:
+        texts += ablation(args.ablation, len(experts))
+    runs, derived = parse_runs(texts, experts.names)
+    loaded = cache(partial(load, args))
+    routers = build_routers(args, experts, [run.method for run in runs], loaded)
+    if args.calibrate:
+        calibrate(args, routers, tasks)
+    model, tokenizer = loaded()
+    facts = {"model": args.model, "experts": [str(path) for path in args.experts]}
+    scores = evaluate(
+        model,
+        tokenizer,
+        experts,
+        runs,
+        tasks,
+        settings,
+        routers=routers,
+        facts=facts,
+        output=args.output,
+        progress=not args.no_progress,
+    )
+    scores += derive(scores, derived)
+    if args.multitask:
+        one = load_experts({MULTITASK: args.multitask})
+        alone = [Run(MULTITASK, PREFIX + MULTITASK)]
+        facts = {"model": args.model, "experts": [args.multitask]}
+        options = {"facts": facts, "output": args.output, "progress": not args.no_progress}
+        scores += evaluate(model, tokenizer, one, alone, tasks, settings, **options)
+    paths = write(scores, args.output)
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(terminal(scores))
+    for name in derived:
+        console.print(f"{name}: {DERIVED[name]}", highlight=False)
+    console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+    return 0
+
+
+def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Task]) -> None:
+    """Set the threshold of the instruction router from held-in tasks, and draw where it lies, with held-out `tasks`."""
+    from ..queries.calibration import calibrate_threshold
+
+    if "instruction" not in routers:
+        raise ValueError("--calibrate is for glider: add it to --methods")
+    held_in = {}
+    for folder in args.calibrate:
+        task = load_task(folder, split="validation", metric="exact_match")
+        held_in[task.name] = [row["input"] for row in task.rows]
+    held_out = {task.name: [row["input"] for row in task.rows] for task in tasks if task.part == "heldout"}
+    found = calibrate_threshold(routers["instruction"], held_in, held_out)
+    print(f"threshold {found.threshold:.4f}, scores in {found.plot(args.output / 'threshold.png')}")

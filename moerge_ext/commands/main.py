@@ -1,0 +1,53 @@
+"""The `moerge` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from .._version import __version__
+
+# command: (the module with its `add_arguments` and `run`, what it does); imported when it is called
+COMMANDS = {
+    "doctor": (".doctor", "what was built, what this machine has, whether they fit"),
+    "methods": (".methods", "the routing methods, their options and their papers"),
+    "generate": (".generate", "one prompt through your model and experts"),
+    "train-gates": (".train_gates", "train the routing gates of one expert"),
+    "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
+    "eval": (".eval", "methods on tasks: a table with intervals"),
+    "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
+    "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
+    "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
+    "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
+}
+
+
+def _run(args: argparse.Namespace) -> int:
+    return import_module(COMMANDS[args.command][0], __package__).run(args)
+
+
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The whole parser; a named `command` gets its own arguments only, so that `doctor` imports nothing."""
+    root = argparse.ArgumentParser(prog="moerge", description="Route among LoRA experts, per token and per layer.")
+    root.add_argument("--version", action="version", version=f"moerge_ext {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if command in (name, None):
+            import_module(module, __package__).add_arguments(sub)
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; an error that the user can mend is one line (or a list) on standard error, status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv[0] if argv else "doctor").parse_args(argv)
+    try:
+        return _run(args)
+    except (ValueError, OSError, ImportError) as error:  # ImportError: an optional library is missing
+        print(f"moerge {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"moerge {args.command}: interrupted", file=sys.stderr)
+        return 130

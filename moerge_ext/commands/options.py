@@ -1,0 +1,228 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..ensemble.judge import JUDGES
+from ..evaluation.tasks import Task, load_task
+from ..files.rows import read_rows
+from ..methods.base import HIDDEN_STATES
+from ..methods.option_text import top_k
+from ..queries.embedder import Embedder
+from ..queries.hidden import GENERIC, base_name
+from ..queries.writer import InstructionWriter
+
+HIDDEN_LAYER = -2  # DAM: the penultimate one
+KEY = "OPENAI_API_KEY"  # the environment variable that clients of such servers read
+
+
+def add_embedder(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Declare the options of the embedder."""
+    add = parser.add_argument_group("embedder").add_argument
+    add("--embedder", metavar="MODEL", required=required, help="a sentence-transformers model: hub id or folder")
+    add(
+        "--mean-pool",
+        action="store_true",
+        help="take --embedder as a transformers encoder and average its last hidden states",
+    )
+    add("--embedder-name", metavar="NAME", help="what to call it (default: the last part of --embedder)")
+    add("--embedder-prefix", metavar="TEXT", default="", help='put before every text, such as "search_query: "')
+
+
+def add_writer(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the language model that writes instructions."""
+    add = parser.add_argument_group("language model that writes instructions").add_argument
+    add("--writer", metavar="MODEL", help="a transformers model (hub id or folder), or a model of --writer-url")
+    add(
+        "--writer-url",
+        metavar="URL",
+        help=f"an OpenAI-compatible server, such as http://localhost:8000/v1 (its key is read from ${KEY})",
+    )
+    add("--writer-timeout", type=float, default=60.0, metavar="S", help="seconds per request (default: %(default)s)")
+
+
+def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
+    """The embedder of the arguments; ValueError without one."""
+    if not args.embedder:
+        raise ValueError("--embedder is needed: a sentence-transformers model, or with --mean-pool any encoder")
+    name = args.embedder_name
+    if name is None and Path(args.embedder).is_dir() and Path(args.embedder).name in GENERIC:
+        raise ValueError(
+            f"--embedder {args.embedder} does not say which model it is: pass --embedder-name, such as all-MiniLM-L6-v2"
+        )
+    make = Embedder.from_transformers if args.mean_pool else Embedder.from_sentence_transformers
+    return make(args.embedder, name=name, prefix=args.embedder_prefix, device=device)
+
+
+def check_writer(args: argparse.Namespace) -> None:
+    """ValueError for options of the writer that do not go together."""
+    if args.writer_url and not args.writer:
+        raise ValueError("--writer-url needs --writer MODEL, the name of the model on that server")
+    if args.writer_timeout <= 0:
+        raise ValueError(f"--writer-timeout must be positive, got {args.writer_timeout:g}")
+
+
+def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWriter | None:
+    """The writer of the arguments, or None when they name none."""
+    check_writer(args)
+    if not args.writer:
+        return None
+    if args.writer_url:
+        return InstructionWriter.from_endpoint(
+            args.writer_url, args.writer, api_key=os.environ.get(KEY), timeout=args.writer_timeout
+        )
+    return InstructionWriter.from_transformers(args.writer, device=device)
+
+
+def add_hidden_layer(parser: argparse.ArgumentParser) -> None:
+    """Declare the option of methods that embed by the base model."""
+    parser.add_argument(
+        "--hidden-layer",
+        type=int,
+        default=HIDDEN_LAYER,
+        metavar="N",
+        help="of the base model that method dam reads; -2: the last but one (default: %(default)s)",
+    )
+    parser.add_argument("--base-name", metavar="NAME", help="what dam's index calls the base (default: from --model)")
+
+
+def build_routers(
+    args: argparse.Namespace, experts: Any, methods: list[str | None], load: Callable[[], tuple[Any, Any]]
+) -> dict[str, Any]:
+    """The routers that the methods ask for, {`Method.router`: router}.
+
+    load() -> (model, tokenizer), called only for a method that needs them.
+    """
+    from ..methods import get_method
+    from ..queries.example_router import ExampleRouter
+    from ..queries.router import AskRouter, QueryRouter
+
+    kinds = {get_method(name).router for name in methods if name is not None} - {None}
+    routers: dict[str, Any] = {}
+    writer = build_writer(args, args.device) if kinds & {"instruction", "ask"} else None
+    if "ask" in kinds:
+        if writer is None:
+            raise ValueError("ask_llm needs --writer, the language model that picks the expert")
+        routers["ask"] = AskRouter(experts, writer)
+    embedder = build_embedder(args, args.device) if kinds & {"instruction", "examples"} else None
+    if "instruction" in kinds:
+        routers["instruction"] = QueryRouter(experts, embedder, writer)
+    if "examples" in kinds:
+        routers["examples"] = ExampleRouter(experts, embedder)
+    if HIDDEN_STATES in kinds:
+        base = Embedder.from_hidden_states(
+            *load(), layer=args.hidden_layer, name=args.base_name or base_name(args.model)
+        )
+        routers[HIDDEN_STATES] = ExampleRouter(experts, base)
+    if "few-shot" in kinds:
+        from ..training.lorahub import LoraHubRouter
+
+        routers["few-shot"] = LoraHubRouter(load()[1], getattr(args, "template", "{input}").replace("\\n", "\n"))
+    return routers
+
+
+def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
+    """Declare what `eval` and `inspect` share: model, experts, tasks."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
+    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")
+    add("--split", default="test", help="which <split>.jsonl of the tasks (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="the first N rows of every task (default: all)")
+    add(
+        "--top-k",
+        type=top_k,
+        metavar="K",
+        help="experts per token, or 'all', of every method that sets none itself",
+    )
+    add("--template", default="{input}", help="the prompt; \\n is a line end (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
+    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
+    add("--no-progress", action="store_true", help="no progress bar")
+    add_embedder(parser)
+    add_hidden_layer(parser)
+    add_writer(parser)
+
+
+def listed(methods: str) -> list[str]:
+    """The methods of `--methods`."""
+    return [text.strip() for text in methods.split(",") if text.strip()]
+
+
+def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task]:
+    """The tasks of the arguments; one ValueError with what is wrong with each."""
+    tasks, problems = [], []
+    for folder in args.tasks:
+        try:
+            tasks.append(load_task(folder, split=args.split, limit=args.limit, metric=metric))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tasks
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from ..models.pretrained import load_model, load_tokenizer, usable_device
+
+    device = usable_device(args.device)
+    return load_model(args.model, dtype=args.dtype, device=device), load_tokenizer(args.model)
+
+
+def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
+    """Declare what both commands take: model, prompts, questions."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="folder or hub id of the backbone, with its tokenizer")
+    add("--prompts", required=True, type=Path, metavar="FILE", help="the prompt experts: a JSON list, see the README")
+    add("--data", required=True, type=Path, metavar="FILE", help='JSON lines {"input": question, "target": answer}')
+    add("--judge", choices=tuple(JUDGES), default="exact", help="when an answer is right (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="the first N questions (default: all)")
+    add("--max-new-tokens", type=int, default=64, help="of an answer (default: %(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; \\n is a line end; repeatable")
+    add("--batch-size", type=int, default=16, help="questions at a time (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the backbone")
+    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
+    add("--no-progress", action="store_true", help="no progress bar")
+    add_embedder(parser)
+
+
+def read_questions(args: argparse.Namespace) -> list[dict]:
+    """The questions; ValueError for arguments out of range."""
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return read_rows(args.data)[: args.limit]
+
+
+def build_ensemble(args: argparse.Namespace) -> Any:
+    """The ensemble of --model and --prompts, without a router."""
+    from .. import load_experts, patch
+    from ..ensemble.config import read_experts
+    from ..ensemble.mixture import PromptEnsemble
+    from ..models.pretrained import load_model, load_tokenizer, usable_device
+
+    experts, loras = read_experts(args.prompts, lambda: build_embedder(args, args.device))
+    model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
+    handle = patch(model, load_experts(loras), method="given", top_k=1) if loras else None
+    return PromptEnsemble(model, load_tokenizer(args.model), experts, handle=handle)
+
+
+def answering(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `answers_of`."""
+    from ..ensemble.config import read_entries
+
+    return {
+        "output": args.output,
+        "facts": {"model": args.model, "prompts": read_entries(args.prompts)},
+        "batch_size": args.batch_size,
+        "progress": not args.no_progress,
+        "max_new_tokens": args.max_new_tokens,
+        "stop": [text.replace("\\n", "\n") for text in args.stop],
+    }

@@ -1,0 +1,41 @@
+"""What `moerge inspect` writes of an inspection, and what it takes from an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..files.rows import read_json
+from ..methods.fixed import PREFIX
+
+
+def record(i: Any, score: float | None) -> dict[str, Any]:
+    """One row of inspect.json: an `Inspection` and the score of its method on its task."""
+    return {
+        "method": i.method,
+        "task": i.task,
+        "oracle": i.oracle,
+        "entropy": i.entropy,
+        "kl_oracle_routing": i.divergence,
+        "weight_of_oracle": i.to_oracle,
+        "score": score,
+        "modules": {name: (m.distribution / m.tokens).tolist() for name, m in i.modules.items()},
+    }
+
+
+def read_results(path: Path) -> list[dict]:
+    """The rows of a results.json; ValueError when it is none."""
+    rows = read_json(path, "the results.json of `moerge eval`")
+    try:
+        return [{key: row[key] for key in ("method", "task", "score")} for row in rows]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no results.json of `moerge eval`") from error
+
+
+def best_experts(results: list[dict]) -> dict[str, str]:
+    """{task: its best expert} from the `expert:<name>` rows."""
+    best: dict[str, dict] = {}
+    for row in results:
+        if row["method"].startswith(PREFIX) and row["score"] > best.get(row["task"], {"score": -1.0})["score"]:
+            best[row["task"]] = row
+    return {task: row["method"][len(PREFIX) :] for task, row in best.items()}

@@ -1,0 +1,65 @@
+"""Where an expert's folder is: a local path, or an id on the Hugging Face hub (or in its local cache).
+
+user/repo                       the adapter at the top of a repository
+user/repo/some/subfolder        an adapter in a folder of it
+...@revision                    a branch, tag or commit, always last: user/repo/subfolder@v2
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .formats.peft import CONFIG_FILE, WEIGHTS_FILE
+
+ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "moerge_gates*.safetensors", "moerge_examples*.safetensors")
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
+_HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?P<sub>(/{_PART})*)(@(?P<revision>[A-Za-z0-9_][\w.\-/]*))?", re.A)
+
+
+def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
+    """(default name, folder) of a local path or a hub id; a path that exists locally wins.
+
+    Only the adapter's own files are fetched. Without a network the local cache is used. The default name is
+    the last part of the path or id, without the revision. Raises ValueError when nothing is found, with the
+    reason.
+    """
+    try:
+        text = os.fspath(source)
+        if isinstance(text, bytes):
+            raise TypeError
+        local = Path(text).expanduser()
+        if text and local.exists():
+            return local.resolve().name if local.name in ("", "..") else local.name, local
+    except TypeError:
+        raise ValueError(f"an expert must be a path or a hub id, got {type(source).__name__}") from None
+    except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, no home folder
+        raise ValueError(f"{str(source)[:200]!r} is not a usable path") from None
+    match = _HUB_ID.fullmatch(text) if isinstance(source, str) else None
+    if match is None or ".." in text:
+        raise ValueError(
+            f"there is no local folder {text!r}, and it is no hub id (user/repo, user/repo/subfolder, each with "
+            "@revision or without): check the path"
+        )
+    folder = _snapshot(match["repo"], match["sub"].strip("/"), match["revision"])
+    return (match["repo"] + match["sub"]).rsplit("/", 1)[-1], folder
+
+
+def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and most experts are local
+
+    where = f"{repo}{'/' + subfolder if subfolder else ''}{'@' + revision if revision else ''}"
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in ALLOWED_FILES]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"there is no local folder {where!r}, and the hub has no such adapter for you ({reason}): check the path, "
+            "or the id, the revision, the network and your access"
+        ) from error
+    folder = root / subfolder
+    if not folder.is_dir():
+        raise ValueError(f"hub repository {repo} has no adapter in folder {subfolder!r} (revision {root.name})")
+    return folder

@@ -1,0 +1,132 @@
+"""LoRA adapters of a live PEFT model, under the same rules as a folder. The model is read, never changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..files.safefile import FLOATS, AdapterError, path_problem
+from .formats.peft import PREFIX, GateSet, LoraWeights, ModuleHeader, common_dtype
+from .formats.peft_config import check_config
+
+
+@dataclass(frozen=True)
+class LiveAdapter:
+    """The same face as `AdapterHeader`, over the layers of a model."""
+
+    name: str
+    base_model: str | None
+    config: dict[str, Any]
+    modules: dict[str, ModuleHeader]
+    layers: dict[str, nn.Module] = field(repr=False)
+    gates: dict[str, GateSet] = field(default_factory=dict)
+    folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def read(self) -> Iterator[tuple[str, LoraWeights]]:
+        """(module path, weights) of every module; the tensors are the model's own: copy, never write."""
+        for path, module in self.modules.items():
+            a, b, bias = _tensors(self.layers[path], self.name)
+            yield (
+                path,
+                LoraWeights(a.detach(), b.detach(), module.scaling, None if bias is None else bias.detach()),
+            )
+
+
+def is_peft_model(source: Any) -> bool:
+    """Whether `source` is a model with PEFT adapters (a PeftModel, or a transformers model with adapters
+    added).
+    """
+    return isinstance(source, nn.Module) and isinstance(getattr(source, "peft_config", None), dict)
+
+
+def live_adapters(model: nn.Module) -> tuple[list[LiveAdapter], dict[str, list[str]]]:
+    """(the adapters that can be experts, {adapter name: problems} of the others)."""
+    layers = {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A")
+    }
+    found, bad = [], {}
+    for name, config in model.peft_config.items():
+        try:
+            found.append(_live_adapter(name, config, layers))
+        except AdapterError as error:
+            bad[repr(name)] = error.problems
+    return found, bad
+
+
+def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveAdapter:
+    values = _plain(config.to_dict())
+    values["auto_mapping"] = None  # a note for loading; the model is loaded already
+    rules, problems = check_config(values)
+    modules: dict[str, ModuleHeader] = {}
+    for path, layer in layers.items():
+        if name not in layer.lora_A and name not in getattr(layer, "lora_embedding_A", {}):
+            continue
+        reasons = _layer_problems(path, layer, name)
+        problems += reasons
+        if not reasons:
+            modules[path] = _module_header(layer, name)
+    if not modules and not problems:
+        problems.append("no layer of the model carries this adapter")
+    if problems:
+        raise AdapterError(problems)
+    base_model = rules.base_model if rules is not None else None
+    return LiveAdapter(name, base_model, values, modules, {path: layers[path] for path in modules})
+
+
+def _plain(value: Any) -> Any:
+    """A config as JSON would show it: enums as their values, sets and tuples as lists."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(entry) for entry in value]
+    return getattr(value, "value", value)
+
+
+def _layer_problems(path: str, layer: nn.Module, name: str) -> list[str]:
+    if why := path_problem(path):
+        return [why]
+    if name not in layer.lora_A:
+        return [f"{path}: LoRA on an embedding, which is not a linear layer"]
+    if isinstance(getattr(layer, "base_layer", None), nn.MultiheadAttention):
+        return [f"{path}: LoRA on nn.MultiheadAttention, which is not a linear layer"]
+    problems = []
+    if getattr(layer, "merged_adapters", None):
+        problems.append(f"{path}: adapters are merged into the base weight; call unmerge_adapter() first")
+    a, b, bias = _tensors(layer, name)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        return [f"{path}: expected lora_A [R, D] and lora_B [O, R], got {list(a.shape)} and {list(b.shape)}"]
+    for part in (a, b) if bias is None else (a, b, bias):
+        if part.is_meta:
+            problems.append(f"{path}: its weights are on the meta device (offloaded); move the model first")
+        elif part.dtype not in FLOATS.values():
+            problems.append(f"{path}: LoRA weights must be floats, got {part.dtype}")
+    if not math.isfinite(layer.scaling[name]):
+        problems.append(f"{path}: scaling is {layer.scaling[name]}")
+    return problems
+
+
+def _tensors(layer: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    lora_b = layer.lora_B[name]
+    return layer.lora_A[name].weight, lora_b.weight, getattr(lora_b, "bias", None)
+
+
+def _module_header(layer: nn.Module, name: str) -> ModuleHeader:
+    parts = [part for part in _tensors(layer, name) if part is not None]
+    header = ModuleHeader(
+        in_features=parts[0].shape[1],
+        out_features=parts[1].shape[0],
+        rank=parts[0].shape[0],
+        scaling=float(layer.scaling[name]),
+        dtype=common_dtype(part.dtype for part in parts),
+        has_bias=len(parts) == 3,
+        nbytes=0,
+    )
+    return replace(header, nbytes=sum(part.nbytes for part in parts))

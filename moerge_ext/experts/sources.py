@@ -1,0 +1,293 @@
+"""From adapters to stacked tensors: everything is checked before anything is allocated, and copied once."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..files.safefile import AdapterError
+from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, inspect_adapter, nonfinite_problems
+from .hub import find_adapter
+from .live_peft import is_peft_model, live_adapters
+from .module_bank import ModuleBank
+
+PROGRESS_AFTER = 2.5  # seconds
+MAX_LISTED = 20  # problems shown per expert when several are refused; `problems` holds all
+# Padding ranks to the largest multiplies memory. Beyond this factor over what the files hold, and beyond the
+# free allowance, one expert of a huge rank is inflating the whole bank.
+MAX_PADDING = 64
+FREE_PADDING = 1 << 30  # bytes
+
+
+class Source(Protocol):
+    """A checked adapter that can be read module by module: AdapterHeader or LiveAdapter."""
+
+    name: str
+    folder: Path | None
+    base_model: str | None
+    modules: dict[str, ModuleHeader]
+    gates: dict[str, GateSet]
+    notes: list[str]
+
+    def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
+
+
+def collect_sources(paths: Any) -> list[Source]:
+    """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
+    bad: dict[str, list[str]] = {}
+    if isinstance(paths, nn.Module):
+        if not is_peft_model(paths):
+            raise ValueError(
+                f"load_experts: {type(paths).__name__} has no PEFT adapters; pass a PeftModel, paths, or {{name: path}}"
+            )
+        sources, bad = live_adapters(paths)
+        total = len(sources) + len(bad)
+    else:
+        named = _named_folders(paths, bad)
+        total = len(named) + len(bad)
+        sources = []
+        for name, folder in tqdm(named.items(), "checking experts", delay=PROGRESS_AFTER, leave=False):
+            try:
+                sources.append(inspect_adapter(name, folder))
+            except AdapterError as error:
+                bad[f"{name!r} ({folder})"] = error.problems
+    if not sources and not bad:
+        raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
+    bad |= _misfits(sources)
+    if bad:
+        # all are refused now, so what reading them would find belongs to the list
+        for source in tqdm(sources, "looking for NaN", delay=PROGRESS_AFTER, leave=False):
+            bad.setdefault(repr(source.name), []).extend(_stored_problems(source))
+        raise _refusal({name: problems for name, problems in bad.items() if problems}, total)
+    _check_padding(sources)
+    return sources
+
+
+def _stored_problems(source: Source) -> list[str]:
+    """NaN and inf in the file of one expert."""
+    try:
+        return [p for path, w in source.read() for p in nonfinite_problems(path, w.lora_A, w.lora_B, w.bias)]
+    except ValueError as error:
+        return [str(error)]
+
+
+def _named_folders(paths: Any, bad: dict[str, list[str]]) -> dict[str, Path]:
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    if isinstance(paths, Mapping):
+        pairs = list(paths.items())
+        if wrong := [name for name, _ in pairs if not isinstance(name, str) or not name]:
+            raise ValueError(f"load_experts: expert names must be non-empty strings, got {wrong}")
+    elif isinstance(paths, Iterable):
+        pairs = [(None, path) for path in paths]
+    else:
+        raise ValueError(f"load_experts: expected paths, {{name: path}} or a PeftModel, got {type(paths).__name__}")
+    found: list[tuple[str, Path]] = []
+    for name, path in pairs:
+        try:
+            default, folder = find_adapter(path)
+        except ValueError as error:
+            bad[f"{name!r}" if name else f"{str(path)[:200]!r}"] = [str(error)]
+            continue
+        found.append((name or default, folder))
+    for name, count in Counter(name for name, _ in found).items():
+        if count > 1:
+            folders = ", ".join(str(folder) for other, folder in found if other == name)
+            bad[repr(name)] = [f"{count} experts have this name ({folders}); pass {{name: path}} to name them apart"]
+    return dict(found)
+
+
+def _refusal(bad: Mapping[str, Sequence[str]], total: int) -> AdapterError:
+    """One error for all experts; `problems` holds a line per problem, the expert's name in front."""
+    problems = [f"expert {name}: {problem}" for name, reasons in bad.items() for problem in reasons]
+    error = AdapterError(problems, f"load_experts: {len(bad)} of {total} experts cannot be used")
+    if len(bad) > 1:  # a long list for one expert must not hide another
+        lines = []
+        for name, reasons in bad.items():
+            lines.append(f"\nexpert {name}:")
+            lines += [f"\n  - {reason}" for reason in reasons[:MAX_LISTED]]
+            if len(reasons) > MAX_LISTED:
+                lines.append(f"\n  - ... and {len(reasons) - MAX_LISTED} more problems")
+        error.args = (f"load_experts: {len(bad)} of {total} experts cannot be used:" + "".join(lines),)
+    return error
+
+
+def _misfits(sources: Sequence[Source]) -> dict[str, list[str]]:
+    """{expert: what is wrong}, one line each, for experts whose modules have another D or O than most experts'."""
+    differing: dict[int, list[str]] = {}
+    agreeing: dict[int, set[int]] = {}
+    for path, holders in _by_module(sources).items():
+        shapes = Counter((m.out_features, m.in_features) for _, m in holders)
+        (usual, count), *_ = shapes.most_common()
+        for e, module in holders:
+            shape = (module.out_features, module.in_features)
+            if shape != usual:
+                differing.setdefault(e, []).append(
+                    f"{path}: made for a layer [O={shape[0]}, D={shape[1]}], {count} other expert(s) for "
+                    f"[O={usual[0]}, D={usual[1]}]"
+                )
+                agreeing.setdefault(e, set()).update(o for o, m in holders if (m.out_features, m.in_features) == usual)
+    bad = {}
+    for e, said in differing.items():
+        more = f"; {len(said)} of its {len(sources[e].modules)} modules differ" if len(said) > 1 else ""
+        theirs = sorted({sources[o].base_model or "not named" for o in agreeing[e]})
+        bases = f" (its base model: {sources[e].base_model or 'not named'}; theirs: {', '.join(theirs)})"
+        bad[repr(sources[e].name)] = [said[0] + more + bases]
+    return bad
+
+
+def _check_padding(sources: Sequence[Source]) -> None:
+    """AdapterError, naming the expert to blame, when one huge rank would inflate everybody's stack."""
+    total_stored = total_padded = 0
+    worst = (0, "", 0, 0)  # bytes of padding, module, expert id, rank
+    for path, holders in _by_module(sources).items():
+        stored = sum(module.nbytes for _, module in holders)
+        e, widest = max(holders, key=lambda item: item[1].rank)
+        element = max(module.dtype.itemsize for _, module in holders)
+        padded = len(sources) * widest.rank * (widest.in_features + widest.out_features) * element
+        total_stored, total_padded = total_stored + stored, total_padded + padded
+        worst = max(worst, (padded - stored, path, e, widest.rank))
+    if total_padded > MAX_PADDING * total_stored + FREE_PADDING:
+        _, path, e, rank = worst
+        problem = (
+            f"{path}: padding all {len(sources)} experts to its rank {rank} makes the bank "
+            f"{total_padded / 2**30:.1f} GiB, {total_padded // total_stored} times what the adapters hold; "
+            "load it apart"
+        )
+        raise _refusal({repr(sources[e].name): [problem]}, len(sources))
+
+
+def _by_module(sources: Sequence[Source]) -> dict[str, list[tuple[int, ModuleHeader]]]:
+    """{module path: [(expert id, header)]}, paths in natural order (layer 2 before layer 10)."""
+    found: dict[str, list[tuple[int, ModuleHeader]]] = {}
+    for e, source in enumerate(sources):
+        for path, module in source.modules.items():
+            found.setdefault(path, []).append((e, module))
+    return {path: found[path] for path in sorted(found, key=_natural)}
+
+
+def _natural(path: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"([0-9]+)", path)
+    # digits beyond any layer count are compared as text: int() of a very long run is slow
+    return [
+        (0, int(part), "") if part.isascii() and part.isdigit() and len(part) < 19 else (1, 0, part) for part in parts
+    ]
+
+
+def exact_dtype(modules: Sequence[ModuleHeader]) -> torch.dtype:
+    """The smallest dtype that holds all weights with their scaling folded in, without rounding.
+
+    16 bits stay 16 bits when every scaling is 0 or a power of two; float16 needs 1 or more, as its small
+    values lose bits when they become smaller.
+    """
+    dtype = common_dtype(module.dtype for module in modules)
+    if dtype.itemsize > 2:
+        return dtype
+    least = 1.0 if dtype == torch.float16 else 0.0
+    scalings = {abs(module.scaling) for module in modules} - {0.0}
+    exact = all(math.frexp(scaling)[0] == 0.5 and scaling >= least for scaling in scalings)
+    return dtype if exact else torch.float32
+
+
+def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device) -> dict[str, ModuleBank]:
+    """Allocate every module's stack once, then copy expert by expert. AdapterError for NaN, inf and
+    overflow.
+    """
+    holders = _by_module(sources)
+    target = dtype or exact_dtype([m for source in sources for m in source.modules.values()])
+    stacks = {path: _allocate(held, len(sources), target, device) for path, held in holders.items()}
+    bad: dict[str, list[str]] = {}
+    total = sum(module.nbytes for source in sources for module in source.modules.values())
+    options = {"unit": "B", "unit_scale": True, "delay": PROGRESS_AFTER, "leave": False}
+    with tqdm(total=total, desc="loading experts", **options) as bar:
+        for e, source in enumerate(sources):
+            try:
+                for path, weights in source.read():
+                    _place(stacks[path], e, weights)
+                    bar.update(source.modules[path].nbytes)
+            except ValueError as error:  # the file changed since it was checked
+                bad.setdefault(repr(source.name), []).append(str(error))
+    for e in _nonfinite_experts(stacks):
+        try:
+            problems = [p for path, w in sources[e].read() for p in _value_problems(stacks[path], e, path, w)]
+        except ValueError as error:
+            problems = [str(error)]
+        bad.setdefault(repr(sources[e].name), []).extend(problems)
+    if bad:
+        raise _refusal(bad, len(sources))
+    banks = {}
+    for path, held in holders.items():
+        lora_a, lora_b, bias = stacks[path]
+        ranks = [0] * len(sources)
+        for e, module in held:
+            ranks[e] = module.rank
+        present = torch.tensor([rank > 0 for rank in ranks])
+        banks[path] = ModuleBank(lora_a, lora_b.transpose(1, 2), bias, present=present, ranks=ranks)
+    return banks
+
+
+_Stack = tuple[Tensor, Tensor, Tensor | None]  # [E,R,D], [E,R,O], [E,O]
+
+
+def _allocate(held: Sequence[tuple[int, ModuleHeader]], num: int, dtype: torch.dtype, device) -> _Stack:
+    rank = max(module.rank for _, module in held)
+    first = held[0][1]
+    lora_a = torch.zeros(num, rank, first.in_features, dtype=dtype, device=device)
+    lora_b = torch.zeros(num, rank, first.out_features, dtype=dtype, device=device)
+    bias = None
+    if any(module.has_bias for _, module in held):
+        bias = torch.zeros(num, first.out_features, dtype=dtype, device=device)
+    return lora_a, lora_b, bias
+
+
+def _place(stack: _Stack, e: int, weights: LoraWeights) -> None:
+    """Copy one module of one expert into row e."""
+    lora_a, lora_b, bias = stack
+    rank = weights.lora_A.shape[0]
+    lora_a[e, :rank].copy_(weights.lora_A)
+    _put_scaled(lora_b[e, :rank], weights.lora_B.t(), weights.scaling)
+    if weights.bias is not None:
+        _put_scaled(bias[e], weights.bias, weights.scaling)
+
+
+def _put_scaled(target: Tensor, values: Tensor, scaling: float) -> None:
+    """target = scaling * values, formed in float32 (float64 stays float64) and cast once."""
+    wide = values if values.dtype == torch.float64 else values.float()
+    if wide.dtype == target.dtype and wide.device == target.device:
+        torch.mul(wide, scaling, out=target)
+    else:
+        target.copy_(wide * scaling)
+
+
+def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> list[int]:
+    """Ids of experts with NaN or inf anywhere."""
+    found: set[int] = set()
+    for stack in stacks.values():
+        for tensor in stack:
+            # a finite sum proves that every term is finite, without a mask as large as the stack
+            if tensor is not None and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                flat = tensor.flatten(1)
+                found.update(e for e in range(len(flat)) if not torch.isfinite(flat[e]).all())
+    return sorted(found)
+
+
+def _value_problems(stack: _Stack, e: int, path: str, weights: LoraWeights) -> list[str]:
+    """What is wrong with the values of one module of one expert: as stored, or once scaled and cast."""
+    problems = nonfinite_problems(path, weights.lora_A, weights.lora_B, weights.bias)
+    if problems:
+        return problems
+    hint = "; pass dtype=torch.float32" if stack[0].dtype == torch.float16 else ""
+    return [
+        f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into lora_B and bias){hint}"
+        for part, tensor in zip(("lora_A", "lora_B", "lora_B.bias"), stack, strict=True)
+        if tensor is not None and not torch.isfinite(tensor[e]).all()
+    ]

@@ -1,0 +1,6 @@
+"""Files: what others made, read without trust; what we make, written whole or not at all.
+
+`safefile.py` reads safetensors within limits, `rows.py` JSON lines, `atomic.py` writes.
+
+May import: nothing of this package.
+"""

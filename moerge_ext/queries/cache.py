@@ -1,0 +1,60 @@
+"""Results of language and embedding models on disk, found again by the hash of what they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..files.atomic import write_atomically
+
+
+def default_folder() -> Path:
+    """$MOERGE_CACHE, or moerge_ext in the user's cache folder."""
+    if os.environ.get("MOERGE_CACHE"):
+        return Path(os.environ["MOERGE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moerge_ext"
+
+
+class TextCache:
+    """JSON values by content: `parts` (strings) say what a value was made from; their SHA-256 names its file."""
+
+    def __init__(self, folder: str | os.PathLike | None = None):
+        self.folder = default_folder() if folder is None else Path(folder)
+
+    def get(self, *parts: str) -> Any | None:
+        """The value made from `parts`, or None when there is none (a damaged file counts as none)."""
+        try:
+            return json.loads(self._path(parts).read_text(encoding="utf-8"))["value"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, value: Any, *parts: str) -> None:
+        """Keep `value`; a reader sees all of it or nothing."""
+        path = self._path(parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write_text(json.dumps({"value": value}), encoding="utf-8"))
+
+    def _path(self, parts: tuple[str, ...]) -> Path:
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest}.json"
+
+
+def model_identity(path: str | os.PathLike) -> str:
+    """What a cache key says of a model: a hub id as it is, a folder with its files' names, sizes and times.
+
+    A folder that is trained on or replaced is another model; the weights need not be read to see it.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(path)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    facts = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return f"{folder.resolve()}#{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
+
+
+def model_name(path: str | os.PathLike) -> str:
+    """The last part of a hub id or folder: "sentence-transformers/all-MiniLM-L6-v2" -> "all-MiniLM-L6-v2"."""
+    return str(path).rstrip("/").rpartition("/")[2]

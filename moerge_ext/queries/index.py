@@ -1,0 +1,93 @@
+"""Embedded examples of an expert's training data, in a safetensors file beside its adapter, one per embedder."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..experts.formats.peft import inspect_adapter
+from ..files.atomic import write_atomically
+from ..files.safefile import FLOATS, AdapterError, file_inside, open_tensors, read_headers, read_tensor
+from .embedder import Embedder
+from .vectors import unit
+from .writer import Example
+
+PREFIX, SUFFIX = "moerge_examples.", ".safetensors"
+FORMAT, KEY = "moerge-examples", "embeddings"
+SAMPLES = 1000  # per expert: PHATGOOSE, arXiv 2402.05859, section 4.2, baseline "Retrieval"
+
+
+@dataclass(frozen=True)
+class ExampleIndex:
+    """vectors [M,G] float32 of unit length; embedder: the name of the model that made them."""
+
+    vectors: Tensor
+    embedder: str
+
+
+def index_examples(
+    adapter: str | os.PathLike,
+    examples: Sequence[Example],
+    embedder: Embedder,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> Path:
+    """Embed the inputs of up to `samples` random rows of an expert's training data and store them beside its adapter.
+
+    Returns the file. ValueError for a folder that is no adapter, no examples, or what the embedder refuses; nothing is
+    written then.
+    """
+    folder = Path(adapter)
+    inspect_adapter(folder.name, folder)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if not examples:
+        raise ValueError("no examples: an index needs at least one row with an input")
+    chosen = random.Random(seed).sample(list(examples), min(samples, len(examples)))
+    vectors = unit(embedder([row.get("input", row.get("text", "")) for row in chosen]))
+    metadata = {"format": FORMAT, "version": "1", "embedder": embedder.name, "seed": str(seed)}
+    path = folder / index_file(embedder.name)
+    write_atomically(path, lambda file: save_file({KEY: vectors.contiguous()}, file, metadata))
+    return path
+
+
+def index_file(embedder: str) -> str:
+    """The name of the file for the embedder of this name."""
+    return PREFIX + re.sub(r"[^A-Za-z0-9.=-]+", "_", embedder)[:100] + SUFFIX
+
+
+def read_index(folder: str | os.PathLike, embedder: str) -> ExampleIndex:
+    """The index beside an adapter that this embedder made; AdapterError (a ValueError) when none can be used."""
+    folder = Path(folder).resolve()
+    path = folder / index_file(embedder)
+    if not path.is_file():
+        others = [file.name[len(PREFIX) : -len(SUFFIX)] for file in sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))]
+        found = f"only by {', '.join(others)}" if others else "not at all"
+        raise AdapterError(
+            [
+                f"its examples are indexed {found}, and the queries' embedder is '{embedder}': run `moerge describe "
+                f"--adapter {folder} --index 1000 ...` or moerge_ext.index_examples(adapter, rows, embedder)"
+            ]
+        )
+    with open_tensors(file_inside(folder, path.name)) as handle:
+        metadata, headers = dict(handle.metadata() or {}), read_headers(handle)
+        header = headers.get(KEY)
+        if metadata.get("format") != FORMAT or header is None or header.dtype not in FLOATS or len(header.shape) != 2:
+            raise AdapterError([f"{path} is no index of examples"])
+        if metadata.get("embedder") != embedder:
+            raise AdapterError(
+                [f"{path} was made by embedder '{metadata.get('embedder')}', the queries' is '{embedder}': index again"]
+            )
+        vectors = read_tensor(handle, KEY, header).to(torch.float32, copy=True)
+    if not vectors.numel() or not vectors.isfinite().all():
+        raise AdapterError([f"{path} holds no vectors, or values that are not finite"])
+    return ExampleIndex(unit(vectors), embedder)

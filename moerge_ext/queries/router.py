@@ -1,0 +1,235 @@
+"""GLIDER's global router: the affinity of a query to every expert, from embedded instructions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..experts.bank import ExpertBank
+from ..experts.kinds import INSTRUCTION
+from ..methods.base import HIDDEN_STATES, Method
+from .describe import EXAMPLES
+from .embedder import Embedder
+from .vectors import unit
+from .writer import Example, InstructionWriter
+
+PAPER_EMBEDDER = "nomic-embed-text-v1.5"  # the threshold of `glider`, 0.8, was chosen for it
+SAME = 0.99  # cosine of one text embedded twice by one model, with room for another device or precision
+SimilarExamples = Callable[[str], Sequence[Example]]
+
+
+class Router:
+    """What `handle.queries` asks: `names` are its experts, `source` the kind of method that it serves."""
+
+    source: str
+    names: tuple[str, ...]
+    embedder: Embedder | None = None
+
+    def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
+        """texts (N) -> affinities [N,E] float32 under a method's options."""
+        raise NotImplementedError
+
+    def settings(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's options, completed with what depends on the router."""
+        return dict(options)
+
+    def without_cache(self) -> Router:
+        """The same router, which keeps no embedding on disk: for texts that are seen once."""
+        router = copy.copy(self)
+        if router.embedder is not None:
+            router.embedder = copy.copy(router.embedder)
+            router.embedder.cache = None
+        return router
+
+    def bias(self, texts: Sequence[str], method: Method, options: Mapping[str, Any], names: tuple[str, ...]) -> Tensor:
+        """The score bias [N,E] of `texts` under `method`; ValueError when the router does not fit method or experts."""
+        if self.source != method.source or tuple(self.names) != tuple(names):
+            raise ValueError(
+                f"method '{method.name}' takes a router by {method.source} over the experts {', '.join(names)}; "
+                f"got one by {self.source} over {', '.join(self.names)}"
+            )
+        if method.embedder == HIDDEN_STATES and (self.embedder is None or not self.embedder.of_base):
+            raise ValueError(
+                f"method '{method.name}' routes by {HIDDEN_STATES}: index the experts with "
+                "Embedder.from_hidden_states(model, tokenizer) and give the router that embedder"
+            )
+        settings = self.settings(method.name, options)
+        return method.bias(self.scores(texts, settings), settings)
+
+
+class QueryRouter(Router):
+    """Scores queries against the experts' global vectors, GLIDER, arXiv 2410.07172, section 4.2:
+
+        s_glob[n,e] = cos(embed(instruction(query_n)), v_e)
+
+    Args:
+        experts: the bank; every expert needs the vector that `moerge describe` (or `describe`) stores.
+        embedder: the one the experts were described with; another name is an error, and so is a model that gives
+            their stored instructions other vectors (`verify=False` skips that).
+        writer: the language model that writes a query's instruction. None embeds the query itself, which is not the
+            paper's method; see `variant`.
+        similar: query -> solved examples like it; the paper gives three. Without them the method is zero-shot.
+        threshold: of method `glider` for this embedder; `calibrate_threshold` finds one.
+    """
+
+    source = "instruction"  # of the methods that it serves
+    task_examples = EXAMPLES  # solved examples that say what a task is
+
+    def __init__(
+        self,
+        experts: ExpertBank,
+        embedder: Embedder,
+        writer: InstructionWriter | None = None,
+        *,
+        similar: SimilarExamples | None = None,
+        threshold: float | None = None,
+        verify: bool = True,
+    ):
+        self.names, self.embedder, self.writer = experts.names, embedder, writer
+        self.similar, self.threshold = similar, threshold
+        if similar is not None and writer is None:
+            raise ValueError("similar examples are for the writer: pass a writer, or leave `similar` out")
+        self.instructions = _check_experts(experts, embedder)
+        stored = experts.global_vectors[INSTRUCTION]
+        self.vectors = unit(torch.stack([stored[name].cpu() for name in self.names]))  # [E,G]
+        if verify:
+            self._verify()
+
+    @property
+    def variant(self) -> str:
+        """How results made with this router are to be labelled."""
+        if self.writer is None:
+            return "no writer"
+        return "zero-shot" if self.similar is None else "few-shot"
+
+    def describe(self, texts: Sequence[str]) -> list[str]:
+        """What stands for every query: its instruction, or the query itself without a writer."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if self.writer is None:
+            return texts
+        written = {
+            text: self.writer.query(text, self.similar(text) if self.similar else ()) for text in dict.fromkeys(texts)
+        }
+        return [written[text] for text in texts]
+
+    def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
+        """As `affinities`; no option changes them."""
+        return self.affinities(texts)
+
+    def affinities(self, texts: Sequence[str]) -> Tensor:
+        """texts (N) -> cosines [N,E] float32."""
+        return unit(self.embedder(self.describe(texts))) @ self.vectors.T
+
+    def task_affinities(self, examples: Sequence[Example], handle: Any = None) -> Tensor:
+        """Solved examples of one task -> [1,E]: one vector per task, as `glider_code` was run.
+
+        handle: of the patched model; this router does not need it.
+        """
+        text = [example["input"] for example in examples] if self.writer is None else [self.writer.task(examples)]
+        return unit(unit(self.embedder(text)).mean(0, keepdim=True)) @ self.vectors.T
+
+    def settings(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` of a method with the threshold that is right for this embedder.
+
+        The caller's, or this router's, or the paper's for the paper's embedder; else ValueError.
+        """
+        options = dict(options)
+        if options.get("threshold", 0.0) is not None:
+            return options
+        if self.threshold is not None:
+            options["threshold"] = self.threshold
+        elif not self.embedder.name.startswith(PAPER_EMBEDDER):
+            raise ValueError(
+                f"method '{method}': its threshold of 0.8 belongs to {PAPER_EMBEDDER}, and the embedder here is "
+                f"{self.embedder.name}: call calibrate_threshold(router, held_in_queries), or pass threshold=..."
+            )
+        return options
+
+    def _verify(self) -> None:
+        known = {name: text for name, text in self.instructions.items() if text}
+        if not known:
+            return
+        vectors = unit(self.embedder(list(known.values())))
+        rows = self.vectors[[self.names.index(name) for name in known]]
+        if vectors.shape != rows.shape:
+            raise ValueError(
+                f"embedder '{self.embedder.name}' gives vectors of {vectors.shape[1]} numbers, the experts' have "
+                f"{rows.shape[1]}: it is not the model they were described with"
+            )
+        cosines = (vectors * rows).sum(1)
+        if cosines.min() < SAME:
+            worst = list(known)[int(cosines.argmin())]
+            raise ValueError(
+                f"embedder '{self.embedder.name}' is not the model that the experts were described with: the "
+                f"instruction of '{worst}' has cosine {cosines.min():.3f} to its stored one, expected at least {SAME}"
+            )
+
+
+def _check_experts(experts: ExpertBank, embedder: Embedder) -> dict[str, str]:
+    """{expert: its instruction, "" when the file has none}; ValueError listing every expert that cannot be used."""
+    vectors = experts.global_vectors.get(INSTRUCTION, {})
+    facts = experts.global_metadata.get(INSTRUCTION, {})
+    problems = []
+    missing = [name for name in experts.names if name not in vectors]
+    if missing:
+        problems.append(
+            f"no global vector for {', '.join(missing)}: make it with `moerge describe --adapter DIR --examples FILE`"
+        )
+    sizes = {name: len(vector) for name, vector in vectors.items()}
+    if len(set(sizes.values())) > 1:
+        problems.append(f"the global vectors differ in length: {sizes}")
+    for name in vectors:
+        theirs = facts.get(name, {}).get("embedder")
+        if theirs is not None and theirs != embedder.name:
+            problems.append(
+                f"'{name}' was described with embedder '{theirs}', the queries' is '{embedder.name}': use that one, or "
+                "describe the expert again"
+            )
+    if problems:
+        raise ValueError("the experts cannot be routed by their instructions:\n- " + "\n- ".join(problems))
+    return {name: facts.get(name, {}).get("instruction", "") for name in experts.names}
+
+
+class AskRouter(Router):
+    """A language model picks the expert from the list of their instructions (Airoboros, LlamaIndex).
+
+    writer: the model; experts: each needs the instruction that `moerge describe` stores.
+    """
+
+    source = "ask"
+
+    def __init__(self, experts: ExpertBank, writer: InstructionWriter):
+        facts = experts.global_metadata.get(INSTRUCTION, {})
+        missing = [name for name in experts.names if not facts.get(name, {}).get("instruction")]
+        if missing:
+            raise ValueError(
+                f"no instruction for {', '.join(missing)}: write it with `moerge describe --adapter DIR ...`"
+            )
+        self.names, self.writer = experts.names, writer
+        self.instructions = [facts[name]["instruction"] for name in experts.names]
+
+    def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
+        """texts (N) -> [N,E] float32: 1 for the expert that was picked."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        picked = {text: self.writer.choose(text, self.instructions) for text in dict.fromkeys(texts)}
+        return torch.nn.functional.one_hot(torch.tensor([picked[t] for t in texts]), len(self.names)).float()
+
+
+def similar_examples(embedder: Embedder, rows: Sequence[Example], count: int = 3) -> SimilarExamples:
+    """query -> the `count` rows whose inputs are most similar to it, for `QueryRouter(similar=...)`.
+
+    A row with the query's own input is left out. ValueError for fewer than `count` rows.
+    """
+    if len(rows) < count:
+        raise ValueError(f"expected at least {count} solved examples, got {len(rows)}")
+    vectors = unit(embedder([row["input"] for row in rows]))
+
+    def nearest(query: str) -> list[Example]:
+        order = (vectors @ unit(embedder([query]))[0]).argsort(descending=True, stable=True).tolist()
+        return [rows[i] for i in order if rows[i]["input"] != query][:count]
+
+    return nearest

@@ -1,0 +1,200 @@
+"""InstructionWriter: a language model that says in one sentence what a task asks for (GLIDER, arXiv 2410.07172)."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .cache import TextCache, model_identity, model_name
+from .endpoint import Endpoint, EndpointError
+
+# What appendix A.1 of the paper asks for, in our words: one sentence that names the skill.
+_ASK = (
+    "In one sentence, instruct somebody to do this task: name the skill it needs and the kind of answer it wants. "
+    "Do not solve it and do not repeat the examples.\nInstruction:"
+)
+MAX_INSTRUCTION = 600  # characters; more is no sentence
+Example = Mapping[str, str]
+
+
+class WriterError(ValueError):
+    """The language model wrote something that is no instruction."""
+
+
+class InstructionWriter:
+    """Writes one-sentence task instructions with a language model.
+
+    Args:
+        generate: prompt -> text, any callable.
+        name: of the model, recorded beside what it wrote.
+        cache: where instructions are kept, by the hash of model and prompt; None keeps none (a callable can change
+            without its name changing).
+        identity: what the cache knows the model by; default `name`.
+        attempts, backoff: how often a failing endpoint or an unusable answer is tried, waiting `backoff` seconds
+            before the second attempt and twice as long before each further one. Nothing of a failure is cached.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[str], str],
+        *,
+        name: str,
+        cache: TextCache | None = None,
+        identity: str | None = None,
+        attempts: int = 1,
+        backoff: float = 1.0,
+    ):
+        if not callable(generate):
+            raise ValueError(f"generate must be a callable prompt -> text, got {type(generate).__name__}")
+        if attempts < 1:
+            raise ValueError(f"attempts must be at least 1, got {attempts}")
+        self.generate, self.name, self.cache = generate, name, cache
+        self.identity, self.attempts, self.backoff = identity or name, attempts, backoff
+
+    @classmethod
+    def from_endpoint(
+        cls,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        attempts: int = 4,
+        backoff: float = 1.0,
+        cache: TextCache | None = None,
+    ) -> InstructionWriter:
+        """A writer over any OpenAI-compatible server: `base_url` such as "http://localhost:8000/v1"."""
+        endpoint = Endpoint(base_url, model, api_key, timeout)
+        return cls(
+            endpoint,
+            name=model,
+            cache=TextCache() if cache is None else cache,
+            identity=f"{base_url} {model}",
+            attempts=attempts,
+            backoff=backoff,
+        )
+
+    @classmethod
+    def from_transformers(
+        cls, path: str, *, device: str = "cpu", dtype: str = "auto", max_new_tokens: int = 64, cache=None
+    ) -> InstructionWriter:
+        """A writer over a transformers model, causal (its chat template is used when it has one) or seq2seq; greedy."""
+        from ..models.pretrained import load_model, load_tokenizer, usable_device
+
+        device = usable_device(device)
+        generate = TransformersGenerator(
+            load_model(path, dtype=dtype, device=device), load_tokenizer(path), max_new_tokens
+        )
+        cache = TextCache() if cache is None else cache
+        return cls(generate, name=model_name(path), cache=cache, identity=f"{model_identity(path)} {max_new_tokens}")
+
+    def task(self, examples: Sequence[Example]) -> str:
+        """The instruction of the task that `examples` ({"input", "target"}) belong to."""
+        if not examples:
+            raise ValueError("no examples: an instruction is written from at least one {'input', 'target'}")
+        shown = "\n\n".join(_shown(example) for example in examples)
+        return self._write(f"Here are {len(examples)} examples of one task.\n\n{shown}\n\n{_ASK}")
+
+    def query(self, text: str, examples: Sequence[Example] = ()) -> str:
+        """The instruction of the task behind one query, from the query and similar solved examples if there are any."""
+        if not text.strip():
+            raise ValueError("an empty query has no task: expected some text")
+        solved = "".join(_shown(example) + "\n\n" for example in examples)
+        head = f"Here are {len(examples)} solved inputs of one task and a new one." if examples else "Here is an input."
+        return self._write(f"{head}\n\n{solved}Input: {text.strip()}\n\n{_ASK}")
+
+    def choose(self, text: str, instructions: Sequence[str]) -> int:
+        """The number (from 0) of the instruction that fits a query, as the model picks it from a list."""
+        if not text.strip():
+            raise ValueError("an empty query fits no task: expected some text")
+        shown = "\n".join(f"{i}. {instruction}" for i, instruction in enumerate(instructions, 1))
+        prompt = (
+            f"Input: {text.strip()}\n\nWhich of these tasks does the input belong to?\n{shown}\n\n"
+            f"Answer with one number from 1 to {len(instructions)}.\nNumber:"
+        )
+        return self._write(prompt, lambda answer: parse_choice(answer, len(instructions)))
+
+    def _write(self, prompt: str, parse: Callable[[Any], Any] | None = None) -> Any:
+        """What `parse` (default: `clean`) finds in the model's answer."""
+        if self.cache is not None and (known := self.cache.get("instruction", self.identity, prompt)) is not None:
+            return known
+        for attempt in range(1, self.attempts + 1):
+            try:
+                instruction = (parse or clean)(self.generate(prompt))
+                break
+            except (EndpointError, WriterError) as error:
+                if attempt == self.attempts or not getattr(error, "transient", True):
+                    tried = f" ({attempt} attempts)" if attempt > 1 else ""
+                    raise type(error)(f"writer '{self.name}': {error}{tried}") from error
+            time.sleep(self.backoff * 2 ** (attempt - 1))
+        if self.cache is not None:
+            self.cache.put(instruction, "instruction", self.identity, prompt)
+        return instruction
+
+
+def _shown(example: Example) -> str:
+    return f"Input: {example['input'].strip()}\nOutput: {example['target'].strip()}"
+
+
+def clean(answer: Any) -> str:
+    """The sentence in a model's answer: its first line without label, quotes or hidden reasoning.
+
+    WriterError for what is none: not text, no two words, or longer than a sentence.
+    """
+    if not isinstance(answer, str):
+        raise WriterError(f"expected an instruction as text, got {type(answer).__name__}")
+    text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line = re.sub(r"^(the )?(task )?instruction\s*:\s*", "", line, flags=re.IGNORECASE).strip(" \"'*`")
+    if len(re.findall(r"[^\W\d_]{2,}", line)) < 2 or len(line) > MAX_INSTRUCTION:
+        raise WriterError(
+            f"expected one sentence of at most {MAX_INSTRUCTION} characters, got {answer[:120]!r}; "
+            "use a larger language model, or give the instruction yourself"
+        )
+    return line
+
+
+def parse_choice(answer: Any, count: int) -> int:
+    """The first whole number of an answer, from 0; WriterError when it has none in 1 .. count."""
+    found = (
+        re.search(r"\d+", re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL))
+        if isinstance(answer, str)
+        else None
+    )
+    if found is None or not 1 <= int(found[0]) <= count:
+        raise WriterError(
+            f"expected a number from 1 to {count}, got {str(answer)[:120]!r}; use a larger language model"
+        )
+    return int(found[0]) - 1
+
+
+class TransformersGenerator:
+    """prompt -> greedy continuation by a transformers model.
+
+    ValueError for a prompt that does not fit the model's context.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int):
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+
+    def __call__(self, prompt: str) -> str:
+        import torch
+
+        from ..models.pretrained import is_seq2seq
+        from ..models.prompt import encode
+
+        chat = bool(getattr(self.tokenizer, "chat_template", None))
+        inputs = encode(self.tokenizer, prompt, chat=chat).to(self.model.device)
+        length, seq2seq = inputs["input_ids"].shape[1], is_seq2seq(self.model.config)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        needed = length + (0 if seq2seq else self.max_new_tokens)
+        if context is not None and needed > context:
+            raise ValueError(
+                f"the prompt has {length} tokens and the answer needs {self.max_new_tokens}, more than the model's "
+                f"context of {context}: use fewer or shorter examples, or a model with a longer context"
+            )
+        with torch.no_grad():
+            ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return self.tokenizer.decode(ids[0, 0 if seq2seq else length :], skip_special_tokens=True)

@@ -1,1 +1,0 @@
-"""From the text of a query to the affinity of its sequence to every expert."""

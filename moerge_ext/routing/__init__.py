@@ -1,0 +1,8 @@
+"""A model with experts in place: `patch()`, the handle, and the layer that does the work.
+
+`patch.py` puts a `RoutedLinear` (`routed_linear.py`) in the place of every layer that the experts name; `layers.py`
+says what counts as a linear layer, `trace.py` what the router did, `growing.py` follows text that `generate` makes
+longer. Start with `patch.py`.
+
+May import: ops, methods, experts, files, native.
+"""

@@ -1,0 +1,341 @@
+"""Turns a model into a routed model in place: `patch` wraps its linear layers, the handle controls and removes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..experts.bank import ExpertBank
+from ..experts.live_peft import is_peft_model
+from ..methods import get_method
+from ..methods.base import Method, Plan, Routing
+from .growing import GrowingTexts, watch_steps
+from .layers import execution_device, linear_features, replace_module, watch_batch
+from .routed_linear import BACKENDS, RoutedLinear, RoutingState
+from .trace import Trace
+from .ways import Explanation, explain
+
+_SHOWN = 20  # problems listed in full before the rest is only counted
+# what `queries` asks, by the `source` of a method
+ROUTERS = {
+    "instruction": "moerge_ext.QueryRouter(experts, embedder, ...)",
+    "examples": "moerge_ext.ExampleRouter(experts, embedder)",
+    "ask": "moerge_ext.AskRouter(experts, writer)",
+}
+
+
+class Handle:
+    """Controls one patched model. `names` are the experts, `modules` the patched paths, `method` the row in use.
+
+    Also a context manager: the patch is removed on exit.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
+        self.model, self.method, self.names, self.options = model, method, names, options
+        self.modules: tuple[str, ...] = ()
+        self.router: Any = None  # what `queries` asks, see ROUTERS
+        self._state = state
+
+    def remove(self) -> None:
+        """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
+        foreign = [n for n in self.modules if not isinstance(self.model.get_submodule(n), RoutedLinear)]
+        if foreign:
+            raise RuntimeError(
+                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected RoutedLinear); "
+                "undo that replacement first"
+            )
+        for name in self.modules:
+            routed = self.model.get_submodule(name)
+            replace_module(self.model, name, routed.base_layer)
+        self.modules = ()
+        if getattr(self.model, "_moerge_handle", None) is self:
+            del self.model._moerge_handle
+
+    def _check_alive(self) -> None:
+        if not self.modules:
+            raise ValueError("this handle was removed: patch the model again and use the new handle")
+
+    @contextmanager
+    def record(self, *, tokens: bool = False) -> Iterator[Trace]:
+        """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
+
+        ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
+        """
+        self._check_alive()
+        if self.method.routing is None:
+            raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
+        if self._state.trace is not None:
+            raise ValueError("record() is already active on this model; leave that block first")
+        self._state.trace = trace = Trace(self.names, tokens)
+        try:
+            yield trace
+        finally:
+            self._state.trace = None
+
+    @contextmanager
+    def affinities(self, scores: Tensor) -> Iterator[None]:
+        """Sets the global affinity of every sequence to every expert for the forwards inside the block.
+
+        Args:
+            scores: [N,E], or [E] for one row that serves all. N rows share the tokens of each forward evenly, in order,
+                so under beam search and sampling with several sequences each row covers its own copies.
+        """
+        self._check_alive()
+        if self.method.bias is None:
+            raise ValueError(f"method '{self.method.name}' takes no global affinities; glider and glider_code do")
+        scores = torch.as_tensor(scores)
+        rows = scores[None] if scores.dim() == 1 else scores
+        if rows.dim() != 2 or rows.shape[1] != len(self.names) or rows.shape[0] == 0:
+            raise ValueError(
+                f"affinities must be [N, E={len(self.names)}] or [E={len(self.names)}], got {list(scores.shape)}"
+            )
+        if not rows.isfinite().all():
+            raise ValueError("affinities must be finite")
+        with self._rows(self.method.bias(rows.float(), self.options)):
+            yield
+
+    @contextmanager
+    def queries(self, texts: str | Sequence[str], router: Any = None, *, tokenizer: Any = None) -> Iterator[None]:
+        """Routes the sequences of the forwards inside the block by their texts.
+
+        Args:
+            texts: N queries, in the order of the batch's rows (one text serves all rows).
+            router: what scores them, a `QueryRouter` or `ExampleRouter`; default `handle.router`, set once.
+            tokenizer: the model's, for a method that reads the text again as `generate` makes it longer
+                (`token_level`); a forward outside of `generate` is routed by the queries alone.
+
+        ValueError for a method that reads no queries, a missing router or tokenizer, a router of another kind or of
+        other experts, and a batch that does not hold the same number of rows per query.
+        """
+        self._check_alive()
+        router = self.router if router is None else router
+        if self.method.source not in ROUTERS:
+            raise ValueError(
+                f"method '{self.method.name}' does not read queries: leave `with handle.queries(...)` out, or patch "
+                "with a method that does, such as glider, retrieval or centroid"
+            )
+        if router is None:
+            raise ValueError(f"queries() needs a router: set handle.router = {ROUTERS[self.method.source]} first")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if "every" not in self.options:
+            with self._rows(router.bias(texts, self.method, self.options, self.names)):
+                yield
+            return
+        if tokenizer is None:
+            raise ValueError(
+                f"method '{self.method.name}' reads the text again as it grows: pass handle.queries(texts, "
+                "tokenizer=tokenizer), the model's"
+            )
+        router = router.without_cache()  # every prefix is seen once
+        follow = GrowingTexts(texts, tokenizer, self.options["every"])
+
+        def see(ids: Tensor) -> None:
+            if (grown := follow(ids)) is not None:
+                self._state.set_bias(router.bias(grown, self.method, self.options, self.names))
+
+        with self._rows(router.bias(texts, self.method, self.options, self.names)), watch_steps(self.model, see):
+            yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model alone for the forwards inside the block; what `queries` or `affinities` set stays."""
+        self._check_alive()
+        before, self._state.enabled = self._state.enabled, False
+        try:
+            yield
+        finally:
+            self._state.enabled = before
+
+    @contextmanager
+    def _rows(self, bias: Tensor) -> Iterator[None]:
+        """bias [N,E] added to the scores of the forwards inside the block."""
+        before = self._state.bias.clone() if self._state.active else None
+        self._state.set_bias(bias)
+        watch = watch_batch(self.model, bias.shape[0], lambda: self._state.enabled)
+        try:
+            yield
+        finally:
+            watch.remove()
+            if before is not None:
+                self._state.set_bias(before)
+            self._state.active = before is not None
+
+    def explain(self, *, grad: bool = False) -> Explanation:
+        """Which way every kind of routed layer takes at present, and why not a faster one; print it.
+
+        For tokens of the type of the layer's weights, in inference or (`grad`) with gradients.
+        """
+        self._check_alive()
+        return explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules)} modules)"
+
+
+def patch(
+    model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
+) -> Handle:
+    """Routes a model's linear layers among experts, in place.
+
+    Args:
+        model: any torch model whose layers have the paths the experts were trained on. Offload or dispatch it with
+            accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
+        experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
+        method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
+        backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
+        options: the method's own parameters and those of `route`: top_k, top_p, scale, weighting, aggregation, ...
+
+    Returns:
+        The handle: `handle.remove()`, `handle.record()`, `handle.affinities(...)`.
+
+    Raises:
+        ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
+    """
+    row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
+    problems = _model_problems(model, experts, routing)
+    plans: dict[str, Plan] = {}
+    for name, bank in experts.modules.items():
+        try:
+            plans[name] = row.plan(experts, bank, name, settings)
+        except ValueError as error:
+            problems.append(str(error))
+    if not problems:
+        problems += _device_problems(model, experts, backend)
+    if problems:
+        raise ValueError(_listing(method, problems))
+    state = RoutingState()
+    handle = Handle(model, row, experts.names, state, settings)
+    routed = {
+        name: RoutedLinear(
+            model.get_submodule(name),
+            plan,
+            routing,
+            name=name,
+            factored=aggregation == "factored",
+            needs_bias=row.bias is not None,
+            state=state,
+            backend=backend,
+        )  # fmt: skip
+        for name, plan in plans.items()
+    }
+    for name, layer in routed.items():
+        replace_module(model, name, layer)
+    handle.modules = tuple(routed)
+    model._moerge_handle = handle
+    return handle
+
+
+def check_patch(
+    model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
+) -> None:
+    """Raises the ValueError that `patch` would, without building what the method needs."""
+    row, (routing, _, _) = _configured(experts, method, backend, options)
+    problems = _model_problems(model, experts, routing)
+    if row.lacks is not None:
+        problems += row.lacks(experts)
+    if problems := problems or _device_problems(model, experts, backend):
+        raise ValueError(_listing(method, problems))
+
+
+def _configured(experts: ExpertBank, method: str, backend: str, options: dict[str, Any]):
+    """(the row, what it makes of the options)."""
+    if not isinstance(experts, ExpertBank):
+        raise ValueError(f"experts must be an ExpertBank, from load_experts(...), got {type(experts).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'native' or 'reference', got {backend!r}")
+    row = get_method(method)
+    return row, row.configure(**options)
+
+
+def get_handle(model: nn.Module) -> Handle:
+    """The handle of a patched model: for a deepcopy or an unpickled copy, whose handle is its own."""
+    handle = getattr(model, "_moerge_handle", None)
+    if handle is None:
+        raise ValueError("this model is not patched by moerge_ext")
+    return handle
+
+
+def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | None) -> list[str]:
+    """What keeps the experts from fitting the model."""
+    problems = []
+    layers = dict(model.named_modules(remove_duplicate=False))
+    if any(isinstance(layer, RoutedLinear) for layer in layers.values()):
+        return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
+    if is_peft_model(model) and hasattr(model, "unload"):
+        return [
+            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass the model inside, "
+            "model.unload() (before that, moerge_ext.load_experts(model) makes experts of its adapters)"
+        ]
+    if not experts.modules:
+        problems.append("the experts have no LoRA module")
+    if routing is not None and routing.top_k is not None and routing.top_k > len(experts):
+        problems.append(
+            f"top_k={routing.top_k} is more than the number of experts, E={len(experts)}: "
+            f"pass top_k={len(experts)}, or None for all"
+        )
+    seen: dict[int, str] = {}
+    for name, bank in experts.modules.items():
+        layer = layers.get(name)
+        if layer is None:
+            problems.append(f"module '{name}' of the experts is not in {type(model).__name__}{_near(name, layers)}")
+            continue
+        features = linear_features(layer)
+        if features is None:
+            problems.append(f"module '{name}' is not a linear layer but {type(layer).__name__}")
+        elif features != (bank.in_features, bank.out_features):
+            problems.append(
+                f"module '{name}': the layer is D={features[0]} -> O={features[1]}, "
+                f"the experts are D={bank.in_features} -> O={bank.out_features}"
+            )
+        if seen.setdefault(id(layer), name) != name:
+            problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
+    return problems
+
+
+def _near(name: str, layers: dict[str, nn.Module]) -> str:
+    """A hint when the path only differs by a prefix."""
+    for other in layers:
+        if other and name and (other.endswith("." + name) or name.endswith("." + other)):
+            return f" (it has '{other}': were the experts trained on another class of this model?)"
+    return ""
+
+
+def _device_problems(model: nn.Module, experts: ExpertBank, backend: str) -> list[str]:
+    devices = {execution_device(model.get_submodule(name)).type for name in experts.modules}
+    problems = []
+    if "meta" in devices:
+        problems.append("the model's weights are on the meta device: load them before the patch")
+    if backend == "native":
+        problems += [
+            f"this build has no kernels for '{device}'; move the model to the CPU or pass backend=\"reference\""
+            for device in sorted(devices - {"meta"})
+            if not ops.has_kernels(device)
+        ]
+    return problems
+
+
+def _listing(method: str, problems: list[str]) -> str:
+    modules: dict[str, list[str]] = {}  # one line for what is wrong in the same way in many modules
+    for problem in problems:
+        name, said = re.fullmatch(r"(?:(module '[^']*'): )?(.*)", problem, re.DOTALL).groups()
+        modules.setdefault(said, []).extend([name] if name else [])
+    lines = []
+    for said, names in modules.items():
+        more = f" and {len(names) - 3} more modules" if len(names) > 3 else ""
+        lines.append(f"{', '.join(names[:3])}{more}: {said}" if names else said)
+    shown = lines[:_SHOWN]
+    if len(lines) > _SHOWN:
+        shown.append(f"... and {len(lines) - _SHOWN} more")
+    return f"cannot patch the model with method '{method}':\n" + "\n".join(f"  - {p}" for p in shown)

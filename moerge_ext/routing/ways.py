@@ -1,0 +1,192 @@
+"""Which way a routed layer takes, and why not a faster one. From fast to slow:
+
+    fused     base layer and branch are one op
+    short     torch's linear, then the branch written into its result
+    in place  the base layer as it is called, then the branch written into its result
+    apart     the base layer as it is called, then the branch in a result of its own
+
+Each `against_...` returns the reasons against a way, none where it is taken: RoutedLinear decides by them, `explain`
+prints them. They run at every forward of every layer, so they read plain dictionaries and make texts only where there
+is a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+
+from .layers import execution_device
+
+# Where a plain base layer and its branch are one op, whatever the number of tokens. A guess, not measured on a GPU yet.
+FUSED_DEVICES = {"cuda"}
+LINEAR_FORWARD = nn.Linear.forward
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FUSED, SHORT, IN_PLACE, APART = "fused", "short", "in place", "apart"
+MEANING = {
+    FUSED: "base layer and branch in one op",
+    SHORT: "torch's linear, the branch written into its result",
+    IN_PLACE: "the base layer as it is called, the branch written into its result",
+    APART: "the base layer as it is called, the branch in a result of its own",
+}
+
+
+def against_kept(layer: nn.Module) -> list[str]:
+    """Against op arguments that are made once and kept from call to call. `layer` is a RoutedLinear."""
+    reasons = []
+    if layer.route_options is None:
+        reasons.append("the method routes nothing: its weights are fixed")
+    if layer.backend != "native":
+        reasons.append(f'backend="{layer.backend}": plain torch in place of the kernels')
+    if layer.needs_bias:
+        bias = layer.state.bias if layer.state.active else None
+        if bias is None:
+            reasons.append("the method adds affinities of the query, and none are set")
+        elif bias.device != layer._buffers["gates"].device:
+            # a copy on the layer's device would not see what is written into it
+            reasons.append(
+                f"the query's affinities are on {bias.device}, the layer on {layer._buffers['gates'].device}"
+            )
+    return reasons
+
+
+def against_short(layer: nn.Module, base: nn.Module, x: Tensor) -> list[str]:
+    """Against torch's linear in place of the call of the base layer, with the branch written into its result."""
+    inner, reasons = base.__dict__, []
+    if torch.is_grad_enabled():
+        reasons.append("grad mode is on")
+    if type(base) is not nn.Linear:
+        reasons.append(f"the base layer is a {type(base).__name__}, not an nn.Linear")
+        return reasons
+    if nn.Linear.forward is not LINEAR_FORWARD or "forward" in inner or inner.get("_compiled_call_impl") is not None:
+        reasons.append("the base layer's forward was replaced")
+    if "weight" not in inner["_parameters"] or "bias" not in inner["_parameters"]:
+        reasons.append("the base layer's weight or bias is not a parameter of its own")
+    if inner["_forward_hooks"] or inner["_forward_pre_hooks"]:
+        reasons.append("the base layer has forward hooks")
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        reasons.append("torch has forward hooks for all modules")
+    if layer.state.trace is not None:
+        reasons.append("handle.record() is on")
+    if not layer.state.enabled:
+        reasons.append("the experts are switched off (handle.disabled())")
+    if forward_ad._current_level >= 0:
+        reasons.append("inside of forward-mode differentiation")
+    if not x.is_contiguous():
+        reasons.append("the input is not contiguous")
+    return reasons
+
+
+def against_fused(x: Tensor, weight: Tensor) -> list[str]:
+    """Against one op for a base layer that is plain and its branch."""
+    reasons = []
+    if x.device.type not in FUSED_DEVICES:
+        reasons.append(f"on {x.device.type} one op for both has no kernel of its own")
+    if type(weight) is not nn.Parameter:
+        reasons.append(f"the weight is a {type(weight).__name__}")
+    if weight.device != x.device:
+        reasons.append(f"the weight is on {weight.device}, the input on {x.device}")
+    if weight.dtype != x.dtype:
+        reasons.append(f"the weight is {_name(weight.dtype)}, the input {_name(x.dtype)}")
+    if torch.is_autocast_enabled(x.device.type):
+        reasons.append("autocast is on")
+    return reasons
+
+
+def against_in_place(layer: nn.Module) -> list[str]:
+    """Against writing the branch into what the base layer returned."""
+    reasons = []
+    if torch.is_grad_enabled():
+        reasons.append("grad mode is on")
+    # a hook may have kept the result
+    if layer._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks:
+        reasons.append("a forward hook may keep the base layer's result")
+    if layer.state.trace is not None and layer.route_options is not None:
+        reasons.append("handle.record() is on")
+    return reasons
+
+
+def against_fast_kernels(layer: nn.Module) -> list[str]:
+    """Against the kernels of a GPU that want tokens and experts in one type; any mix is right, and slow."""
+    base, bank = getattr(getattr(layer.base_layer, "weight", None), "dtype", None), layer.lora_A
+    if bank.device.type == "cpu" or base == bank.dtype or base not in FLOATS:
+        return []
+    ours, theirs = _name(bank.dtype), _name(base)
+    return [
+        f"the experts are {ours} and the model is {theirs}: on a GPU that is slow. "
+        f"load_experts(..., dtype=torch.{theirs}) makes them alike, and rounds them to it."
+    ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Way:
+    """The way of layers of one kind: how many they are, what they are, and the reasons against every faster way."""
+
+    modules: tuple[str, ...]
+    layer: str
+    way: str
+    against: tuple[tuple[str, tuple[str, ...]], ...]  # (a faster way, reasons), fast to slow
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.modules)} x {self.layer}: {MEANING.get(self.way, self.way)}"]
+        lines += [f"    not {way}: {'; '.join(reasons)}" for way, reasons in self.against]
+        return "\n".join(lines)
+
+
+class Explanation(tuple):
+    """The ways of all routed layers of a model, one `Way` per kind of layer; printed as text."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+    __repr__ = __str__
+
+
+def way_of(layer: nn.Module, x: Tensor) -> tuple[str, list[tuple[str, list[str]]]]:
+    """(the way that `layer` takes for the input x [..., D] at present, the reasons against every faster one)."""
+    base = layer.base_layer
+    kept = against_kept(layer)
+    short = kept + against_short(layer, base, x)
+    weight = getattr(base, "weight", None)
+    fused = short + (against_fused(x, weight) if isinstance(weight, Tensor) else [])
+    against = []
+    for way, reasons in ((FUSED, fused), (SHORT, short), (IN_PLACE, against_in_place(layer))):
+        if not reasons:
+            return way, against
+        new = [reason for reason in reasons if not any(reason in said for _, said in against)]
+        against.append((way, new or ["the same"]))
+    return APART, against
+
+
+def explain(layers: Iterable[nn.Module], *, grad: bool = False) -> Explanation:
+    """The ways of routed layers for tokens of their weights' type, in inference or (`grad`) with gradients."""
+    kinds: dict[tuple, list[str]] = {}
+    for layer in layers:
+        weight = getattr(layer.base_layer, "weight", None)
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.dtype in FLOATS else torch.get_default_dtype()
+        with torch.set_grad_enabled(grad):
+            x = torch.empty(1, layer.in_features, dtype=dtype, device=execution_device(layer.base_layer))
+            way, against = way_of(layer, x)
+        if slow := against_fast_kernels(layer):
+            against.append(("the fast kernels", slow))
+        said = tuple((faster, tuple(reasons)) for faster, reasons in against)
+        kinds.setdefault((_described(layer, x), way, said), []).append(layer.name)
+    return Explanation(Way(tuple(names), *kind) for kind, names in kinds.items())
+
+
+def _described(layer: nn.Module, x: Tensor) -> str:
+    base, weight = layer.base_layer, getattr(layer.base_layer, "weight", None)
+    special = f" of {type(weight).__name__}" if isinstance(weight, Tensor) and type(weight) is not nn.Parameter else ""
+    experts, rank, _ = layer.lora_A.shape
+    return (
+        f"{type(base).__name__}{special} {layer.in_features} -> {layer.out_features}, {_name(x.dtype)} on "
+        f"{x.device.type}, {experts} experts of rank {rank} in {_name(layer.lora_A.dtype)}"
+    )

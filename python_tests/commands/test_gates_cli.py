@@ -1,0 +1,162 @@
+"""The command that trains gates."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+
+import pytest
+from builders import make_tokenizer
+from gate_builders import (
+    MODELS,
+    make_adapter,
+    one_thread,  # noqa: F401 (used by being here)
+)
+
+from moerge_ext.commands.train_gates import TRAINING, add_arguments, plan_of, run
+from moerge_ext.experts.formats.peft import read_gates
+from moerge_ext.training.gates import train_gates
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+def parser():
+    made = argparse.ArgumentParser()
+    add_arguments(made)
+    return made
+
+
+def command(*words):
+    return run(parser().parse_args([str(word) for word in words]))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_command(name, tmp_path, capsys):
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    folder = make_adapter(model, tmp_path / "expert")
+    data = tmp_path / "data.jsonl"
+    rows = [{"input": f"copy {c}:", "target": c * 3} for c in "abcdefg"]
+    rows += [] if name == "t5" else [{"text": "some text"}]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    common = (
+        tmp_path / "model",
+        folder,
+        "--data",
+        data,
+        "--device",
+        "cpu",
+        "--batch-size",
+        4,
+        "--no-progress",
+    )
+    training = ("--accumulate", 1, "--steps", 3, "--validation", data)
+    assert command(*common, *training) == 0
+    assert command(*common, "--kind", "average-activation", "--max-length", 6) == 0
+    assert read_gates(folder).keys() == {"sigmoid-gate", "average-activation"}
+    out = capsys.readouterr().out
+    examples = len(rows)
+    plan = f"3 steps of up to 4 sequences (batch size 4, accumulate 1): {examples + 4} sequences in all"
+    assert out.startswith(plan) and out.count("wrote ") == 2
+
+
+GIVEN = {
+    "--steps": "5",
+    "--lr": "0.1",
+    "--warmup-ratio": "0.5",
+    "--accumulate": "2",
+    "--eval-every": "3",
+    "--validation": "missing.jsonl",
+    "--joint": None,
+    "--resume": None,
+    "--seed": "0",
+}
+
+
+@pytest.mark.parametrize("options", [*([option] for option in GIVEN), list(GIVEN)], ids=" ".join)
+def test_average_activation_refuses_the_options_of_training(options):
+    words = [word for option in options for word in (option, GIVEN[option]) if word is not None]
+    with pytest.raises(ValueError) as caught:
+        command("model", "expert", "--data", "missing.jsonl", "--kind", "average-activation", *words)
+    text = str(caught.value)
+    assert "--kind average-activation" in text and "--kind sigmoid-gate" in text
+    assert [option for option in GIVEN if option in text] == [option for option in GIVEN if option in options]
+
+
+def test_every_training_option_is_known():
+    assert {f"--{name.replace('_', '-')}" for name in TRAINING} == set(GIVEN)
+
+
+def test_the_commands_defaults_are_the_functions(monkeypatch, tmp_path):
+    args = parser().parse_args(["model", "expert", "--data", "file"])
+    assert not [name for name in TRAINING if hasattr(args, name)]
+    defaults = {name: p.default for name, p in inspect.signature(train_gates).parameters.items()}
+    assert args.batch_size == defaults["batch_size"]
+    sequences = defaults["batch_size"] * defaults["accumulate"]
+    plan = plan_of(10_000, batch_size=args.batch_size)
+    assert plan.startswith(f"{defaults['steps']} steps of up to {sequences} sequences")
+    text = " ".join(parser().format_help().split())
+    assert (
+        f"forwards per step (default: {defaults['accumulate']}); 128, with --batch-size 8, are the paper's 1024" in text
+    )
+
+
+def test_the_plan_counts_what_is_read():
+    assert "7 steps of up to 8 sequences (batch size 4, accumulate 2): 49 sequences in all" in plan_of(
+        7, batch_size=4, steps=7, accumulate=2
+    )
+    assert "1 steps of up to 1024 sequences" in plan_of(5000, batch_size=8, steps=1, accumulate=128)
+    assert "2 steps of up to 3 sequences (batch size 8, accumulate 1): 6 sequences in all, from 3 examples" in plan_of(
+        3, batch_size=8, steps=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            ("--batch-size", 0, "--steps", 0),
+            "--batch-size must be at least 1, got 0; --steps must be at least 1, got 0",
+        ),
+        (("--max-length", 1), "--max-length must be at least 2, got 1"),
+        (("--joint",), "--joint changes the adapter's weights: pass --output DIR"),
+    ],
+)
+def test_command_checks_its_arguments_first(words, text):
+    with pytest.raises(ValueError) as caught:
+        command("model", "expert", "--data", "missing.jsonl", *words)
+    assert text in str(caught.value)
+
+
+def test_command_checks_the_device_before_the_model(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match="device 'meta' cannot be used here"):
+        command("no/such-model", "expert", "--data", data, "--device", "meta")
+
+
+def test_command_encodes_and_refuses(tmp_path):
+    from moerge_ext.files.rows import read_rows
+    from moerge_ext.training.encoding import collator, encode
+
+    tokenizer = make_tokenizer(tmp_path)
+    ids = lambda text: tokenizer(text).input_ids  # noqa: E731
+    row = encode({"input": "abc", "target": "de"}, tokenizer, 5, seq2seq=False)
+    assert row == {"input_ids": ids("bcde") + [1], "labels": [-100, -100] + ids("de") + [1]}
+    assert encode({"text": "abc"}, tokenizer, 9, seq2seq=False)["labels"] == ids("abc") + [1]
+    batch = collator(tokenizer)([row, {"input_ids": [5], "labels": [5]}])
+    assert batch["attention_mask"].sum(1).tolist() == [5, 1]
+    assert batch["labels"][1].tolist() == [5] + [-100] * 4
+    with pytest.raises(ValueError, match='rows with "input" and "target"'):
+        encode({"text": "abc"}, tokenizer, 9, seq2seq=True)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"input": "a"}\n\nnonsense\n{"text": "fine"}\n')
+    with pytest.raises(ValueError, match=r"line 1: expected(.|\n)*line 3: not JSON"):
+        read_rows(bad, text=True)
+    bad.write_text("\n")
+    with pytest.raises(ValueError, match="no rows"):
+        read_rows(bad)
+    with pytest.raises(ValueError, match=r"no file .*nosuch.jsonl: expected JSON lines .* or \{\"text\": str\}"):
+        read_rows(tmp_path / "nosuch.jsonl", text=True)

@@ -1,0 +1,120 @@
+"""Why a routed layer takes the way it takes: what is said agrees with what runs."""
+
+from __future__ import annotations
+
+import patch_cases as cases
+import pytest
+import torch
+from torch import nn
+
+import moerge_ext as moerge
+from moerge_ext import ops
+from moerge_ext.routing import ways
+from moerge_ext.routing.routed_linear import RoutedLinear
+
+
+@pytest.fixture
+def patched(tmp_path):
+    model = cases.build("llama")
+    experts = cases.bank("llama", model, tmp_path)
+    return model, experts
+
+
+def ran(monkeypatch, layer: RoutedLinear, x: torch.Tensor) -> str:
+    """The way that a forward of the layer takes, seen by the calls it makes."""
+    seen = []
+
+    def watch(holder, name, way):
+        real = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *args, **kwargs: seen.append(way) or real(*args, **kwargs))
+
+    watch(ops, "ROUTED_LINEAR", ways.FUSED)
+    watch(ops, "ROUTED_LORA_", ways.SHORT)
+    for name in ("routed_lora_", "lora_apply_"):
+        watch(ops, name, ways.IN_PLACE)
+    for name in ("routed_lora", "lora_apply"):
+        watch(ops, name, ways.APART)
+    layer(x)
+    monkeypatch.undo()
+    return seen[0]
+
+
+def hooked(layer):
+    layer.base_layer.register_forward_pre_hook(lambda *_: None)
+
+
+def watched(layer):
+    layer.base_layer.register_forward_hook(lambda *_: None)
+
+
+def replaced(layer):
+    layer.base_layer.forward = nn.Linear.forward.__get__(layer.base_layer)
+
+
+def recorded(layer):
+    layer.state.trace = moerge.Trace(tuple("abcdefgh"), False)
+
+
+def foreign(layer):
+    class Mine(nn.Linear):
+        pass
+
+    layer.base_layer.__class__ = Mine
+
+
+@pytest.mark.parametrize(
+    "change, way, said",
+    [
+        (lambda layer: None, ways.SHORT, "on cpu one op for both has no kernel of its own"),
+        (hooked, ways.IN_PLACE, "the base layer has forward hooks"),
+        (watched, ways.APART, "a forward hook may keep the base layer's result"),
+        (replaced, ways.IN_PLACE, "the base layer's forward was replaced"),
+        (recorded, ways.APART, "handle.record() is on"),
+        (foreign, ways.IN_PLACE, "the base layer is a Mine, not an nn.Linear"),
+    ],
+)
+def test_what_is_said_is_what_runs(patched, change, way, said, monkeypatch):
+    model, experts = patched
+    moerge.patch(model, experts, "arrow", top_k=2)
+    layer = next(m for m in model.modules() if isinstance(m, RoutedLinear))
+    change(layer)
+    with torch.no_grad():
+        x = torch.randn(1, 3, layer.in_features)
+        found, against = ways.way_of(layer, x)
+        assert found == way and said in [reason for _, reasons in against for reason in reasons]
+        assert ran(monkeypatch, layer, x) == way
+
+
+def test_gradients_keep_base_and_branch_apart(patched, monkeypatch):
+    model, experts = patched
+    handle = moerge.patch(model, experts, "arrow", top_k=2)
+    layer = next(m for m in model.modules() if isinstance(m, RoutedLinear))
+    assert ran(monkeypatch, layer, torch.randn(3, layer.in_features)) == ways.APART
+    assert {way.way for way in handle.explain(grad=True)} == {ways.APART}
+    assert "grad mode is on" in str(handle.explain(grad=True))
+
+
+def test_one_kind_one_line(patched):
+    model, experts = patched
+    handle = moerge.patch(model, experts, "arrow", top_k=2)
+    explained = handle.explain()
+    assert sorted(name for way in explained for name in way.modules) == sorted(handle.modules)
+    lines = str(explained).splitlines()
+    assert len([line for line in lines if " x Linear " in line]) == len(explained) <= 4
+    handle.remove()
+    with pytest.raises(ValueError, match="removed"):
+        handle.explain()
+
+
+@pytest.mark.parametrize(
+    "method, options, reason",
+    [
+        ("merged", {}, "the method routes nothing"),
+        ("given", {}, "none are set"),
+        ("arrow", {"backend": "reference", "top_k": 2}, "plain torch in place of the kernels"),
+    ],
+)
+def test_what_the_method_decides(patched, method, options, reason):
+    model, experts = patched
+    explained = moerge.patch(model, experts, method, **options).explain()
+    assert all(way.way == ways.IN_PLACE and reason in str(way) for way in explained)
