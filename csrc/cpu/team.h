@@ -10,9 +10,9 @@
 //   T = 16 1.32, 1.22; E = 166, T = 1 1.23, 1.24 (with plain measured again for each)
 //   a busy process on one of the cores, the branch alone, medians:  T = 1 28 (always two threads: 160 to 4100, means
 //   4000 to 5100), T = 16 510 (12000), T = 256 4200 (12000)
-// Tried: threads of our own that a call waits for only while they run a task of it. Beside a busy process as fast; alone
-// on the machine slower, since they find torch's threads, awake for some ms after the layer's product, on the other
-// core: layer and branch over the layer T = 16 1.31 against 1.21.
+// Tried: threads of our own that a call waits for only while they run a task of it. Beside a busy process as fast;
+// alone on the machine slower, since they find torch's threads, awake for some ms after the layer's product, on the
+// other core: layer and branch over the layer T = 16 1.31 against 1.21.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -83,9 +83,7 @@ class Team {
     std::atomic<int64_t> next{0}, done{0};
   };
 
-  static int64_t now() {
-    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
-  }
+  static int64_t now() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
   void wait(const Phase& phase, int64_t n) {
     const int64_t begin = now();
