@@ -3,7 +3,8 @@
 // and compiler vectors are used here, for the same reason.
 //
 // dot:  tiles of 4 x 4 outputs, one vector accumulator each: 16 independent FMA chains per 8 loads; where there are 16
-//       registers, of 3 x 2 outputs with two vectors each.
+//       registers, of 3 x 2 outputs with two vectors each (T = 256, E = 36, D = 2048, float32, us against 4 x 4 with 64
+//       bytes each: AVX2 835 (3750), portable 1250 (2880)).
 // axpy: tiles of 8 rows x 2 vectors: 16 chains per 2 vector loads and 8 broadcasts; of 4 x 2 where there are 16
 // registers. tall: micro_tall.h.
 #pragma once

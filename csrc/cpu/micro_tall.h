@@ -2,12 +2,20 @@
 //
 // The depth is cut into parts of kDepth, a part into four chains of kChain rows of w, and
 //   out += ((c0 + c1) + c2) + c3,      c_i the sum over chain i, in the order of its rows.
-// Many rows of x: one chain after the other, so that a tile holds 8 rows x up to 3 vectors and a chain's rows of w stay
-// in the first-level cache for all of them; 8, since more pointers to x do not fit the registers. Few rows: the four
-// chains at once, without which the additions would wait for each other. No sum across lanes is left, unlike in dot.
+// Many rows of x: one chain after the other, so that a tile holds kTileRows rows x up to 3 vectors and a chain's rows
+// of w stay in the first-level cache for all of them. Few rows: the four chains at once, without which the additions
+// would wait for each other. No sum across lanes is left, unlike in dot.
 //
-// route at T = 1024, D = 2048, E = 36 takes 0.8 times what tiles of 3 rows x 2 vectors with four chains took, E = 166
-// 0.77 times (float32, AVX-512, interleaved).
+// Tiles: with 32 registers 8 rows x 3 vectors (8, since more pointers to x do not fit the registers): route at T =
+// 1024, D = 2048, E = 36 takes 0.8 times what 3 rows x 2 vectors with four chains took, E = 166 0.77 times (float32,
+// AVX-512, interleaved). With 16 registers 4 x 3 and 6 x 2, bound by multiplications, where 8 x 1 is by loads; and
+// columns that do not fill a vector are loaded whole, with some of the next row behind them. T = 256, D = 2048,
+// float32, AVX2 on Zen 4, one thread, minima, us against 8 x 1 with the last vector element by element:
+//   E = 8 120 (116), 24 248 (364), 36 416 (1040), 40 432 (631), 64 709 (1027), 166 1857 (3130), 168 1914 (2690)
+// Portable code, 16-byte vectors: E = 36 1300 (4220 with 32 bytes, of which its registers hold half).
+// Tried: a part's rows of w asked for in order before its panels take their pieces. With w from memory, E = 166, the
+// loop alone T = 1 / 4 / 16 took 158 / 213 / 302 us against 166 / 287 / 381 (AVX2); route and the layer, whose w is in
+// part in the third-level cache, no less.
 #pragma once
 
 namespace moerge::cpu::MOERGE_ISA {

@@ -5,14 +5,14 @@
 // whether there was anything left to do or not: some 4 to 12 ms. So a call is done by the calling thread alone
 //   where that is as fast: kWorthThreads;
 //   for a while after a region that would have been faster so: kRestPerWait.
-// Figures (routed_lora_ on float32 2048 -> 2048, E = 36, K = 2, R = 16, two cores, AVX-512, us per call):
-//   alone on the machine, layer and branch over the layer: one thread against two  T = 1 1.09, 1.13; T = 4 1.16, 1.12;
-//   T = 16 1.32, 1.22; E = 166, T = 1 1.23, 1.24 (with plain measured again for each)
-//   a busy process on one of the cores, the branch alone, medians:  T = 1 28 (always two threads: 160 to 4100, means
-//   4000 to 5100), T = 16 510 (12000), T = 256 4200 (12000)
-// Tried: threads of our own that a call waits for only while they run a task of it. Beside a busy process as fast;
-// alone on the machine slower, since they find torch's threads, awake for some ms after the layer's product, on the
-// other core: layer and branch over the layer T = 16 1.31 against 1.21.
+// Figures (float32 2048 -> 2048, E = 36, K = 2, R = 16, two cores, AVX-512):
+//   no neighbour, layer and branch over the layer, one thread against two: T = 1 1.09, 1.13; T = 4 1.16, 1.12; T = 16
+//   1.32, 1.22; E = 166, T = 1 1218 against 1217 us
+//   a busy process on one of the cores and other load, the branch, medians in us against always two threads: T = 1 28
+//   (160 to 4100), T = 16 520 (12000), T = 256 4300 (12000)
+// Tried: threads of our own that a call waits for only while they run a task of it. Beside a busy process as fast; with
+// no neighbour slower, since they find torch's threads, awake for some ms after the layer's product, on the other core:
+// layer and branch over the layer T = 16 1.31 against 1.21.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
