@@ -1,11 +1,12 @@
-// The schema of every op, one commented block per op. The contracts are in moerge_ext/ops.py (public docstrings)
-// and moerge_ext/reference.py (the definition in plain torch); implementations register per device in cpu/ and cuda/.
+// The schema of every op, one commented block per op. The contracts are in moerge_ext/ops/wrappers.py (public
+// docstrings) and moerge_ext/ops/reference.py (the definition in plain torch); implementations register per device in
+// cpu/ and cuda/. The options are listed once more in moerge_ext/ops/options.py, with what they mean.
 //
 // T tokens, D in features, O out features, E experts, K selected per token, R rank, N rows (sequences).
 // Backward ops take `needs`, one bit per gradient in the order of their results; a gradient that is not needed
 // comes back with zero elements. Nothing is keyword-only here, since torch's autograd registration takes tensors by
 // position; the public wrappers make the options keyword-only.
-#include "check.h"
+#include "common/check.h"
 
 #define MOERGE_ROUTE_OPTIONS                                                           \
   "int top_k=2, str normalize='standardize', bool absolute=False, float? scale=None, " \
@@ -46,6 +47,10 @@ STABLE_TORCH_LIBRARY(moerge, m) {
   // The same, written into base; what was chosen is not returned.
   m.def("routed_lora_(Tensor(a!) base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, " MOERGE_ROUTE_OPTIONS
         ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> ()");
+
+  // For people: which kernels routed_lora would run for these arguments, and why not faster ones, a line each.
+  m.def("routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, " MOERGE_ROUTE_OPTIONS
+        ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> str");
 
   // The base layer too: x [T,D] or [...,D] contiguous, weight [O,D], linear_bias [O] -> y [T,O] or [...,O] in x's
   // dtype, weights [T,K], experts [T,K]

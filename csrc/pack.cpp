@@ -1,5 +1,5 @@
 // moerge::pack_experts on any device: E x R x (D + O) numbers copied once, when a bank is built or moved.
-#include "tensors.h"
+#include "common/tensors.h"
 
 namespace moerge {
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -76,6 +78,8 @@ class Untouched:
     def __init__(self, model):
         self.model = model
         self.state = copy.deepcopy(model.state_dict())
+        self.buffers = {name: b.clone() for name, b in model.named_buffers()}  # also those outside the state dict
+        self.random = generators()
         self.modules = list(model.named_modules())
         self.flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self.modes = [m.training for m in model.modules()]
@@ -86,12 +90,21 @@ class Untouched:
         model, state = self.model, self.model.state_dict()
         assert list(state) == list(self.state)
         assert all(torch.equal(state[key], value) for key, value in self.state.items())
+        buffers = dict(model.named_buffers())
+        assert list(buffers) == list(self.buffers)
+        assert all(torch.equal(buffers[name], value) for name, value in self.buffers.items())
+        assert generators() == self.random
         assert list(model.named_modules()) == self.modules
         assert {n: p.requires_grad for n, p in model.named_parameters()} == self.flags
         assert all(p.grad is None for p in model.parameters())
         assert [m.training for m in model.modules()] == self.modes
         assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == self.hooks
         assert set(vars(model)) == self.attributes
+
+
+def generators():
+    """The state of every generator that a model may draw from."""
+    return torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in numpy.random.get_state()]
 
 
 def quiet(**options):

@@ -40,6 +40,7 @@ struct Allowed {
 };
 
 struct Choice {
+  const char* name = "portable";
   const Micro<float>* f32 = isa_portable::table_f32;
   const Micro<double>* f64 = isa_portable::table_f64;
   const RowMicro<float>* rows_f32 = &isa_portable::rows_f32;
@@ -51,10 +52,12 @@ struct Choice {
     __builtin_cpu_init();
     if (allowed.avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      name = "avx512";
       f32 = isa_avx512::table_f32, f64 = isa_avx512::table_f64;
       rows_f32 = &isa_avx512::rows_f32, rows_f64 = &isa_avx512::rows_f64;
     } else if (allowed.avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                __builtin_cpu_supports("f16c")) {
+      name = "avx2";
       f32 = isa_avx2::table_f32, f64 = isa_avx2::table_f64;
       rows_f32 = &isa_avx2::rows_f32, rows_f64 = &isa_avx2::rows_f64;
     }
@@ -68,6 +71,8 @@ const Choice& choice() {
 }
 
 }  // namespace
+
+const char* instruction_set() { return choice().name; }
 
 template <>
 const Micro<float>& micro<float>(DType w) {

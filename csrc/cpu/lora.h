@@ -22,7 +22,7 @@
 
 #include <algorithm>
 
-#include "../check_lora.h"
+#include "../common/check_lora.h"
 #include "view.h"
 
 namespace moerge::cpu {

@@ -4,7 +4,7 @@
 //   factored: y_t = base_t + (sum_k w_tk B_e)(sum_k w_tk A_e) x_t + sum_k w_tk bias_e
 //
 // One parallel region per call: route (if asked), sort the pairs, shrink, combine (if needed), expand.
-#include "../linear.h"
+#include "../common/linear.h"
 #include "lora.h"
 #include "route.h"
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../types.h"
+#include "../common/types.h"
 
 namespace moerge::cpu {
 
@@ -55,5 +55,8 @@ struct RowMicro {
 
 template <class Acc>
 const RowMicro<Acc>& row_micro();
+
+// The instruction set in use: "avx512", "avx2" or "portable".
+const char* instruction_set();
 
 }  // namespace moerge::cpu

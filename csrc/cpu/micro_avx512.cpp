@@ -1,2 +1,3 @@
+// The inner loops of the CPU kernels for AVX-512 (F, BW, VL, DQ); CMakeLists.txt gives the flags, dispatch.cpp chooses.
 #define MOERGE_ISA isa_avx512
 #include "micro_kernels.h"

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../check_mix.h"
+#include "../common/check_mix.h"
 #include "view.h"
 
 namespace moerge::cpu {

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../check_route.h"
+#include "../common/check_route.h"
 #include "view.h"
 
 namespace moerge::cpu {

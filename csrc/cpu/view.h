@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "../tensors.h"
+#include "../common/tensors.h"
 #include "micro.h"
 #include "team.h"
 

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "../check_lora.h"
+#include "../common/check_lora.h"
 
 namespace moerge::cuda {
 

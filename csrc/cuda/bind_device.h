@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "../check.h"
+#include "../common/check.h"
 #include "launch.h"
 
 #define MOERGE_DISPATCH_KEY CUDA

@@ -1,5 +1,5 @@
 // moerge::mix_log_probs and its gradient.
-#include "../check_mix.h"
+#include "../common/check_mix.h"
 #include "bind.h"
 
 namespace moerge::cuda {

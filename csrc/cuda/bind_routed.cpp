@@ -1,6 +1,6 @@
 // moerge::routed_lora, routed_lora_ and routed_linear. With few tokens router and branch (and the base layer) are one
 // launch; else they are those of route and lora_apply, and routed_linear chooses where the base layer comes.
-#include "../linear.h"
+#include "../common/linear.h"
 #include "bind_lora.h"
 
 namespace moerge::cuda {
@@ -47,11 +47,11 @@ class Router {
                          r_.factored, r_.packed);
   }
 
-  // With few tokens and arguments that fit: all of it in one launch, with what `place` says of base and output (see
-  // Decode). False: nothing is done.
+  const Route& route() const { return route_; }
+
+  // The arguments of the one launch, with what `place` says of base and output (see Decode).
   template <class Place>
-  bool decode(const Place& place) {
-    if (route_.T == 0 || route_.T > kDecodeTokens) return false;
+  Decode one_launch(const Place& place) {
     const LoraArguments args = chosen(call_);
     Decode p{};
     p.route = route_;
@@ -63,7 +63,14 @@ class Router {
         static_cast<float*>(call_.workspace((scores + kDecodeParts * route_.T * route_.K * plan_.R) * 4));
     p.route.similarity = workspace, p.parts = workspace + scores;
     place(call_, p);
-    if (!routed_decode(p, call_.stream())) return false;
+    return p;
+  }
+
+  // With few tokens and arguments that fit: all of it in one launch. False: nothing is done.
+  template <class Place>
+  bool decode(const Place& place) {
+    if (route_.T == 0 || route_.T > kDecodeTokens) return false;
+    if (!routed_decode(one_launch(place), call_.stream())) return false;
     call_.finish();
     return true;
   }
@@ -127,6 +134,35 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
     update(router.chosen(call), call, target);
   }
   if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
+}
+
+std::string routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
+                             std::string normalize, bool absolute, std::optional<double> scale,
+                             std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
+                             std::optional<double> top_p, std::string weighting, std::optional<Tensor> lora_bias,
+                             bool factored, std::optional<Tensor> packed) {
+  const Check check{"routed_lora_ways", kDevice};
+  check_base(check, base, x);
+  const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
+  const LoraPlan plan = check_bank(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, packed);
+  const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
+  Router router(check, plan, routing);
+  if (plan.T == 0) return "nothing to do: no tokens\n";
+  const Tensor from = readable_rows(base), out = new_tensor(base, {plan.T, plan.O}, base.scalar_type());
+  Call call(base);
+  const Matrix base_rows = matrix(from, call.read(from)), out_rows = matrix(out, call.write(out));
+  const Reason split =
+      against_decode(router.one_launch([&](Call&, Decode& decode) { decode.base = base_rows, decode.out = out_rows; }));
+  if (!split) return "one launch for router and branch\n";
+  const LoraArguments args = router.chosen(call);
+  std::string said = std::string("several launches: ") + split + "\n";
+  const auto kernel = [&](const char* name, Reason reason) {
+    said += std::string(name) + (reason ? std::string(": no tensor cores: ") + reason : ": tensor cores") + "\n";
+  };
+  kernel("scores", scores_against_tensor_cores(router.route()));
+  kernel("shrink", shrink_against_tensor_cores(args.lora, args.x, args.a));
+  kernel("expand", expand_against_tensor_cores(args.lora, args.b, base_rows, out_rows));
+  return said;
 }
 
 // The base layer of routed_linear: x [T,D] weight^T + bias.
@@ -198,6 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
 STABLE_TORCH_LIBRARY_IMPL(moerge, MOERGE_DISPATCH_KEY, m) {
   m.impl("routed_lora", TORCH_BOX(&routed_lora));
   m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
+  m.impl("routed_lora_ways", TORCH_BOX(&routed_lora_ways));
   m.impl("routed_linear", TORCH_BOX(&routed_linear));
 }
 

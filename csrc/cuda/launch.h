@@ -8,12 +8,15 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../types.h"
+#include "../common/types.h"
 #include "crossovers.h"
 
 namespace moerge::cuda {
 
 using Stream = void*;
+
+// Why a kernel is not taken, in words; null where it is. Who decides asks the same function as who explains.
+using Reason = const char*;
 
 struct Grid {
   int64_t x, y = 1, z = 1;
@@ -76,6 +79,7 @@ struct Route {
   int32_t* experts;  // [T,K]
 };
 
+Reason scores_against_tensor_cores(const Route&);
 // How many parts let the scores use the whole device.
 int64_t score_parts(const Route&);
 // Whether tokens have been taken around a pivot, and moments (pivot, sum and sum of squares around it) say the rest.
@@ -119,6 +123,7 @@ void group_pairs(const Lora&, bool skip_zero, const Groups&, Stream);
 
 // h[parts,pair,r] = sum_c x[token,c] w[expert,r,c] in the accumulator, in parts that the readers of h add up; a pair
 // that is left out (see above) is not written.
+Reason shrink_against_tensor_cores(const Lora&, const Matrix& x, const Factors& w);
 // Where shrink_uses_groups, `groups` must be those of the same skip_zero; else it is not looked at.
 bool shrink_uses_groups(const Lora&, const Matrix& x, const Factors& w);
 // How many parts let the shrink use the whole device; where it does not use groups, one is all there can be.
@@ -129,6 +134,8 @@ void lora_shrink(const Lora&, const Matrix& x, const Factors& w, bool skip_zero,
 // base may be out. H = w_tk h[t,k] , or w_tk sum_j w_tj h[t,j] when factored.
 void lora_expand(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
                  const Matrix& out, Stream);
+
+Reason expand_against_tensor_cores(const Lora&, const Factors& w, const Matrix& base, const Matrix& out);
 
 // out[e,r,c] = sum over the pairs of e, in order, of Q[pair,r] x[token,c], with Q made of q as H of h; out is
 // contiguous. q null: Q is the pair's weight, R is 1, and no workspace is needed.
@@ -155,7 +162,8 @@ struct Decode {
   float* parts;             // workspace [kDecodeParts, T*K, R]
 };
 
-// False: nothing is done, since the arguments are not what the one launch is for.
+Reason against_decode(const Decode&);
+// False: nothing is done, since there is a reason against it.
 bool routed_decode(const Decode&, Stream);
 
 // ---- mix_log_probs --------------------------------------------------------------------------------------------------

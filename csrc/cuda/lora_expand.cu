@@ -97,7 +97,7 @@ void run_expand(const Lora& p, const void* h, const Factors& w, const Matrix& ba
 void lora_expand(const Lora& p, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
                  const Matrix& out, Stream stream) {
   if (p.T * w.columns == 0) return;
-  if (expand_uses_tensor_cores(p, w, base, out)) return lora_expand_mma(p, h, w, base, bias, out, stream);
+  if (!expand_against_tensor_cores(p, w, base, out)) return lora_expand_mma(p, h, w, base, bias, out, stream);
   if (p.wide) return run_expand<double, Any, 1>(p, h, w, base, bias, out, stream);
   const int64_t size = w.dtype == DType::f32 ? 4 : 2;
   const bool vectors = w.dtype == out.dtype && w.column == 1 && w.columns % 8 == 0 &&

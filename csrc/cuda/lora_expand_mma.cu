@@ -230,10 +230,15 @@ void run_ranks(const Lora& p, const void* h, const Factors& w, const Matrix& bas
 
 }  // namespace
 
-bool expand_uses_tensor_cores(const Lora& p, const Factors& w, const Matrix& base, const Matrix& out) {
-  return p.T >= kLoraMmaTokens && p.K > 0 && p.K <= kMostSlots && p.R > 0 && p.E <= kMostExperts && !p.wide &&
-         factors_fit(w) && out.dtype == w.dtype && aligned16(out.data, out.stride * 2) &&
-         (!base.data || (base.dtype == w.dtype && aligned16(base.data, base.stride * 2)));
+Reason expand_against_tensor_cores(const Lora& p, const Factors& w, const Matrix& base, const Matrix& out) {
+  if (p.T < kLoraMmaTokens) return "few tokens";
+  if (p.K == 0 || p.R == 0) return "there is nothing to multiply";
+  if (p.K > kMostSlots || p.E > kMostExperts) return "too many experts, or too many of them per token";
+  if (p.wide) return "float64";
+  if (Reason reason = against_copies(w)) return reason;
+  if (out.dtype != w.dtype || (base.data && base.dtype != w.dtype)) return "base and experts are of different types";
+  const bool aligned = aligned16(out.data, out.stride * 2) && (!base.data || aligned16(base.data, base.stride * 2));
+  return aligned ? nullptr : "the base does not begin at multiples of 16 bytes";
 }
 
 void lora_expand_mma(const Lora& p, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,

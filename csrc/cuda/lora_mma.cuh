@@ -23,16 +23,17 @@ inline int padded_ranks(int64_t R) { return R <= 16 ? 16 : R <= 32 ? 32 : R <= 6
 
 inline bool ranks_adjacent(const Factors& w) { return w.column != 1; }
 
-// Whether 16-byte copies can follow one of the two axes.
-inline bool factors_fit(const Factors& w) {
+// Against 16-byte copies along one of the two axes.
+inline Reason against_copies(const Factors& w) {
   const int64_t line = ranks_adjacent(w) ? w.column : w.rank;
-  if (ranks_adjacent(w) && (w.rank != 1 || w.ranks % 8)) return false;
-  return is_16_bit(w.dtype) && w.columns % 8 == 0 && padded_ranks(w.ranks) && aligned16(w.data, w.expert * 2) &&
-         line * 2 % 16 == 0;
+  if (!is_16_bit(w.dtype)) return "the factors are not of 16 bits";
+  if (w.columns % 8) return "D or O is no multiple of 8";
+  if (!padded_ranks(w.ranks)) return "the rank is above 128";
+  if (ranks_adjacent(w) && (w.rank != 1 || w.ranks % 8)) return "the ranks lie side by side and are no multiple of 8";
+  if (!aligned16(w.data, w.expert * 2) || line * 2 % 16) return "the factors do not begin at multiples of 16 bytes";
+  return nullptr;
 }
 
-bool expand_uses_tensor_cores(const Lora&, const Factors& w, const Matrix& base, const Matrix& out);
-bool shrink_uses_tensor_cores(const Lora&, const Matrix& x, const Factors& w);
 void lora_shrink_mma(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups&, void* h, Stream);
 void lora_expand_mma(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
                      const Matrix& out, Stream);

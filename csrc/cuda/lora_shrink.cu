@@ -97,7 +97,7 @@ void run_ranks(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero,
 void lora_shrink(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero, const Groups& groups, void* h,
                  Stream stream) {
   if (p.T * p.K * p.R == 0) return;
-  if (shrink_uses_tensor_cores(p, x, w)) return lora_shrink_mma(p, x, w, skip_zero, groups, h, stream);
+  if (!shrink_against_tensor_cores(p, x, w)) return lora_shrink_mma(p, x, w, skip_zero, groups, h, stream);
   if (p.wide) return run_shrink<double, Any, 1>(p, x, w, skip_zero, h, stream);
   const int64_t size = x.dtype == DType::f32 ? 4 : 2;
   if (ranks_fit(p, x, w, size)) {

@@ -175,16 +175,20 @@ void run_ranks(const Lora& p, const Matrix& x, const Factors& w, bool skip_zero,
 }  // namespace
 
 bool shrink_uses_groups(const Lora& p, const Matrix& x, const Factors& w) {
-  return p.T * p.K > kShrinkSearches && shrink_uses_tensor_cores(p, x, w);
+  return p.T * p.K > kShrinkSearches && !shrink_against_tensor_cores(p, x, w);
 }
 
-bool shrink_uses_tensor_cores(const Lora& p, const Matrix& x, const Factors& w) {
-  return p.T >= kLoraMmaTokens && p.E > 0 && p.K > 0 && p.R > 0 && !p.wide && x.dtype == w.dtype && factors_fit(w) &&
-         aligned16(x.data, x.stride * 2);
+Reason shrink_against_tensor_cores(const Lora& p, const Matrix& x, const Factors& w) {
+  if (p.T < kLoraMmaTokens) return "few tokens";
+  if (p.E == 0 || p.K == 0 || p.R == 0) return "there is nothing to multiply";
+  if (p.wide) return "float64";
+  if (x.dtype != w.dtype) return "tokens and experts are of different types";
+  if (Reason reason = against_copies(w)) return reason;
+  return aligned16(x.data, x.stride * 2) ? nullptr : "the tokens do not begin at multiples of 16 bytes";
 }
 
 int64_t shrink_parts(const Lora& p, const Matrix& x, const Factors& w) {
-  if (!shrink_uses_tensor_cores(p, x, w)) return 1;
+  if (shrink_against_tensor_cores(p, x, w)) return 1;
   const int64_t pairs = p.T * p.K, tiles = ceil_div(pairs, kTilePairs) + (pairs < p.E ? pairs : p.E);
   return parts_for(kShrinkBlocks, tiles, ceil_div(w.columns, kColumns), kShrinkParts);
 }

@@ -59,18 +59,21 @@ bool rows_are_vectors(const Route& p) {
          aligned16(p.gates.data, p.gates.stride * 4);
 }
 
-bool uses_tensor_cores(const Route& p) { return rows_are_vectors(p) && p.T >= kScoresMmaTokens; }
-
 }  // namespace
 
-int64_t score_parts(const Route& p) { return uses_tensor_cores(p) ? score_parts_mma(p) : 1; }
+Reason scores_against_tensor_cores(const Route& p) {
+  if (p.T < kScoresMmaTokens) return "few tokens";
+  return rows_are_vectors(p) ? nullptr : "x or gates have a type or strides that 16-byte loads cannot follow";
+}
 
-bool score_moments(const Route& p) { return uses_tensor_cores(p) && p.normalize == Normalize::standardize; }
+int64_t score_parts(const Route& p) { return scores_against_tensor_cores(p) ? 1 : score_parts_mma(p); }
+
+bool score_moments(const Route& p) { return !scores_against_tensor_cores(p) && p.normalize == Normalize::standardize; }
 
 void route_scores(const Route& p, Stream stream) {
   const bool vectors = rows_are_vectors(p);
   if (p.wide) return run_scores<double, Any, Any, 1>(p, stream);
-  if (uses_tensor_cores(p)) return route_scores_mma(p, stream);
+  if (!scores_against_tensor_cores(p)) return route_scores_mma(p, stream);
   if (vectors && p.x.dtype == DType::f32) return run_scores<float, float, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::bf16) return run_scores<float, bf16, float, 8>(p, stream);
   if (vectors && p.x.dtype == DType::f16) return run_scores<float, f16, float, 8>(p, stream);

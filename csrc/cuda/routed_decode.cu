@@ -337,24 +337,30 @@ bool run_tokens(const Decode& p, Stream stream) {
 // A row of T elements may be read 16 bytes at a time.
 bool rows_fit(const Matrix& m, DType dtype) { return m.dtype == dtype && aligned16(m.data, m.stride * 2); }
 
-bool fits(const Decode& p) {
+}  // namespace
+
+Reason against_decode(const Decode& p) {
   const Route& r = p.route;
   const DType dtype = r.x.dtype;
-  const bool sizes = r.T >= 1 && r.T <= kDecodeTokens && r.K <= kMostSlots && p.a.ranks >= 8 && p.a.ranks % 8 == 0 &&
-                     p.a.ranks <= kMostRanks && r.T * r.K * p.a.ranks <= kMostHidden && r.D % 8 == 0 && r.D > 0 &&
-                     p.b.columns % 8 == 0 && p.b.columns > 0;
+  if (r.T < 1 || r.T > kDecodeTokens) return "it is for 1 to 16 tokens";
+  if (!is_16_bit(dtype) || r.wide) return "the tokens are not of 16 bits";
+  if (r.K > kMostSlots || r.T * r.K * p.a.ranks > kMostHidden) return "too many experts per token for this rank";
+  if (p.a.ranks < 8 || p.a.ranks % 8 || p.a.ranks > kMostRanks) return "the rank is too large or no multiple of 8";
+  if (r.D % 8 || r.D == 0 || p.b.columns % 8 || p.b.columns == 0) return "D or O is no multiple of 8";
   const bool bank = p.a.dtype == dtype && p.a.rank == 1 && aligned16(p.a.data, p.a.expert * 2) &&
                     p.a.column * 2 % 16 == 0 && p.b.dtype == dtype && p.b.column == 1 &&
                     aligned16(p.b.data, p.b.expert * 2) && p.b.rank * 2 % 16 == 0;
   const bool gates = r.gates.dtype == DType::f32 && aligned16(r.gates.data, r.gates.stride * 4);
   const bool base = p.weight.data ? rows_fit(p.weight, dtype) : p.base.dtype == dtype;
-  return sizes && bank && gates && base && is_16_bit(dtype) && !r.wide && rows_fit(r.x, dtype) && p.out.dtype == dtype;
+  if (!bank) return "the experts are of another type than the tokens, or not laid out rank by rank";
+  if (!gates) return "the gates are not float32 at multiples of 16 bytes";
+  if (!base || !rows_fit(r.x, dtype) || p.out.dtype != dtype)
+    return "tokens, weight or base differ in type or alignment";
+  return nullptr;
 }
 
-}  // namespace
-
 bool routed_decode(const Decode& p, Stream stream) {
-  if (!fits(p)) return false;
+  if (against_decode(p)) return false;
   return p.route.x.dtype == DType::bf16 ? run_tokens<bf16>(p, stream) : run_tokens<f16>(p, stream);
 }
 

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "../check.h"
+#include "../common/check.h"
 #include "../cuda/launch.h"
 #include "guarded.h"
 

@@ -1,3 +1,4 @@
+// Blocks and their threads, barriers, shared memory and late copies of the emulator (emulator.h).
 #include "emulator.h"
 
 #include <signal.h>

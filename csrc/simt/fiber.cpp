@@ -1,3 +1,4 @@
+// Switching between fibers (fiber.h).
 #include "fiber.h"
 
 #if defined(__SANITIZE_ADDRESS__)

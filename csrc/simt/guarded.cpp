@@ -1,3 +1,4 @@
+// Guarded memory (guarded.h).
 #include "guarded.h"
 
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-"""`moerge doctor`: what was built, whether it fits this machine, what to do if not."""
+"""`moerge doctor`: what was built, whether it fits this machine, what to do if not; which way a model's layers take."""
 
 from __future__ import annotations
 
@@ -8,19 +8,43 @@ from ..native.health import examine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """Declare the command's arguments on `parser`."""
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="also say which way the layers of this model take, and why not a faster one")
+    add(
+        "--experts", nargs="+", action="extend", default=[], metavar="DIR", help="with --model: PEFT folders or hub ids"
+    )
+    add("--method", default="arrow", help="with --model (default: %(default)s, which needs no gates)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model")
+    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; 0 when all fits, 1 otherwise."""
+    """Prints the report; 0 when all fits, 1 otherwise. ValueError for arguments that do not go together."""
+    if bool(args.model) != bool(args.experts):
+        raise ValueError("--model and --experts go together: the layers that experts name are those that are explained")
     report = examine()
     width = max(len(name) for name, _ in report.lines)
     for name, value in report.lines:
         print(f"{name:<{width}}  {value}")
     print()
-    if report.ok:
-        print("All fits.")
-        return 0
     for problem, mend in report.problems:
         print(f"PROBLEM: {problem}\n{mend}\n")
-    return 1
+    if not report.ok:
+        return 1
+    print("All fits.")
+    if args.model:
+        print(f"\n{ways(args)}")
+    return 0
+
+
+def ways(args: argparse.Namespace) -> str:
+    """Which way every kind of layer takes. By module: `moerge doctor` alone imports nothing of all this."""
+    from ..experts.bank import load_experts
+    from ..models.pretrained import load_model, usable_device
+    from ..routing.patch import patch
+
+    experts = load_experts(args.experts, base=args.model)
+    model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
+    options = {"top_k": min(4, len(experts))} if args.method == "arrow" else {}
+    return str(patch(model, experts, args.method, **options).explain())

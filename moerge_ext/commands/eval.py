@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         length_norm=not args.sum_log_likelihood,
         similar=args.similar,
     )
-    experts = load_experts(args.experts)
+    experts = load_experts(args.experts, base=args.model)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names)
@@ -83,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate:
         calibrate(args, routers, tasks)
     model, tokenizer = loaded()
-    facts = {"model": args.model, "experts": [str(path) for path in args.experts]}
     scores = evaluate(
         model,
         tokenizer,
@@ -92,20 +91,20 @@ def run(args: argparse.Namespace) -> int:
         tasks,
         settings,
         routers=routers,
-        facts=facts,
         output=args.output,
         progress=not args.no_progress,
     )
     scores += derive(scores, derived)
     if args.multitask:
-        one = load_experts({MULTITASK: args.multitask})
+        one = load_experts({MULTITASK: args.multitask}, base=args.model)
         alone = [Run(MULTITASK, PREFIX + MULTITASK)]
-        facts = {"model": args.model, "experts": [args.multitask]}
-        options = {"facts": facts, "output": args.output, "progress": not args.no_progress}
+        options = {"output": args.output, "progress": not args.no_progress}
         scores += evaluate(model, tokenizer, one, alone, tasks, settings, **options)
     paths = write(scores, args.output)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(terminal(scores))
+    if reused := sum(score.reused for score in scores if score.method not in derived):
+        console.print(f"{reused} stored answers reused (same model, experts and settings by content)", highlight=False)
     for name in derived:
         console.print(f"{name}: {DERIVED[name]}", highlight=False)
     console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
@@ -125,3 +124,5 @@ def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Tas
     held_out = {task.name: [row["input"] for row in task.rows] for task in tasks if task.part == "heldout"}
     found = calibrate_threshold(routers["instruction"], held_in, held_out)
     print(f"threshold {found.threshold:.4f}, scores in {found.plot(args.output / 'threshold.png')}")
+    for task, share in found.own.items():
+        print(f"{task}: its own expert is the most similar one to {share:.0%} of {len(found.held_in[task])} queries")

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import load_experts, patch
 
-    experts = load_experts(args.experts)
+    experts = load_experts(args.experts, base=args.model)
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **options)
     rows = nullcontext()

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.heatmaps import draw
     from ..evaluation.inspect import correlations, inspect
 
-    experts = load_experts(args.experts)
+    experts = load_experts(args.experts, base=args.model)
     runs, derived = parse_runs(methods, experts.names)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
     settings = Settings(template=args.template.replace("\\n", "\n"))
-    best = {task: expert for task, expert in best_experts(results).items() if expert in experts.names}
+    best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
     found = inspect(
         model,
         tokenizer,

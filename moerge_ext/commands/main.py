@@ -13,7 +13,9 @@ COMMANDS = {
     "doctor": (".doctor", "what was built, what this machine has, whether they fit"),
     "methods": (".methods", "the routing methods, their options and their papers"),
     "generate": (".generate", "one prompt through your model and experts"),
+    "train-expert": (".train_expert", "train an expert, a LoRA on your model, from a file of examples"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
+    "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
     "eval": (".eval", "methods on tasks: a table with intervals"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; an error that the user can mend is one line (or a list) on standard error, status 2."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser(argv[0] if argv else "doctor").parse_args(argv)
+    args.words = argv  # a command that is interrupted says how to go on
     try:
         return _run(args)
     except (ValueError, OSError, ImportError) as error:  # ImportError: an optional library is missing

@@ -220,7 +220,7 @@ def answering(args: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "output": args.output,
-        "facts": {"model": args.model, "prompts": read_entries(args.prompts)},
+        "facts": {"prompts": read_entries(args.prompts)},
         "batch_size": args.batch_size,
         "progress": not args.no_progress,
         "max_new_tokens": args.max_new_tokens,

@@ -58,6 +58,7 @@ def load_assets(folder: Path = ASSETS) -> tuple[LlamaForCausalLM, PreTrainedToke
     model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     experts = load_experts(sorted(p for p in (folder / "experts").iterdir() if p.is_dir()), dtype=torch.float32)
+    model.config._name_or_path = experts.base_model  # what it was called in training, not the folder's name
     return model, tokenizer, experts
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..evaluation import identity
 from ..evaluation.evaluate import Score
-from ..evaluation.store import Answers, file_name
+from ..evaluation.store import Answers
 from .judge import Judge
 from .mixture import PromptEnsemble
 from .router import PromptRouter, select
@@ -33,12 +34,18 @@ def answers_of(
 ) -> list[str]:
     """Answers [M] with the experts of `choice` (ids [M,k], weights [M,k]); resumable when `output` is given.
 
-    They lie in `<output>/answers/<label>.jsonl`; `facts` and the choice must be the same when it is resumed.
+    They lie in `<output>/answers/<label>.<digest>.jsonl`; what is there of the same model, by content, and the same
+    `facts` and choice is not asked again.
     """
     ids, weights = choice
     settings = {"label": label, "questions": list(questions), **(facts or {}), **options}
     settings["choice"] = [ids.tolist(), [[round(w, 6) for w in row] for row in weights.tolist()]]
-    stored = Answers(output / "answers" / file_name(label) if output is not None else None, settings)
+    if output is not None:
+        # once for an ensemble, whose model does not change between its answers
+        if "model" not in (known := vars(ensemble).setdefault("_identity", {})):
+            known["model"] = identity.of_model(ensemble.asked.model, ensemble.asked.tokenizer)
+        settings |= known
+    stored = Answers(output / "answers" if output is not None else None, label, settings)
     with tqdm(total=len(questions), initial=len(stored.items), desc=label, unit="q", disable=not progress) as bar:
         for part in _parts(len(stored.items), len(questions), batch_size):
             given = ensemble.answer(questions[part], select=(ids[part], weights[part]), **options)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.end_tokens import end_tokens, target_ids
 from ..models.pretrained import is_seq2seq, open_ids
 from ..training.batches import model_device
 
@@ -22,10 +23,7 @@ class Answerer:
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
         self.seq2seq = is_seq2seq(model.config)
-        config = getattr(model, "generation_config", None)
-        end = getattr(config, "eos_token_id", None)
-        end = tokenizer.eos_token_id if end is None else end
-        self.ends = () if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,)
+        self.ends = end_tokens(model, tokenizer)
         pad = (tokenizer.pad_token_id, *self.ends, 0)
         self.pad = next(token for token in pad if token is not None)
 
@@ -36,9 +34,7 @@ class Answerer:
         return ids
 
     def target_ids(self, text: str) -> list[int]:
-        if self.seq2seq:
-            return self.tokenizer(text_target=text).input_ids
-        return self.tokenizer(text, add_special_tokens=False).input_ids + list(self.ends[:1])
+        return target_ids(self.tokenizer, text, self.ends, seq2seq=self.seq2seq)
 
     def check_length(self, length: int) -> None:
         """ValueError when `length` tokens do not fit the model's context."""

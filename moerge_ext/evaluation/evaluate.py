@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,20 @@ from ..methods.fixed import PREFIX
 from ..queries.describe import draw
 from ..queries.router import QueryRouter, similar_examples
 from ..routing.patch import Handle, check_patch, patch
+from . import identity
 from .answers import Answerer
 from .metrics import accuracy, exact_match, wilson
 from .runs import Run
-from .store import Answers, file_name
+from .store import Answers, alone_in
 from .tasks import Task
 
 
 @dataclass(frozen=True)
 class Score:
-    """`right` of `n` items; interval: the 95 % Wilson interval of the share; chance: of a guess, None if not known."""
+    """`right` of `n` items; interval: the 95 % Wilson interval of the share; chance: of a guess, None if not known.
+
+    reused: how many of the answers were stored before.
+    """
 
     method: str
     task: str
@@ -37,6 +41,7 @@ class Score:
     right: int
     chance: float | None
     items: tuple[bool, ...]
+    reused: int = field(default=0, compare=False)
 
     @property
     def value(self) -> float:
@@ -87,7 +92,6 @@ def evaluate(
     settings: Settings | None = None,
     *,
     routers: Mapping[str, Any] | None = None,
-    facts: Mapping[str, Any] | None = None,
     output: Path | None = None,
     progress: bool = True,
 ) -> list[Score]:
@@ -96,9 +100,8 @@ def evaluate(
     Args:
         runs: from `parse_run`; all of them are checked against the model before the first answer.
         routers: {"instruction": QueryRouter, ...} for the runs that route by the query's text.
-        facts: what the answers depend on besides the settings and the tasks (the model's and experts' names), kept
-            beside them; a difference is an error when an evaluation is resumed.
-        output: folder of the answers, `<output>/answers/<task>/<run>.jsonl`; what is there is not computed again.
+        output: folder of the answers, `<output>/answers/<task>/<run>.<digest>.jsonl`. What is there of the same model,
+            experts, tokenizer and settings, by content, is not computed again. One evaluation at a time.
     """
     settings = settings or Settings()
     if not runs or not tasks:
@@ -110,14 +113,18 @@ def evaluate(
     answerer = Answerer(model, tokenizer)
     scores = []
     total = len(runs) * sum(len(task.rows) for task in tasks)
-    with tqdm(total=total, unit="item", disable=not progress) as bar:
+    content = identity.of_model(model, tokenizer) if output is not None else {}
+    digests = identity.of_experts(experts, experts.names) if output is not None else {}
+    with alone_in(output), tqdm(total=total, unit="item", disable=not progress) as bar:
         for run in runs:
             with patched(model, experts, run, routers) as handle:
                 for task in tasks:
                     bar.set_description(f"{run.label}: {task.name}")
                     show_similar(handle, task, settings)
-                    path = output / "answers" / task.name / file_name(run.label) if output is not None else None
-                    stored = Answers(path, _header(run, task, settings, handle, facts))
+                    used = {name: digests[name] for name in identity.used_experts(run.method, experts) if digests}
+                    depends = {**_header(run, task, settings, handle), **content, "experts": used}
+                    folder = output / "answers" / task.name if output is not None else None
+                    stored = Answers(folder, run.label, depends)
                     bar.update(len(stored.items))
                     _complete(stored, answerer, handle, task, settings, bar)
                     scores.append(_score(label(run, handle), task, stored))
@@ -159,7 +166,7 @@ def router_of(run: Run, routers: Mapping[str, Any] | None) -> Any:
     return router
 
 
-def _header(run: Run, task: Task, settings: Settings, handle: Handle | None, facts) -> dict[str, Any]:
+def _header(run: Run, task: Task, settings: Settings, handle: Handle | None) -> dict[str, Any]:
     header = {
         "run": label(run, handle),
         "task": task.name,
@@ -167,7 +174,6 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None, fac
         "rows": task.digest,
         "template": settings.template,
         "max_new_tokens": settings.max_new_tokens,
-        **(facts or {}),
     }
     if task.metric == "rank":
         header["length_norm"] = settings.length_norm
@@ -175,6 +181,7 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None, fac
     if router is not None:
         options = router.settings(run.method, handle.options)
         header |= {"options": {key: str(value) for key, value in options.items()}, "similar": settings.similar}
+        header["router"] = identity.of_router(router)
         header |= {"seed": settings.seed} if handle.method.per_task else {}
         header |= {part: getattr(getattr(router, part, None), "name", None) for part in ("embedder", "writer")}
     return header
@@ -254,7 +261,7 @@ def row_queries(handle: Handle | None, rows: Sequence[dict], tokenizer: Any):
 
 def _score(name: str, task: Task, stored: Answers) -> Score:
     items = tuple(bool(item["right"]) for item in stored.items)
-    return Score(name, task.name, task.part, task.metric, len(items), sum(items), task.chance, items)
+    return Score(name, task.name, task.part, task.metric, len(items), sum(items), task.chance, items, stored.reused)
 
 
 def derive(scores: Sequence[Score], baselines: Sequence[str]) -> list[Score]:

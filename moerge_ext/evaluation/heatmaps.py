@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .inspect import Inspection, part_of
-from .store import file_name
+from .store import file_stem
 
 
 def draw(found: Sequence[Inspection], folder: Path) -> list[Path]:
@@ -18,7 +18,7 @@ def draw(found: Sequence[Inspection], folder: Path) -> list[Path]:
     for method in dict.fromkeys(i.method for i in found):
         mine = [i for i in found if i.method == method]
         for part in dict.fromkeys(part_of(name) for name in mine[0].modules):
-            stem = file_name(method).removesuffix(".jsonl") + (f"-{part}" if part else "")
+            stem = file_stem(method) + (f"-{part}" if part else "")
             title = f"{method}{', ' if part else ''}{part}: mean routing distribution of a task's tokens"
             paths.append(_figure(mine, part, folder / f"routing-{stem}.png", title))
     return paths

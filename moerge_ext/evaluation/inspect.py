@@ -77,18 +77,18 @@ def inspect(
     tasks: Sequence[Task],
     settings: Settings | None = None,
     *,
-    oracles: Mapping[str, str] | None = None,
+    oracles: Mapping[str, str | None] | None = None,
     routers: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> list[Inspection]:
     """Every run on the rows of every task, prompt and target together, one sequence at a time (no padding).
 
-    oracles: {task: expert}; default the expert of the task's name, if there is one. ValueError for an oracle that is no
-    expert, and for a run that routes nothing.
+    oracles: {task: expert, None for none}; default the expert of the task's name, if there is one. ValueError for an
+    oracle that is no expert, and for a run that routes nothing.
     """
     settings = settings or Settings()
     oracles = dict(oracles or {})
-    unknown = sorted(set(oracles.values()) - set(experts.names))
+    unknown = sorted(set(oracles.values()) - {None, *experts.names})
     if unknown:
         raise ValueError(f"oracles must be experts; there is no {', '.join(unknown)} among {', '.join(experts.names)}")
     for task in tasks:

@@ -13,7 +13,8 @@ from ..methods.option_text import ALL, parse_option
 BASE = "base"  # the model without experts
 MULTITASK = "multitask"  # one LoRA, trained on the data of all experts
 DERIVED = {
-    "oracle_dataset": "the best expert of every evaluation set, chosen on that set: an upper bound",
+    "oracle_dataset": "the best single expert of every evaluation set, chosen on that set: it bounds whoever picks one "
+    "expert per set, not routing per token",
     "best_individual": "the one expert with the best mean over all evaluation sets, chosen on them",
 }
 

@@ -1,7 +1,8 @@
 """From folders, hub ids and live PEFT models to a checked ExpertBank.
 
 `bank.py` has `load_experts` and `ExpertBank`, `sources.py` what any format must offer, `formats/` one file per
-adapter format, `gates.py` the file of gates beside an adapter. Start with `bank.py`.
+adapter format, `convert.py` writes any of them as PEFT's, `gates.py` the file of gates beside an adapter,
+`selection.py` what is taken and under which names, `claims.py` what an adapter says of its base. Start with `bank.py`.
 
-May import: files.
+May import: models, files.
 """

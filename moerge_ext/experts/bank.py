@@ -6,14 +6,19 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..files.listing import grouped, listed
 from ..files.safefile import FLOATS
+from .claims import BaseClaims
 from .formats.peft import GateSet, write_gates
+from .idle import idle_notes
 from .kinds import SIGMOID_GATE
 from .module_bank import ModuleBank
+from .selection import Modules, Rename, Selection
 from .sources import MAX_LISTED, Source, collect_sources, stack_modules
 
 __all__ = ["ExpertBank", "ModuleBank", "load_experts"]
@@ -24,7 +29,10 @@ class ExpertBank:
 
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
-    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them.
+    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
+    claims: {expert name: what it says of the base}, checked by `patch`;
+    stored_paths: per expert {module path: path in its folder}, where they differ; bases: per expert the (name,
+    revision) of the model it says it was trained on.
     """
 
     def __init__(
@@ -36,13 +44,20 @@ class ExpertBank:
         folders: Sequence[Path | None] | None = None,
         global_vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
         global_metadata: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+        claims: Mapping[str, BaseClaims] | None = None,
+        stored_paths: Sequence[Mapping[str, str]] | None = None,
+        bases: Sequence[tuple[str | None, str | None]] | None = None,
     ):
         self.names = tuple(names)
         self.modules = dict(modules)
         self.base_model = base_model
         self.folders = tuple(folders) if folders is not None else (None,) * len(self.names)
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
+        self.claims = dict(claims or {})
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
+        self._gated: dict[str, frozenset[int]] = {}  # of `gated`, which large models ask once a module
+        self.stored_paths = tuple(map(dict, stored_paths)) if stored_paths is not None else ({},) * len(self.names)
+        self.bases = tuple(bases) if bases is not None else ((base_model, None),) * len(self.names)
         problems = []
         if len(set(self.names)) != len(self.names):
             problems.append(f"expert names must be distinct, got {list(self.names)}")
@@ -79,6 +94,14 @@ class ExpertBank:
         kinds = {kind for module in self.modules.values() for kind in module.gates}
         return tuple(sorted(kinds | set(self.global_vectors)))
 
+    def gated(self, kind: str) -> frozenset[int]:
+        """Ids of the experts that have a gate of `kind` in some module."""
+        if kind not in self._gated:
+            flags = [module.has_gate[kind] for module in self.modules.values() if kind in module.has_gate]
+            found = torch.stack(flags).any(0).nonzero().flatten().tolist() if flags else []
+            self._gated[kind] = frozenset(found)
+        return self._gated[kind]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stacked tensors, padding and gates included."""
@@ -107,18 +130,27 @@ class ExpertBank:
                 for e in module.overflows(self.modules[path])
             ]
             if problems:
-                raise ValueError("ExpertBank.to:" + "".join(f"\n  - {problem}" for problem in problems))
+                raise ValueError("ExpertBank.to:" + "".join(f"\n  - {problem}" for problem in grouped(problems)))
         vectors = {
             kind: {name: vector.to(device) for name, vector in rows.items()}
             for kind, rows in self.global_vectors.items()
         }
+        moved = self.with_modules(modules, self.stored_paths)
+        moved.global_vectors = vectors
+        return moved
+
+    def with_modules(self, modules: Mapping[str, ModuleBank], stored_paths: Sequence[Mapping[str, str]]) -> ExpertBank:
+        """The same experts with other modules."""
         return ExpertBank(
             self.names,
             modules,
             base_model=self.base_model,
             folders=self.folders,
-            global_vectors=vectors,
+            global_vectors=self.global_vectors,
             global_metadata=self.global_metadata,
+            claims=self.claims,
+            stored_paths=stored_paths,
+            bases=self.bases,
         )
 
     def set_gates(
@@ -139,21 +171,25 @@ class ExpertBank:
         """
         e = self._id(expert, "set_gates")
         rows = {path: torch.as_tensor(gate).detach().float() for path, gate in gates.items()}
-        problems = []
+        problems, unknown = [], []
         for path, row in rows.items():
             module = self.modules.get(path)
             if module is None:
-                problems.append(f"{path} is not a module of the bank")
+                unknown.append(path)
             elif tuple(row.shape) != (module.in_features,):
                 problems.append(f"{path}: a gate must be [D={module.in_features}], got {list(row.shape)}")
             elif not torch.isfinite(row).all():
                 problems.append(f"{path}: the gate holds NaN or infinite values")
             elif not module.present[e]:
                 problems.append(f"{path}: expert {self.names[e]!r} has no LoRA here")
+        if unknown:
+            is_none = "is not a module" if len(unknown) == 1 else "are not modules"
+            problems.insert(0, f"{listed(unknown)} {is_none} of the bank")
         if problems:
-            raise ValueError(f"set_gates({self.names[e]!r}): " + "; ".join(problems))
+            raise ValueError(f"set_gates({self.names[e]!r}): " + "; ".join(grouped(problems)))
         for path, row in rows.items():
             self.modules[path].set_gate(kind, e, row)
+        self._gated.clear()
         if global_vector is not None:
             vector = torch.as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector
@@ -201,7 +237,8 @@ class ExpertBank:
         for name, folder in targets.items():
             folder.mkdir(parents=True, exist_ok=True)
             vector = self.global_vectors.get(kind, {}).get(name)
-            rows = self.get_gates(name, kind)
+            stored = self.stored_paths[self.names.index(name)]
+            rows = {stored.get(path, path): gate for path, gate in self.get_gates(name, kind).items()}
             written.append(
                 write_gates(
                     folder,
@@ -242,27 +279,43 @@ def load_experts(
     paths: str | os.PathLike | Iterable[str | os.PathLike] | Mapping[str, str | os.PathLike] | nn.Module,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    base: Any = None,
+    names: Iterable[str] | None = None,
+    modules: Modules = None,
+    rename: Rename = None,
 ) -> ExpertBank:
-    """Load PEFT LoRA adapters as one bank of experts.
+    """Load LoRA adapters (PEFT, MLX-LM, llama.cpp's GGUF; see `experts.formats`) as one bank of experts.
 
-    paths: folders or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as {name:
-    path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
+    paths: folders, GGUF files or hub ids (see `experts/hub.py`), as a list (names are the folders' names), as
+    {name: path}, or one alone; or a PEFT model, whose loaded adapters become the experts (it is left untouched).
     dtype: scaling (alpha/r, or alpha/sqrt(r) with rslora, with the config's patterns) is folded into lora_B and
     lora_bias in float32 before the cast to dtype. None keeps the stored dtype, promoted where experts differ,
     as long as folding is exact: experts stored in 16 bits become float32 (twice the memory) unless every
     scaling that is not 0 is a power of two, and at least 1 for float16. Pass torch.float16 or torch.bfloat16
     to have 16 bits in any case, with lora_B rounded once more.
     device: where the stacked tensors go; None is the CPU.
+    base: the base model, its config, or the folder or hub id of either: for GGUF adapters of Llama-like models, whose
+    rows of q and k are put back in Hugging Face's order with the number of heads.
+    names: which experts to take of those in `paths`, in this order; None takes all.
+    modules: which modules to take: a regular expression that is searched for in the adapter's own module path (anchor
+    it with ^ and $), or a function of the path. What is not taken is not checked either.
+    rename: what the modules are called here: {old: new}, where `old` is any run of whole parts of a path
+    ("model.layers", "query", a whole path; "" is the start of every path), or a function of the path. `patch` knows
+    the renamings of transformers by itself.
 
-    Raises ValueError listing every problem of every expert, or why the device cannot be used; then nothing was
-    loaded. Warns once, naming the experts, of configs that speak of modules which are not in their files.
+    Raises ValueError listing every problem of every expert, what does not fit into memory, or why the device cannot be
+    used; then nothing was loaded. Warns once, naming the experts, of configs that speak of modules which are not in
+    their files, of experts that change nothing, and of adapters of a live model that may be no experts.
     """
+    selection = Selection(modules, rename, names)
     _check_dtype(dtype)
     device = _usable_device("cpu" if device is None else device, "load_experts")
-    sources = collect_sources(paths)
-    _warn_of_notes(sources)
-    modules = stack_modules(sources, dtype, device)
-    _place_gates(sources, modules)
+    sources = collect_sources(paths, selection, base)
+    stacked = stack_modules(sources, dtype, device)
+    _place_gates(sources, stacked)
+    notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
+    _warn_of_notes(notes + idle_notes([source.name for source in sources], stacked))
     vectors: dict[str, dict[str, Tensor]] = {}
     facts: dict[str, dict[str, dict[str, str]]] = {}
     for source in sources:
@@ -272,11 +325,14 @@ def load_experts(
                 facts.setdefault(kind, {})[source.name] = dict(gates.metadata)
     return ExpertBank(
         [source.name for source in sources],
-        modules,
+        stacked,
         base_model=_common_base_model(sources),
         folders=[source.folder for source in sources],
         global_vectors=vectors,
         global_metadata=facts,
+        claims={source.name: source.claims for source in sources},
+        stored_paths=[getattr(source, "stored_paths", {}) for source in sources],
+        bases=[(source.base_model, getattr(source, "config", {}).get("revision")) for source in sources],
     )
 
 
@@ -298,8 +354,7 @@ def _usable_device(device: torch.device | str, caller: str) -> torch.device:
     raise ValueError(f"{caller}: device {device!r} cannot be used ({reason}); pass 'cpu' or a device of this machine")
 
 
-def _warn_of_notes(sources: Sequence[Source]) -> None:
-    notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
+def _warn_of_notes(notes: list[str]) -> None:
     if len(notes) > MAX_LISTED:
         notes[MAX_LISTED:] = [f"... and {len(notes) - MAX_LISTED} more"]
     if notes:

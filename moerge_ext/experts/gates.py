@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,11 +37,16 @@ class GateSet:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def read_gates(folder: str | os.PathLike, modules: Mapping[str, int] | None = None) -> dict[str, GateSet]:
+def read_gates(
+    folder: str | os.PathLike,
+    modules: Mapping[str, int] | None = None,
+    keep: Callable[[str], bool] | None = None,
+) -> dict[str, GateSet]:
     """{kind: GateSet} of every sidecar in `folder`; empty when there is none.
 
     `modules` (module path -> D) adds the check that every gate belongs to a module of the adapter and has its
-    width. Raises AdapterError with every problem of every sidecar.
+    width; `keep` says for which modules gates are read (None: all). Raises AdapterError with every problem of every
+    sidecar.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
@@ -50,7 +55,7 @@ def read_gates(folder: str | os.PathLike, modules: Mapping[str, int] | None = No
     problems: list[str] = []
     for name in sorted(path.name for path in folder.glob("moerge_gates*.safetensors")):
         try:
-            gates = _read_sidecar(folder, name, modules)
+            gates = _read_sidecar(folder, name, modules, keep)
         except AdapterError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
             continue
@@ -65,7 +70,9 @@ def read_gates(folder: str | os.PathLike, modules: Mapping[str, int] | None = No
     return found
 
 
-def _read_sidecar(folder: Path, name: str, modules: Mapping[str, int] | None) -> GateSet:
+def _read_sidecar(
+    folder: Path, name: str, modules: Mapping[str, int] | None, keep: Callable[[str], bool] | None
+) -> GateSet:
     match = _SIDECAR.fullmatch(name)
     if match is None:
         raise ValueError(f"{name}: expected {GATES_FILE} or moerge_gates.<kind>.safetensors")
@@ -73,6 +80,8 @@ def _read_sidecar(folder: Path, name: str, modules: Mapping[str, int] | None) ->
         metadata = dict(handle.metadata() or {})
         problems = _metadata_problems(metadata, match["kind"])
         headers = read_headers(handle)
+        if keep is not None:
+            headers = {key: header for key, header in headers.items() if key == GLOBAL_KEY or keep(key)}
         for key, header in headers.items():
             problems += _header_problems(key, header, modules)
         if problems:
@@ -112,7 +121,7 @@ def _header_problems(key: str, header, modules: Mapping[str, int] | None) -> lis
         problems.append(f"{key} must be a vector, got shape {list(header.shape)}")
     elif modules is not None and key != GLOBAL_KEY:
         if key not in modules:
-            problems.append(f"a gate for {key}, a module without LoRA weights in this adapter")
+            problems.append(f"{key}: a gate for a module without LoRA weights in this adapter")
         elif header.shape[0] != modules[key]:
             problems.append(f"the gate of {key} must be [D={modules[key]}], got {list(header.shape)}")
     return problems
@@ -150,7 +159,7 @@ def write_gates(
         raise AdapterError(problems, f"gates cannot be written to {folder}")
     # a clone each: safetensors refuses tensors that share storage
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous().clone() for key, value in tensors.items()}
-    path = _file_for(folder, kind)
+    path = gates_file(folder, kind)
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     return path
 
@@ -170,7 +179,8 @@ def _value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _file_for(folder: Path, kind: str) -> Path:
+def gates_file(folder: Path, kind: str) -> Path:
+    """The file in `folder` that holds the gates of `kind`, or would."""
     own = folder / f"moerge_gates.{kind}.safetensors"
     first = folder / GATES_FILE
     if own.exists() or not first.exists():

@@ -2,6 +2,7 @@
 
 user/repo                       the adapter at the top of a repository
 user/repo/some/subfolder        an adapter in a folder of it
+user/repo/some/adapter.gguf     a GGUF file of it
 ...@revision                    a branch, tag or commit, always last: user/repo/subfolder@v2
 """
 
@@ -11,15 +12,25 @@ import os
 import re
 from pathlib import Path
 
+from ..files.safefile import file_inside
+from .formats import mlx
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE
 
-ALLOWED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "moerge_gates*.safetensors", "moerge_examples*.safetensors")
+ALLOWED_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "adapter_model-*-of-*.safetensors",
+    mlx.WEIGHTS_FILE,
+    "moerge_gates*.safetensors",
+    "moerge_examples*.safetensors",
+)
+GGUF = ".gguf"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
 _HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?P<sub>(/{_PART})*)(@(?P<revision>[A-Za-z0-9_][\w.\-/]*))?", re.A)
 
 
 def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
-    """(default name, folder) of a local path or a hub id; a path that exists locally wins.
+    """(default name, folder or GGUF file) of a local path or a hub id; a path that exists locally wins.
 
     Only the adapter's own files are fetched. Without a network the local cache is used. The default name is
     the last part of the path or id, without the revision. Raises ValueError when nothing is found, with the
@@ -31,7 +42,8 @@ def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
             raise TypeError
         local = Path(text).expanduser()
         if text and local.exists():
-            return local.resolve().name if local.name in ("", "..") else local.name, local
+            name = local.resolve().name if local.name in ("", "..") else local.name
+            return name.removesuffix(GGUF), local
     except TypeError:
         raise ValueError(f"an expert must be a path or a hub id, got {type(source).__name__}") from None
     except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, no home folder
@@ -43,14 +55,16 @@ def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
             "@revision or without): check the path"
         )
     folder = _snapshot(match["repo"], match["sub"].strip("/"), match["revision"])
-    return (match["repo"] + match["sub"]).rsplit("/", 1)[-1], folder
+    return (match["repo"] + match["sub"]).rsplit("/", 1)[-1].removesuffix(GGUF), folder
 
 
 def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most experts are local
 
     where = f"{repo}{'/' + subfolder if subfolder else ''}{'@' + revision if revision else ''}"
+    one_file = subfolder.endswith(GGUF)
     patterns = [f"{subfolder}/{name}" if subfolder else name for name in ALLOWED_FILES]
+    patterns = [subfolder] if one_file else patterns
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
@@ -59,6 +73,8 @@ def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
             f"there is no local folder {where!r}, and the hub has no such adapter for you ({reason}): check the path, "
             "or the id, the revision, the network and your access"
         ) from error
+    if one_file:
+        return file_inside(root.resolve(), subfolder)
     folder = root / subfolder
     if not folder.is_dir():
         raise ValueError(f"hub repository {repo} has no adapter in folder {subfolder!r} (revision {root.name})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files.safefile import FLOATS, AdapterError, path_problem
-from .formats.peft import PREFIX, GateSet, LoraWeights, ModuleHeader, common_dtype
+from ..files.safefile import FLOATS, AdapterError, path_problem, widened
+from .claims import BaseClaims, SavedTensor
+from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
+from .formats.peft_rules import LoraRules, some_of
+from .keys import bare_path, module_of
+from .selection import Selection
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class LiveAdapter:
     gates: dict[str, GateSet] = field(default_factory=dict)
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
+    claims: BaseClaims = field(default_factory=BaseClaims)
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
         """(module path, weights) of every module; the tensors are the model's own: copy, never write."""
@@ -45,25 +51,42 @@ def is_peft_model(source: Any) -> bool:
     return isinstance(source, nn.Module) and isinstance(getattr(source, "peft_config", None), dict)
 
 
-def live_adapters(model: nn.Module) -> tuple[list[LiveAdapter], dict[str, list[str]]]:
-    """(the adapters that can be experts, {adapter name: problems} of the others)."""
+def live_adapters(model: nn.Module, selection: Selection) -> tuple[list[LiveAdapter], dict[str, list[str]]]:
+    """(the adapters that can be experts, {adapter name: problems} of the others), of those that are selected."""
     layers = {
-        name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
+        path: module
+        for path, module in ((bare_path(name), module) for name, module in model.named_modules())
         if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A")
+        if selection.keeps is None or selection.keeps(path)
     }
     found, bad = [], {}
-    for name, config in model.peft_config.items():
+    for name in selection.choose(list(model.peft_config)):
         try:
-            found.append(_live_adapter(name, config, layers))
+            adapter = _live_adapter(name, model.peft_config[name], layers, model)
+            if selection.keeps is not None:
+                kept = {
+                    path: tensor for path, tensor in adapter.claims.saved.items() if selection.keeps(module_of(path))
+                }
+                adapter = replace(adapter, claims=BaseClaims(kept))
+            if selection.names is None and (role := _role(name)):
+                adapter.notes.append(f"{role}: choose the experts with names=[...] if it is none")
+            found.append(adapter)
         except AdapterError as error:
             bad[repr(name)] = error.problems
     return found, bad
 
 
-def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveAdapter:
+def _role(name: str) -> str:
+    """What libraries keep under this name beside the adapters that are experts."""
+    if name == "ref":
+        return "TRL keeps its frozen reference policy under this name"
+    if re.fullmatch(r"gks_\d+", name):
+        return "PEFT's Arrow keeps a general-knowledge adapter, which it subtracts from the others, under this name"
+    return ""
+
+
+def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module], model: nn.Module) -> LiveAdapter:
     values = _plain(config.to_dict())
-    values["auto_mapping"] = None  # a note for loading; the model is loaded already
     rules, problems = check_config(values)
     modules: dict[str, ModuleHeader] = {}
     for path, layer in layers.items():
@@ -73,12 +96,49 @@ def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module]) -> LiveA
         problems += reasons
         if not reasons:
             modules[path] = _module_header(layer, name)
+    if rules is not None:
+        problems += _base_problems(rules, values.get("bias"), model, layers, modules)
     if not modules and not problems:
-        problems.append("no layer of the model carries this adapter")
+        problems.append("no layer of the model carries this adapter, or none that modules=... takes")
     if problems:
         raise AdapterError(problems)
-    base_model = rules.base_model if rules is not None else None
-    return LiveAdapter(name, base_model, values, modules, {path: layers[path] for path in modules})
+    claims = BaseClaims(_saved_modules(model, name))
+    held = {path: layers[path] for path in modules}
+    return LiveAdapter(name, rules.base_model, values, modules, held, claims=claims)
+
+
+def _base_problems(
+    rules: LoraRules, bias: Any, model: nn.Module, layers: dict[str, nn.Module], modules: dict[str, ModuleHeader]
+) -> list[str]:
+    """What the training of this adapter changed in the base that the model now holds."""
+    problems = []
+    if rules.init is not None:
+        problems.append(
+            f"init_lora_weights = {rules.init!r} changed the base weights of this model; save the adapter and pass its "
+            "folder with the base as it was, or convert it (PEFT: save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
+    if bias == "lora_only":
+        trained = [path for path in modules if getattr(layers[path].get_base_layer(), "bias", None) is not None]
+    elif bias == "all":
+        trained = [path for path, _ in model.named_parameters() if path.endswith(".bias") and "lora_" not in path]
+    else:
+        trained = []
+    if trained:
+        problems.append(f"bias = {bias!r} trained biases of the base: {some_of(trained)}")
+    return problems
+
+
+def _saved_modules(model: nn.Module, name: str) -> dict[str, SavedTensor]:
+    """{parameter path: tensor} of the whole modules that this adapter brings, PEFT's `modules_to_save`."""
+    saved = {}
+    for path, wrapper in model.named_modules():
+        copies = getattr(wrapper, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and name in copies:
+            for key, tensor in copies[name].state_dict().items():
+                full = f"{bare_path(path)}.{key}"
+                saved[full] = SavedTensor(tuple(tensor.shape), full, tensor=tensor.detach())
+    return saved
 
 
 def _plain(value: Any) -> Any:
@@ -115,7 +175,8 @@ def _layer_problems(path: str, layer: nn.Module, name: str) -> list[str]:
 
 def _tensors(layer: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     lora_b = layer.lora_B[name]
-    return layer.lora_A[name].weight, lora_b.weight, getattr(lora_b, "bias", None)
+    bias = getattr(lora_b, "bias", None)
+    return widened(layer.lora_A[name].weight), widened(lora_b.weight), None if bias is None else widened(bias)
 
 
 def _module_header(layer: nn.Module, name: str) -> ModuleHeader:

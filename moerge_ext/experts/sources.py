@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..files.listing import grouped
 from ..files.safefile import AdapterError
-from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, inspect_adapter, nonfinite_problems
+from ..models.wrappers import unwrapped
+from .claims import BaseClaims
+from .formats import inspect_adapter
+from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, nonfinite_problems
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
+from .memory import memory_problem, padding_note
 from .module_bank import ModuleBank
+from .selection import Selection
 
 PROGRESS_AFTER = 2.5  # seconds
 MAX_LISTED = 20  # problems shown per expert when several are refused; `problems` holds all
@@ -37,32 +44,36 @@ class Source(Protocol):
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     notes: list[str]
+    claims: BaseClaims
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
 
 
-def collect_sources(paths: Any) -> list[Source]:
+def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[Source]:
     """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
     bad: dict[str, list[str]] = {}
     if isinstance(paths, nn.Module):
+        paths = unwrapped(paths)
         if not is_peft_model(paths):
             raise ValueError(
                 f"load_experts: {type(paths).__name__} has no PEFT adapters; pass a PeftModel, paths, or {{name: path}}"
             )
-        sources, bad = live_adapters(paths)
+        sources, bad = live_adapters(paths, selection)
         total = len(sources) + len(bad)
     else:
-        named = _named_folders(paths, bad)
+        named = _named_folders(paths, bad, selection)
         total = len(named) + len(bad)
         sources = []
+        part = {} if selection.keeps is None else {"keep": selection.keeps}
         for name, folder in tqdm(named.items(), "checking experts", delay=PROGRESS_AFTER, leave=False):
             try:
-                sources.append(inspect_adapter(name, folder))
+                sources.append(inspect_adapter(name, folder, base, **part))
             except AdapterError as error:
                 bad[f"{name!r} ({folder})"] = error.problems
     if not sources and not bad:
         raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
-    bad |= _misfits(sources)
+    sources, unnamed = selection.rename(sources)
+    bad |= unnamed | _misfits(sources)
     if bad:
         # all are refused now, so what reading them would find belongs to the list
         for source in tqdm(sources, "looking for NaN", delay=PROGRESS_AFTER, leave=False):
@@ -80,13 +91,14 @@ def _stored_problems(source: Source) -> list[str]:
         return [str(error)]
 
 
-def _named_folders(paths: Any, bad: dict[str, list[str]]) -> dict[str, Path]:
+def _named_folders(paths: Any, bad: dict[str, list[str]], selection: Selection) -> dict[str, Path]:
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     if isinstance(paths, Mapping):
         pairs = list(paths.items())
         if wrong := [name for name, _ in pairs if not isinstance(name, str) or not name]:
             raise ValueError(f"load_experts: expert names must be non-empty strings, got {wrong}")
+        pairs = [(name, paths[name]) for name in selection.choose(list(paths))]
     elif isinstance(paths, Iterable):
         pairs = [(None, path) for path in paths]
     else:
@@ -103,7 +115,14 @@ def _named_folders(paths: Any, bad: dict[str, list[str]]) -> dict[str, Path]:
         if count > 1:
             folders = ", ".join(str(folder) for other, folder in found if other == name)
             bad[repr(name)] = [f"{count} experts have this name ({folders}); pass {{name: path}} to name them apart"]
-    return dict(found)
+    named = dict(found)
+    if selection.names is not None:
+        named = {
+            name: named[name] for name in selection.choose(list(named) + [n for n, _ in pairs if n]) if name in named
+        }
+        for said in set(bad) - {repr(name) for name in selection.names}:
+            del bad[said]
+    return named
 
 
 def _refusal(bad: Mapping[str, Sequence[str]], total: int) -> AdapterError:
@@ -114,10 +133,13 @@ def _refusal(bad: Mapping[str, Sequence[str]], total: int) -> AdapterError:
         lines = []
         for name, reasons in bad.items():
             lines.append(f"\nexpert {name}:")
-            lines += [f"\n  - {reason}" for reason in reasons[:MAX_LISTED]]
-            if len(reasons) > MAX_LISTED:
-                lines.append(f"\n  - ... and {len(reasons) - MAX_LISTED} more problems")
+            causes = grouped(reasons)
+            lines += [f"\n  - {cause}" for cause in causes[:MAX_LISTED]]
+            if len(causes) > MAX_LISTED:
+                lines.append(f"\n  - ... and {len(causes) - MAX_LISTED} more problems")
         error.args = (f"load_experts: {len(bad)} of {total} experts cannot be used:" + "".join(lines),)
+    if total > len(bad):
+        error.args = (f"{error.args[0]}\n(names=[...] loads the others without them)",)
     return error
 
 
@@ -161,7 +183,7 @@ def _check_padding(sources: Sequence[Source]) -> None:
         problem = (
             f"{path}: padding all {len(sources)} experts to its rank {rank} makes the bank "
             f"{total_padded / 2**30:.1f} GiB, {total_padded // total_stored} times what the adapters hold; "
-            "load it apart"
+            "load it apart, the others with names=[...]"
         )
         raise _refusal({repr(sources[e].name): [problem]}, len(sources))
 
@@ -204,6 +226,11 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
     """
     holders = _by_module(sources)
     target = dtype or exact_dtype([m for source in sources for m in source.modules.values()])
+    names = [source.name for source in sources]
+    if problem := memory_problem(names, holders, target, device):
+        raise AdapterError([problem], "load_experts: the experts cannot be stacked")
+    if note := padding_note(names, holders, target):
+        warnings.warn(f"load_experts: {note}", stacklevel=3)
     stacks = {path: _allocate(held, len(sources), target, device) for path, held in holders.items()}
     bad: dict[str, list[str]] = {}
     total = sum(module.nbytes for source in sources for module in source.modules.values())

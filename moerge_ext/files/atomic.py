@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -14,18 +18,51 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
 
     `write` gets an empty file beside `path`, whose content it sets; the file is synced to the disk before it
     takes the name, with the permissions of any new file (the umask's). Whatever `write` raises is raised on,
-    and the temporary file is gone.
+    and the temporary file is gone. What the disk refuses is an OSError that names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors puts a private file in its place
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        _remove(temporary)
+        if (refused := disk_error(error, path)) is not None:
+            raise refused from error
         raise
+
+
+def disk_error(error: BaseException, path: str | os.PathLike) -> OSError | None:
+    """The OSError that says which `path` could not be written, and why; None when it was not the disk that refused.
+
+    safetensors has an exception of its own for that.
+    """
+    if isinstance(error, OSError):
+        return type(error)(error.errno, error.strerror or str(error), os.fspath(path))
+    if not isinstance(error, SafetensorError) or "os error" not in str(error):
+        return None
+    full = f"os error {errno.ENOSPC})" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EIO, str(error), os.fspath(path))
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """OSError, naming `folder`, when nothing can be written there; folders that are missing are made."""
+    folder = Path(folder)
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    finally:
+        _remove(probe)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):  # of a folder that is not one; what went wrong before is what counts
+        file.unlink(missing_ok=True)

@@ -14,20 +14,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .listing import grouped
+
 # safetensors' names of the dtypes an adapter may have
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+# 8-bit floats, which no kernel computes in: read as the smallest dtype of FLOATS that holds all their values
+NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+WIDENED = "BF16"
 MAX_PATH = 512  # characters of a module path
 MAX_SHOWN = 50  # problems listed for one adapter; the rest are counted
 
 
 class AdapterError(ValueError):
-    """One or more adapters cannot be used. `problems` holds every reason; the message lists them all."""
+    """One or more adapters cannot be used. `problems` holds every reason; the message says each cause once."""
 
     def __init__(self, problems: Sequence[str], heading: str = "the adapter cannot be used"):
         self.problems = list(problems)
-        shown = self.problems[:MAX_SHOWN]
-        if len(self.problems) > MAX_SHOWN:
-            shown.append(f"... and {len(self.problems) - MAX_SHOWN} more problems")
+        lines = grouped(self.problems)
+        shown = lines[:MAX_SHOWN]
+        if len(lines) > MAX_SHOWN:
+            shown.append(f"... and {len(lines) - MAX_SHOWN} more problems")
         super().__init__(heading + ":" + "".join(f"\n  - {problem}" for problem in shown))
 
     def __reduce__(self):  # the message is not the first argument, which is what pickle would pass
@@ -85,19 +91,47 @@ def open_tensors(path: Path):
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except Exception as error:  # the library's own error type, OSError, and whatever a crafted header provokes
-        raise ValueError(f"{path.name} is not a valid safetensors file: {error}") from None
+        what = what_it_is(path)
+        reason = f"it is {what}" if what else str(error)
+        raise ValueError(f"{path.name} is not a valid safetensors file: {reason}") from None
     with handle:
         yield handle
 
 
+def what_it_is(path: Path) -> str | None:
+    """What stands in the place of a file of tensors or JSON, when its first bytes tell: "a Git-LFS pointer, ..."."""
+    try:
+        with open(path, "rb") as opened:
+            start = opened.read(512)
+    except OSError:
+        return None
+    if not start:
+        return "an empty file; was its download interrupted?"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git-LFS pointer, the text that stands for the file: run `git lfs pull` in its repository"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page: download the file itself"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "a pickle of torch.save under another name"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file under another name"
+    return None
+
+
 def read_headers(handle) -> dict[str, TensorHeader]:
-    """Shape and dtype of every tensor, without reading one."""
+    """Shape and dtype (as `read_tensor` returns it) of every tensor, without reading one."""
     headers = {}
     keys = handle.keys()
     for key in keys:
         part = handle.get_slice(key)
-        headers[key] = TensorHeader(tuple(part.get_shape()), str(part.get_dtype()))
+        dtype = str(part.get_dtype())
+        headers[key] = TensorHeader(tuple(part.get_shape()), WIDENED if dtype in NARROW else dtype)
     return headers
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """8-bit floats in the dtype in which they are computed with; others as they are."""
+    return tensor.to(FLOATS[WIDENED]) if tensor.dtype in NARROW.values() else tensor
 
 
 def read_tensor(handle, key: str, header: TensorHeader) -> Tensor:
@@ -106,7 +140,8 @@ def read_tensor(handle, key: str, header: TensorHeader) -> Tensor:
         tensor = handle.get_tensor(key)
     except Exception as error:
         raise ValueError(f"{key} cannot be read: {error}") from None
-    if tuple(tensor.shape) != header.shape or tensor.dtype != FLOATS[header.dtype]:
+    tensor = widened(tensor)
+    if tuple(tensor.shape) != header.shape or tensor.dtype != FLOATS.get(header.dtype, tensor.dtype):
         raise ValueError(f"{key} changed while it was being read")
     return tensor
 

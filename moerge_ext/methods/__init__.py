@@ -3,7 +3,7 @@
 A file is a family. `base.py` says what a row holds, `gating.py` and `prototypes.py` build gates. Start with `base.py`
 and `phatgoose.py`.
 
-May import: experts, files.
+May import: experts, models, files.
 """
 
 from __future__ import annotations

@@ -38,17 +38,7 @@ from .prototypes import power_iteration_prototypes, svd_prototypes
 PAPER = "Towards Modular LLMs by Building and Reusing a Library of LoRAs, arXiv 2405.11157"
 PROTOTYPES = ("svd", "power_iteration")
 
-TAXONOMY = Taxonomy(
-    expert_training="Standard",
-    expert_data="Private",
-    routing_dataset="None",
-    input_granularity="Step",
-    depth="Module",
-    selection="Sparse",
-    aggregation="Output",
-    generalization="Out-of-Distribution",
-    user_dataset="Zero-Shot",
-)
+TAXONOMY = Taxonomy()
 
 
 def arrow_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]) -> Plan:

@@ -61,17 +61,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """The columns of the MoErging survey (Yadav et al. 2024, arXiv 2408.07057, Table 1)."""
+    """The columns of the MoErging survey (Yadav et al. 2024, arXiv 2408.07057, Table 1).
 
-    expert_training: str
-    expert_data: str
-    routing_dataset: str
-    input_granularity: str
-    depth: str
-    selection: str
-    aggregation: str
-    generalization: str
-    user_dataset: str
+    The defaults: LoRA experts as anybody trains them, chosen per token and module without data; rows say what differs.
+    """
+
+    expert_training: str = "Standard"
+    expert_data: str = "Private"
+    routing_dataset: str = "None"
+    input_granularity: str = "Step"
+    depth: str = "Module"
+    selection: str = "Sparse"
+    aggregation: str = "Output"
+    generalization: str = "Out-of-Distribution"
+    user_dataset: str = "Zero-Shot"
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,10 @@ from .base import Method, Plan, Taxonomy
 PREFIX = "expert:"
 
 TAXONOMY = Taxonomy(
-    expert_training="Standard",
-    expert_data="Private",
-    routing_dataset="None",
     input_granularity="Task",  # the user names the expert
     depth="Model",
-    selection="Sparse",
     aggregation="None",
     generalization="In-Distribution",
-    user_dataset="Zero-Shot",
 )
 
 

@@ -39,11 +39,12 @@ def expert_mask(usable: Tensor, device: torch.device) -> Tensor | None:
     return None if bool(usable.all()) else usable.to(device, copy=True)
 
 
-def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, kind: str) -> Tensor:
-    """Raw gates [E, D] float32 of `kind`, zeros where an expert has no LoRA in this module.
+def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, kind: str) -> tuple[Tensor, Tensor]:
+    """(raw gates [E, D] float32 of `kind`, zeros where there is none; [E] bool, who has one here).
 
-    Raises ValueError naming the module, every expert that has a LoRA here but no gate, and the mend: such an
-    expert could never be chosen, which no user wants silently.
+    An expert with gates of the kind in other modules has none here because the module did not run when they were
+    made: it is left out of this module. An expert with no gate of the kind at all could never be chosen, which no user
+    wants silently: ValueError naming the module, every such expert, and the mend.
     """
     gates, has_gate = module_bank.gates.get(kind), module_bank.has_gate.get(kind)
     if gates is None or has_gate is None:
@@ -51,6 +52,7 @@ def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, ki
         gates = torch.zeros(shape, dtype=torch.float32, device=module_bank.device)
         has_gate = torch.zeros_like(module_bank.present)
     missing = (module_bank.present & ~has_gate).nonzero().flatten().tolist()
+    missing = [e for e in missing if e not in bank.gated(kind)]
     if missing:
         who = ", ".join(_expert_with_folder(bank, e) for e in missing)
         raise ValueError(
@@ -58,7 +60,7 @@ def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, ki
             f"missing for {len(missing)} of {int(module_bank.present.sum())}: {who}; {MENDS[kind]}; "
             "or choose a method that needs no gates, such as arrow"
         )
-    return gates.float()
+    return gates.float(), module_bank.present & has_gate
 
 
 def gates_lacking(bank: ExpertBank, *, kind: str) -> list[str]:
@@ -90,13 +92,13 @@ def gate_plan(
     bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any], *, kind: str
 ) -> Plan:
     """A routed `Plan` from the stored gates of `kind`, normalized per the option `gate_norm`."""
-    gates = stored_gates(bank, module_bank, module_name, kind)
+    gates, has_gate = stored_gates(bank, module_bank, module_name, kind)
     return Plan(
         lora_A=module_bank.lora_A,
         lora_B=module_bank.lora_B,
         lora_bias=module_bank.lora_bias,
         gates=normalize_gates(gates, options.get("gate_norm", "standardize")).contiguous(),
-        mask=expert_mask(module_bank.present, module_bank.device),
+        mask=expert_mask(has_gate, module_bank.device),
     )
 
 

@@ -23,13 +23,10 @@ from .base import Method, Plan, Routing, Taxonomy
 from .gating import expert_mask
 
 TAXONOMY = Taxonomy(
-    expert_training="Standard",
-    expert_data="Private",
     routing_dataset="Target",
     input_granularity="Multiple",  # whatever the weights were made for
     depth="Model",
     selection="Dense",
-    aggregation="Output",
     generalization="Multiple",
     user_dataset="Few-Shot",
 )

@@ -22,15 +22,10 @@ from .base import Method, Plan, Taxonomy
 from .phatgoose import PAPER
 
 TAXONOMY = Taxonomy(
-    expert_training="Standard",
-    expert_data="Private",
-    routing_dataset="None",
     input_granularity="N/A",  # nothing depends on the input
     depth="N/A",
     selection="Dense",
     aggregation="Parameter",
-    generalization="Out-of-Distribution",
-    user_dataset="Zero-Shot",
 )
 
 

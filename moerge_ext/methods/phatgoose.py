@@ -20,14 +20,6 @@ PAPER = "Learning to Route Among Specialized Experts for Zero-Shot Generalizatio
 
 TAXONOMY = Taxonomy(
     expert_training="Custom",  # a gate is trained after the expert
-    expert_data="Private",
-    routing_dataset="None",
-    input_granularity="Step",
-    depth="Module",
-    selection="Sparse",
-    aggregation="Output",
-    generalization="Out-of-Distribution",
-    user_dataset="Zero-Shot",
 )
 
 PHATGOOSE = Method(

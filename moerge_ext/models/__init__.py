@@ -1,6 +1,6 @@
 """Base models and tokenizers from folders and hub ids, and prompts as token ids.
 
-Start with `pretrained.py`.
+`wrappers.py` finds the model inside what is wrapped around it. Start with `pretrained.py`.
 
 May import: files.
 """

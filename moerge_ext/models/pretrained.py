@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files.gguffile import read_gguf
+
+GGUF = ".gguf"
 # transformers' model classes take seconds to import, and `moerge --help` needs none: imported in the functions
 
 
@@ -26,35 +30,86 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def location(path: str) -> tuple[str, dict[str, str]]:
+    """(path, further arguments) of transformers' `from_pretrained` for a folder, hub id or GGUF file.
+
+    ImportError, with how to install it, when a GGUF file is given and the gguf package is not there; ValueError for an
+    adapter in place of a model.
+    """
+    file = Path(path)
+    if file.suffix != GGUF or not file.is_file():
+        return path, {}
+    if _is_adapter(file):
+        raise ValueError(f"{path!r} is an adapter, not a model: it belongs to the experts")
+    if find_spec("gguf") is None:
+        raise ImportError(f"{path!r} is a GGUF file: transformers reads it with gguf, pip install 'moerge_ext[gguf]'")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def _is_adapter(file: Path) -> bool:
+    try:
+        return read_gguf(file).values.get("general.type") == "adapter"
+    except (ValueError, OSError):  # transformers says what is wrong with it
+        return False
+
+
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model folder or hub id; ValueError when there is none."""
+    """The tokenizer of a model folder, GGUF file or hub id; ValueError when there is none."""
     from transformers import AutoTokenizer
 
+    where, options = location(path)
     with named(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+def _no_text_model(path: str) -> str | None:
+    """Why a command cannot use a model of speech, images, or text beside these; None for a text model, or no model."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+    auto = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
+    of_transformers = isinstance(config, transformers.PretrainedConfig) and not hasattr(config, "auto_map")
+    if not of_transformers or type(config) in auto._model_mapping:
+        return None
+    name = (config.architectures or [type(config).__name__])[0]
+    reads = getattr(getattr(transformers, name, None), "main_input_name", "input_ids")
+    what = "is more than a text model" if reads == "input_ids" else f"reads {reads}, not text"
+    return (
+        f"{path!r} is a {name}, which {what}: the commands read text and load text models. From Python it works with "
+        "batches made by its own processor: moerge_ext.train_expert(model, batches, folder), "
+        "moerge_ext.train_gates(model, folder, batches), moerge_ext.patch(model, experts)"
+    )
 
 
 def _has_config(path: str) -> bool:
     """Whether there is a model at all."""
     from transformers import AutoConfig
 
+    where, options = location(path)
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError):
         return False
     return True
 
 
 def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
-    """The model (causal or encoder-decoder) of a folder or hub id, in eval mode.
+    """The model (causal or encoder-decoder) of a folder, GGUF file or hub id, in eval mode.
 
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". Errors: ValueError when there is no such model.
+    dtype: "auto" (as stored; a GGUF file as float32), "float32", "bfloat16" or "float16". Errors: ValueError when there
+    is no such model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    where, options = location(path)
     with named(path, "model"):
-        auto = AutoModelForSeq2SeqLM if is_seq2seq(AutoConfig.from_pretrained(path)) else AutoModelForCausalLM
-        return auto.from_pretrained(path, dtype=dtype).eval().to(device)
+        config = AutoConfig.from_pretrained(where, **options)
+        auto = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
+        return auto.from_pretrained(where, dtype=dtype, **options).eval().to(device)
 
 
 @contextmanager
@@ -63,9 +118,15 @@ def named(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if (other := _no_text_model(path)) is not None:
+            raise ValueError(other) from error
         reason = str(error).strip().partition("\n")[0]
         if Path(path).is_dir():
             raise ValueError(f"folder {path!r} holds no {what} that transformers can load ({reason})") from error
+        if Path(path).is_file():
+            if path.endswith(GGUF):
+                raise ValueError(f"GGUF file {path!r} holds no {what} that transformers can load ({reason})") from error
+            raise ValueError(f"{path!r} is a file: pass the folder of a model, a {GGUF} file or a hub id") from error
         missing = "model" if what == "tokenizer" and not _has_config(path) else what
         raise ValueError(
             f"{missing} {path!r} was not found: there is no local folder of that name, and the hub has no such "
@@ -81,6 +142,7 @@ def is_seq2seq(config: Any) -> bool:
 def open_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
     """Token ids of a text to be continued: without the end that some tokenizers add, but with one that is its own."""
     ids = tokenizer(text).input_ids
+    ends = (*ends, getattr(tokenizer, "eos_token_id", None))
     if not ids or ids[-1] not in ends:
         return ids
     own = tokenizer(text, add_special_tokens=False).input_ids

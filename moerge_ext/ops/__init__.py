@@ -21,6 +21,7 @@ from .wrappers import (
     routed_linear,
     routed_lora,
     routed_lora_,
+    routed_lora_ways,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "routed_linear",
     "routed_lora",
     "routed_lora_",
+    "routed_lora_ways",
 ]

@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import autograd  # noqa: F401  (registers the fake kernels and the gradients)
+from .calls import watched
 from .options import APPLY, BRANCH, ROUTE, TENSORS, ApplyOptions, BranchOptions, RouteOptions, documented, filled
 
 _ops = torch.ops.moerge
 # for callers that count microseconds: see `call`
-ROUTED_LORA_, ROUTED_LINEAR = _ops.routed_lora_.default, _ops.routed_linear.default
+ROUTED_LORA_, ROUTED_LINEAR = watched(_ops.routed_lora_.default), watched(_ops.routed_linear.default)
+_ROUTE, _ROUTED_LORA = watched(_ops.route.default), watched(_ops.routed_lora.default)
+_LORA_APPLY, _LORA_APPLY_ = watched(_ops.lora_apply.default), watched(_ops.lora_apply_.default)
+_PACK_EXPERTS, _MIX_LOG_PROBS = watched(_ops.pack_experts.default), watched(_ops.mix_log_probs.default)
 # All that the Python kernel of torch.library.register_autograd does when no gradient is wanted. Done in `call`, that
 # kernel is never entered: 11 to 17 microseconds less per call (a tiny routed_linear of one token on a CPU: 31, not 47).
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
@@ -114,7 +118,7 @@ def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Te
         scores last. An unused slot (too few eligible experts, or cut by top_p) has weight exactly 0 and no gradient.
         Differentiable in x, gates and bias.
     """
-    return call(_ops.route.default, x, gates, *filled(ROUTE, options).values())
+    return call(_ROUTE, x, gates, *filled(ROUTE, options).values())
 
 
 @documented(ApplyOptions)
@@ -145,7 +149,7 @@ def lora_apply(
         y [T,O] in base's dtype. Differentiable in base, x, lora_a, lora_b, weights and lora_bias.
     """
     _refuse_packed("lora_apply", options, base, x, lora_a, lora_b, weights)
-    return call(_ops.lora_apply.default, base, x, lora_a, lora_b, weights, experts, *filled(APPLY, options).values())
+    return call(_LORA_APPLY, base, x, lora_a, lora_b, weights, experts, *filled(APPLY, options).values())
 
 
 @documented(ApplyOptions)
@@ -160,7 +164,7 @@ def lora_apply_(
 ) -> None:
     """`lora_apply` written into base. Inference only: ValueError when grad mode is on and an input requires grad."""
     _refuse_grad("lora_apply_", "it writes in place", options, base, x, lora_a, lora_b, weights)
-    call(_ops.lora_apply_.default, base, x, lora_a, lora_b, weights, experts, *filled(APPLY, options).values())
+    call(_LORA_APPLY_, base, x, lora_a, lora_b, weights, experts, *filled(APPLY, options).values())
     _mark_written(base)
 
 
@@ -174,7 +178,7 @@ def routed_lora(
     x, gates, lora_a, lora_b, bias and lora_bias (and through weights).
     """
     _refuse_packed("routed_lora", options, base, x, gates, lora_a, lora_b)
-    return call(_ops.routed_lora.default, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
+    return call(_ROUTED_LORA, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
 
 
 @documented(BranchOptions)
@@ -190,6 +194,19 @@ def routed_lora_(
     _refuse_grad("routed_lora_", "it writes in place", options, base, x, gates, lora_a, lora_b)
     call(ROUTED_LORA_, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
     _mark_written(base)
+
+
+@documented(BranchOptions)
+def routed_lora_ways(
+    base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
+) -> list[str]:
+    """Which kernels `routed_lora` would run for these arguments, and why not faster ones: lines for people to read.
+
+    Arguments as there. Computes nothing.
+    """
+    with torch.no_grad():
+        said = call(_ops.routed_lora_ways.default, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
+    return said.splitlines()
 
 
 @documented(BranchOptions)
@@ -229,7 +246,7 @@ def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     Row e holds the transpose of A_e and then that of B_e, each row by row. Not differentiable.
     """
     with torch.no_grad():
-        return call(_ops.pack_experts.default, lora_a, lora_b)
+        return call(_PACK_EXPERTS, lora_a, lora_b)
 
 
 def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
@@ -245,4 +262,4 @@ def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [N,V] float32 (float64 for float64 logits). Differentiable in logits and weights.
     """
-    return call(_ops.mix_log_probs.default, logits, weights)
+    return call(_MIX_LOG_PROBS, logits, weights)

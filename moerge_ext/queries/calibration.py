@@ -14,11 +14,16 @@ from .router import QueryRouter
 
 @dataclass(frozen=True)
 class Calibration:
-    """threshold; held_in and held_out: {task: max over the experts of s_glob, [N]}."""
+    """threshold; held_in and held_out: {task: max over the experts of s_glob, [N]}.
+
+    own: {held-in task with an expert of its name: share of its queries that are most similar to that expert}; a low
+    share says that the instructions are bad, before the evaluation does.
+    """
 
     threshold: float
     held_in: dict[str, Tensor]
     held_out: dict[str, Tensor]
+    own: dict[str, float]
 
     def above(self) -> dict[str, float]:
         """{task: share of its queries above the threshold}."""
@@ -78,9 +83,15 @@ def calibrate_threshold(
     if not held_in or not all(held_in.values()):
         empty = [task for task, texts in held_in.items() if not texts]
         raise ValueError(f"expected held-in queries of at least one task, got none for {', '.join(empty) or 'any'}")
-    inside = {task: router.affinities(texts).amax(1) for task, texts in held_in.items()}
+    scores = {task: router.affinities(texts) for task, texts in held_in.items()}
+    own = {
+        task: (s.argmax(1) == router.names.index(task)).double().mean().item()
+        for task, s in scores.items()
+        if task in router.names
+    }
+    inside = {task: s.amax(1) for task, s in scores.items()}
     outside = {task: router.affinities(texts).amax(1) for task, texts in (held_out or {}).items()}
     limit = torch.quantile(torch.cat(list(inside.values())), 1 - keep, interpolation="lower")
     threshold = torch.nextafter(limit, limit - 1).item()  # the rule asks for more than the threshold
     router.threshold = threshold
-    return Calibration(threshold, inside, outside)
+    return Calibration(threshold, inside, outside, own)

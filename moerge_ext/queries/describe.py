@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..experts.formats.peft import inspect_adapter, write_gates
+from ..experts.formats import inspect_adapter
+from ..experts.formats.peft import write_gates
 from ..experts.kinds import INSTRUCTION
 from .embedder import Embedder
 from .writer import Example, InstructionWriter
@@ -55,6 +56,10 @@ def describe(
     """
     folder = Path(adapter)
     header = inspect_adapter(folder.name, folder)
+    if header.folder is None and output_dir is None:
+        raise ValueError(
+            f"{folder} is a file without a folder of its own: pass output_dir, or `moerge convert` it first"
+        )
     facts = {"embedder": embedder.name}
     if instruction is not None:
         if writer is not None:
@@ -69,7 +74,7 @@ def describe(
         instruction = writer.task(chosen)
         facts |= {"writer": writer.name, "examples": str(count), "seed": str(seed)}
     vector = embedder([instruction])[0]
-    target = folder if output_dir is None else Path(output_dir)
+    target = header.folder if output_dir is None else Path(output_dir)
     target.mkdir(parents=True, exist_ok=True)
     path = write_gates(
         target,

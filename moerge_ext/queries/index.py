@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..experts.formats.peft import inspect_adapter
+from ..experts.formats import inspect_adapter
 from ..files.atomic import write_atomically
 from ..files.safefile import FLOATS, AdapterError, file_inside, open_tensors, read_headers, read_tensor
 from .embedder import Embedder
@@ -47,7 +47,8 @@ def index_examples(
     written then.
     """
     folder = Path(adapter)
-    inspect_adapter(folder.name, folder)
+    if inspect_adapter(folder.name, folder).folder is None:
+        raise ValueError(f"{folder} is a file without a folder of its own: `moerge convert` it first")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if not examples:

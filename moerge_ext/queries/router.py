@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .vectors import unit
 from .writer import Example, InstructionWriter
 
 PAPER_EMBEDDER = "nomic-embed-text-v1.5"  # the threshold of `glider`, 0.8, was chosen for it
+ALIKE = 0.98  # cosine of two experts' vectors above which queries hardly tell them apart
 SAME = 0.99  # cosine of one text embedded twice by one model, with room for another device or precision
 SimilarExamples = Callable[[str], Sequence[Example]]
 
@@ -98,6 +100,20 @@ class QueryRouter(Router):
         self.vectors = unit(torch.stack([stored[name].cpu() for name in self.names]))  # [E,G]
         if verify:
             self._verify()
+        self._warn_of_twins()
+
+    def _warn_of_twins(self) -> None:
+        """A writer that says the same of every task makes experts that no query can tell apart."""
+        cosines = (self.vectors @ self.vectors.T).triu(1)
+        pairs = [f"'{self.names[i]}' and '{self.names[j]}'" for i, j in (cosines > ALIKE).nonzero().tolist()]
+        if pairs:
+            more = f" and {len(pairs) - 5} more pairs" if len(pairs) > 5 else ""
+            warnings.warn(
+                f"the instructions of {', '.join(pairs[:5])}{more} mean nearly the same to embedder "
+                f"'{self.embedder.name}' (cosine above {ALIKE}): queries will hardly tell these experts apart. Look at "
+                "the instructions, and describe the experts again by a larger --writer or with --instruction",
+                stacklevel=3,
+            )
 
     @property
     def variant(self) -> str:

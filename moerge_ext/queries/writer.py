@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .cache import TextCache, model_identity, model_name
@@ -15,7 +16,9 @@ _ASK = (
     "In one sentence, instruct somebody to do this task: name the skill it needs and the kind of answer it wants. "
     "Do not solve it and do not repeat the examples.\nInstruction:"
 )
+_HEADS = ["examples of one task.", "solved inputs of one task and a new one.", "Here is an input."]
 MAX_INSTRUCTION = 600  # characters; more is no sentence
+ECHO = 20  # characters of a text that an instruction may not hold
 Example = Mapping[str, str]
 
 
@@ -94,16 +97,17 @@ class InstructionWriter:
         """The instruction of the task that `examples` ({"input", "target"}) belong to."""
         if not examples:
             raise ValueError("no examples: an instruction is written from at least one {'input', 'target'}")
-        shown = "\n\n".join(_shown(example) for example in examples)
-        return self._write(f"Here are {len(examples)} examples of one task.\n\n{shown}\n\n{_ASK}")
+        shown = [_shown(example) for example in examples]
+        prompt = "\n\n".join([f"Here are {len(examples)} {_HEADS[0]}", *shown, _ASK])
+        return self._write(prompt, partial(clean, shown=shown))
 
     def query(self, text: str, examples: Sequence[Example] = ()) -> str:
         """The instruction of the task behind one query, from the query and similar solved examples if there are any."""
         if not text.strip():
             raise ValueError("an empty query has no task: expected some text")
         solved = "".join(_shown(example) + "\n\n" for example in examples)
-        head = f"Here are {len(examples)} solved inputs of one task and a new one." if examples else "Here is an input."
-        return self._write(f"{head}\n\n{solved}Input: {text.strip()}\n\n{_ASK}")
+        head = f"Here are {len(examples)} {_HEADS[1]}" if examples else _HEADS[2]
+        return self._write(f"{head}\n\n{solved}Input: {text.strip()}\n\n{_ASK}", clean)
 
     def choose(self, text: str, instructions: Sequence[str]) -> int:
         """The number (from 0) of the instruction that fits a query, as the model picks it from a list."""
@@ -116,13 +120,13 @@ class InstructionWriter:
         )
         return self._write(prompt, lambda answer: parse_choice(answer, len(instructions)))
 
-    def _write(self, prompt: str, parse: Callable[[Any], Any] | None = None) -> Any:
-        """What `parse` (default: `clean`) finds in the model's answer."""
+    def _write(self, prompt: str, parse: Callable[[Any], Any]) -> Any:
+        """What `parse` finds in the model's answer to `prompt`."""
         if self.cache is not None and (known := self.cache.get("instruction", self.identity, prompt)) is not None:
             return known
         for attempt in range(1, self.attempts + 1):
             try:
-                instruction = (parse or clean)(self.generate(prompt))
+                instruction = parse(self.generate(prompt))
                 break
             except (EndpointError, WriterError) as error:
                 if attempt == self.attempts or not getattr(error, "transient", True):
@@ -138,10 +142,10 @@ def _shown(example: Example) -> str:
     return f"Input: {example['input'].strip()}\nOutput: {example['target'].strip()}"
 
 
-def clean(answer: Any) -> str:
-    """The sentence in a model's answer: its first line without label, quotes or hidden reasoning.
+def clean(answer: Any, shown: Sequence[str] = ()) -> str:
+    """The sentence in a model's answer about the examples `shown`: its first line, bare of label and hidden reasoning.
 
-    WriterError for what is none: not text, no two words, or longer than a sentence.
+    WriterError for what is none: not text, no two words, longer than a sentence, or an echo of the prompt.
     """
     if not isinstance(answer, str):
         raise WriterError(f"expected an instruction as text, got {type(answer).__name__}")
@@ -153,7 +157,29 @@ def clean(answer: Any) -> str:
             f"expected one sentence of at most {MAX_INSTRUCTION} characters, got {answer[:120]!r}; "
             "use a larger language model, or give the instruction yourself"
         )
+    if echoes(line, shown):
+        raise WriterError(
+            f"expected a sentence about the task, got an echo of the prompt: {line[:120]!r}; use a larger language "
+            "model, or give the instruction yourself"
+        )
     return line
+
+
+def echoes(line: str, shown: Sequence[str] = ()) -> bool:
+    """Whether a line repeats what we asked, or what stands in some of the examples and not in all of them.
+
+    What all of them say can be the instruction that the task's inputs begin with.
+    """
+
+    def bare(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.lower()))
+
+    said, asked = bare(line), [bare(part) for part in _ASK.splitlines() + _HEADS]
+    if any(said in part or (len(part) >= ECHO and part in said) for part in asked):
+        return True
+    examples = [bare(text) for text in shown]
+    repeats = [said in text or (len(text) >= ECHO and text in said) for text in examples]
+    return any(repeats) and (len(repeats) == 1 or not all(repeats))
 
 
 def parse_choice(answer: Any, count: int) -> int:

@@ -61,3 +61,21 @@ def watch_batch(model: nn.Module, rows: int, applies: Callable[[], bool]) -> Any
             )
 
     return model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def shared_parameters(model: nn.Module) -> dict[str, str]:
+    """{parameter path: another path of the same tensor}."""
+    paths: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(path)
+    return {path: next(o for o in same if o != path) for same in paths.values() if len(same) > 1 for path in same}
+
+
+def values_problem(tensor: torch.Tensor) -> str:
+    """Why the values of one of the model's tensors cannot be read, or ""."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return f"it is a {type(tensor).__name__} (quantized or sharded)"
+    if tensor.is_meta:
+        return "it is on the meta device (offloaded, or not loaded)"
+    plain = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or tensor.dim() == 0
+    return "" if plain else f"it is stored as {tensor.dtype} (quantized)"

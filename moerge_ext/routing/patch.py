@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..experts.bank import ExpertBank
-from ..experts.live_peft import is_peft_model
+from ..files.listing import listed
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
+from ..models.wrappers import unwrapped
+from .absent import ABSENT, alone_note, with_absent
+from .fitting import MISSING, on_model
 from .growing import GrowingTexts, watch_steps
-from .layers import execution_device, linear_features, replace_module, watch_batch
+from .layers import execution_device, replace_module, watch_batch
+from .own_module import OwnModule
+from .provenance import provenance_notes
 from .routed_linear import BACKENDS, RoutedLinear, RoutingState
 from .trace import Trace
 from .ways import Explanation, explain
@@ -39,21 +45,22 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
+        self._own_modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
-        foreign = [n for n in self.modules if not isinstance(self.model.get_submodule(n), RoutedLinear)]
+        wrapped = dict.fromkeys(self.modules, RoutedLinear) | dict.fromkeys(self._own_modules, OwnModule)
+        foreign = [n for n, kind in wrapped.items() if not isinstance(self.model.get_submodule(n), kind)]
         if foreign:
             raise RuntimeError(
-                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected RoutedLinear); "
-                "undo that replacement first"
+                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected "
+                f"{wrapped[foreign[0]].__name__}); undo that replacement first"
             )
-        for name in self.modules:
-            routed = self.model.get_submodule(name)
-            replace_module(self.model, name, routed.base_layer)
-        self.modules = ()
+        for name in wrapped:
+            replace_module(self.model, name, self.model.get_submodule(name).base_layer)
+        self.modules = self._own_modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
 
@@ -185,32 +192,46 @@ class Handle:
 
 
 def patch(
-    model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
+    model: nn.Module,
+    experts: ExpertBank,
+    method: str = "phatgoose",
+    *,
+    backend: str = "native",
+    absent: str = "mask",
+    missing: str = "error",
+    **options: Any,
 ) -> Handle:
     """Routes a model's linear layers among experts, in place.
 
     Args:
-        model: any torch model whose layers have the paths the experts were trained on. Offload or dispatch it with
-            accelerate before the patch, not after: accelerate looks weights up by the names that the patch hides.
+        model: any torch model whose layers have the paths the experts were trained on, or paths to which a renaming
+            table of transformers or another prefix leads (a warning says what was renamed); `torch.compile`,
+            DistributedDataParallel and SentenceTransformer are looked through. Offload or dispatch it with accelerate
+            before the patch, not after: accelerate looks weights up by the names that the patch hides.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
+        absent: who competes in a module that not every expert has: "mask", those that have it (one that is alone gets
+            weight 1 on every token); or "base", all of them, the others as branches that add zero.
+        missing: what becomes of modules that this model does not have: "error", or "drop" with a warning.
         options: the method's own parameters and those of `route`: top_k, top_p, scale, weighting, aggregation, ...
 
     Returns:
         The handle: `handle.remove()`, `handle.record()`, `handle.affinities(...)`.
 
+    Parameters of the base that were saved beside an adapter (heads, embeddings, biases) must equal the model's, except
+    under "expert:<name>", which computes with those of its expert. PiSSA and OLoRA adapters that were not converted
+    are, with the model's own weights. Warns once of layers that a config targets and its file lacks.
+
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
-    row, (routing, aggregation, settings) = _configured(experts, method, backend, options)
-    problems = _model_problems(model, experts, routing)
-    plans: dict[str, Plan] = {}
-    for name, bank in experts.modules.items():
-        try:
-            plans[name] = row.plan(experts, bank, name, settings)
-        except ValueError as error:
-            problems.append(str(error))
+    model = unwrapped(model)
+    row, (routing, aggregation, settings) = _configured(experts, method, backend, absent, missing, options)
+    fitted, base = on_model(model, experts, row.name, routing, missing)
+    problems = fitted.problems
+    experts = fitted.experts if problems else base.bank()
+    plans = _plans(row, experts, settings, absent, problems)
     if not problems:
         problems += _device_problems(model, experts, backend)
     if problems:
@@ -230,86 +251,75 @@ def patch(
         )  # fmt: skip
         for name, plan in plans.items()
     }
+    notes = [*fitted.notes, alone_note(plans, experts.names, routing), *provenance_notes(model, experts)]
+    notes.append(base.unweighted_note())
     for name, layer in routed.items():
         replace_module(model, name, layer)
-    handle.modules = tuple(routed)
+    handle.modules, handle._own_modules = tuple(routed), base.place_own(state)
     model._moerge_handle = handle
+    for note in filter(None, notes):
+        warnings.warn(f"patch: {note}", stacklevel=2)
     return handle
 
 
+def _plans(
+    row: Method, experts: ExpertBank, settings: dict[str, Any], absent: str, problems: list[str]
+) -> dict[str, Plan]:
+    """What each layer will hold; adds to `problems` why one cannot be had."""
+    plans = {}
+    for name, bank in experts.modules.items():
+        try:
+            plan = row.plan(experts, bank, name, settings)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            plans[name] = plan if absent == "mask" else with_absent(plan, bank)
+    return plans
+
+
 def check_patch(
-    model: nn.Module, experts: ExpertBank, method: str = "phatgoose", *, backend: str = "native", **options: Any
+    model: nn.Module,
+    experts: ExpertBank,
+    method: str = "phatgoose",
+    *,
+    backend: str = "native",
+    absent: str = "mask",
+    missing: str = "error",
+    **options: Any,
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
-    row, (routing, _, _) = _configured(experts, method, backend, options)
-    problems = _model_problems(model, experts, routing)
+    model = unwrapped(model)
+    row, (routing, _, _) = _configured(experts, method, backend, absent, missing, options)
+    fitted, _ = on_model(model, experts, row.name, routing, missing)
+    problems = fitted.problems
     if row.lacks is not None:
-        problems += row.lacks(experts)
-    if problems := problems or _device_problems(model, experts, backend):
+        problems += row.lacks(fitted.experts)
+    if problems := problems or _device_problems(model, fitted.experts, backend):
         raise ValueError(_listing(method, problems))
 
 
-def _configured(experts: ExpertBank, method: str, backend: str, options: dict[str, Any]):
+def _configured(
+    experts: ExpertBank, method: str, backend: str, absent: str, missing: str, options: dict[str, Any]
+) -> tuple[Method, tuple[Routing | None, str, dict[str, Any]]]:
     """(the row, what it makes of the options)."""
     if not isinstance(experts, ExpertBank):
         raise ValueError(f"experts must be an ExpertBank, from load_experts(...), got {type(experts).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'native' or 'reference', got {backend!r}")
+    if absent not in ABSENT:
+        raise ValueError(f"absent must be 'mask' or 'base', got {absent!r}")
+    if missing not in MISSING:
+        raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
     row = get_method(method)
     return row, row.configure(**options)
 
 
 def get_handle(model: nn.Module) -> Handle:
     """The handle of a patched model: for a deepcopy or an unpickled copy, whose handle is its own."""
-    handle = getattr(model, "_moerge_handle", None)
+    handle = getattr(unwrapped(model), "_moerge_handle", None)
     if handle is None:
         raise ValueError("this model is not patched by moerge_ext")
     return handle
-
-
-def _model_problems(model: nn.Module, experts: ExpertBank, routing: Routing | None) -> list[str]:
-    """What keeps the experts from fitting the model."""
-    problems = []
-    layers = dict(model.named_modules(remove_duplicate=False))
-    if any(isinstance(layer, RoutedLinear) for layer in layers.values()):
-        return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
-    if is_peft_model(model) and hasattr(model, "unload"):
-        return [
-            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass the model inside, "
-            "model.unload() (before that, moerge_ext.load_experts(model) makes experts of its adapters)"
-        ]
-    if not experts.modules:
-        problems.append("the experts have no LoRA module")
-    if routing is not None and routing.top_k is not None and routing.top_k > len(experts):
-        problems.append(
-            f"top_k={routing.top_k} is more than the number of experts, E={len(experts)}: "
-            f"pass top_k={len(experts)}, or None for all"
-        )
-    seen: dict[int, str] = {}
-    for name, bank in experts.modules.items():
-        layer = layers.get(name)
-        if layer is None:
-            problems.append(f"module '{name}' of the experts is not in {type(model).__name__}{_near(name, layers)}")
-            continue
-        features = linear_features(layer)
-        if features is None:
-            problems.append(f"module '{name}' is not a linear layer but {type(layer).__name__}")
-        elif features != (bank.in_features, bank.out_features):
-            problems.append(
-                f"module '{name}': the layer is D={features[0]} -> O={features[1]}, "
-                f"the experts are D={bank.in_features} -> O={bank.out_features}"
-            )
-        if seen.setdefault(id(layer), name) != name:
-            problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
-    return problems
-
-
-def _near(name: str, layers: dict[str, nn.Module]) -> str:
-    """A hint when the path only differs by a prefix."""
-    for other in layers:
-        if other and name and (other.endswith("." + name) or name.endswith("." + other)):
-            return f" (it has '{other}': were the experts trained on another class of this model?)"
-    return ""
 
 
 def _device_problems(model: nn.Module, experts: ExpertBank, backend: str) -> list[str]:
@@ -329,12 +339,9 @@ def _device_problems(model: nn.Module, experts: ExpertBank, backend: str) -> lis
 def _listing(method: str, problems: list[str]) -> str:
     modules: dict[str, list[str]] = {}  # one line for what is wrong in the same way in many modules
     for problem in problems:
-        name, said = re.fullmatch(r"(?:(module '[^']*'): )?(.*)", problem, re.DOTALL).groups()
+        name, said = re.fullmatch(r"(module '[^']*')?(.*)", problem, re.DOTALL).groups()
         modules.setdefault(said, []).extend([name] if name else [])
-    lines = []
-    for said, names in modules.items():
-        more = f" and {len(names) - 3} more modules" if len(names) > 3 else ""
-        lines.append(f"{', '.join(names[:3])}{more}: {said}" if names else said)
+    lines = [listed(names, "modules") + said for said, names in modules.items()]
     shown = lines[:_SHOWN]
     if len(lines) > _SHOWN:
         shown.append(f"... and {len(lines) - _SHOWN} more")

@@ -98,8 +98,7 @@ class RoutedLinear(nn.Module):
         ):
             self.register_buffer(key, None if tensor is None else tensor.to(device), persistent=False)
         self._warn_of_mixed_types()
-        self.register_state_dict_post_hook(_strip_base_layer)
-        self.register_load_state_dict_pre_hook(_insert_base_layer)
+        keep_base_keys(self)
         self.training = base_layer.training  # not .train(): the flags below base_layer stay as they are
 
     @property
@@ -261,6 +260,12 @@ def _laid_out(gates: Tensor, device: torch.device) -> Tensor:
 
 def _bank_laid_out(lora_A: Tensor, lora_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return (lora_A, lora_B) if device.type == "cpu" else whole_vectors(lora_A, lora_B)
+
+
+def keep_base_keys(module: nn.Module) -> None:
+    """The state dict of `module`, which wraps its `base_layer`, has the keys it has without the wrapper."""
+    module.register_state_dict_post_hook(_strip_base_layer)
+    module.register_load_state_dict_pre_hook(_insert_base_layer)
 
 
 def _strip_base_layer(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from .. import ops
 from .layers import execution_device
 
 # Where a plain base layer and its branch are one op, whatever the number of tokens. A guess, not measured on a GPU yet.
@@ -134,10 +135,13 @@ class Way:
     layer: str
     way: str
     against: tuple[tuple[str, tuple[str, ...]], ...]  # (a faster way, reasons), fast to slow
+    kernels: tuple[tuple[int, tuple[str, ...]], ...]  # (tokens T, what the ops say of their kernels)
 
     def __str__(self) -> str:
         lines = [f"{len(self.modules)} x {self.layer}: {MEANING.get(self.way, self.way)}"]
         lines += [f"    not {way}: {'; '.join(reasons)}" for way, reasons in self.against]
+        for tokens, said in self.kernels:
+            lines.append(("    " if len(self.kernels) == 1 else f"    T = {tokens}: ") + "; ".join(said))
         return "\n".join(lines)
 
 
@@ -178,8 +182,22 @@ def explain(layers: Iterable[nn.Module], *, grad: bool = False) -> Explanation:
         if slow := against_fast_kernels(layer):
             against.append(("the fast kernels", slow))
         said = tuple((faster, tuple(reasons)) for faster, reasons in against)
-        kinds.setdefault((_described(layer, x), way, said), []).append(layer.name)
+        kinds.setdefault((_described(layer, x), way, said, _kernels(layer, x)), []).append(layer.name)
     return Explanation(Way(tuple(names), *kind) for kind, names in kinds.items())
+
+
+def _kernels(layer: nn.Module, x: Tensor) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """What the ops say of their kernels for one token of a layer and for many."""
+    if layer.route_options is None or layer.backend != "native":
+        return ()
+    options = layer.route_options | {name: getattr(layer, name) for name in ("mask", "lora_bias", "factored")}
+    found = []
+    for tokens in (1, 512):
+        many = x.expand(tokens, -1).contiguous()
+        base = many.new_empty(tokens, layer.out_features)
+        said = tuple(ops.routed_lora_ways(base, many, layer.gates, layer.lora_A, layer.lora_B, **options))
+        found.append((tokens, said))
+    return tuple(found[:1] if found[0][1] == found[1][1] else found)
 
 
 def _described(layer: nn.Module, x: Tensor) -> str:

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..experts.formats.peft import write_gates
+from ..experts.gates import gates_file
 from ..experts.kinds import AVERAGE_ACTIVATION
+from ..files.atomic import check_writable
+from ..files.listing import grouped
 from .batches import Batch, BatchSource, Collate, run_model
-from .gated_lora import GatedLoRA, gated_model
+from .encoding import MAX_LENGTH, prepare
+from .gated_lora import GatedLoRA, GatedModel, gated_model, warn_of_left_out
+from .random_state import seeded
+from .ranks import Ranks, current_ranks
 
 
 def average_activation(
@@ -22,6 +28,8 @@ def average_activation(
     adapter_folder: str | Path,
     batches: Iterable[Any],
     *,
+    tokenizer: Any = None,
+    max_length: int = MAX_LENGTH,
     collate_fn: Collate | None = None,
     batch_size: int = 8,
     output_dir: str | Path | None = None,
@@ -39,43 +47,72 @@ def average_activation(
     Padding does not count: in a decoder-only model or an encoder the tokens where `attention_mask` is 0; in
     the decoder of an encoder-decoder those where `decoder_attention_mask` is 0 or, without one, where
     `labels` is -100 (its cross-attention keys and values read the encoder's tokens and follow
-    `attention_mask`). A module whose input has other leading sizes than the mask (a pooler's [N, D]) counts
-    every row, as everything does without a mask.
+    `attention_mask`). The mask of speech is shortened as the model's convolutions shorten the speech. A module whose
+    input has other leading sizes than the mask (a pooler's [N, D]) counts every row, as everything does without a mask.
 
-    `batches` is one pass of ready batches, or with `collate_fn` a list or Dataset of features.
-    Errors: ValueError for an adapter that does not fit the model, no batches, a module that never ran, or
-    sums that are not finite.
+    `batches` is one pass of ready batches, of rows of text with `tokenizer`, or with `collate_fn` of a list or Dataset
+    of features, as in `train_gates`.
+    A module that saw no token gets no gate: a warning names these, and `patch` masks the expert there. Under torchrun
+    every rank must call this, each with its own part of the data; rank 0 writes the mean over all.
+
+    Errors: ValueError for an adapter that does not fit the model, no batches, sums that are not finite, or when no
+    module saw a token.
     """
-    source = BatchSource(batches, name="batches", collate_fn=collate_fn, batch_size=batch_size)
-    with gated_model(model, adapter_folder, gate=False) as gated, ExitStack() as stack:
+    prepared = prepare(model, batches, None, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn)
+    source = BatchSource(prepared.data, name="batches", collate_fn=prepared.collate_fn, batch_size=batch_size)
+    ranks = current_ranks()
+    with gated_model(model, adapter_folder, gate=False) as gated:
+        target = Path(output_dir) if output_dir is not None else gated.folder
+        with ranks.together():
+            check_writable(target)
+            means, count = _sums(gated, source, progress=progress and ranks.first)
+        (count,) = ranks.total([float(count)])
+        for mean in means.values():
+            mean.add_ranks(ranks)
+        if not count:
+            raise ValueError("batches is empty: at least one batch is needed")
+        seen = {path: mean for path, mean in means.items() if mean.count}
+        problems = [f"{path}: its input is not finite" for path, mean in seen.items() if not mean.finite()]
+        problems += [] if seen else [f"{path}: saw no token" for path in means]
+        if problems:
+            raise ValueError("no average activation for:\n- " + "\n- ".join(grouped(problems)))
+        with ranks.together():
+            if ranks.first:
+                _write(target, gated, seen, int(count))
+    return gates_file(target, AVERAGE_ACTIVATION)
+
+
+def _sums(gated: GatedModel, source: BatchSource, *, progress: bool) -> tuple[dict[str, _Mean], int]:
+    """Every module's inputs added up over the batches, and the number of batches."""
+    model, count = gated.model, 0
+    with ExitStack() as stack:
         tokens = _Tokens(model, stack)
         means = {path: _Mean(layer, tokens) for path, layer in gated.layers.items()}
         for path, layer in gated.layers.items():
             stack.callback(layer.register_forward_pre_hook(means[path]).remove)
         model.eval()
-        count = 0
-        with torch.no_grad():
-            label = f"activations of {gated.adapter.name}"
-            for batch in tqdm(source.epoch(), desc=label, unit="batch", disable=not progress):
-                count += 1
-                tokens.begin(batch)
-                run_model(model, batch)
-        if count == 0:
-            raise ValueError("batches is empty: at least one batch is needed")
-        problems = [f"{path}: saw no token" for path, mean in means.items() if mean.count == 0]
-        problems += [f"{path}: its input is not finite" for path, mean in means.items() if not mean.finite()]
-        if problems:
-            raise ValueError("no average activation for:\n- " + "\n- ".join(problems))
-        gates = {path: (mean.total / mean.count).float().cpu() for path, mean in means.items()}
-        target = Path(output_dir) if output_dir is not None else gated.folder
-        target.mkdir(parents=True, exist_ok=True)
-        return write_gates(
-            target,
-            gates,
-            kind=AVERAGE_ACTIVATION,
-            base_model=gated.adapter.base_model,
-            metadata={"batches": str(count), "tokens": str(max(mean.count for mean in means.values()))},
-        )
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(seeded(model, 0))
+        label = f"activations of {gated.adapter.name}"
+        for batch in tqdm(source.epoch(), desc=label, unit="batch", disable=not progress):
+            count += 1
+            tokens.begin(batch)
+            run_model(model, batch)
+            gated.still.put_back()
+    return means, count
+
+
+def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], batches: int) -> None:
+    unseen = gated.layers.keys() - means.keys()
+    warn_of_left_out(gated.adapter.name, unseen, len(gated.layers))
+    target.mkdir(parents=True, exist_ok=True)
+    write_gates(
+        target,
+        {path: (mean.total / mean.count).float().cpu() for path, mean in means.items()},
+        kind=AVERAGE_ACTIVATION,
+        base_model=gated.adapter.base_model,
+        metadata={"batches": str(batches), "tokens": str(max(mean.count for mean in means.values()))},
+    )
 
 
 class _Mean:
@@ -93,6 +130,12 @@ class _Mean:
         self.total += u.sum(0, dtype=torch.float64)
         self.count += u.shape[0]
 
+    def add_ranks(self, ranks: Ranks) -> None:
+        """The sum over all processes."""
+        total = torch.cat([self.total, self.total.new_tensor([self.count])])
+        total = ranks.added(total)
+        self.total, self.count = total[:-1], int(total[-1])
+
     def finite(self) -> bool:
         return bool(self.total.isfinite().all())
 
@@ -105,6 +148,8 @@ class _Tokens:
         self.target: Tensor | None = None
         self.in_decoder = False
         self.encoded: Tensor | None = None
+        # of speech models, whose convolutions make a few vectors of many samples
+        self.reduce = getattr(model, "_get_feature_vector_attention_mask", None)
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             decoder = model.get_decoder()
@@ -128,6 +173,8 @@ class _Tokens:
         if mask is None:
             return None
         flattened = u.dim() == 2 and u.shape[0] == mask.numel()  # as mixture-of-experts blocks do
+        if self.reduce is not None and u.dim() == 3 and u.shape[0] == mask.shape[0] and u.shape[1] < mask.shape[1]:
+            mask = self.reduce(u.shape[1], mask.long()).bool()
         return mask.to(u.device).flatten() if flattened or mask.shape == u.shape[:-1] else None
 
     def _enter(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -31,7 +31,9 @@ class BatchSource:
         batch_size: int = 8,
         shuffle: bool = False,
         seed: int = 0,
+        digest: str | None = None,
     ) -> None:
+        self.digest = digest  # of the data, where it is known
         self.name, self.data, self.collate_fn = name, data, collate_fn
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         if batch_size < 1:
@@ -49,7 +51,8 @@ class BatchSource:
         """The settings that decide which batch comes when."""
         if self.collate_fn is None:
             return {}
-        return {"batch_size": self.batch_size, "shuffle": self.shuffle, "examples": len(self.data)}
+        facts = {"batch_size": self.batch_size, "shuffle": self.shuffle, "examples": len(self.data)}
+        return facts if self.digest is None else {**facts, "data": self.digest}
 
     def epoch(self, number: int = 0) -> Iterator[Batch]:
         """The batches of one pass over the data."""

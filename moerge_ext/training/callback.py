@@ -57,7 +57,7 @@ class GateTrainerCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._best is not None:
             self.gated.restore(self._best)
-        if self.save and state.is_world_process_zero:
+        if self.save:  # on every rank: gates that are sharded are gathered, and rank 0 writes
             facts: dict[str, Any] = {"steps": state.global_step, "lr": args.learning_rate, "seed": args.seed}
             if self.best_step is not None:
                 facts |= {"best_step": self.best_step, "validation_loss": self.best_value}

@@ -2,38 +2,159 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from ..models.pretrained import open_ids
-
-if TYPE_CHECKING:
-    from .batches import Batch, Collate
+from ..files.rows import MAX_LISTED
+from ..models.end_tokens import end_tokens, target_ids
+from ..models.pretrained import is_seq2seq, open_ids
+from ..models.wrappers import unwrapped
+from .batches import Batch, BatchSource, Collate, as_source
 
 IGNORED = -100  # the label that no loss counts
+UNCUT = 2**62  # tokens
+MAX_LENGTH = 512  # tokens per sequence, of PHATGOOSE, arXiv 2402.05859, section 4
 
 
-def encode(row: dict[str, str], tokenizer: Any, max_length: int, *, seq2seq: bool) -> dict[str, list[int]]:
+@dataclass
+class Encoder:
+    """Turns rows of text into what `model` trains on: {"input", "target"} (the loss is on the target) or {"text"}.
+
+    tokenizer: the model's; max_length: tokens per sequence, never more than the model has positions. `cut` counts the
+    rows that were longer.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_length: int = MAX_LENGTH
+    cut: int = 0
+
+    def features(self, rows: Iterable[Mapping[str, str]], name: str = "data") -> list[dict[str, list[int]]]:
+        """Every row encoded. One ValueError with all rows that cannot be."""
+        seq2seq, ends = is_seq2seq(self.model.config), self.ends
+        features, problems = [], []
+        for number, row in enumerate(rows):
+            why = _row_problem(row, seq2seq)
+            if why is not None:
+                problems.append(f"row {number}: {why}")
+                continue
+            feature = encode(row, self.tokenizer, UNCUT, seq2seq=seq2seq, ends=ends)
+            if max(map(len, feature.values())) > self.length:
+                self.cut += 1
+                feature = encode(row, self.tokenizer, self.length, seq2seq=seq2seq, ends=ends)
+            features.append(feature)
+        if not features and not problems:
+            problems.append("there are no rows")
+        if problems:
+            more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+            raise ValueError(f"{name} cannot be used:\n- " + "\n- ".join(problems[:MAX_LISTED] + more))
+        return features
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """What ends an answer; asked once, as it may warn."""
+        return end_tokens(self.model, self.tokenizer)
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence that fit both limits."""
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        return min(self.max_length, context) if isinstance(context, int) else self.max_length
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data that can be batched; `digest` tells rows of text apart, None for data of which nothing is known."""
+
+    data: Any
+    validation: Any
+    collate_fn: Collate | None
+    digest: str | None = None
+
+    def sources(self, batch_size: int, shuffle: bool, seed: int) -> tuple[BatchSource, BatchSource | None]:
+        """(training data, validation data or None), in batches."""
+        return as_source(
+            self.data,
+            self.validation,
+            collate_fn=self.collate_fn,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            digest=self.digest,
+        )
+
+
+def prepare(
+    model: Any, data: Any, validation: Any, *, tokenizer: Any, max_length: int, collate_fn: Collate | None
+) -> Prepared:
+    """With a `tokenizer` rows of text are encoded, otherwise all is as given. ValueError for what does not fit."""
+    if tokenizer is None:
+        first = data[0] if isinstance(data, Sequence) and not isinstance(data, str) and data else None
+        if collate_fn is None and isinstance(first, Mapping) and any(isinstance(v, str) for v in first.values()):
+            raise ValueError(
+                f"data holds rows of text (keys {sorted(first)}): pass tokenizer=, the model's, to have them encoded"
+            )
+        return Prepared(data, validation, collate_fn)
+    if collate_fn is not None:
+        raise ValueError("pass tokenizer= for rows of text or collate_fn= for features of your own, not both")
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {max_length}")
+    encoder = Encoder(unwrapped(model), tokenizer, max_length)
+    features = encoder.features(data)
+    held_out = None if validation is None else encoder.features(validation, "validation")
+    if encoder.cut:
+        total = len(features) + len(held_out or ())
+        warnings.warn(
+            f"{encoder.cut} of {total} rows are longer than {encoder.length} tokens: the beginning of their input, or "
+            "the end of their target, is cut off",
+            stacklevel=4,
+        )
+    digest = hashlib.sha256(json.dumps([features, held_out]).encode()).hexdigest()
+    return Prepared(features, held_out, collator(tokenizer), digest)
+
+
+def _row_problem(row: Any, seq2seq: bool) -> str | None:
+    """Why a row cannot be encoded."""
+    if not isinstance(row, Mapping):
+        return f'expected {{"input": str, "target": str}} or {{"text": str}}, got {type(row).__name__}'
+    if all(isinstance(row.get(key), str) for key in ("input", "target")):
+        return None
+    if not isinstance(row.get("text"), str):
+        return f'expected {{"input": str, "target": str}} or {{"text": str}}, got keys {sorted(map(str, row))}'
+    return 'an encoder-decoder model needs rows with "input" and "target", not "text"' if seq2seq else None
+
+
+def encode(
+    row: Mapping[str, str], tokenizer: Any, max_length: int, *, seq2seq: bool, ends: Sequence[int] | None = None
+) -> dict[str, list[int]]:
     """One example as token ids: "input_ids" and "labels".
 
-    Decoder-only: input and target in one sequence, as they are, with an end-of-sequence token; labels on
-    the target (on everything for a "text" row). Over `max_length` tokens the beginning of the input goes
-    first, then the end of the target. Encoder-decoder: the input to the encoder, the target as labels, each
-    cut at `max_length`.
+    Decoder-only: input and target in one sequence, as they are, with the first of `ends` (`end_tokens`; default: the
+    tokenizer's end) behind; labels on the target (on everything for a "text" row). Over `max_length` tokens the
+    beginning of the input goes first, then the end of the target. Encoder-decoder: the input to the encoder, the
+    target as labels, each cut at `max_length`.
     """
+    if ends is None:
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if seq2seq:
         if "input" not in row:
             raise ValueError('an encoder-decoder model needs rows with "input" and "target", not "text"')
         return {
             "input_ids": tokenizer(row["input"]).input_ids[:max_length],
-            "labels": tokenizer(text_target=row["target"]).input_ids[:max_length],
+            "labels": target_ids(tokenizer, row["target"], ends, seq2seq=True)[:max_length],
         }
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    end = list(ends[:1])
     if "input" not in row:
         ids = tokenizer(row["text"]).input_ids
         ids = (ids + end if ids[-1:] != end else ids)[:max_length]
         return {"input_ids": ids, "labels": list(ids)}
-    given = open_ids(tokenizer, row["input"], end)
-    target = (tokenizer(row["target"], add_special_tokens=False).input_ids + end)[: max_length - 1]
+    given = open_ids(tokenizer, row["input"], ends)
+    target = target_ids(tokenizer, row["target"], ends, seq2seq=False)[: max_length - 1]
     given = given[max(0, len(given) + len(target) - max_length) :]
     return {"input_ids": given + target, "labels": [IGNORED] * len(given) + target}
 

@@ -9,14 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..files.atomic import check_writable, disk_error
+from ..models.wrappers import trainable_inside
 from ..routing.layers import replace_module
-from .batches import Collate, as_source
-from .loop import TrainingOptions, TrainingResult, discard_state, fit, kept_step, seeded
+from .batches import BatchSource, Collate
+from .checkpointing import gradients_pass_checkpoints
+from .encoding import MAX_LENGTH, prepare
+from .frozen import frozen
+from .loop import discard_state, fit, kept_step, saving
+from .options import TrainingOptions, TrainingResult, finished_before, note_of, settings_of
+from .random_state import seeded
+from .ranks import current_ranks
 
 STATE_FILE = "moerge_expert.checkpoint.safetensors"
 CHECKPOINT_FOLDER = ".moerge-train-expert"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def train_expert(
@@ -33,6 +43,8 @@ def train_expert(
     batch_size: int = 8,
     accumulate: int = 1,
     weight_decay: float = 0.0,
+    tokenizer: Any = None,
+    max_length: int = MAX_LENGTH,
     collate_fn: Collate | None = None,
     validation: Iterable[Any] | None = None,
     eval_every: int = 100,
@@ -50,10 +62,13 @@ def train_expert(
     output head, 1000 steps of AdamW at 5e-3, and a LoRA scale of alpha / rank = 1 / rank, for which that
     rate is made (alpha = rank, PEFT users' habit, is better off with a smaller rate).
 
-    `target_modules` is PEFT's: names, a regular expression, or "all-linear". `data`, `collate_fn`,
-    `validation`, `accumulate`, `resume` and the state file are as in `train_gates`; the default
+    `model(**batch).loss` is minimized, whatever the batch holds: text, speech (`input_features`), images. The base is
+    left as in `train_gates`, and under torchrun the ranks share the work as there.
+
+    `target_modules` is PEFT's: names, a regular expression, or "all-linear". `data` (batches, features, or rows of text
+    with `tokenizer`), `validation`, `accumulate`, `resume` and the state file are as in `train_gates`; the default
     `checkpoint_dir` is `.moerge-train-expert` in `output_dir`. The model comes back as it was, without
-    PEFT's layers, also after an exception.
+    PEFT's layers, its buffers bit-identical, also after an exception.
 
     Errors: ImportError with the install line when peft is missing; ValueError as in `train_gates`, for rank
     < 1, and for a model that already carries PEFT layers.
@@ -64,17 +79,46 @@ def train_expert(
         eval_every=eval_every, seed=seed, checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER),
         checkpoint_every=checkpoint_every, resume=resume, progress=progress,
     )  # fmt: skip
-    batching = {"collate_fn": collate_fn, "batch_size": batch_size, "shuffle": shuffle, "seed": seed}
-    train, held_out = as_source(data, validation, **batching)
-    with _peft_model(model, rank, alpha, target_modules, seed) as peft_model:
+    prepared = prepare(model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn)
+    sources = prepared.sources(batch_size, shuffle, seed)
+    targets = target_modules if isinstance(target_modules, str) else sorted(target_modules)
+    lora = {"rank": rank, "alpha": alpha, "target_modules": targets}
+    return _train(trainable_inside(model), target, sources, options, lora)
+
+
+def _train(
+    model: nn.Module,
+    target: Path,
+    sources: tuple[BatchSource, BatchSource | None],
+    options: TrainingOptions,
+    lora: dict[str, Any],
+) -> TrainingResult:
+    """The expert, trained and saved in `target`."""
+    train, validation = sources
+    ranks, file = current_ranks(), target / WEIGHTS
+    settings = settings_of(options, train, validation, lora)
+    done = ranks.from_first(lambda: finished_before(options, settings, target, file=file, state_file=STATE_FILE))
+    if done is not None:
+        return done
+    with ranks.together():
+        check_writable(target)
+    with (
+        frozen(model) as still,
+        gradients_pass_checkpoints(model),
+        _peft_model(model, **lora, seed=options.seed) as peft_model,
+    ):
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-        facts, label = {"rank": rank, "alpha": alpha}, f"expert {target.name}"
+        # the model itself, which holds PEFT's layers: PEFT's wrapper would insist on input_ids, and speech has none
         state = fit(
-            peft_model, parameters, train, options, state_file=STATE_FILE, validation=held_out, facts=facts, label=label
-        )
-        _save_atomically(peft_model, target)
+            model, parameters, train, options, still=still, state_file=STATE_FILE, settings=settings,
+            validation=validation, label=f"expert {target.name}",
+        )  # fmt: skip
+        result = TrainingResult(target, state.step, kept_step(state), state.losses, state.validation)
+        with ranks.together(), saving(state, options, STATE_FILE):
+            if ranks.first:
+                _save_atomically(peft_model, target, note_of(result, settings))
     discard_state(options, STATE_FILE)
-    return TrainingResult(target, state.step, kept_step(state), state.losses, state.validation)
+    return result
 
 
 def new_expert(
@@ -88,7 +132,7 @@ def new_expert(
 ) -> Path:
     """Save an untrained LoRA (B = 0) as a PEFT folder: where `train_gates(joint=True)` starts from
     scratch."""
-    with _peft_model(model, rank, alpha, target_modules, seed) as peft_model:
+    with _peft_model(trainable_inside(model), rank, alpha, target_modules, seed) as peft_model:
         _save_atomically(peft_model, Path(output_dir))
     return Path(output_dir)
 
@@ -139,18 +183,29 @@ def _peft_model(
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """What PEFT writes into the config, and the wrapper that it chooses."""
+    """What PEFT writes into the config, and the wrapper that it chooses to load the adapter again: the wrappers for
+    text insist on input_ids."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
 
 
-def _save_atomically(peft_model: Any, target: Path) -> None:
-    """Let PEFT save beside the target, then move file by file, the config last: without it there is no
-    adapter yet."""
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
-        peft_model.save_pretrained(temporary, save_embedding_layers=False)
-        files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "adapter_config.json")
-        for file in files:
-            os.replace(file, target / file.name)
+def _save_atomically(peft_model: Any, target: Path, note: dict[str, str] | None = None) -> None:
+    """Let PEFT save beside the target, put `note` into the header of the weights, then move file by file, the config
+    last: without it there is no adapter yet."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
+            peft_model.save_pretrained(temporary, save_embedding_layers=False)
+            if note is not None:
+                weights = load_file(Path(temporary) / WEIGHTS)
+                save_file(weights, Path(temporary) / WEIGHTS, {"format": "pt", **note})
+            files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "adapter_config.json")
+            for file in files:
+                os.replace(file, target / file.name)
+    except Exception as error:
+        if (refused := disk_error(error, target)) is not None:
+            raise refused from error
+        raise

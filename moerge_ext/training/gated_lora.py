@@ -8,7 +8,9 @@ out again, whatever happens in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +19,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..experts.formats.peft import Adapter, LoraWeights, read_adapter, write_gates
+from ..experts.formats import read_adapter
+from ..experts.formats.peft import Adapter, LoraWeights, write_gates
+from ..experts.gates import gates_file
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
+from ..files.listing import grouped
+from ..models.wrappers import trainable_inside
+from ..routing.base_model import saved_problems
+from ..routing.base_start import init_problems, on_base
+from ..routing.fitting import renamed_note
 from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.naming import ModelPaths
+from ..routing.provenance import other_base_note
+from .checkpointing import gradients_pass_checkpoints
+from .frozen import Frozen, frozen
+from .ranks import current_ranks, whole
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
 
+NOT_REACHED = "they did not run on this data, or the loss does not depend on them"
+MAX_NAMED = 20  # modules that a warning or an error names
 _PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
 
 
@@ -59,6 +75,7 @@ class GatedLoRA(nn.Module):
                 self.register_buffer(name, value, persistent=False)
         zeros = torch.zeros(lora.lora_A.shape[1], dtype=torch.float32, device=device)
         self.gate = nn.Parameter(zeros) if gate else None
+        self.ran = False  # whether a token came through while gradients were on
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -71,6 +88,10 @@ class GatedLoRA(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
+        if x.numel() == 0:  # an expert of a mixture that got no token: it has nothing to learn from
+            return y
+        if torch.is_grad_enabled():
+            self.ran = True
         with torch.autocast(x.device.type, enabled=False):
             dtype = _compute_dtype(x.dtype)
             u = x.to(dtype)
@@ -95,32 +116,42 @@ class GatedModel:
     """What `gated_model` yields: the wrapped layers and what can be done with them.
 
     `model` is the caller's model (changed in place until the context ends), `adapter` what was read,
-    `layers` one `GatedLoRA` per module path.
+    `layers` one `GatedLoRA` per module path, `still` what holds the rest of the model as it was.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, layers: dict[str, GatedLoRA], *, joint: bool = False
+        self, model: nn.Module, adapter: Adapter, layers: dict[str, GatedLoRA], still: Frozen, *, joint: bool = False
     ) -> None:
         self.model = model
         self.adapter = adapter
         self.layers = layers
+        self.still = still
         self.joint = joint
 
     @property
     def folder(self) -> Path:
-        return Path(self.adapter.folder)
+        if self.adapter.folder is None:
+            raise ValueError(f"adapter {self.adapter.name!r} is a file without a folder of its own: say where to write")
+        return self.adapter.folder
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: "<module path>/gate" -> [D], with joint training also ".../lora_A" and so on."""
         return {f"{path}/{n}": p for path, layer in self.layers.items() for n, p in layer.trainable().items()}
 
     def gates(self) -> dict[str, Tensor]:
-        """A copy of the gates as they are now: module path -> [D], float32, on the CPU."""
+        """A copy of the gates as they are now: module path -> [D], float32, on the CPU.
+
+        Under FSDP2 (`fully_shard`) they are gathered, so that every rank must ask.
+        """
         return {
-            path: layer.gate.detach().to("cpu", torch.float32, copy=True)
+            path: whole(layer.gate).to("cpu", torch.float32, copy=True)
             for path, layer in self.layers.items()
             if layer.gate is not None
         }
+
+    def untrained(self) -> list[str]:
+        """Paths of the layers that no token came through while gradients were on, and whose gate is still zero."""
+        return [path for path, gate in self.gates().items() if not self.layers[path].ran and not gate.any()]
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of everything that is trained, under the names of `parameters`, on its own device."""
@@ -136,36 +167,61 @@ class GatedModel:
             for name, p in parameters.items():
                 p.copy_(snapshot[name])
 
-    def save(self, folder: str | Path | None = None, *, metadata: dict[str, Any] | None = None) -> Path:
-        """Write the gates beside the adapter (or into `folder`) and return the file written.
+    def save(
+        self,
+        folder: str | Path | None = None,
+        *,
+        metadata: dict[str, Any] | None = None,
+        untrained: Iterable[str] | None = None,
+    ) -> Path:
+        """Write the gates beside the adapter (or into `folder`) and return the file.
+
+        The gates of `untrained` modules (paths; by default what the method of that name says) are left out, with a
+        warning that names them, and `patch` masks the expert there.
 
         After joint training the LoRA is written too: `adapter_model.safetensors` with the trained A and B
-        (float32) and a copy of `adapter_config.json`. Every file appears whole or not at all.
+        (float32) and the adapter's config as PEFT has it. Every file appears whole or not at all. Of several processes
+        rank 0 writes; under FSDP2 (`fully_shard`) every rank must call this. ValueError when none is left.
         """
         self.check_target(folder)
         target = Path(folder) if folder is not None else self.folder
-        target.mkdir(parents=True, exist_ok=True)
-        if self.joint:
-            self._write_adapter(target)
+        left_out, gates = set(self.untrained() if untrained is None else untrained), self.gates()
+        if untrained is None and left_out == gates.keys():
+            warnings.warn(f"no gate of '{self.adapter.name}' was trained: all that are written are zero", stacklevel=2)
+            left_out.clear()
+        gates = {path: gate for path, gate in gates.items() if path not in left_out}
+        lora = self._lora() if self.joint else None
+        if not gates:
+            raise ValueError(f"no gate of '{self.adapter.name}' was trained: {NOT_REACHED}")
+        if not current_ranks().first:
+            return gates_file(target, SIGMOID_GATE)
+        warn_of_left_out(self.adapter.name, left_out, len(self.layers))
         facts = {key: str(value) for key, value in (metadata or {}).items()}
-        return write_gates(target, self.gates(), kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
+        target.mkdir(parents=True, exist_ok=True)
+        if lora is not None:
+            self._write_adapter(target, lora)
+        return write_gates(target, gates, kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
 
     def check_target(self, folder: str | Path | None) -> None:
-        """ValueError when `save` would overwrite the adapter without having been told to."""
-        if self.joint and folder is None:
+        """ValueError when `save` would overwrite the adapter without having been told to, or has no folder."""
+        own = self.folder if folder is None else None
+        if self.joint and own is not None:
             raise ValueError(
-                "joint training changes the adapter's weights: say in which folder to write them "
-                f"({self.folder} itself to overwrite it)"
+                f"joint training changes the adapter's weights: say in which folder to write them ({own} itself to "
+                "overwrite it)"
             )
 
-    def _write_adapter(self, target: Path) -> None:
-        tensors = {}
-        for path, layer in self.layers.items():
-            for name, key in _PEFT_KEYS.items():
-                value = getattr(layer, name)
-                if value is not None:
-                    tensors[f"base_model.model.{path}.{key}"] = value.detach().cpu().contiguous()
-        config = (self.folder / "adapter_config.json").read_bytes()
+    def _lora(self) -> dict[str, Tensor]:
+        """The trained factors under PEFT's names; a collective call under FSDP2."""
+        return {
+            f"base_model.model.{path}.{key}": whole(value).cpu().contiguous()
+            for path, layer in self.layers.items()
+            for name, key in _PEFT_KEYS.items()
+            if (value := getattr(layer, name)) is not None
+        }
+
+    def _write_adapter(self, target: Path, tensors: dict[str, Tensor]) -> None:
+        config = json.dumps(self.adapter.config, indent=2).encode()
         write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
         # the config last: without it the folder is not yet an adapter
         write_atomically(target / "adapter_config.json", lambda file: file.write_bytes(config))
@@ -185,13 +241,13 @@ def gated_model(
     """Put `model` into gate training with the adapter in `adapter_folder`, for the length of a `with` block.
 
     Inside the block every module that the adapter names is a `GatedLoRA`, every parameter of the model is
-    frozen and only the gates (with `joint=True` also A and B) require a gradient. Afterwards the original
-    modules, their `requires_grad` flags and training modes are back, also after an exception; the base
-    weights are never written.
+    frozen and only the gates (with `joint=True` also A and B) require a gradient; norms with running statistics stay
+    in `.eval()` mode. Afterwards the original modules, their `requires_grad` flags and training modes are back, also
+    after an exception; the base's weights are never written and its buffers are bit-identical.
 
-    The model is the base model, not a `PeftModel`. `save_pretrained` inside the block would write the wrapped
-    layers' names: give a Trainer `save_strategy="no"` and take the gates from `GatedModel.save` or its
-    callback.
+    The model is the base model, not a `PeftModel`; `torch.compile` and DistributedDataParallel are looked through.
+    `save_pretrained` inside the block would write the wrapped layers' names: give a Trainer `save_strategy="no"` and
+    take the gates from `GatedModel.save` or its callback.
 
         with gated_model(model, "experts/a") as gated:
             Trainer(model=model, args=args, train_dataset=data, callbacks=[gated.callback()]).train()
@@ -200,43 +256,50 @@ def gated_model(
     is already wrapped, or has other sizes (both shapes). Nothing is wrapped then.
     """
     folder = Path(adapter_folder)
-    adapter = read_adapter(folder.name, folder)
-    targets = _matching_layers(model, adapter)
+    model = trainable_inside(model)
+    adapter = read_adapter(folder.name, folder, model)
+    places = _places(model, adapter)
+    targets = _matching_layers(model, adapter, places)
+    modules = _on_base(model, adapter, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {
-        path: GatedLoRA(base, adapter.modules[path], gate=gate, train_lora=joint) for path, base in targets.items()
-    }
-    hooks: list[Any] = []
-    try:
-        for p, _ in flags:
-            p.requires_grad_(False)
-        for path, layer in layers.items():
-            layer.train(targets[path].training)
-            replace_module(model, path, layer)
-        hooks = _inputs_require_grad(model)
-        yield GatedModel(model, adapter, layers, joint=joint)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for path, base in targets.items():
-            replace_module(model, path, base)
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+    layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
+    with frozen(model) as still, gradients_pass_checkpoints(model):
+        try:
+            for p, _ in flags:
+                p.requires_grad_(False)
+            for path, layer in layers.items():
+                layer.train(targets[path].training)
+                replace_module(model, places[path], layer)
+            yield GatedModel(model, adapter, layers, still, joint=joint)
+        finally:
+            for path, base in targets.items():
+                replace_module(model, places[path], base)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+            for module, mode in modes:
+                module.training = mode
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
+    sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
+    naming = ModelPaths(model).naming(sizes)
+    base = other_base_note(model, [adapter.name], [(adapter.base_model, adapter.config.get("revision"))])
+    for note in filter(None, (renamed_note([adapter.name], [naming]), base)):
+        warnings.warn(note, stacklevel=4)
+    return naming.paths
+
+
+def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str]) -> dict[str, nn.Module]:
     """The model's layer for every module of the adapter; one ValueError with all that does not fit."""
     found: dict[str, nn.Module] = {}
     problems: list[str] = []
     for path, lora in adapter.modules.items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
+        if path not in places:
             problems.append(f"{path}: the model has no such module")
             continue
+        layer = model.get_submodule(places[path])
         if hasattr(layer, "base_layer"):
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
@@ -257,23 +320,39 @@ def _matching_layers(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]
     if problems:
         raise ValueError(
             f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
-            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(problems)
+            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
 
 
-def _inputs_require_grad(model: nn.Module) -> list[Any]:
-    """Reentrant gradient checkpointing drops the gradient of a block none of whose inputs require one,
-    which is every block of a frozen model: let the embeddings' output require it."""
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if not checkpointing or not hasattr(model, "get_input_embeddings"):
-        return []
+def warn_of_left_out(name: str, paths: Collection[str], total: int) -> None:
+    """One warning for the modules of an expert that get no gate; none when there are none."""
+    if not paths:
+        return
+    shown = ", ".join(sorted(paths)[:MAX_NAMED])
+    more = f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
+    warnings.warn(
+        f"no gate is written for {len(paths)} of {total} modules of '{name}', and patch masks the expert there, "
+        f"because {NOT_REACHED}: {shown}{more}",
+        stacklevel=3,
+    )
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_(True)
 
-    return [model.get_input_embeddings().register_forward_hook(hook)]
+def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, LoraWeights]:
+    """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
+    claims = {adapter.name: adapter.claims.renamed(places)}
+    problems = saved_problems(model, claims) + init_problems(model, claims)
+    init = adapter.claims.init
+    if init is not None and joint:
+        problems.append(
+            f"joint=True would write factors that begin with {init}: convert the adapter first (PEFT: "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if problems:
+        raise ValueError(f"adapter '{adapter.name}' does not fit {type(model).__name__}:\n- " + "\n- ".join(problems))
+    if init is None:
+        return adapter.modules
+    return {path: on_base(lora, model.get_submodule(places[path]), init) for path, lora in adapter.modules.items()}
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

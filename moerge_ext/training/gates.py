@@ -9,9 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from .batches import BatchSource, Collate, as_source
+from ..experts.gates import gates_file
+from ..experts.kinds import SIGMOID_GATE
+from ..files.atomic import check_writable
+from .batches import BatchSource, Collate
+from .encoding import MAX_LENGTH, prepare
 from .gated_lora import GatedModel, gated_model
-from .loop import TrainingOptions, TrainingResult, discard_state, fit, kept_step
+from .loop import discard_state, fit, kept_step, saving
+from .options import TrainingOptions, TrainingResult, finished_before, note_of, settings_of
+from .ranks import current_ranks
 from .state import STATE_FILE, TrainingState
 
 CHECKPOINT_FOLDER = ".moerge-train-gates"
@@ -27,6 +33,8 @@ def train_gates(
     warmup_ratio: float = 0.06,
     batch_size: int = 8,
     accumulate: int = 1,
+    tokenizer: Any = None,
+    max_length: int = MAX_LENGTH,
     collate_fn: Collate | None = None,
     validation: Iterable[Any] | None = None,
     eval_every: int = 100,
@@ -46,25 +54,25 @@ def train_gates(
     W, A and B are frozen, v starts at zero; AdamW without weight decay, linear warmup, then a constant rate. The paper
     takes 100 steps of 1024 sequences of at most 512 tokens: accumulate=128 with batches of 8.
 
-    model           the base the adapter was trained on; `model(**batch).loss` is minimized. Afterwards it is as before,
-                    also after an exception. Autocast and gradient checkpointing are as the caller set them.
-    adapter_folder  a PEFT LoRA folder
-    data            an iterable of ready batches (dicts of tensors, such as a DataLoader), begun again when it ends; or,
-                    with `collate_fn`, a list or Dataset of features, cut into batches of `batch_size` and, under
-                    `shuffle`, shuffled every epoch from `seed`
-    accumulate      batches per step; its gradient is the mean of theirs
+    model           the base the adapter was trained on; `model(**batch).loss` is minimized. It is as before afterwards,
+                    also after an exception; autocast, checkpointing and dropout are as the caller set them
+    adapter_folder  a PEFT LoRA folder, and where the gates go without `output_dir`
+    data            an iterable of ready batches (dicts of tensors), begun again when it ends; with `tokenizer` rows of
+                    text; with `collate_fn` a list or Dataset of features. The latter two are cut into batches of
+                    `batch_size` and, under `shuffle`, shuffled every epoch from `seed`
+    tokenizer       for rows {"input": str, "target": str} (loss on the target) or {"text": str}, cut at `max_length`
+    accumulate      batches per step; its gradient is the mean of theirs, and of all ranks' under torchrun
     validation      the same kind of data: the gates with the lowest loss per label are kept, of those before the first
                     step, after every `eval_every` steps and after the last; without it the last ones are
-    joint           train A and B too (PHATGOOSE, appendix A) and write a whole expert into `output_dir`, which must be
-                    given: `adapter_folder` itself overwrites the adapter
-    output_dir      where the gates go; default: `adapter_folder`
-    checkpoint_dir  of the run's state, written every `checkpoint_every` steps, removed on success; default:
-                    `.moerge-train-gates` in the output folder
-    resume          go on from that state, if any, with the result of a run without the break: `data` must give the same
-                    batches in the same order
+    joint           train A and B too (PHATGOOSE, appendix A) and write a whole expert into `output_dir`
+    checkpoint_dir  of the run's state, written every `checkpoint_every` steps and on Ctrl-C, removed on success;
+                    default: `.moerge-train-gates` in the output folder
+    resume          go on from that state, if any, as if there had been no break, given the same batches in the same
+                    order; a run that was finished is not made again (`result.already`)
 
-    Errors: ValueError for arguments out of range, an adapter that does not fit the model (every problem listed), data
-    that is empty or runs out, no loss or one that is not finite, a state of another run.
+    Modules that never ran get no gate: a warning names them, `patch` masks the expert there. Errors: ValueError for
+    arguments, data or adapter (every problem listed), a loss that is missing, not finite or depends on no gate, a state
+    of another run; OSError for a folder that cannot be written, before any work.
     """
     target = _target(adapter_folder, output_dir, joint)
     options = TrainingOptions(
@@ -72,8 +80,8 @@ def train_gates(
         checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER), checkpoint_every=checkpoint_every,
         resume=resume, progress=progress,
     )  # fmt: skip
-    batching = {"collate_fn": collate_fn, "batch_size": batch_size, "shuffle": shuffle, "seed": seed}
-    return _train(model, Path(adapter_folder), target, as_source(data, validation, **batching), options, joint)
+    prepared = prepare(model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn)
+    return _train(model, Path(adapter_folder), target, prepared.sources(batch_size, shuffle, seed), options, joint)
 
 
 def _target(adapter_folder: str | Path, output_dir: str | Path | None, joint: bool) -> Path:
@@ -95,20 +103,33 @@ def _train(
 ) -> TrainingResult:
     """The gates of the adapter in `folder`, trained and saved in `target`."""
     train, validation = sources
+    ranks, file = current_ranks(), gates_file(target, SIGMOID_GATE)
     with gated_model(model, folder, joint=joint) as gated:
+        facts = {"joint": joint, "adapter": None if joint else _fingerprint(gated)}
+        settings = settings_of(options, train, validation, facts)
+        done = ranks.from_first(lambda: finished_before(options, settings, file, file=file, state_file=STATE_FILE))
+        if done is not None:
+            return done
+        with ranks.together():
+            check_writable(target)
         state = fit(
-            model,
+            gated.model,
             gated.parameters(),
             train,
             options,
+            still=gated.still,
             state_file=STATE_FILE,
+            settings=settings,
             validation=validation,
-            facts={"joint": joint, "adapter": None if joint else _fingerprint(gated)},
             label=f"gates of {gated.adapter.name}",
         )
-        path = gated.save(target, metadata=_metadata(state, options, joint))
+        untrained = [path for path in gated.layers if f"{path}/gate" not in state.adam_step]
+        result = TrainingResult(file, state.step, kept_step(state), state.losses, state.validation)
+        metadata = _metadata(state, options, joint) | note_of(result, settings)
+        with ranks.together(), saving(state, options, STATE_FILE):
+            gated.save(target, metadata=metadata, untrained=untrained)
     discard_state(options, STATE_FILE)
-    return TrainingResult(path, state.step, kept_step(state), state.losses, state.validation)
+    return result
 
 
 def _metadata(state: TrainingState, options: TrainingOptions, joint: bool) -> dict[str, Any]:

@@ -7,9 +7,11 @@ and a state file from which a killed run goes on with the same numbers.
 from __future__ import annotations
 
 import math
+import signal
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,76 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch, BatchSource, run_model
+from .frozen import Frozen
+from .options import TrainingOptions
+from .random_state import seeded
+from .ranks import Ranks, current_ranks
 from .state import TrainingState
-
-# the options on which the result depends; a run can be resumed with other values of the rest
-_DECIDING = ("steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "eval_every", "seed")
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train.
-
-    steps           optimizer steps
-    lr              AdamW's rate: lr * min(1, (i + 1) / W) at step i = 0, 1, ..., with W = ceil(warmup_ratio
-                    * steps)
-    accumulate      micro-batches per step; the gradient is the mean of theirs, whatever their number of
-                    tokens
-    weight_decay    AdamW's, decoupled
-    eval_every      with validation data: evaluate before the first step, after every `eval_every` steps and
-                    after the last, and keep the parameters with the lowest loss (of equals the earliest)
-    seed            of dropout, and of the shuffle where this library does the batching
-    checkpoint_dir  where the state file lies while training; None writes none
-    checkpoint_every  steps between two state files
-    resume          go on from the state file when there is one; otherwise start over and replace it
-    progress        show a bar with the loss
-    """
-
-    steps: int
-    lr: float
-    warmup_ratio: float = 0.06
-    accumulate: int = 1
-    weight_decay: float = 0.0
-    eval_every: int = 100
-    seed: int = 0
-    checkpoint_dir: Path | None = None
-    checkpoint_every: int = 10
-    resume: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be at least 1, got {getattr(self, name)}"
-            for name in ("steps", "accumulate", "eval_every", "checkpoint_every")
-            if getattr(self, name) < 1
-        ]
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            problems.append(f"lr must be positive and finite, got {self.lr}")
-        if not 0 <= self.warmup_ratio <= 1:
-            problems.append(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
-        if not self.weight_decay >= 0:
-            problems.append(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.resume and self.checkpoint_dir is None:
-            problems.append("resume=True needs a checkpoint_dir")
-        if problems:
-            raise ValueError("training cannot start:\n- " + "\n- ".join(problems))
-
-    def rate(self, step: int) -> float:
-        """The learning rate of optimizer step `step` (from 0)."""
-        warmup = math.ceil(self.warmup_ratio * self.steps)
-        return self.lr * min(1.0, (step + 1) / warmup) if warmup else self.lr
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run did. `path` is what it wrote; `losses` the mean micro-batch loss of every step;
-    `validation` the loss by step (0: before training); `best_step` the step whose parameters were kept."""
-
-    path: Path
-    steps: int
-    best_step: int
-    losses: list[float]
-    validation: dict[int, float]
 
 
 def fit(
@@ -96,76 +33,198 @@ def fit(
     batches: BatchSource,
     options: TrainingOptions,
     *,
+    still: Frozen,
     state_file: str,
+    settings: dict[str, Any],
     validation: BatchSource | None = None,
-    facts: dict[str, Any] | None = None,
     label: str = "training",
 ) -> TrainingState:
     """Train `parameters` of `model` (everything else must be frozen) and leave the chosen values in them.
 
-    `facts` are further settings that must not change between a run and its resumption. The caller deletes
-    the state file (`discard_state`) once the result is safe. Errors: ValueError for data that runs out, a
-    model that returns no loss, a loss that is not finite, or a state file of another run.
-    """
-    settings = {name: getattr(options, name) for name in _DECIDING}
-    settings |= {"validation": validation is not None, **batches.facts(), **(facts or {})}
-    path = options.checkpoint_dir / state_file if options.checkpoint_dir is not None else None
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=options.lr, weight_decay=options.weight_decay)
-    state = TrainingState(settings)
-    if options.resume and path is not None and path.is_file():
-        shapes = {name: p.shape for name, p in parameters.items()}
-        state = TrainingState.read(path, settings=settings, shapes=shapes)
-        _restore(state, parameters, optimizer)
+    `still` holds the rest of the model as it is; `settings` (`settings_of`) must not change between a run and its
+    resumption. The caller deletes the state file (`discard_state`) once the result is safe. An interrupt (Ctrl-C)
+    keeps the steps that are done; a disk that refuses the file is warned of, and the run goes on.
 
-    stream = batches.stream(skip=state.step * options.accumulate)
-    bar = tqdm(total=options.steps, initial=state.step, desc=label, unit="step", disable=not options.progress)
-    with bar:
-        if validation is not None and state.step == 0:
-            _select(state, parameters, _evaluate(model, validation))
-        for step in range(state.step, options.steps):
-            loss = _step(model, optimizer, stream, options, step)
-            state.step = step + 1
-            state.losses.append(loss)
-            last = state.step == options.steps
-            if validation is not None and (last or state.step % options.eval_every == 0):
-                _select(state, parameters, _evaluate(model, validation))
-            if path is not None and (last or state.step % options.checkpoint_every == 0):
-                _collect(state, parameters, optimizer)
-                state.write(path)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update()
-    optimizer.zero_grad(set_to_none=True)
-    if state.best:
+    In several processes (torchrun) each computes on its own batches: a step's gradient is the mean over all of them,
+    as if one process had accumulated them, and every rank ends with the same state. Rank 0 reads and writes the file.
+
+    Errors: ValueError for data that runs out, a model that returns no loss, a loss that is not finite or depends on
+    no parameter, a state file of another run, or ranks that were called with different settings.
+    """
+    run = _Run(model, parameters, options, still, validation, label, state_file)
+    run.begin(settings)
+    try:
+        run.go(batches)
+    except KeyboardInterrupt as interrupt:
+        run.keep_interrupted(interrupt)
+        raise
+    if run.state.best:
         with torch.no_grad():
             for name, p in parameters.items():
-                p.copy_(state.best[name])
-    return state
+                p.copy_(run.state.best[name])
+    return run.state
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stream: Iterator[Batch],
-    options: TrainingOptions,
-    step: int,
-) -> float:
-    """One optimizer step over `accumulate` micro-batches; returns their mean loss."""
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    loss = 0.0
-    for micro in range(options.accumulate):
-        batch = next(stream)
-        # a seed of its own for every micro-batch: a resumed run drops out what the first would have
-        with seeded(model, (options.seed << 32) + step * options.accumulate + micro):
-            part = batch_loss(model, batch) / options.accumulate
-            part.backward()
-        loss += part.item()
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss of step {step + 1} is {loss}: lower lr ({options.lr}) or check the data")
-    for group in optimizer.param_groups:
-        group["lr"] = options.rate(step)
-    optimizer.step()
-    return loss
+class _Run:
+    """A run of `fit`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        options: TrainingOptions,
+        still: Frozen,
+        validation: BatchSource | None,
+        label: str,
+        state_file: str,
+    ) -> None:
+        self.model, self.parameters, self.options, self.still = model, parameters, options, still
+        self.validation, self.label = validation, label
+        self.ranks = current_ranks()
+        self.path = options.checkpoint_dir / state_file if options.checkpoint_dir is not None else None
+        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=options.lr, weight_decay=options.weight_decay)
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """The state to go on from: a new one, or with `resume` that of the file when there is one."""
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        alike = {key: value for key, value in settings.items() if key not in ("examples", "data")}  # a rank's own
+        self.ranks.alike({**alike, "resume": self.options.resume, "parameters": shapes}, self.label)
+
+        def started() -> TrainingState:
+            if self.options.resume and self.path is not None and self.path.is_file():
+                return TrainingState.read(self.path, settings=settings, shapes=shapes)
+            return TrainingState(settings)
+
+        self.state = self.ranks.from_first(started)
+        self.ranks.copy_first(self.parameters.values())
+        if self.state.step:
+            _restore(self.state, self.parameters, self.optimizer)
+
+    def go(self, batches: BatchSource) -> None:
+        """The steps that are left."""
+        options, state = self.options, self.state
+        stream = batches.stream(skip=state.step * options.accumulate)
+        quiet = not (options.progress and self.ranks.first)
+        with tqdm(total=options.steps, initial=state.step, desc=self.label, unit="step", disable=quiet) as bar:
+            self._evaluate_when_due()
+            while state.step < options.steps:
+                loss = self._gradients(stream)
+                with uninterrupted():
+                    self.optimizer.step()
+                    state.step += 1
+                    state.losses.append(loss)
+                _check_reached(self.parameters, self.optimizer, self.label, state.step)
+                self._evaluate_when_due()
+                if state.step == options.steps or state.step % options.checkpoint_every == 0:
+                    self._keep()
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self, stream: Iterator[Batch]) -> float:
+        """The gradients of a step, over `accumulate` micro-batches of every rank; returns their mean loss."""
+        options, step, ranks = self.options, self.state.step, self.ranks
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        with ranks.together():
+            for micro in range(options.accumulate):
+                batch = next(stream)
+                # a seed of its own for every micro-batch: a resumed run drops out what the first would have
+                number = (step * options.accumulate + micro) * ranks.size + ranks.rank
+                loss += _backward(self.model, batch, options.accumulate, (options.seed << 32) + number, self.still)
+        (loss,) = ranks.mean([loss])
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of step {step + 1} is {loss}: lower lr ({options.lr}) or check the data")
+        for group in self.optimizer.param_groups:
+            ranks.mean_gradients(group["params"])
+            group["lr"] = options.rate(step)
+        return loss
+
+    def _evaluate_when_due(self) -> None:
+        """Evaluates before the first step, after every `eval_every` and after the last, and keeps the best values."""
+        state, options = self.state, self.options
+        due = state.step % options.eval_every == 0 or state.step == options.steps
+        if self.validation is None or not due or state.step in state.validation:
+            return
+        loss = _evaluate(self.model, self.validation, self.still, options, self.ranks)
+        state.validation[state.step] = loss
+        if loss < state.best_loss:
+            state.best_loss, state.best_step = loss, state.step
+            state.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def _keep(self) -> None:
+        """Write the state; a disk that refuses is no reason to lose the run."""
+        _collect(self.state, self.parameters, self.optimizer)
+        if self.path is None or not self.ranks.first:
+            return
+        try:
+            self.state.write(self.path)
+            self.state.kept = self.state.step
+        except OSError as error:
+            warnings.warn(
+                f"{self.label}: the state after step {self.state.step} is not kept ({error}); the run goes on, and "
+                f"{kept_text(self.state, self.path)}",
+                stacklevel=4,
+            )
+
+    def keep_interrupted(self, interrupt: KeyboardInterrupt) -> None:
+        """Write what is done, also between two checkpoints, and say how to go on."""
+        if self.state.step:
+            self._keep()
+        if self.path is not None:
+            interrupt.add_note(f"{self.label}: {kept_text(self.state, self.path)}")
+
+
+def kept_text(state: TrainingState, path: Path) -> str:
+    """From where a run that ends early could go on."""
+    if state.kept is None:
+        return f"no state is kept in {path}"
+    return f"the state after step {state.kept} is kept in {path}: resume=True (--resume) goes on from it"
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C inside is raised at the end: what is done there must be done whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python tells the main thread alone
+        return
+    caught: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        raise KeyboardInterrupt
+
+
+def _backward(model: nn.Module, batch: Batch, accumulate: int, seed: int, still: Frozen) -> float:
+    """The loss of one micro-batch over `accumulate`, its gradients added; the frozen model is as before."""
+    while True:
+        with seeded(model, seed):
+            part = batch_loss(model, batch) / accumulate
+            if still.settle():
+                continue
+            if part.requires_grad:  # else what is trained did not run on this batch
+                part.backward()
+        still.put_back()
+        return part.item()
+
+
+def _check_reached(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, label: str, step: int
+) -> None:
+    """ValueError when no parameter has had a gradient: the steps that follow would train nothing."""
+    if any(optimizer.state[p] for p in parameters.values()):
+        return
+    modules = sorted({name.rpartition("/")[0] or name for name in parameters})
+    shown = ", ".join(modules[:5]) + (", ..." if len(modules) > 5 else "")
+    raise ValueError(
+        f"{label}: after step {step} none of {len(parameters)} parameters has a gradient: their modules did not "
+        f"run on the data, or the loss does not depend on them ({shown}); is this the model, and the data, that the "
+        "adapter is for?"
+    )
 
 
 def kept_step(state: TrainingState) -> int:
@@ -173,9 +232,21 @@ def kept_step(state: TrainingState) -> int:
     return state.best_step if state.best_step is not None else state.step
 
 
+@contextmanager
+def saving(state: TrainingState, options: TrainingOptions, state_file: str) -> Iterator[None]:
+    """What the disk refuses inside is an error that says from where the run can go on."""
+    try:
+        yield
+    except OSError as error:
+        if options.checkpoint_dir is None:
+            raise
+        kept = kept_text(state, options.checkpoint_dir / state_file)
+        raise OSError(error.errno, f"{error.strerror}; {kept}", error.filename) from error
+
+
 def discard_state(options: TrainingOptions, state_file: str) -> None:
     """Delete the state file, and its folder when nothing else is in it."""
-    if options.checkpoint_dir is None:
+    if options.checkpoint_dir is None or not current_ranks().first:
         return
     (options.checkpoint_dir / state_file).unlink(missing_ok=True)
     if options.checkpoint_dir.is_dir() and not any(options.checkpoint_dir.iterdir()):
@@ -193,28 +264,25 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def _evaluate(model: nn.Module, validation: BatchSource) -> float:
-    """Mean loss per label (labels of -100 do not count; batches without labels weigh the same), dropout
-    off."""
+def _evaluate(
+    model: nn.Module, validation: BatchSource, still: Frozen, options: TrainingOptions, ranks: Ranks
+) -> float:
+    """Mean loss per label (labels of -100 do not count; batches without labels weigh the same) over all ranks,
+    dropout off."""
     model.eval()
     total, weight = 0.0, 0.0
-    with torch.no_grad():
+    with ranks.together(), torch.no_grad(), seeded(model, options.seed):
         for batch in validation.epoch():
             labels = batch.get("labels") if isinstance(batch, Mapping) else None
             count = float((labels != -100).sum()) if isinstance(labels, Tensor) else 1.0
             if count:
                 total += batch_loss(model, batch).item() * count
                 weight += count
+                still.put_back()
+    total, weight = ranks.total([total, weight])
     if not weight:
         raise ValueError("validation is empty: at least one batch with labels is needed")
     return total / weight
-
-
-def _select(state: TrainingState, parameters: dict[str, nn.Parameter], loss: float) -> None:
-    state.validation[state.step] = loss
-    if loss < state.best_loss:
-        state.best_loss, state.best_step = loss, state.step
-        state.best = {name: p.detach().clone() for name, p in parameters.items()}
 
 
 def _collect(state: TrainingState, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -238,12 +306,3 @@ def _restore(state: TrainingState, parameters: dict[str, nn.Parameter], optimize
             }
     if state.best:
         state.best = {name: value.to(parameters[name].device) for name, value in state.best.items()}
-
-
-@contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers inside depend on `seed` alone; the caller's generators are left as they were."""
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(seed)
-        yield

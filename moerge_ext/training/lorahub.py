@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..experts.bank import ExpertBank
-from ..models.pretrained import is_seq2seq
 from ..routing.patch import Handle, patch
 from .batches import Batch, BatchSource, Collate
-from .encoding import collator, encode
+from .encoding import Encoder, collator
 from .loop import batch_loss
 
 OPTIMIZERS = ("nevergrad", "cobyla")
@@ -137,8 +136,7 @@ class LoraHubRouter:
     def task_affinities(self, examples: Sequence[Mapping[str, str]], handle: Handle) -> Tensor:
         """Solved examples {"input", "target"} of one task -> weights [1,E], by `handle.options`."""
         rows = [{**row, "input": self.template.replace("{input}", row["input"])} for row in examples]
-        seq2seq = is_seq2seq(handle.model.config)
-        features = [encode(row, self.tokenizer, self.max_length, seq2seq=seq2seq) for row in rows]
+        features = Encoder(handle.model, self.tokenizer, self.max_length).features(rows, "the task's examples")
         found = _search(handle, [collator(self.tokenizer)(features)], progress=False, **handle.options)
         return found.weights[None]
 

@@ -28,7 +28,8 @@ class TrainingState:
     The dicts of tensors are keyed by the parameters' names: `values`; AdamW's `exp_avg`, `exp_avg_sq` and
     `adam_step` (a parameter that never had a gradient has none); `best`, the values at the lowest
     validation loss so far (empty without validation). `losses` has one entry per step, `validation` one per
-    evaluated step. `settings` is what must be the same when the run goes on.
+    evaluated step. `settings` is what must be the same when the run goes on. `kept` is the step of the last state that
+    was written.
     """
 
     settings: dict[str, Any]
@@ -42,6 +43,7 @@ class TrainingState:
     best_loss: float = math.inf
     losses: list[float] = field(default_factory=list)
     validation: dict[int, float] = field(default_factory=dict)
+    kept: int | None = None
 
     def write(self, path: Path) -> None:
         """Replace `path` by this state, atomically."""
@@ -99,6 +101,7 @@ class TrainingState:
         return cls(
             settings=saved,
             step=header["step"],
+            kept=header["step"],
             best_step=header["best_step"],
             best_loss=math.inf if header["best_loss"] is None else header["best_loss"],
             losses=tensors["losses"].tolist(),

@@ -207,3 +207,14 @@ def test_help_needs_no_torch(tmp_path):
     said = run("-X", "importtime", "-m", "moerge_ext", "--help")
     assert "train-router" in said and not re.search(r"\|\s+torch\b", said)
     assert run("-m", "program", "--help") == "ran\n"
+
+
+def test_doctor_explains_the_layers_of_a_model(tmp_path, capsys):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folders = random_experts(model, tmp_path, ["cat", "dog"], ["q_proj", "up_proj"]).values()
+    assert cli.main(["doctor", "--model", str(tmp_path / "base"), "--experts", *map(str, folders)]) == 0
+    out = capsys.readouterr().out
+    assert "All fits." in out and " x Linear " in out and "not fused: " in out
+    assert cli.main(["doctor", "--model", str(tmp_path / "base")]) == 2
+    assert "--model and --experts go together" in capsys.readouterr().err

@@ -160,3 +160,24 @@ def test_command_encodes_and_refuses(tmp_path):
         read_rows(bad)
     with pytest.raises(ValueError, match=r"no file .*nosuch.jsonl: expected JSON lines .* or \{\"text\": str\}"):
         read_rows(tmp_path / "nosuch.jsonl", text=True)
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_command_says_why_speech_is_for_python(tokenizer, tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification, WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    small = {"d_model": 16, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 60, "pad_token_id": 0}
+    WhisperForConditionalGeneration(WhisperConfig(**sizes, **small)).save_pretrained(tmp_path / "speech")
+    image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **image)).save_pretrained(tmp_path / "image")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input": "a", "target": "b"}')
+    for name, why in {
+        "speech": "WhisperForConditionalGeneration, which reads input_features, not text",
+        "image": "ViTForImageClassification, which reads pixel_values, not text",
+    }.items():
+        if tokenizer:
+            make_tokenizer(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{why}.*moerge_ext.train_gates"):
+            command(tmp_path / name, "expert", "--data", data, "--device", "cpu")

@@ -9,7 +9,8 @@ from builders import lora_config, write_adapter
 from safetensors.torch import load_file, save_file
 
 from moerge_ext.experts.bank import load_experts
-from moerge_ext.experts.formats.peft import AdapterError, read_adapter
+from moerge_ext.experts.formats import read_adapter
+from moerge_ext.files.safefile import AdapterError
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 A_KEY, B_KEY = f"base_model.model.{Q}.lora_A.weight", f"base_model.model.{Q}.lora_B.weight"

@@ -6,6 +6,8 @@ import time
 import pytest
 from adapter_cases import Q, factors, refused
 from builders import write_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moerge_ext.experts.formats.peft_patterns import LayerNumbers, ModuleNames, ModulePattern
 
@@ -87,10 +89,44 @@ def test_layer_numbers():
     assert match("t.h.1.attn", "x", "t.h") and not match("h.1", "h") and not match("h.11.attn") and not match("attn")
 
 
-@pytest.mark.parametrize("key", ["(a|a)" * 60, "a*" * 300, "(a?b?)" * 100, ".*" * 400 + "x", "(.|.|.)" * 100 + "!"])
+ATOMS = st.sampled_from(
+    ["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", r"[\d.]", r"[a\-]", r"\b", r"\B", "^", "$", "q_proj", "1"]
+)
+SIGNS = st.sampled_from(["", "", "", "*", "+", "?", "{2}", "{1,2}", "{0,3}", "{1,}", "{,2}", "*?"])
+OPENED = st.sampled_from(["(", "(?:", "(?=", "(?!"])
+KEYS = st.recursive(
+    st.tuples(ATOMS, SIGNS).map("".join),
+    lambda inner: (
+        st.tuples(OPENED, st.lists(inner, min_size=1, max_size=3).map("".join), SIGNS).map(
+            lambda parts: f"{parts[0]}{parts[1]}){parts[2]}"
+        )
+        | st.lists(inner, min_size=2, max_size=3).map("".join)
+        | st.tuples(inner, inner).map("|".join)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(KEYS)
+def test_wide_patterns_match_as_in_re(key):
+    try:
+        pattern, by_peft, whole = ModulePattern(key, wide=True), re.compile(rf"(.*\.)?({key})$"), re.compile(key)
+    except (ValueError, re.error):
+        return
+    for path in ("a", "ab", "a.b", "a.1.q_proj", "b.1", "aab.a1", "a.a.11.q_proj"):
+        assert pattern.matches(path) == bool(by_peft.match(path)), path
+        assert pattern.fits_all_of(path) == bool(whole.fullmatch(path)), path
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["(a|a)" * 60, "a*" * 300, "(a?b?)" * 100, ".*" * 400 + "x", "(.|.|.)" * 100 + "!"]
+    + ["(?=.*a)" * 100 + "!", "(?!(?!(?!.*b)))" * 60, "(?<=a*)" * 140, "a{100}" * 150, "(aa?){100}" * 100],
+)
 def test_patterns_cannot_blow_up(key):
     start = time.perf_counter()
-    assert not ModulePattern(key).matches("a" * 400 + "b")
+    assert not ModulePattern(key, wide=True).matches("a" * 400 + "b")
     assert time.perf_counter() - start < 1
 
 

@@ -107,6 +107,7 @@ SIZES = st.one_of(st.integers(-2, 20), st.integers(0, 1 << 64), st.sampled_from(
 KEYS = st.one_of(
     st.sampled_from([f"base_model.model.{Q}.lora_{x}" for x in ("A.weight", "B.weight", "B.bias")]),
     st.sampled_from([f"base_model.model.{Q}.lora_magnitude_vector", Q, "__global__", "__metadata__", ""]),
+    st.sampled_from(["lm_head.weight", "a.base_layer.bias", ".modules_to_save.", "x"]).map("base_model.model.".__add__),
     st.text(max_size=12),
 )
 TENSORS = st.fixed_dictionaries(
@@ -162,6 +163,8 @@ FIELDS = st.one_of(
             "megatron_core",
             "base_model_name_or_path",
             "use_dora",
+            "modules_to_save",
+            "layers_to_transform",
         ]
     ),
     st.text(max_size=8),
@@ -175,7 +178,7 @@ def test_mutated_configs(pristine, fields):
 
 
 @FUZZ
-@given(st.sampled_from(["rank_pattern", "alpha_pattern"]), st.text("aq_.*+?|()[]^$\\d{}-1", max_size=60))
+@given(st.sampled_from(["rank_pattern", "alpha_pattern"]), st.text("aq_.*+?|()[]^$\\bd{}-1,=!<:", max_size=60))
 def test_mutated_patterns(pristine, field, key):
     attempt(pristine, **{CONFIG: json.dumps(lora_config(2) | {field: {key: 2}}).encode()})
 

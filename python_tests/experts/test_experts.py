@@ -81,7 +81,7 @@ def test_duplicate_names(two):
 
 def test_every_bad_expert_is_named(two):
     folder, _ = two
-    write_adapter(folder / "c", {Q: factors(r=2)}, r=2, use_dora=True, bias="all")
+    write_adapter(folder / "c", {Q: factors(r=2)}, r=2, use_dora=True, bias="some")
     (folder / "d").mkdir()
     with pytest.raises(AdapterError) as caught:
         load_experts([folder / name for name in "abcd"] + [folder / "e"])
@@ -255,8 +255,8 @@ def test_a_file_that_changes_after_the_check(two, monkeypatch):
     folder, _ = two
     inspect = loading.inspect_adapter
 
-    def swap(name, path):
-        header = inspect(name, path)
+    def swap(name, path, *base):
+        header = inspect(name, path, *base)
         write_adapter(path, {Q: factors(r=2, dtype=torch.float64), K: factors(r=2)}, r=2)
         return header
 

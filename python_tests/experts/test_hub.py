@@ -112,6 +112,8 @@ def test_only_the_adapters_files_are_fetched(monkeypatch, tmp_path):
     assert asked["allow_patterns"] == [
         "sub/adapter_config.json",
         "sub/adapter_model.safetensors",
+        "sub/adapter_model-*-of-*.safetensors",
+        "sub/adapters.safetensors",
         "sub/moerge_gates*.safetensors",
         "sub/moerge_examples*.safetensors",
     ]

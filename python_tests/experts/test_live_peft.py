@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from builders import random_experts, tiny_gpt2, tiny_llama
+from builders import random_experts, tiny_gpt2, tiny_llama, tiny_qwen2
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from moerge_ext.experts.bank import load_experts
@@ -83,10 +83,11 @@ def test_live_model_refusals():
     config = {"r": 2, "target_modules": ["q_proj"]}
     model = get_peft_model(tiny_llama(), LoraConfig(**config), adapter_name="good")
     model.add_adapter("dora", LoraConfig(**config, use_dora=True))
-    model.add_adapter("saves", LoraConfig(**config, modules_to_save=["lm_head"]))
+    model.add_adapter("moves", LoraConfig(**config, init_lora_weights="pissa"))
     with pytest.raises(AdapterError) as caught:
         load_experts(model)
-    assert "2 of 3" in str(caught.value) and "DoRA" in str(caught.value) and "'saves'" in str(caught.value)
+    assert "2 of 3" in str(caught.value) and "DoRA" in str(caught.value) and "'moves'" in str(caught.value)
+    assert "save the adapter and pass its folder" in str(caught.value)
     merged = get_peft_model(tiny_llama(), LoraConfig(**config))
     merged.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
@@ -94,6 +95,30 @@ def test_live_model_refusals():
     embedding = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
     with pytest.raises(ValueError, match="embed_tokens: LoRA on an embedding"):
         load_experts(embedding)
+
+
+@pytest.mark.parametrize("bias, trained", [("none", 0), ("lora_only", 2), ("all", 6)])
+def test_trained_biases_of_a_live_model(bias, trained):
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias=bias)
+    assert len(load_experts(get_peft_model(tiny_llama(), config)).modules) == 2  # which has no biases
+    model = get_peft_model(tiny_qwen2(), config)
+    if not trained:
+        assert len(load_experts(model).modules) == 2
+        return
+    with pytest.raises(AdapterError, match="trained biases of the base.*q_proj") as caught:
+        load_experts(model)
+    assert ("and 3 more" in str(caught.value)) == (trained == 6)
+
+
+def test_configs_of_a_live_model_that_change_nothing():
+    fields = {"auto_mapping": {"base_model_class": "Net", "unsloth_fixed": True}, "ensure_weight_tying": True}
+    patterns = {
+        "rank_pattern": {"(?!x).*q_proj": 3},
+        "alpha_pattern": {"(?i:Q_PROJ)": 5},
+    }  # the layer holds its scaling
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"], **fields, **patterns)
+    bank = load_experts(get_peft_model(tiny_llama(), config))
+    assert bank.modules["model.layers.0.self_attn.q_proj"].ranks == (3,) and not bank.claims["default"].saved
 
 
 def test_transformers_model_with_adapters():

@@ -117,6 +117,29 @@ def test_clean():
 # ---- embedders -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Input: How many users are there?",
+        "how many users are there",
+        "Here are 2 examples of one task.",
+        "Name the skill it needs and the kind of answer it wants.",
+        "Sure! Input: How many users are there? Output: 12",
+    ],
+)
+def test_an_echo_is_no_instruction(answer, cache):
+    """And is not kept; a sentence that shares words with the examples is none."""
+    examples = [{"input": "How many users are there?", "target": "12"}, {"input": "Name the oldest.", "target": "Ann"}]
+    writer = InstructionWriter(lambda prompt: answer, name="parrot", cache=cache)
+    with pytest.raises(ValueError, match="writer 'parrot': .*got an echo of the prompt"):
+        writer.task(examples)
+    fine = InstructionWriter(lambda prompt: "Say how many users there are.", name="parrot", cache=cache)
+    assert fine.task(examples) == "Say how many users there are."
+    asked = [{"input": f"Sort the words: {words}", "target": words} for words in ("b a", "c b")]
+    assert InstructionWriter(lambda prompt: "Sort the words", name="x").task(asked) == "Sort the words"
+    assert InstructionWriter(lambda prompt: "Sort the words", name="x").query("Sort the words: b a") == "Sort the words"
+
+
 def test_embedder_checks_what_it_gets_and_gives():
     assert fake_embedder()(["a b", "c"]).shape == (2, 32)
     for texts, text in (([], "no texts"), (["a", " "], "number 1"), (["a", None], "number 1")):

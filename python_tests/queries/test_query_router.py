@@ -251,6 +251,18 @@ def test_a_threshold_belongs_to_its_embedder(experts, folders):
     assert own.settings("glider_code", {"alpha": 3.0}) == {"alpha": 3.0}
 
 
+def test_experts_that_say_the_same_are_named(folders):
+    """One sentence for all tasks: warned of when the router is made, and seen in the calibration."""
+    embedder = fake_embedder()
+    first, *rest = folders
+    described(folders, embedder)
+    moerge.describe(folders[rest[0]], [], embedder, instruction=f"please do {WORDS[first]}")
+    with pytest.warns(UserWarning, match=f"the instructions of '{first}' and '{rest[0]}' mean nearly the same"):
+        router = moerge.QueryRouter(moerge.load_experts(folders), embedder)
+    asked = {name: [f"please do {WORDS[name]}"] * 3 for name in folders}
+    assert moerge.calibrate_threshold(router, asked).own == {name: float(name != rest[0]) for name in folders}
+
+
 def test_calibration(experts, tmp_path):
     mine = router(experts)
     held_in = {name: [word] * 9 + ["something else"] for name, word in WORDS.items()}

@@ -88,10 +88,20 @@ def test_shapes_and_paths_are_listed_together(llama, experts):
         assert text in message, (text, message)
 
 
-def test_a_long_list_is_cut(llama, experts):
+def test_one_line_for_each_cause(llama, experts):
     modules = {f"nowhere.{i}": one_module("a", 4, 4).modules["a"] for i in range(50)}
     message = refused(llama, moerge.ExpertBank(NAMES, modules))
-    assert message.count("\n") == 21 and "... and 30 more" in message
+    assert message.count("\n") == 1 and "'nowhere.0'" in message and "and 47 more modules" in message
+    assert "rename=" in message and 'missing="drop"' in message and "modules=" in message
+
+
+def test_a_long_list_is_cut(llama, experts, monkeypatch):
+    """Every layer is of another wrong size: as many causes."""
+    monkeypatch.setattr("moerge_ext.routing.patch._SHOWN", 5)
+    paths = [path for path, layer in llama.named_modules() if isinstance(layer, nn.Linear)]
+    modules = {path: one_module("a", 100 + i, 7).modules["a"] for i, path in enumerate(paths)}
+    message = refused(llama, moerge.ExpertBank(NAMES, modules))
+    assert message.count("\n") == 6 and f"... and {len(paths) - 5} more" in message
 
 
 def test_experts_of_another_model(tmp_path, llama):

@@ -86,6 +86,15 @@ def test_zero_gate_is_half_the_lora():
     assert half.gate.dtype == torch.float32 and half.in_features == 5 and half.weight is half.base_layer.weight
 
 
+def test_no_token_is_nothing_to_learn_from():
+    """As for an expert of a mixture that no token went to."""
+    layer, draw = random_layer()
+    layer(draw(0, 5)).sum().backward()
+    assert layer.gate.grad is None and not layer.ran
+    layer(draw(1, 5)).sum().backward()
+    assert layer.gate.grad is not None and layer.ran
+
+
 def test_bfloat16_base_and_autocast():
     layer, draw = random_layer(dtype=torch.bfloat16, bias=False)
     layer.base_layer.to(torch.bfloat16)
@@ -164,7 +173,7 @@ def test_the_layer_computes_where_accelerate_says():
 
 def test_refuses_a_model_that_was_not_loaded(adapter):
     with (
-        pytest.raises(ValueError, match="q_proj: its weights are on the meta device"),
+        pytest.raises(ValueError, match="down_proj, .*: its weights are on the meta device"),
         gated_model(llama().to("meta"), adapter),
     ):
         pass

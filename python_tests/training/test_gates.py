@@ -18,7 +18,7 @@ from moerge_ext.experts.formats.peft import read_adapter, read_gates
 from moerge_ext.training.experts import new_expert
 from moerge_ext.training.gated_lora import gated_model
 from moerge_ext.training.gates import CHECKPOINT_FOLDER, train_gates
-from moerge_ext.training.loop import TrainingOptions
+from moerge_ext.training.options import TrainingOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

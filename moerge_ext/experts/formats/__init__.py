@@ -1,1 +1,78 @@
-"""Readers of adapter formats, one file each. A reader trusts nothing: it checks names, sizes and values first."""
+"""Readers of adapter formats, one file each, and which of them reads what.
+
+    adapter_config.json, adapter_model.safetensors (whole or in parts)      peft.py
+    the same, peft_type ADALORA                                             adalora.py
+    adapter_config.json, adapters.safetensors                               mlx.py, MLX-LM
+    <file>.gguf, or a folder with one and no config                         gguf.py, llama.cpp
+
+Every reader makes a view of the adapter as PEFT would have saved it (`view.py`), and `peft.py` checks all views alike.
+A reader trusts nothing: it checks names, sizes and values first. `foreign.py` has the reasons for what none of them
+reads; `pickled.py` reads `adapter_model.bin` for `moerge convert` alone, where the user asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...files.safefile import AdapterError
+from ...files.shards import has_weights
+from . import foreign, gguf, mlx, peft, pickled
+
+__all__ = ["inspect_adapter", "read_adapter"]
+
+
+def inspect_adapter(
+    name: str,
+    path: str | os.PathLike,
+    base: Any = None,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    allow_pickle: bool = False,
+) -> peft.AdapterHeader:
+    """Check an adapter of any format without reading its tensors.
+
+    base: the base model, its config or the folder of either, for formats that need to know it (GGUF). keep: which
+    module paths to look at (None: all). allow_pickle: open `adapter_model.bin` where a PEFT folder has nothing else;
+    see `pickled.py` first.
+
+    Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
+    agreement with the config, and of the gates beside it.
+    """
+    found = peft.resolve(name, path)
+    folder = found if found.is_dir() else None
+    try:
+        if folder is not None and _is_mlx(folder):
+            view = mlx.view_mlx(folder)
+        elif (file := _gguf_of(found)) is not None:
+            view = gguf.view_gguf(file, base)
+        elif folder is None:
+            raise ValueError(f"it is not a folder{foreign.what_file(found)}")
+        elif allow_pickle and not has_weights(folder, peft.WEIGHTS_FILE):
+            view = peft.view_peft(folder, lambda: pickled.open_pickle(folder))
+        else:
+            view = peft.view_peft(folder)
+    except (ValueError, OSError) as error:
+        raise AdapterError([str(error)], peft.heading(name, found)) from None
+    return peft.inspect_view(name, found, folder, view, keep)
+
+
+def read_adapter(name: str, path: str | os.PathLike, base: Any = None) -> peft.Adapter:
+    """`inspect_adapter`, with the tensors in memory: as stored, unscaled. Raises AdapterError with every problem."""
+    return peft.into_memory(inspect_adapter(name, path, base))
+
+
+def _is_mlx(folder: Path) -> bool:
+    return os.path.lexists(folder / mlx.WEIGHTS_FILE) and not has_weights(folder, peft.WEIGHTS_FILE)
+
+
+def _gguf_of(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that it holds as its only adapter."""
+    if path.is_file():
+        return path if gguf.is_gguf(path) else None
+    if not path.is_dir() or os.path.lexists(path / peft.CONFIG_FILE):
+        return None
+    files = [name for name in os.listdir(path) if name.endswith(".gguf")]
+    return peft.file_inside(path, files[0]) if len(files) == 1 else None

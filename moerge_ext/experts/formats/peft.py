@@ -1,4 +1,4 @@
-"""Readers of adapter formats. Today: PEFT LoRA folders, with the gates sidecar of this project beside them.
+"""PEFT LoRA folders, and the checks of what any format's reader makes of an adapter (`view.py`).
 
 A folder is untrusted. `inspect_adapter` reads the config and the headers only and lists every reason to
 refuse; tensors are read afterwards, straight from the mapped file. No code, module name or model is loaded
@@ -10,26 +10,25 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...files.safefile import (
-    FLOATS,
-    AdapterError,
-    TensorHeader,
-    file_inside,
-    open_tensors,
-    path_problem,
-    read_headers,
-    read_tensor,
-)
+from ...files.safefile import FLOATS, AdapterError, TensorHeader, file_inside
+from ...files.shards import has_weights, open_weights
+from ..claims import BaseClaims, SavedTensor
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
-from .peft_config import LoraRules, check_config, read_config
+from . import adalora
+from .foreign import what_else
+from .peft_config import check_config, read_config, refused_fields
+from .peft_keys import SortedKeys, sort_keys
+from .peft_rules import Alpha, LoraRules, show
+from .view import AdapterView, OpenTensors
 
 __all__ = [
     "GATES_FILE",
@@ -48,10 +47,7 @@ __all__ = [
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"}
 MAX_SCANNED, MAX_NAMED = 1000, 10  # entries of a folder without a config, and adapters below it to name
-_UNREADABLE = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -69,11 +65,12 @@ class Adapter:
     """A checked adapter with its tensors in memory."""
 
     name: str
-    folder: Path
+    folder: Path | None
     base_model: str | None
     config: dict[str, Any]
     modules: dict[str, LoraWeights]
     gates: dict[str, GateSet] = field(default_factory=dict)
+    claims: BaseClaims = field(default_factory=BaseClaims)
 
 
 @dataclass(frozen=True)
@@ -91,40 +88,51 @@ class ModuleHeader:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """A checked adapter whose tensors are still in its file; `read` yields them one module at a time."""
+    """A checked adapter whose tensors are still in its file; `read` yields them one module at a time.
+
+    folder: where gates lie and are written, or None for an adapter that is one file among others.
+    """
 
     name: str
-    folder: Path
+    folder: Path | None
     base_model: str | None
     config: dict[str, Any]
     modules: dict[str, ModuleHeader]
     gates: dict[str, GateSet]
     headers: dict[str, TensorHeader] = field(repr=False)
+    open: Callable[[], AbstractContextManager[OpenTensors]] = field(repr=False)
+    keys: dict[str, dict[str, str]] = field(repr=False)  # {module path: {"A" | "B" | "bias": key in the file}}
     notes: list[str] = field(default_factory=list)  # what is odd about it and no reason to refuse
+    claims: BaseClaims = field(default_factory=BaseClaims)
 
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
         """(module path, weights) of every module. The tensors may alias the mapped file: copy what you
         keep.
         """
-        with open_tensors(file_inside(self.folder, WEIGHTS_FILE)) as handle:
+        with self.open() as tensors:
             for path, module in self.modules.items():
-                parts = {}
-                for suffix, part in _SUFFIXES.items():
-                    if part != "bias" or module.has_bias:
-                        key = PREFIX + path + suffix
-                        parts[part] = read_tensor(handle, key, self.headers[key])
+                parts = {part: self._read(tensors, key) for part, key in self.keys[path].items()}
                 yield path, LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
+
+    def _read(self, tensors: OpenTensors, key: str) -> Tensor:
+        if tensors.headers.get(key) != self.headers[key]:
+            raise ValueError(f"{key} changed while it was being read")
+        return tensors.read(key)
 
 
 def read_adapter(name: str, folder: str | os.PathLike) -> Adapter:
-    """Read a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`, gates) into memory.
+    """`into_memory` of a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`, gates)."""
+    return into_memory(inspect_adapter(name, folder))
 
-    Tensors keep their stored dtype and are unscaled. Raises AdapterError with every problem found; warns of
+
+def into_memory(header: AdapterHeader) -> Adapter:
+    """Read the tensors of a checked adapter.
+
+    They keep their stored dtype and are unscaled. Raises AdapterError with every problem found; warns of
     what the config says of modules that are not in the file.
     """
-    header = inspect_adapter(name, folder)
     for note in header.notes:
-        warnings.warn(f"adapter {name!r} in {header.folder}: {note}", stacklevel=2)
+        warnings.warn(f"adapter {header.name!r} in {header.folder}: {note}", stacklevel=3)
     modules, problems = {}, []
     try:
         for path, weights in header.read():
@@ -135,8 +143,8 @@ def read_adapter(name: str, folder: str | os.PathLike) -> Adapter:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise AdapterError(problems, _heading(name, header.folder))
-    return Adapter(name, header.folder, header.base_model, header.config, modules, header.gates)
+        raise AdapterError(problems, heading(header.name, header.folder))
+    return Adapter(header.name, header.folder, header.base_model, header.config, modules, header.gates, header.claims)
 
 
 def nonfinite_problems(path: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> list[str]:
@@ -148,8 +156,8 @@ def nonfinite_problems(path: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor |
     ]
 
 
-def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
-    """Check a PEFT LoRA folder without reading its tensors.
+def inspect_adapter(name: str, folder: str | os.PathLike, keep: Callable[[str], bool] | None = None) -> AdapterHeader:
+    """Check a PEFT LoRA folder without reading its tensors; `keep` says which module paths to look at (None: all).
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
     agreement with the config, and of the gates. The config must agree with the file both ways where it can be
@@ -157,45 +165,93 @@ def inspect_adapter(name: str, folder: str | os.PathLike) -> AdapterHeader:
     expression of `patterns`' syntax), `exclude_modules` or `layers_to_transform` leave out; a listed target or
     a pattern without any module in the file is noted.
     """
-    folder = Path(folder)
+    resolved = resolve(name, folder)
+    if not resolved.is_dir():
+        raise AdapterError([f"it is not a folder; expected a folder with {CONFIG_FILE}"], heading(name, resolved))
+    return inspect_view(name, resolved, resolved, view_peft(resolved), keep)
+
+
+def resolve(name: str, path: str | os.PathLike) -> Path:
+    """The path without links; AdapterError when there is nothing."""
+    path = Path(path)
     try:
-        folder = folder.resolve(strict=True)
-        if not folder.is_dir():
-            raise ValueError("it is not a folder; expected a folder with " + CONFIG_FILE)
+        return path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise AdapterError(["there is no such folder"], _heading(name, folder)) from error
-    except ValueError as error:  # also a null byte in the path
-        raise AdapterError([str(error)], _heading(name, folder)) from None
-
-    problems: list[str] = []
-    config, rules = _read_rules(folder, problems)
-    headers, parts = _read_parts(folder, problems)
-    modules = _check_modules(parts, rules, problems)
-    # gates are matched against modules only when the modules could be understood
-    widths = {path: module.in_features for path, module in modules.items()}
-    gates: dict[str, GateSet] = {}
-    try:
-        gates = read_gates(folder, None if problems else widths)
-    except AdapterError as error:
-        problems += error.problems
-    if problems:
-        raise AdapterError(problems, _heading(name, folder))
-    return AdapterHeader(name, folder, rules.base_model, config, modules, gates, headers, rules.notes(modules))
+        raise AdapterError(["there is no such folder"], heading(name, path)) from error
+    except ValueError as error:  # a null byte in the path
+        raise AdapterError([str(error)], heading(name, path)) from None
 
 
-def _heading(name: str, folder: Path) -> str:
-    return f"adapter {name!r} in {folder} cannot be used"
-
-
-def _read_rules(folder: Path, problems: list[str]) -> tuple[dict[str, Any], LoraRules | None]:
+def view_peft(folder: Path, opener: Callable[[], AbstractContextManager[OpenTensors]] | None = None) -> AdapterView:
+    """A resolved PEFT folder, as it is; `opener` opens tensors that are not in the usual file."""
+    config, problems = None, []
     try:
         config = read_config(file_inside(folder, CONFIG_FILE))
     except (ValueError, OSError) as error:
         problems.append(str(error) + _adapters_below(folder))
-        return {}, None
-    rules, reasons = check_config(config)
-    problems += reasons
-    return config, rules
+    if opener is None and not has_weights(folder, WEIGHTS_FILE):
+        problems.append(f"{WEIGHTS_FILE} is missing{what_else(folder)}")
+        return AdapterView(config, None, problems)
+    opener = opener or (lambda: open_weights(folder, WEIGHTS_FILE))
+    if config is not None and config.get("peft_type") == adalora.KIND:
+        return adalora.view_adalora(config, opener, problems)
+    return AdapterView(config, opener, problems)
+
+
+def inspect_view(
+    name: str, path: Path, folder: Path | None, view: AdapterView, keep: Callable[[str], bool] | None = None
+) -> AdapterHeader:
+    """Check what a format's reader made of `path`; gates are looked for in `folder`. Raises as `inspect_adapter`."""
+    problems = list(view.problems)
+    config, rules = view.config or {}, None
+    if view.config is not None:
+        rules, reasons = check_config(config)
+        problems += reasons
+    headers = _read_headers(view, problems)
+    refused = refused_fields(config)
+    keys = sort_keys(headers, refused, keep)
+    modules: dict[str, ModuleHeader] = {}
+    alphas: dict[str, Alpha] = {}
+    # what the tensors of another kind of adapter lack is no news
+    if config.get("peft_type", "LORA") == "LORA" and "enable_lora" not in refused:
+        problems += keys.problems
+        if headers and not keys.keys and not keys.problems:
+            problems.append("there is no LoRA weight among its tensors")
+        modules, alphas = _check_modules(keys.parts(headers), rules, problems)
+    # gates are matched against modules only when the modules could be understood
+    widths = {path: module.in_features for path, module in modules.items()}
+    gates: dict[str, GateSet] = {}
+    try:
+        gates = read_gates(folder, None if problems else widths, keep) if folder is not None else {}
+    except AdapterError as error:
+        problems += error.problems
+    if problems or rules is None or view.open is None:
+        raise AdapterError(problems, heading(name, path))
+    claims = _claims(folder, keys, headers, rules, modules)
+    notes = list(view.notes)
+    if keep is None:
+        notes += rules.notes(alphas, claims.saved)
+    else:  # what is not taken is not missed
+        claims = replace(claims, targets=None)
+    return AdapterHeader(
+        name, folder, rules.base_model, config, modules, gates, headers, view.open, keys.keys, notes, claims
+    )
+
+
+def _claims(
+    folder: Path | None,
+    keys: SortedKeys,
+    headers: Mapping[str, TensorHeader],
+    rules: LoraRules,
+    modules: Mapping[str, ModuleHeader],
+) -> BaseClaims:
+    saved = {own: SavedTensor(headers[key].shape, key, folder, WEIGHTS_FILE) for own, key in keys.saved.items()}
+    scalings = {module: header.scaling for module, header in modules.items()} if rules.init else {}
+    return BaseClaims(saved, rules.init, scalings, rules.targets.known(modules))
+
+
+def heading(name: str, folder: Path | None) -> str:
+    return f"adapter {name!r}{f' in {folder}' if folder is not None else ''} cannot be used"
 
 
 def _adapters_below(folder: Path) -> str:
@@ -217,75 +273,50 @@ def _adapters_below(folder: Path) -> str:
     return f"; it has adapters in: {', '.join(found[:MAX_NAMED])}{more}. Pass these folders"
 
 
-def _read_parts(
-    folder: Path, problems: list[str]
-) -> tuple[dict[str, TensorHeader], dict[str, dict[str, TensorHeader]]]:
-    """(headers by key, {module path: {"A" | "B" | "bias": header}}) from the weights file."""
+def _read_headers(view: AdapterView, problems: list[str]) -> dict[str, TensorHeader]:
+    if view.open is None:
+        return {}
     try:
-        with open_tensors(file_inside(folder, WEIGHTS_FILE)) as handle:
-            headers = read_headers(handle)
+        with view.open() as tensors:
+            headers = dict(tensors.headers)
     except (ValueError, OSError) as error:
-        pickles = [name for name in _UNREADABLE if (folder / name).exists()]
-        hint = f"; {pickles[0]} is a pickle and is never read: convert it to {WEIGHTS_FILE}" if pickles else ""
-        problems.append(str(error) + hint)
-        return {}, {}
-    if not headers:
+        problems.append(str(error))
+        return {}
+    if not headers and not problems:
         problems.append(f"{WEIGHTS_FILE} holds no tensor")
-    parts: dict[str, dict[str, TensorHeader]] = {}
-    for key, header in headers.items():
-        part = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        path = key[len(PREFIX) : -len(part)] if part else ""
-        if part is None or not key.startswith(PREFIX):
-            problems.append(_unknown_key(key))
-        elif why := path_problem(path):
-            problems.append(why)
-        else:
-            parts.setdefault(path, {})[_SUFFIXES[part]] = header
-    return headers, parts
-
-
-def _unknown_key(key: str) -> str:
-    shown = repr(key if len(key) <= 200 else key[:200] + "...")
-    if "lora_magnitude_vector" in key:
-        return f"{shown} belongs to DoRA, which is not supported"
-    if "lora_embedding_" in key:
-        return f"{shown} is LoRA on an embedding, which is not a linear layer"
-    if ".lora_A." in key or ".lora_B." in key:
-        return f"{shown} is not named {PREFIX}<module>.lora_A.weight, .lora_B.weight or .lora_B.bias"
-    return (
-        f"{shown} is not a LoRA weight (whole modules, embeddings or biases saved with an "
-        f"adapter replace parts of "
-        "the base model)"
-    )
+    return headers
 
 
 def _check_modules(
     parts: Mapping[str, Mapping[str, TensorHeader]], rules: LoraRules | None, problems: list[str]
-) -> dict[str, ModuleHeader]:
+) -> tuple[dict[str, ModuleHeader], dict[str, Alpha]]:
+    """({module path: header}, {module path: alpha}) of the modules that are right."""
     modules: dict[str, ModuleHeader] = {}
+    alphas: dict[str, Alpha] = {}
     if rules is not None and (reasons := rules.work_problems(parts)):
         problems += reasons
         rules = None
-    left_out = rules.left_out(parts) if rules is not None else {}
+    left_out = rules.targets.left_out(parts) if rules is not None else {}
     for path, found in parts.items():
-        reasons = _shape_problems(path, found)
+        reasons = _shape_problems(found)
         if not reasons and rules is not None:
-            reasons = _disagreements(path, found, rules)
+            alphas[path] = rules.alpha_of(path, found["A"].shape[0])
+            reasons = _disagreements(path, found, rules, alphas[path])
         if path in left_out:
-            reasons.append(f"{path}: the file has weights for it, {left_out[path]}")
-        problems += reasons
+            reasons.append(f"the file has weights for it, {left_out[path]}")
+        problems += [f"{path}: {reason}" for reason in reasons]
         if not reasons:
             rank, in_features = found["A"].shape
             modules[path] = ModuleHeader(
                 in_features=in_features,
                 out_features=found["B"].shape[0],
                 rank=rank,
-                scaling=rules.scaling_of(path, rank) if rules is not None else 1.0,
+                scaling=rules.scaling(alphas[path].value, rank) if rules is not None else 1.0,
                 dtype=common_dtype(FLOATS[part.dtype] for part in found.values()),
                 has_bias="bias" in found,
                 nbytes=sum(part.nbytes for part in found.values()),
             )
-    return modules
+    return modules, alphas
 
 
 def common_dtype(dtypes) -> torch.dtype:
@@ -297,11 +328,11 @@ def common_dtype(dtypes) -> torch.dtype:
     return common
 
 
-def _shape_problems(path: str, found: Mapping[str, TensorHeader]) -> list[str]:
+def _shape_problems(found: Mapping[str, TensorHeader]) -> list[str]:
     problems = []
     for part, label in (("A", "lora_A"), ("B", "lora_B")):
         if part not in found:
-            problems.append(f"{path}: {label}.weight is missing")
+            problems.append(f"{label}.weight is missing")
     for part, header in found.items():
         label, dims, want = {
             "A": ("lora_A", 2, "[R, D]"),
@@ -309,31 +340,35 @@ def _shape_problems(path: str, found: Mapping[str, TensorHeader]) -> list[str]:
             "bias": ("lora_B.bias", 1, "[O]"),
         }[part]
         if header.dtype not in FLOATS:
-            problems.append(f"{path}: {label} must be one of {', '.join(FLOATS)}, got {header.dtype}")
+            problems.append(f"{label} must be one of {', '.join(FLOATS)}, got {header.dtype}")
         if len(header.shape) != dims:
             hint = " (LoRA of a convolution or of an old fused layout)" if len(header.shape) > 2 else ""
-            problems.append(f"{path}: {label} must be {want}, got {list(header.shape)}{hint}")
+            problems.append(f"{label} must be {want}, got {list(header.shape)}{hint}")
         elif 0 in header.shape:
-            problems.append(f"{path}: {label} has no elements, shape {list(header.shape)}")
+            problems.append(f"{label} has no elements, shape {list(header.shape)}")
     if problems:
         return problems
     lora_a, lora_b = found["A"].shape, found["B"].shape
     if lora_a[0] != lora_b[1]:
-        problems.append(f"{path}: ranks disagree, lora_A {list(lora_a)} [R, D] and lora_B {list(lora_b)} [O, R]")
+        problems.append(f"ranks disagree, lora_A {list(lora_a)} [R, D] and lora_B {list(lora_b)} [O, R]")
     if "bias" in found and found["bias"].shape[0] != lora_b[0]:
-        problems.append(f"{path}: lora_B.bias must be [O={lora_b[0]}], got {list(found['bias'].shape)}")
+        problems.append(f"lora_B.bias must be [O={lora_b[0]}], got {list(found['bias'].shape)}")
     return problems
 
 
-def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRules) -> list[str]:
+def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRules, alpha: Alpha) -> list[str]:
     """Where the config and the tensors of a module contradict each other."""
     problems = []
-    rank, source = rules.rank_of(path)
-    if found["A"].shape[0] != rank:
-        problems.append(f"{path}: the config says rank {rank} ({source}), the tensors have {found['A'].shape[0]}")
+    if problem := rules.rank_problem(path, found["A"].shape[0]):
+        problems.append(problem)
+    if alpha.unread:
+        problems.append(
+            f"alpha_pattern has {show(list(alpha.unread))}, whose syntax is not read; it would change its scaling "
+            f"(alpha {alpha.value:g}) if it matched; name the modules in plain words"
+        )
     if rules.lora_bias != ("bias" in found):
         problems.append(
-            f"{path}: the config says lora_bias {str(rules.lora_bias).lower()}, the file "
+            f"the config says lora_bias {str(rules.lora_bias).lower()}, the file "
             f"{'holds' if 'bias' in found else 'lacks'} lora_B.bias"
         )
     return problems

@@ -1,0 +1,133 @@
+"""What `moerge train-expert` and `moerge train-gates` share: their options, and how a run begins and is told of."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files.rows import read_rows
+
+if TYPE_CHECKING:
+    from ..training.options import TrainingResult
+    from ..training.ranks import Ranks
+
+# the least value of each number
+LEAST = {"max_length": 2, "batch_size": 1, "steps": 1, "accumulate": 1, "eval_every": 1, "rank": 1}
+
+
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The default of every argument of a function, as the commands' texts name them."""
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+
+def add_data(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
+    """Declare the options of the data and of the machine."""
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='JSON lines: {"input": ..., "target": ...} (the loss is on the target) or {"text": ...}',
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=default["batch_size"],
+        help="sequences per forward (default: %(default)s)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        default=default["max_length"],
+        help="tokens per sequence; how many rows are longer is said (default: %(default)s)",
+    )
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
+    add("--device", help="such as cuda:0 or cpu (default: cuda when there is one)")
+    add("--no-progress", action="store_true", help="no progress bar")
+
+
+def add_schedule(group: Any, default: dict[str, Any], *, accumulate: str = "", kept: str) -> None:
+    """Declare the options of training on an argument group; one that is not given is absent from the arguments."""
+    add = group.add_argument
+    add("--steps", type=int, help=f"optimizer steps (default: {default['steps']})")
+    add("--lr", type=float, help=f"AdamW's rate (default: {default['lr']})")
+    add("--warmup-ratio", type=float, help=f"share of the steps (default: {default['warmup_ratio']})")
+    add("--accumulate", type=int, help=f"forwards per step (default: {default['accumulate']}){accumulate}")
+    add("--validation", type=Path, metavar="FILE", help=f"as --data; the {kept} with the lowest loss are kept")
+    add("--eval-every", type=int, help=f"steps between validations (default: {default['eval_every']})")
+    add("--seed", type=int, help=f"of the shuffle and of dropout (default: {default['seed']})")
+    add("--resume", action="store_true", help="go on where a run stopped, by a kill or Ctrl-C")
+
+
+def range_problems(args: argparse.Namespace) -> list[str]:
+    """What is out of range among the arguments."""
+    return [
+        f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
+        for name, least in LEAST.items()
+        if getattr(args, name, least) < least
+    ]
+
+
+def my_rows(path: Path, ranks: Ranks) -> list[dict[str, str]]:
+    """This process's part of the rows of a file: all of them, unless torchrun has started several."""
+    rows = read_rows(path, text=True)
+    if len(rows) < ranks.size:
+        raise ValueError(f"{path} has {len(rows)} rows for {ranks.size} processes: each needs one at least")
+    return rows[ranks.rank :: ranks.size]
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of the arguments; under torchrun each process takes a GPU of its own."""
+    import torch
+
+    from ..models.pretrained import load_model, load_tokenizer, usable_device
+
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = usable_device(args.device or gpu)
+    tokenizer = load_tokenizer(args.model)
+    return load_model(args.model, dtype=args.dtype, device=device), tokenizer
+
+
+@contextmanager
+def resumable(args: argparse.Namespace) -> Iterator[None]:
+    """After Ctrl-C inside: what is kept, and the line that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        words = getattr(args, "words", sys.argv[1:])
+        for note in getattr(interrupt, "__notes__", ()):
+            print(f"\n{note}", file=sys.stderr)
+        more = [] if "--resume" in words else ["--resume"]
+        print(f"go on with: {shlex.join(['moerge', *words, *more])}", file=sys.stderr)
+        raise
+
+
+def tell(result: TrainingResult) -> None:
+    """Print what came of a run."""
+    if result.already:
+        print(f"finished before, in {result.steps} steps: {result.path} (without --resume it is trained anew)")
+        return
+    print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {result.steps} steps")
+    if result.validation:
+        print(f"validation loss {result.validation[result.best_step]:.4f} at step {result.best_step}, kept")
+    print(f"wrote {result.path}")
+
+
+def plan(examples: int, default: dict[str, Any], *, batch_size: int, ranks: int = 1, **training: Any) -> str:
+    """One line that says how much data a run will see, before it starts."""
+    steps, accumulate = (training.get(name, default[name]) for name in ("steps", "accumulate"))
+    passes, rest = divmod(steps * accumulate, -(-examples // batch_size))  # the last batch of a pass may be smaller
+    total = passes * examples + min(examples, rest * batch_size)
+    each = "" if ranks == 1 else f"{ranks} processes, each: "
+    return (
+        f"{each}{steps} steps of up to {min(batch_size, examples) * accumulate} sequences (batch size {batch_size}, "
+        f"accumulate {accumulate}): {total} sequences in all, from {examples} examples"
+    )

@@ -1,0 +1,64 @@
+"""Adapters of any format that can be read, written as a PEFT folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files.atomic import write_atomically
+from .formats import inspect_adapter
+from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterHeader, into_memory
+from .hub import find_adapter
+from .keys import PREFIX
+
+SIDECARS = ("moerge_gates*.safetensors", "moerge_examples*.safetensors")
+
+
+def convert_adapter(
+    source: str | os.PathLike, output: str | os.PathLike, *, base: Any = None, allow_pickle: bool = False
+) -> Path:
+    """Write the adapter `source` as a PEFT folder `output`; returns it.
+
+    source: a folder, GGUF file or hub id of any format that `load_experts` reads; with `allow_pickle` also a folder
+    whose weights are `adapter_model.bin`. output: a folder that is empty or not there yet. base: see `load_experts`.
+    Tensors keep their dtype (8-bit floats become bfloat16); gates and examples beside the adapter come along.
+
+    Raises ValueError (AdapterError with every problem) before anything is written.
+    """
+    name, path = find_adapter(source)
+    target = Path(output)
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already: name a folder that is empty or not there yet")
+    header = inspect_adapter(name, path, base, allow_pickle=allow_pickle)
+    adapter = into_memory(header)
+    tensors = _tensors(adapter) | _saved(header)
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
+    for pattern in SIDECARS if header.folder is not None else ():
+        for sidecar in header.folder.glob(pattern):
+            shutil.copyfile(sidecar, target / sidecar.name)
+    # the config last: without it the folder is not yet an adapter
+    text = json.dumps(adapter.config, indent=2) + "\n"
+    write_atomically(target / CONFIG_FILE, lambda file: file.write_text(text))
+    return target
+
+
+def _saved(header: AdapterHeader) -> dict[str, Tensor]:
+    """Parameters of the base that were saved beside the LoRA, under their own keys."""
+    with header.open() as tensors:
+        return {saved.key: tensors.read(saved.key).contiguous() for saved in header.claims.saved.values()}
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    tensors = {}
+    for path, lora in adapter.modules.items():
+        for key, value in (("lora_A.weight", lora.lora_A), ("lora_B.weight", lora.lora_B), ("lora_B.bias", lora.bias)):
+            if value is not None:
+                tensors[f"{PREFIX}{path}.{key}"] = value.contiguous()
+    return tensors

@@ -1,0 +1,111 @@
+"""What a folder holds instead of an adapter that can be read, and what to do with it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from ...files.safefile import open_tensors
+
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin", "pytorch_model.bin")
+# PEFT's methods (0.21) that its save_as_lora approximates by a LoRA, that have no layer of their own, and that turn or
+# scale the base's weights
+_CONVERTIBLE = frozenset(
+    [
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "GRALORA",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "RANDLORA",
+        "TINYLORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ]
+)
+_NO_LAYER = frozenset(
+    ["ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
+)
+_CHANGES_WEIGHTS = frozenset(
+    ["BOFT", "HIRA", "HRA", "IA3", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"]
+)
+MAX_SCANNED = 1000  # entries of a folder
+_CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (torch.load, weights only)"
+
+
+def what_kind(kind: object) -> str:
+    """A clause for an error about PEFT's other methods: what this one is, and whether it can become a LoRA."""
+    if not isinstance(kind, str):
+        return ""
+    if kind in _CONVERTIBLE:
+        return (
+            f"; {kind} adds to the weights, so PEFT can convert it: peft.save_as_lora(OUT, "
+            "PeftModel.from_pretrained(base, FOLDER), rank)"
+        )
+    if kind in _NO_LAYER:
+        return f"; {kind} trains tokens or activations and adds to no layer"
+    if kind in _CHANGES_WEIGHTS:
+        return f"; {kind} multiplies the base's weights, which a routed sum of experts cannot do"
+    return ""
+
+
+def what_else(folder: Path) -> str:
+    """A clause for an error about missing weights: what the folder holds in their place; "" when nothing is known."""
+    try:
+        with os.scandir(folder) as entries:
+            names = {entry.name for entry in itertools.islice(entries, MAX_SCANNED)}
+    except OSError:  # a hint is not worth an error of its own
+        return ""
+    for name in PICKLES:
+        if name in names:
+            return f"; {name} is a pickle, which can run code when it is opened, and is never read here: {_CONVERT}"
+    if "adapters.npz" in names:
+        return (
+            "; adapters.npz is of an old MLX-LM: save it as adapters.safetensors "
+            "(mx.save_safetensors(path, mx.load(npz)))"
+        )
+    if ggufs := sorted(name for name in names if name.endswith(".gguf")):
+        return f"; it holds GGUF files: pass the file itself, such as {folder / ggufs[0]}"
+    tensors = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("moerge_"))
+    for name in tensors:
+        if reason := _layout_of(folder / name):
+            return f"; {name} {reason}"
+    if tensors:
+        return f"; it holds {', '.join(tensors[:3])}"
+    return ""
+
+
+def what_file(path: Path) -> str:
+    """The same for a file that was passed in place of a folder."""
+    if path.suffix != ".safetensors":
+        return "; expected a folder with adapter_config.json, or a .gguf file"
+    if (path.parent / "adapter_config.json").exists():
+        return f"; pass the folder of the file, {path.parent}"
+    reason = _layout_of(path)
+    return f"; {path.name} {reason}" if reason else "; expected a folder with adapter_config.json beside the weights"
+
+
+def _layout_of(path: Path) -> str | None:
+    """The layout of a safetensors file that is no PEFT adapter, by its keys."""
+    try:
+        with open_tensors(path) as handle:
+            keys = list(handle.keys())
+    except ValueError as error:
+        return f"cannot be read either ({str(error)[:200]})"
+    kohya = any(key.endswith((".lora_down.weight", ".lora_up.weight")) for key in keys)
+    diffusers = any(key.startswith(("unet.", "transformer.", "text_encoder")) and "lora" in key for key in keys)
+    if kohya or diffusers:
+        whose = "kohya's sd-scripts" if kohya else "diffusers"
+        return (
+            f"is an adapter of an image model in the layout of {whose}: load it with diffusers "
+            "(pipeline.load_lora_weights) and pass the model inside, such as pipeline.transformer, to load_experts"
+        )
+    if any(".lora_A." in key for key in keys):
+        return "holds LoRA weights: rename it to adapter_model.safetensors, with its adapter_config.json beside it"
+    if keys and not any("lora" in key.lower() for key in keys):
+        return "holds whole layers, not an adapter: the base model, or a model that the adapter was merged into"
+    return None

@@ -1,0 +1,101 @@
+"""The tensors of a PEFT file by their names: LoRA factors, parameters of the base saved beside them, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ...files.safefile import TensorHeader, path_problem
+from ..keys import PREFIX, bare_path, lora_key, module_of
+from .peft_rules import show, some_of
+
+# State of the training alone, of no effect on what a stored adapter computes: VeLoRA's projection for the backward
+# pass, MonteCLoRA's sampler.
+_TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
+# (a part of a name, what it means, the field of the config that says so)
+_KINDS = (
+    ("lora_magnitude_vector", "belongs to DoRA, which is not supported", "use_dora"),
+    ("lora_diag", "belongs to KaSA, which is not supported", "kasa_config"),
+    ("lora_embedding_", "is LoRA on an embedding, which is not a linear layer", ""),
+    (
+        "trainable_tokens_",
+        "holds trained token embeddings, which replace rows of the base model",
+        "trainable_token_indices",
+    ),
+)
+
+
+@dataclass
+class SortedKeys:
+    """keys: {module path: {"A" | "B" | "bias": key}}; saved: {parameter path of the base: key}; problems."""
+
+    keys: dict[str, dict[str, str]] = field(default_factory=dict)
+    saved: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    adapters: set[str] = field(default_factory=set)  # the adapters' names that keys hold
+
+    def parts(self, headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, TensorHeader]]:
+        return {path: {part: headers[key] for part, key in found.items()} for path, found in self.keys.items()}
+
+
+def sort_keys(
+    headers: Mapping[str, TensorHeader],
+    refused: Mapping[str, object],
+    keep: Callable[[str], bool] | None = None,
+) -> SortedKeys:
+    """Sorts the names of a file, those of the modules that `keep` takes. One problem for all tensors of a kind, and
+    none for a kind that the config says of itself: `refused` holds its fields that were refused already.
+    """
+    found, kinds = SortedKeys(), {}
+    taken = [key for key in headers if keep is None or keep(module_of(key))]
+    for key in taken:
+        if kind := next((kind for kind in _KINDS if kind[0] in key), None):
+            kinds.setdefault(kind, []).append(key)
+        elif not any(part in _TRAINING_STATE for part in key.split(".")):
+            _sort(key, found)
+    for (_, meaning, said_by), keys in kinds.items():
+        if said_by not in refused:
+            found.problems.append(f"{some_of([show(key) for key in keys])} {meaning}")
+    if len(found.adapters) > 1:
+        names = ", ".join(sorted(found.adapters))
+        found.problems.append(f"it holds several adapters ({names}): save each into a folder of its own")
+    for path in list(found.saved):  # an embedding, saved with the LoRA on it: the same cause
+        if any(f"{path.rpartition('.')[0]}.lora_embedding_" in key for key in taken):
+            del found.saved[path]
+    if headers and not taken:
+        some = module_of(next(iter(headers)))
+        found.problems.append(f"modules=... takes none of its modules (one of them: {some}); names=[...] leaves it out")
+    return found
+
+
+def _sort(key: str, found: SortedKeys) -> None:
+    lora = lora_key(key)
+    if lora is None and (PREFIX not in key or "lora_" in key):
+        found.problems.append(_unknown_key(key))
+        return
+    path = lora.path if lora is not None else _base_path(bare_path(key))
+    if why := path_problem(path):
+        found.problems.append(why)
+    elif lora is None:
+        found.saved[path] = key
+    else:
+        found.adapters.update([lora.adapter] if lora.adapter else [])
+        first = found.keys.setdefault(path, {}).setdefault(lora.part, key)
+        if first != key and len(found.adapters) < 2:
+            found.problems.append(f"{path}: {show(first)} and {show(key)} are the same weight twice")
+
+
+def _base_path(path: str) -> str:
+    """The parameter's path in the base model: PEFT's wrappers stand between a module and its parameters."""
+    parts = path.split(".")
+    if "modules_to_save" in parts:  # early versions left it, some with the adapter's name behind it
+        at = parts.index("modules_to_save")
+        del parts[at : at + (2 if parts[at + 1 : at + 2] == ["default"] else 1)]
+    return ".".join(part for part in parts if part != "base_layer")
+
+
+def _unknown_key(key: str) -> str:
+    shown = repr(key if len(key) <= 200 else key[:200] + "...")
+    if ".lora_A." in key or ".lora_B." in key:
+        return f"{shown} is not named {PREFIX}<module>.lora_A.weight, .lora_B.weight or .lora_B.bias"
+    return f"{shown} is not a LoRA weight, nor a parameter of the base ({PREFIX}<module>.<parameter>)"

@@ -1,0 +1,46 @@
+"""Experts that change nothing: a LoRA whose product B A and bias are zero adds zero wherever it is routed to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .module_bank import ModuleBank
+
+SAMPLE = 1024  # numbers looked at first
+
+
+def idle_notes(names: Sequence[str], modules: Mapping[str, ModuleBank]) -> list[str]:
+    """One line for each expert that changes nothing in some of its modules."""
+    if not modules:
+        return []
+    present = torch.stack([module.present for module in modules.values()])  # [modules, E]
+    idle = torch.stack([_idle(module) for module in modules.values()]) & present
+    notes = []
+    for e, count in enumerate(idle.sum(0).tolist()):
+        if count:
+            total = int(present[:, e].sum())
+            first = next(path for path, flag in zip(modules, idle[:, e].tolist(), strict=True) if flag)
+            where = "" if count == total else f", such as {first}"
+            notes.append(
+                f"expert {names[e]!r} changes nothing in {count} of {total} modules (lora_B lora_A is 0{where})"
+            )
+    return notes
+
+
+def _idle(module: ModuleBank) -> Tensor:
+    """[E] bool on the CPU: A or B is zero, and so is the bias."""
+    works = _any(module.lora_A.transpose(1, 2)) & _any(module.lora_B.transpose(1, 2))
+    if module.lora_bias is not None:
+        works |= _any(module.lora_bias)
+    return ~works.cpu()
+
+
+def _any(stacked: Tensor) -> Tensor:
+    """[E, ...] -> [E] bool: whether anything but zero is in it."""
+    rows = stacked.flatten(1)
+    found = rows[:, :SAMPLE].any(1)  # nearly always all that has to be read
+    found[~found] = rows[~found].any(1)
+    return found

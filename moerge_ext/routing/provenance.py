@@ -1,0 +1,83 @@
+"""Whether the experts belong to this model: what their configs say of the base, and base layers of chance."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ..experts.bank import ExpertBank
+from ..files.listing import listed
+
+_SNAPSHOT = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\]")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+
+
+def provenance_notes(model: nn.Module, experts: ExpertBank) -> list[str]:
+    """Lines for what may be another base, or a base layer that no checkpoint has."""
+    notes = other_base_note(model, experts.names, experts.bases), _fresh_layers(model, experts.modules)
+    return [note for note in notes if note]
+
+
+def other_base_note(
+    model: nn.Module, names: Sequence[str], bases: Sequence[tuple[str | None, str | None]]
+) -> str | None:
+    """What the experts say of their base, (`base_model_name_or_path`, `revision`), against the model's own."""
+    config = getattr(model, "config", None)
+    own, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+    if not isinstance(own, (str, os.PathLike)) or not os.fspath(own):
+        return None
+    own = os.fspath(own)
+    others: dict[str, list[str]] = {}
+    for name, (base, revision) in zip(names, bases, strict=True):
+        if base and _short_name(base) != _short_name(own):
+            others.setdefault(f"'{base}'", []).append(name)
+        elif base and _is_commit(revision) and _is_commit(commit) and not commit.startswith(revision):
+            others.setdefault(f"'{base}' at revision {revision}", []).append(name)
+    if not others:
+        return None
+    said = "; ".join(f"{listed([repr(name) for name in who], 'experts')} on {base}" for base, who in others.items())
+    at = f" at revision {commit}" if _is_commit(commit) else ""
+    return f"the experts were trained on another model, if the names tell the truth: {said}; this one is '{own}'{at}"
+
+
+def _short_name(name: str) -> str:
+    """The last part of an id or path: one model lies under many paths, and in the hub's cache."""
+    cached = _SNAPSHOT.search(name + "/")
+    return (cached["name"] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]).lower()
+
+
+def _is_commit(revision: object) -> bool:
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
+
+
+def _fresh_layers(model: nn.Module, paths: Iterable[str]) -> str | None:
+    """LoRA on a head that transformers initialised at random because the checkpoint has none.
+
+    transformers marks what it loads; of a model that it did not load, only heads of classifiers are suspect.
+    """
+    heads = [path for path in paths if _is_head(model, path)]
+    loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
+    if not loaded and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return None
+    fresh = [path for path in heads if not getattr(model.get_submodule(path).weight, "_is_hf_initialized", False)]
+    if not fresh:
+        return None
+    return (
+        f"the experts have a LoRA on {listed(fresh)}, whose base weights come from no checkpoint: a head that was "
+        "freshly initialised differs from the one the LoRA was trained on. Load the head the experts were trained "
+        "with, or leave it out with load_experts(..., modules=...)"
+    )
+
+
+def _is_head(model: nn.Module, path: str) -> bool:
+    """Whether a plain linear layer lies outside of the transformer itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return (
+        bool(prefix)
+        and hasattr(model, prefix)
+        and not path.startswith(prefix + ".")
+        and type(model.get_submodule(path)) is nn.Linear
+    )

@@ -1,0 +1,109 @@
+"""How to train, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .batches import BatchSource
+from .record import read_record, record_text
+
+# the options on which the result depends; a run can be resumed with other values of the rest
+_DECIDING = ("steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "eval_every", "seed")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    steps           optimizer steps
+    lr              AdamW's rate: lr * min(1, (i + 1) / W) at step i = 0, 1, ..., with W = ceil(warmup_ratio
+                    * steps)
+    accumulate      micro-batches per step; the gradient is the mean of theirs, whatever their number of
+                    tokens
+    weight_decay    AdamW's, decoupled
+    eval_every      with validation data: evaluate before the first step, after every `eval_every` steps and
+                    after the last, and keep the parameters with the lowest loss (of equals the earliest)
+    seed            of dropout, and of the shuffle where this library does the batching
+    checkpoint_dir  where the state file lies while training; None writes none
+    checkpoint_every  steps between two state files
+    resume          go on from the state file when there is one; otherwise start over and replace it
+    progress        show a bar with the loss
+    """
+
+    steps: int
+    lr: float
+    warmup_ratio: float = 0.06
+    accumulate: int = 1
+    weight_decay: float = 0.0
+    eval_every: int = 100
+    seed: int = 0
+    checkpoint_dir: Path | None = None
+    checkpoint_every: int = 10
+    resume: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, got {getattr(self, name)}"
+            for name in ("steps", "accumulate", "eval_every", "checkpoint_every")
+            if getattr(self, name) < 1
+        ]
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            problems.append(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.warmup_ratio <= 1:
+            problems.append(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
+        if not self.weight_decay >= 0:
+            problems.append(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.resume and self.checkpoint_dir is None:
+            problems.append("resume=True needs a checkpoint_dir")
+        if problems:
+            raise ValueError("training cannot start:\n- " + "\n- ".join(problems))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step` (from 0)."""
+        warmup = math.ceil(self.warmup_ratio * self.steps)
+        return self.lr * min(1.0, (step + 1) / warmup) if warmup else self.lr
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run did. `path` is what it wrote; `losses` the mean micro-batch loss of every step;
+    `validation` the loss by step (0: before training); `best_step` the step whose parameters were kept. `already`:
+    this very run had been finished before, and `resume=True` found nothing left to do."""
+
+    path: Path
+    steps: int
+    best_step: int
+    losses: list[float]
+    validation: dict[int, float]
+    already: bool = False
+
+
+def settings_of(
+    options: TrainingOptions, batches: BatchSource, validation: BatchSource | None, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides what comes out of a run, and must not change between it and its resumption."""
+    deciding = {name: getattr(options, name) for name in _DECIDING}
+    return deciding | {"validation": validation is not None, **batches.facts(), **facts}
+
+
+def finished_before(
+    options: TrainingOptions, settings: dict[str, Any], path: Path, *, file: Path, state_file: str
+) -> TrainingResult | None:
+    """The result in `path` of this very run, as its `file` notes it, when `resume` finds nothing left to do."""
+    if not options.resume or (options.checkpoint_dir is not None and (options.checkpoint_dir / state_file).is_file()):
+        return None
+    facts = read_record(file, settings)
+    if facts is None:
+        return None
+    validation = {int(step): loss for step, loss in facts["validation"].items()}
+    return TrainingResult(path, facts["steps"], facts["best_step"], facts["losses"], validation, already=True)
+
+
+def note_of(result: TrainingResult, settings: dict[str, Any]) -> dict[str, str]:
+    """What `finished_before` reads, for the header of the result's file."""
+    facts = {name: getattr(result, name) for name in ("steps", "best_step", "losses", "validation")}
+    return record_text(settings, facts)
