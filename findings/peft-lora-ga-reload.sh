@@ -8,7 +8,7 @@
 #   computes the initialisation again from the base and takes the same out of it. So should a LoRA-GA adapter.
 # What happens: LoRA-GA's start came from gradients that a loader does not have. PEFT then leaves the base weight whole
 #   and puts the saved A and B on top, with no warning. An adapter saved before any training, which changes nothing,
-#   changes the output after loading; a trained one is off by as much, and may lose much of what it learned.
+#   changes the output after loading; a trained one is off by about as much, and may lose much of what it learned.
 # Affected: LoRA-GA adapters (init_lora_weights="lora_ga") saved without path_initial_model_for_weight_conversion. How
 #   far off depends on LoraGAConfig.scale: least with the default, "stable"; most with "weight_svd".
 # Way around: save the untrained adapter first, then the trained one with

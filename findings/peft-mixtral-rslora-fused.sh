@@ -10,15 +10,15 @@
 # What happens: without rsLoRA it is, exactly. With use_rslora the scaling is alpha / sqrt(r), so doubling both
 #   gives sqrt(2) times the right one: 5.66 in place of 4 below. down_proj, which is not fused, stays right. No
 #   warning says so; the one that appears says that the doubled alpha_pattern was ignored, which it was not.
-# Affected: rsLoRA adapters of Mixtral's experts trained with transformers 4 and used with transformers 5. The code
-#   is that of every MoE model whose gate and up PEFT fuses.
+# Affected: rsLoRA adapters of Mixtral's experts trained with transformers 4 and used with transformers 5. PEFT
+#   fuses Qwen2-MoE's experts by the same code (not tried here).
 # Way around: after loading, set the scaling of the fused layers by hand, as below.
 #
 # Output seen (relative to the size of the adapter's effect on the logits):
 #   use_rslora=False: scaling of gate_up 2.0000, right 2.0000; of down 2.0000; error 0.0000 of the effect
-#   warned: The following alpha_pattern keys did not match any targeted module and were ignored: [...gate_up_proj].
+#   warned: The following alpha_pattern keys did not match any targeted module and were ignored: ['.*\\.gate_up_proj'].
 #   use_rslora=True:  scaling of gate_up 5.6569, right 4.0000; of down 4.0000; error 0.1429 of the effect
-#   warned: The following alpha_pattern keys did not match any targeted module and were ignored: [...gate_up_proj].
+#   warned: The following alpha_pattern keys did not match any targeted module and were ignored: ['.*\\.gate_up_proj'].
 #   the scaling set by hand: error 0.0000 of the effect
 set -euo pipefail
 work=$(mktemp -d)
@@ -113,7 +113,8 @@ layers["gate_up_proj"].scaling["default"] = alpha / math.sqrt(rank)
 mended = error(logits(model), merged(alpha / math.sqrt(rank)))
 print(f"the scaling set by hand: error {mended:.4f} of the effect")
 
-same = (plain[2] == plain[3] == 1 and plain[4] < 1e-4 and abs(up - math.sqrt(2)) < 1e-6 and down == 1
+same = (abs(plain[2] - 1) < 1e-6 and abs(plain[3] - 1) < 1e-6 and plain[4] < 1e-4
+        and abs(up - math.sqrt(2)) < 1e-6 and abs(down - 1) < 1e-6
         and off > 0.02 and mended < 1e-4)
 sys.exit(0 if same else "the behaviour has changed")
 PYTHON

@@ -15,9 +15,10 @@
 #   them there; a file already written is mended by taking the special key out.
 #
 # Output seen:
-#   alpha, general key first: trained with scalings [2.0, 2.0, 2.0]; loaded with [8.0, 2.0, 2.0]; off by 4.4 of an effect of 5.6
+#   alpha, general key first: trained with scalings [2.0, 2.0, 2.0]; loaded with [8.0, 2.0, 2.0];
+#     off by 10.8 of an effect of 8.3
 #   alpha, special key first, sorts last: trained with scalings [8.0, 2.0, 2.0]; loaded with [2.0, 2.0, 2.0]
-#   rank, general key first: trained with ranks [8, 8, 8]; loading: RuntimeError, size mismatch
+#   rank, general key first: written as {'layers.0.q_proj': 2, 'q_proj': 8}; loading: RuntimeError, size mismatch
 #   alpha, keys that do not overlap: trained with scalings [8.0, 2.0, 2.0]; loaded with [8.0, 2.0, 2.0]
 set -euo pipefail
 work=$(mktemp -d)
@@ -87,8 +88,8 @@ def trip(folder, **patterns):
 
 
 general = trip(work / "general", alpha_pattern={"q_proj": 8, "layers.0.q_proj": 32})
-print(f"alpha, general key first: trained with scalings {general[0]}; loaded with {general[1]}; "
-      f"off by {general[2]:.1f} of an effect of {general[3]:.1f}")
+print(f"alpha, general key first: trained with scalings {general[0]}; loaded with {general[1]};\n"
+      f"  off by {general[2]:.1f} of an effect of {general[3]:.1f}")
 special = trip(work / "special", alpha_pattern={r"layers\.0\.q_proj": 32, ".*_proj": 8})
 print(f"alpha, special key first, sorts last: trained with scalings {special[0]}; loaded with {special[1]}")
 try:
@@ -96,13 +97,13 @@ try:
     refused = "nothing raised"
 except RuntimeError as error:
     refused = "RuntimeError, size mismatch" if "size mismatch" in str(error) else "RuntimeError"
-saved = [json.loads((work / "rank" / "adapter_config.json").read_text())["rank_pattern"]]
-print(f"rank, general key first: written as {saved[0]}; loading: {refused}")
+saved = json.loads((work / "rank" / "adapter_config.json").read_text())["rank_pattern"]
+print(f"rank, general key first: written as {saved}; loading: {refused}")
 apart = trip(work / "apart", alpha_pattern={r"layers\.0\.q_proj": 32, r"layers\.[12]\.q_proj": 8})
 print(f"alpha, keys that do not overlap: trained with scalings {apart[0]}; loaded with {apart[1]}")
 
 same = (general[0] == [2, 2, 2] and general[1] == [8, 2, 2] and general[2] > 0.1 * general[3]
         and special[0] == [8, 2, 2] and special[1] == [2, 2, 2] and refused.endswith("size mismatch")
-        and apart[0] == apart[1] == [8, 2, 2] and apart[2] == 0)
+        and apart[0] == apart[1] == [8, 2, 2] and apart[2] < 1e-6)
 sys.exit(0 if same else "the behaviour has changed")
 PYTHON

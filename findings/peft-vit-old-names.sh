@@ -8,8 +8,8 @@
 #   reads them. PEFT converts older adapters of other renamed models (Mixtral), their target_modules included, so an
 #   adapter with target_modules ["query", "value"] should load.
 # What happens: PEFT raises NoMatchingPeftModuleError, "Target modules ... not found in the base model". Whoever then
-#   corrects target_modules to ["q_proj", "v_proj"] gets a model, a warning of missing keys, and the base's output
-#   bit for bit, since the tensors are still not renamed. The same names that stand in the model's file are refused
+#   corrects target_modules to ["q_proj", "v_proj"] gets a model, a warning of missing keys, and the base's
+#   output, since the tensors are still not renamed. The same names that stand in the model's file are refused
 #   as target_modules of a new adapter.
 # Affected: adapters of ViT classifiers and encoders made with transformers 4; scripts that choose target_modules from
 #   the names in a model file.
@@ -18,7 +18,7 @@
 # Output seen:
 #   a name in the model file: vit.encoder.layer.0.attention.attention.query.weight
 #   the module's name:        vit.layers.0.attention.q_proj
-#   a new adapter with target_modules ["query", "value"]: ValueError
+#   a new adapter with target_modules ["query", "value"]: NoMatchingPeftModuleError
 #   as it is: NoMatchingPeftModuleError
 #   target_modules corrected: effect 0.0000; warned of missing keys: True
 #   and with key_mapping:     effect 1.0998; warned of missing keys: False
@@ -99,6 +99,6 @@ mapped = load(["q_proj", "v_proj"], key_mapping={
 print(f"and with key_mapping:     effect {mapped[0]:.4f}; warned of missing keys: {mapped[1]}")
 
 same = ("encoder.layer.0" in in_file and "encoder" not in module and new == refused == "NoMatchingPeftModuleError"
-        and corrected == (0.0, True) and mapped[0] > 0.01 and not mapped[1])
+        and corrected[0] < 1e-6 and corrected[1] and mapped[0] > 0.01 and not mapped[1])
 sys.exit(0 if same else "the behaviour has changed")
 PYTHON
