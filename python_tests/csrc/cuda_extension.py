@@ -42,7 +42,9 @@ print(len(ops), "ops with CUDA kernels;", built.build_info())
 
 def went_in() -> list[Path]:
     """The files that make the CUDA build: not csrc/cpu, which every other build compiles, nor the emulator."""
-    found = [path for folder in ("csrc", "csrc/cuda") for path in (ROOT / folder).iterdir() if path.is_file()]
+    found = [
+        path for folder in ("csrc", "csrc/common", "csrc/cuda") for path in (ROOT / folder).iterdir() if path.is_file()
+    ]
     return [ROOT / "CMakeLists.txt", *sorted(found)]
 
 

@@ -133,4 +133,10 @@ def test_ops_without_cuda_kernels_are_named():
 
 def test_the_digest_of_the_extension_covers_what_nvcc_and_torch_see():
     names = {path.relative_to(cuda_extension.ROOT).as_posix() for path in cuda_extension.went_in()}
-    assert names >= {"CMakeLists.txt", "csrc/ops.cpp", "csrc/common/check.h", "csrc/cuda/bind_lora.cpp", "csrc/cuda/mix.cu"}
+    assert names >= {
+        "CMakeLists.txt",
+        "csrc/ops.cpp",
+        "csrc/common/check.h",
+        "csrc/cuda/bind_lora.cpp",
+        "csrc/cuda/mix.cu",
+    }
