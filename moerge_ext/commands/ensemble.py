@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     top_ks = args.top_k or range(1, min(4, len(ensemble.names)) + 1)
     scores = measure(
         ensemble,
-        [row["input"] for row in rows],
+        [row["question"] for row in rows],
         [row["target"] for row in rows],
         JUDGES[args.judge],
         router=router,

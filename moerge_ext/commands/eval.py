@@ -11,6 +11,7 @@ from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, wit
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..methods.fixed import PREFIX
 from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .prompt_options import prompt_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.evaluate import Settings, derive, evaluate
     from ..evaluation.report import terminal, write
 
+    form = prompt_of(args)
     settings = Settings(
-        template=args.template.replace("\\n", "\n"),
+        template=form.template,
+        chat=form.chat,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         length_norm=not args.sum_log_likelihood,

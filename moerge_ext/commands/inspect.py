@@ -11,6 +11,7 @@ from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import write_atomically
 from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .prompt_options import prompt_of
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
 
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
-    settings = Settings(template=args.template.replace("\\n", "\n"))
+    form = prompt_of(args)
+    settings = Settings(template=form.template, chat=form.chat)
     best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
     found = inspect(
         model,

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..ensemble.train import train_router
 
-    questions = [row["input"] for row in rows]
+    questions = [row["question"] for row in rows]
     if args.single_label:
         names = [entry["name"] for entry in read_entries(args.prompts)]
         labels: Any = domains(rows, names)
@@ -74,7 +74,7 @@ def labels_of(args: argparse.Namespace, rows: list[dict]) -> tuple[tuple[str, ..
     from ..ensemble.judge import judged, label_matrix
     from ..ensemble.measure import answers_by_experts
 
-    questions, golds = [row["input"] for row in rows], [row["target"] for row in rows]
+    questions, golds = [row["question"] for row in rows], [row["target"] for row in rows]
     ensemble = build_ensemble(args)
     answers = answers_by_experts(ensemble, questions, **answering(args))
     right = judged(JUDGES[args.judge], questions, answers, golds)
