@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..evaluation.answers import Answerer
-from ..models.prompt import PromptFormat
+from ..models.prompt import Prompt, PromptFormat
 from ..routing.patch import Handle
 from .prompts import PromptExpert, check_experts
 from .router import PromptRouter
@@ -152,7 +152,7 @@ class PromptEnsemble:
         ids, weights = self._selected(questions, top_k, select)
         ask = partial(self._ask, limit=max_new_tokens)
         prompts = [
-            self.format.around(self.experts[e].prompt(question, ask), self.asked.tokenizer)
+            self._put(self.experts[e].prompt(question, ask))
             for column in ids.T.tolist()
             for e, question in zip(column, questions, strict=True)
         ]
@@ -197,8 +197,11 @@ class PromptEnsemble:
         """`count` sampled answers to one prompt by the base model."""
         base = self.handle.affinities(torch.zeros(len(self.handle.names))) if self.handle is not None else nullcontext()
         with base:
-            prompts = [self.format.around(prompt, self.asked.tokenizer)]
-            return self.asked.generate(prompts, limit, do_sample=True, num_return_sequences=count)
+            return self.asked.generate([self._put(prompt)], limit, do_sample=True, num_return_sequences=count)
+
+    def _put(self, prompt: str) -> str | Prompt:
+        """The prompt as the model is given it."""
+        return self.format.around(prompt, self.asked.tokenizer) if self.format.chat else prompt
 
     def _loras(self, order: Sequence[int]):
         """A context in which row i of the batch runs with the LoRA of expert order[i]."""
