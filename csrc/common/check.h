@@ -27,12 +27,21 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+template <class Values>
+inline std::string listed(const Tensor& tensor, const Values& of_axis) {
   std::ostringstream out;
   out << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << of_axis(i);
   out << ']';
   return out.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  return listed(tensor, [&](int64_t i) { return tensor.size(i); });
+}
+
+inline std::string strides_of(const Tensor& tensor) {
+  return listed(tensor, [&](int64_t i) { return tensor.stride(i); });
 }
 
 inline bool is_floating(ScalarType type) {

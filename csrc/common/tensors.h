@@ -34,17 +34,27 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   return torch::stable::new_empty(like, sizes, type);
 }
 
-// [..., C] -> [T, C] ([C] is one token) without a call of the dispatcher, which costs as much as the rest of a small
-// op.
+// [..., C] -> [T, C] ([C] is one token), as a view: a contiguous tensor, or a slice of its columns, whose rows lie at
+// equal distances. Without a call of the dispatcher, which costs as much as the rest of a small op.
 inline Tensor flattened(const Check& check, const Tensor& tensor, const char* name) {
   const int64_t dims = tensor.dim();
   if (dims == 2) return tensor;
-  MOERGE_CHECK(check, dims > 0 && tensor.is_contiguous(), name, " must be [T, ", *name == 'x' ? 'D' : 'O',
-               "], or contiguous with another number of dimensions, got ", shape_of(tensor));
-  const int64_t columns = tensor.size(dims - 1);
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < dims; ++i) rows *= tensor.size(i);
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  const bool dense = dims > 0 && tensor.is_contiguous();
+  const int64_t columns = dims > 0 ? tensor.size(dims - 1) : 0;
+  int64_t rows = 1, distance = columns;
+  bool even = dims > 0;
+  for (int64_t i = dims - 2; i >= 0; --i) {
+    const int64_t size = tensor.size(i);
+    if (!dense && size != 1) {
+      if (rows == 1) distance = tensor.stride(i);
+      even = even && tensor.stride(i) == rows * distance;
+    }
+    rows *= size;
+  }
+  MOERGE_CHECK(check, even, name, " must be [T, ", *name == 'x' ? 'D' : 'O',
+               "], or with another number of dimensions have its rows at equal distances, got ", shape_of(tensor),
+               " with strides ", strides_of(tensor));
+  const int64_t sizes[] = {rows, columns}, strides[] = {distance, dense ? 1 : tensor.stride(dims - 1)};
   AtenTensorHandle flat;
   const int64_t further = 0;  // than the tensor's own offset
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, further, &flat));

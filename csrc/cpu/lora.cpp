@@ -74,7 +74,7 @@ void Shrink<Acc>::operator()(int64_t index) const {
     out[p] = h + (part * args.T * args.K + pair) * R;
   }
   const int64_t e = task.expert;
-  if (w.rank_stride == 1 && w.column_stride != 1) {
+  if (w.tall()) {
     for (int64_t p = 0; p < count; ++p) std::fill(out[p], out[p] + R, Acc(0));
     micro<Acc>(w.dtype).tall(count, depth, R, token, w.at(e, 0, c), w.column_stride, out);
   } else {

@@ -27,8 +27,7 @@ struct Branch {
         weights(weights),
         shrink{args, pairs, Matrix(args.x), args.a, nullptr, nullptr},
         expand{args, pairs, nullptr, args.b, &base, args.lora_bias, weights, out} {
-    const bool tall = args.a.rank_stride == 1 && args.a.column_stride != 1;
-    if (tall && args.T * args.K <= kFewPairs) shrink.parts = std::max<int64_t>(1, ceil_div(args.D, kDepth));
+    if (args.a.tall() && args.T * args.K <= kFewPairs) shrink.parts = std::max<int64_t>(1, ceil_div(args.D, kDepth));
     if (shrink.parts == 1 && !args.factored) shrink.weights = weights;
     shrink.h = workspace.get<Acc>(shrink.parts * args.T * args.K * args.R);
     expand.h = shrink.h;

@@ -26,7 +26,7 @@ struct Micro {
   // will read: they are fetched meanwhile.
   void (*axpy)(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out,
                const void* const* next);
-  // out[m][j] += sum_d x[m][d] * w[d * stride + j], for many d and few j
+  // out[m][j] += sum_d x[m][d] * w[d * stride + j], for many d and few j; stride >= J
   void (*tall)(int64_t M, int64_t D, int64_t J, const Acc* const* x, const void* w, int64_t stride, Acc* const* out);
 };
 
@@ -44,6 +44,7 @@ struct Moments {
 // double over those.
 template <class Acc>
 struct RowMicro {
+  double (*sum)(int64_t n, const Acc* x);
   // the moments of x
   Moments (*moments)(int64_t n, const Acc* x);
   // out[i] = x[i] - shift, and the moments of out; out may be x

@@ -117,7 +117,7 @@ RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates
       row(row_map(check, options.rows, T, n_rows, tokens_per_row, rows_storage)) {
   if (options.bias) bias = dense(*options.bias, accumulator(wide));
   if (options.mask) mask = dense(*options.mask);
-  tall_gates = gates.stride(1) != 1 && (gates.stride(0) == 1 || E == 1);
+  tall_gates = gates.stride(1) != 1 && (gates.stride(0) == 1 || E == 1) && gates.stride(1) >= E;
   if (!tall_gates) gates = rows_contiguous(gates);
   gate_stride = gates.stride(tall_gates ? 1 : 0);
 }

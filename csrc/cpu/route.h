@@ -72,7 +72,7 @@ Statistics<Acc> centre_row(Normalize mode, int64_t D, const Acc* x, Acc* buffer,
   }
   const double n = static_cast<double>(D);
   *centred = buffer;
-  stats.shift = static_cast<Acc>(rows.moments(D, x).sum / n);
+  stats.shift = static_cast<Acc>(rows.sum(D, x) / n);
   Moments left = rows.centre(D, x, stats.shift, buffer);
   // the first mean was rounded to Acc; what that left in is subtracted where it would show in the scores
   if (std::abs(left.sum / n) > std::numeric_limits<Acc>::epsilon() * std::sqrt(left.squares / n)) {

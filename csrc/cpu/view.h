@@ -63,6 +63,9 @@ struct Factors {
         ranks(ranks),
         columns(columns) {}
 
+  // Whether the ranks of a column lie side by side and the columns one after the other, as `tall` reads them.
+  bool tall() const { return rank_stride == 1 && column_stride != 1 && column_stride >= ranks; }
+
   const char* at(int64_t expert, int64_t rank, int64_t column) const {
     return data + (expert * expert_stride + rank * rank_stride + column * column_stride) * size_of(dtype);
   }

@@ -10,8 +10,8 @@ namespace {
 std::string routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
                              std::string normalize, bool absolute, std::optional<double> scale,
                              std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
-                             std::optional<double> top_p, std::string weighting, std::optional<Tensor> lora_bias,
-                             bool factored, std::optional<Tensor> packed) {
+                             std::optional<double> top_p, std::string weighting, std::optional<Tensor> lora_bias, bool,
+                             std::optional<Tensor> packed) {
   const Check check{"routed_lora_ways", Device::cpu};
   check_base(check, base, x);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};

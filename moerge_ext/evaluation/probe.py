@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..routing.fused_experts import Pairs
+from ..routing.routed_experts import ParameterBranch
 from ..routing.routed_linear import BACKENDS, RoutedLinear
 
 
@@ -37,16 +39,20 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
 
     The layers compute what they compute without it. ValueError when nothing is routed.
     """
-    layers = {m.name: m for m in model.modules() if isinstance(m, RoutedLinear) and m.route_options is not None}
+    kinds = (RoutedLinear, ParameterBranch)
+    layers = {m.name: m for m in model.modules() if isinstance(m, kinds) and m.route_options is not None}
     if not layers:
         raise ValueError("this model routes nothing: patch it with a method that does (not merged, not one expert)")
     sums: dict[str, ModuleSums] = {}
 
-    def before(layer: RoutedLinear, args: tuple) -> None:
-        if not layer.state.enabled:
+    def before(layer: RoutedLinear | ParameterBranch, args: tuple) -> None:
+        if not layer.state.current().enabled:
             return
-        tokens = args[0].detach().reshape(-1, layer.in_features)
-        applied, p = distributions(layer, tokens)
+        if isinstance(layer, ParameterBranch):
+            applied, p = distributions_of_parameter(layer, *args[1:])
+        else:
+            tokens = args[0].detach().reshape(-1, layer.in_features)
+            applied, p = distributions(layer, tokens, layer.rows_of(args[0]))
         if layer.name not in sums:
             sums[layer.name] = ModuleSums(*(torch.zeros(p.shape[1], dtype=torch.float64) for _ in range(3)))
         mine = sums[layer.name]
@@ -66,17 +72,30 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
 
 
 @torch.no_grad()
-def distributions(layer: RoutedLinear, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def distributions(layer: RoutedLinear, tokens: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """tokens [T,D] -> (weights applied [T,E], distribution over all experts [T,E]), float64 on the CPU."""
     count = layer.lora_A.shape[0]
     route, options = BACKENDS[layer.backend].route, layer.route_options
-    common = {"bias": layer.score_bias(tokens.device), "mask": layer.mask}
-    applied = _dense(*route(tokens, layer.gates, **options, **common), count)
+    common = {"bias": layer.score_bias(tokens.device), "rows": rows, "mask": layer.mask}
+    return _applied_and_all(lambda asked: route(tokens, layer.gates, **asked, **common), options, count)
+
+
+@torch.no_grad()
+def distributions_of_parameter(branch: ParameterBranch, x: Tensor, pairs: Pairs, copies: bool) -> tuple[Tensor, Tensor]:
+    """As `distributions`, of the tokens or (token, base expert) pairs that a stacked parameter of experts scores."""
+    kernels = BACKENDS[branch.backend]
+    ask = lambda asked: branch.scored(kernels, x, pairs, copies, asked)  # noqa: E731
+    return _applied_and_all(ask, branch.route_options, branch.num_experts)
+
+
+def _applied_and_all(
+    route: Callable[[dict], tuple[Tensor, Tensor]], options: dict, count: int
+) -> tuple[Tensor, Tensor]:
+    applied = _dense(*route(options), count)
     if options["weighting"] == "score":
         size = applied.abs()
         return applied, size / size.sum(1, keepdim=True).clamp_min(1e-30)
-    whole = {**options, "top_k": count, "top_p": None, "weighting": "softmax_all"}
-    return applied, _dense(*route(tokens, layer.gates, **whole, **common), count)
+    return applied, _dense(*route({**options, "top_k": count, "top_p": None, "weighting": "softmax_all"}), count)
 
 
 def _dense(weights: Tensor, experts: Tensor, count: int) -> Tensor:

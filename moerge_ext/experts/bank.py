@@ -18,6 +18,7 @@ from .formats.peft import GateSet, write_gates
 from .idle import idle_notes
 from .kinds import SIGMOID_GATE
 from .module_bank import ModuleBank
+from .parameter_gates import ParameterGates, is_stacked_parameter, parameter_gate_problems
 from .selection import Modules, Rename, Selection
 from .sources import MAX_LISTED, Source, collect_sources, stack_modules
 
@@ -30,6 +31,7 @@ class ExpertBank:
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
     float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
+    parameter_gates: those of stacked parameters, whose LoRA lies in one module per base expert.
     claims: {expert name: what it says of the base}, checked by `patch`;
     stored_paths: per expert {module path: path in its folder}, where they differ; bases: per expert the (name,
     revision) of the model it says it was trained on.
@@ -44,6 +46,7 @@ class ExpertBank:
         folders: Sequence[Path | None] | None = None,
         global_vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
         global_metadata: Mapping[str, Mapping[str, Mapping[str, str]]] | None = None,
+        parameter_gates: ParameterGates | None = None,
         claims: Mapping[str, BaseClaims] | None = None,
         stored_paths: Sequence[Mapping[str, str]] | None = None,
         bases: Sequence[tuple[str | None, str | None]] | None = None,
@@ -55,6 +58,7 @@ class ExpertBank:
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
         self.claims = dict(claims or {})
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
+        self.parameter_gates = parameter_gates or ParameterGates()
         self._gated: dict[str, frozenset[int]] = {}  # of `gated`, which large models ask once a module
         self.stored_paths = tuple(map(dict, stored_paths)) if stored_paths is not None else ({},) * len(self.names)
         self.bases = tuple(bases) if bases is not None else ((base_model, None),) * len(self.names)
@@ -92,14 +96,14 @@ class ExpertBank:
     def gate_kinds(self) -> tuple[str, ...]:
         """Every kind of gate or global vector that some expert has."""
         kinds = {kind for module in self.modules.values() for kind in module.gates}
-        return tuple(sorted(kinds | set(self.global_vectors)))
+        return tuple(sorted(kinds | set(self.global_vectors) | set(self.parameter_gates)))
 
     def gated(self, kind: str) -> frozenset[int]:
         """Ids of the experts that have a gate of `kind` in some module."""
         if kind not in self._gated:
             flags = [module.has_gate[kind] for module in self.modules.values() if kind in module.has_gate]
             found = torch.stack(flags).any(0).nonzero().flatten().tolist() if flags else []
-            self._gated[kind] = frozenset(found)
+            self._gated[kind] = frozenset(found) | set(map(self.names.index, self.parameter_gates.experts(kind)))
         return self._gated[kind]
 
     @property
@@ -137,6 +141,7 @@ class ExpertBank:
         }
         moved = self.with_modules(modules, self.stored_paths)
         moved.global_vectors = vectors
+        moved.parameter_gates = self.parameter_gates.to(device)
         return moved
 
     def with_modules(self, modules: Mapping[str, ModuleBank], stored_paths: Sequence[Mapping[str, str]]) -> ExpertBank:
@@ -148,6 +153,7 @@ class ExpertBank:
             folders=self.folders,
             global_vectors=self.global_vectors,
             global_metadata=self.global_metadata,
+            parameter_gates=self.parameter_gates,
             claims=self.claims,
             stored_paths=stored_paths,
             bases=self.bases,
@@ -174,7 +180,9 @@ class ExpertBank:
         problems, unknown = [], []
         for path, row in rows.items():
             module = self.modules.get(path)
-            if module is None:
+            if module is None and is_stacked_parameter(path, self.modules):
+                problems += parameter_gate_problems(path, row)
+            elif module is None:
                 unknown.append(path)
             elif tuple(row.shape) != (module.in_features,):
                 problems.append(f"{path}: a gate must be [D={module.in_features}], got {list(row.shape)}")
@@ -188,7 +196,10 @@ class ExpertBank:
         if problems:
             raise ValueError(f"set_gates({self.names[e]!r}): " + "; ".join(grouped(problems)))
         for path, row in rows.items():
-            self.modules[path].set_gate(kind, e, row)
+            if path in self.modules:
+                self.modules[path].set_gate(kind, e, row)
+            else:
+                self.parameter_gates.set(kind, path, self.names[e], row)
         self._gated.clear()
         if global_vector is not None:
             vector = torch.as_tensor(global_vector).detach().float().clone()
@@ -205,7 +216,7 @@ class ExpertBank:
             path: module.gates[kind][e]
             for path, module in self.modules.items()
             if kind in module.gates and module.has_gate[kind][e]
-        }
+        } | self.parameter_gates.of_expert(kind, self.names[e])
 
     def save_gates(
         self,
@@ -313,7 +324,7 @@ def load_experts(
     device = _usable_device("cpu" if device is None else device, "load_experts")
     sources = collect_sources(paths, selection, base)
     stacked = stack_modules(sources, dtype, device)
-    _place_gates(sources, stacked)
+    parameter_gates = _place_gates(sources, stacked)
     notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
     _warn_of_notes(notes + idle_notes([source.name for source in sources], stacked))
     vectors: dict[str, dict[str, Tensor]] = {}
@@ -330,6 +341,7 @@ def load_experts(
         folders=[source.folder for source in sources],
         global_vectors=vectors,
         global_metadata=facts,
+        parameter_gates=parameter_gates,
         claims={source.name: source.claims for source in sources},
         stored_paths=[getattr(source, "stored_paths", {}) for source in sources],
         bases=[(source.base_model, getattr(source, "config", {}).get("revision")) for source in sources],
@@ -361,12 +373,18 @@ def _warn_of_notes(notes: list[str]) -> None:
         warnings.warn("load_experts: " + "".join(f"\n  - {note}" for note in notes), stacklevel=3)
 
 
-def _place_gates(sources: Sequence[Source], modules: Mapping[str, ModuleBank]) -> None:
+def _place_gates(sources: Sequence[Source], modules: Mapping[str, ModuleBank]) -> ParameterGates:
+    """Gives the modules their gates; returns those of stacked parameters."""
+    rest = ParameterGates()
     for e, source in enumerate(sources):
         sets: Iterable[GateSet] = source.gates.values()
         for gates in sets:
             for path, gate in gates.gates.items():
-                modules[path].set_gate(gates.kind, e, gate)
+                if path in modules:
+                    modules[path].set_gate(gates.kind, e, gate)
+                else:
+                    rest.set(gates.kind, path, source.name, gate)
+    return rest
 
 
 def _common_base_model(sources: Sequence[Source]) -> str | None:

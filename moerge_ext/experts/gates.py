@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomically
 from ..files.safefile import FLOATS, AdapterError, file_inside, open_tensors, path_problem, read_headers, read_tensor
+from .parameter_gates import is_stacked_parameter
 
 GATES_FILE = "moerge_gates.safetensors"
 GLOBAL_KEY = "__global__"
@@ -120,6 +121,8 @@ def _header_problems(key: str, header, modules: Mapping[str, int] | None) -> lis
     if len(header.shape) != 1 or 0 in header.shape:
         problems.append(f"{key} must be a vector, got shape {list(header.shape)}")
     elif modules is not None and key != GLOBAL_KEY:
+        if key not in modules and is_stacked_parameter(key, modules):
+            return problems  # its width is the model's to know
         if key not in modules:
             problems.append(f"{key}: a gate for a module without LoRA weights in this adapter")
         elif header.shape[0] != modules[key]:

@@ -15,6 +15,7 @@ from ..files.safefile import FLOATS, AdapterError, path_problem, widened
 from .claims import BaseClaims, SavedTensor
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
 from .formats.peft_config import check_config
+from .formats.peft_parameters import StackedLora
 from .formats.peft_rules import LoraRules, some_of
 from .keys import bare_path, module_of
 from .selection import Selection
@@ -37,11 +38,10 @@ class LiveAdapter:
     def read(self) -> Iterator[tuple[str, LoraWeights]]:
         """(module path, weights) of every module; the tensors are the model's own: copy, never write."""
         for path, module in self.modules.items():
-            a, b, bias = _tensors(self.layers[path], self.name)
-            yield (
-                path,
-                LoraWeights(a.detach(), b.detach(), module.scaling, None if bias is None else bias.detach()),
-            )
+            a, b, bias = (None if t is None else t.detach() for t in _tensors(self.layers[path], self.name))
+            if module.slice is not None:
+                a, b = module.slice.of("A", a), module.slice.of("B", b)
+            yield path, LoraWeights(a, b, module.scaling, bias)
 
 
 def is_peft_model(source: Any) -> bool:
@@ -89,21 +89,23 @@ def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module], model: n
     values = _plain(config.to_dict())
     rules, problems = check_config(values)
     modules: dict[str, ModuleHeader] = {}
+    held: dict[str, nn.Module] = {}
     for path, layer in layers.items():
         if name not in layer.lora_A and name not in getattr(layer, "lora_embedding_A", {}):
             continue
         reasons = _layer_problems(path, layer, name)
         problems += reasons
         if not reasons:
-            modules[path] = _module_header(layer, name)
+            found = _module_headers(path, layer, name)
+            modules |= found
+            held |= dict.fromkeys(found, layer)
     if rules is not None:
-        problems += _base_problems(rules, values.get("bias"), model, layers, modules)
+        problems += _base_problems(rules, values.get("bias"), model, held, modules)
     if not modules and not problems:
         problems.append("no layer of the model carries this adapter, or none that modules=... takes")
     if problems:
         raise AdapterError(problems)
     claims = BaseClaims(_saved_modules(model, name))
-    held = {path: layers[path] for path in modules}
     return LiveAdapter(name, rules.base_model, values, modules, held, claims=claims)
 
 
@@ -177,6 +179,18 @@ def _tensors(layer: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor | None
     lora_b = layer.lora_B[name]
     bias = getattr(lora_b, "bias", None)
     return widened(layer.lora_A[name].weight), widened(lora_b.weight), None if bias is None else widened(bias)
+
+
+def _module_headers(path: str, layer: nn.Module, name: str) -> dict[str, ModuleHeader]:
+    """{module path: header}: one for a layer, one per base expert for PEFT's wrapper of a stacked parameter."""
+    header = _module_header(layer, name)
+    if not hasattr(layer, "parameter_name"):
+        return {path: header}
+    parameter = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+    rank, count = header.rank // layer.num_experts, layer.num_experts
+    header = replace(header, rank=rank, nbytes=header.nbytes // count)
+    slices = StackedLora(path, parameter, count, rank).modules()
+    return {path: replace(header, slice=part) for path, part in slices.items()}
 
 
 def _module_header(layer: nn.Module, name: str) -> ModuleHeader:

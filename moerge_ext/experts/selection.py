@@ -78,7 +78,7 @@ class Selection:
             if problems := _path_problems(paths):
                 bad[repr(source.name)] = problems
             else:
-                renamed.append(_under(source, paths))
+                renamed.append(_under(source, paths, change))
         if not callable(self._rename) and (unused := change.unused()):
             some = next(iter(sources[0].modules), "none") if sources else "none"
             raise ValueError(
@@ -143,9 +143,9 @@ def _path_problems(paths: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _under(source: Any, paths: dict[str, str]) -> RenamedSource:
+def _under(source: Any, paths: dict[str, str], change: Callable[[str], str]) -> RenamedSource:
     gates = {
-        kind: replace(gates, gates={paths[path]: gate for path, gate in gates.gates.items()})
+        kind: replace(gates, gates={paths.get(path) or change(path): gate for path, gate in gates.gates.items()})
         for kind, gates in source.gates.items()
     }
     return RenamedSource(source, paths, {paths[path]: header for path, header in source.modules.items()}, gates)

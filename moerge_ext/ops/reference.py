@@ -1,12 +1,14 @@
 """The ops in plain torch: the definition of correct. Same signatures as `moerge_ext.ops`, any device, differentiable.
 
-Written to be read, not to be fast. Arithmetic is float32, or float64 for float64 inputs. T tokens, D in features, O out
-features, E experts, K selected per token, R rank, N rows (sequences).
+Written to be read, not to be fast. Arithmetic is float32, or float64 for float64 inputs; autocast casts nothing inside,
+as in the ops. T tokens, D in features, O out features, E experts, K selected per token, R rank, N rows (sequences).
 """
 
 from __future__ import annotations
 
-from typing import Unpack
+import functools
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,6 +17,18 @@ from .options import APPLY, BRANCH, ROUTE, ApplyOptions, BranchOptions, RouteOpt
 
 EPS = 1e-5
 TINY = 1e-12
+
+
+def _casting_nothing(function: Callable) -> Callable:
+    """`function`, whose first argument is a tensor, outside of autocast."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _accumulator(*tensors: Tensor) -> torch.dtype:
@@ -56,9 +70,21 @@ def _softmax(scores: Tensor, keep: Tensor) -> Tensor:
 def _ranking(scores: Tensor, eligible: Tensor) -> Tensor:
     """[T,E] ids: eligible numbers by descending score (ties to the lower id), eligible NaN, the masked."""
     nan = scores.isnan()
-    order = torch.argsort(scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), dim=-1, descending=True, stable=True)
+    order = _order(scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), descending=True)
     kind = torch.where(eligible, nan.int(), torch.full_like(nan, 2, dtype=torch.int32))
-    return order.gather(-1, torch.argsort(kind.gather(-1, order), dim=-1, stable=True))
+    return order.gather(-1, _order(kind.gather(-1, order)))
+
+
+def _order(keys: Tensor, descending: bool = False) -> Tensor:
+    """The ids that sort the last dimension, ties to the lower id."""
+    if not torch.compiler.is_exporting():
+        return torch.argsort(keys, dim=-1, descending=descending, stable=True)
+    # ONNX has no stable sort: a key's place is the number of those that come before it, out of [..., E, E] pairs
+    ids = torch.arange(keys.shape[-1], device=keys.device)
+    mine, other = keys[..., :, None], keys[..., None, :]
+    ahead = other > mine if descending else other < mine
+    place = (ahead | ((other == mine) & (ids[None, :] < ids[:, None]))).sum(-1)
+    return torch.zeros_like(place).scatter(-1, place, ids.expand(place.shape))
 
 
 def _slot_weights(weighting: str, scores: Tensor, kept: Tensor, share: Tensor) -> Tensor:
@@ -77,6 +103,7 @@ def _slot_weights(weighting: str, scores: Tensor, kept: Tensor, share: Tensor) -
 
 
 @documented(RouteOptions)
+@_casting_nothing
 def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Tensor, Tensor]:
     """See `moerge_ext.ops.route`."""
     top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting = filled(ROUTE, options).values()
@@ -114,13 +141,14 @@ def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Te
 
     # unused slots carry the lowest ids that no kept slot has
     used = torch.zeros_like(eligible).scatter_(-1, top, kept)
-    unused = torch.argsort(used.int(), dim=-1, stable=True)
+    unused = _order(used.int())
     slot = torch.arange(top_k, device=x.device) - kept.sum(-1, keepdim=True)
     ids = torch.where(kept, top, unused.gather(-1, slot.clamp_min(0)))
     return weights, ids.int()
 
 
 @documented(ApplyOptions)
+@_casting_nothing
 def lora_apply(
     base: Tensor,
     x: Tensor,
@@ -168,6 +196,7 @@ def _weighted(weight: Tensor, used: Tensor, value: Tensor) -> Tensor:
 
 
 @documented(ApplyOptions)
+@_casting_nothing
 def lora_apply_(
     base: Tensor,
     x: Tensor,
@@ -182,6 +211,7 @@ def lora_apply_(
 
 
 @documented(BranchOptions)
+@_casting_nothing
 def routed_lora(
     base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,6 +223,7 @@ def routed_lora(
 
 
 @documented(BranchOptions)
+@_casting_nothing
 def routed_lora_(
     base: Tensor, x: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor, **options: Unpack[BranchOptions]
 ) -> None:
@@ -202,6 +233,7 @@ def routed_lora_(
 
 
 @documented(BranchOptions)
+@_casting_nothing
 def routed_linear(
     x: Tensor,
     weight: Tensor,
@@ -222,6 +254,7 @@ def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:
     return torch.cat([lora_a.transpose(1, 2).flatten(1), lora_b.transpose(1, 2).flatten(1)], dim=1)
 
 
+@_casting_nothing
 def mix_log_probs(logits: Tensor, weights: Tensor) -> Tensor:
     """See `moerge_ext.ops.mix_log_probs`."""
     acc = _accumulator(logits)

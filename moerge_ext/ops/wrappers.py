@@ -187,8 +187,9 @@ def routed_lora_(
 ) -> None:
     """`routed_lora` written into base; what the router chose is not returned.
 
-    base and x may have any number of dimensions when they are contiguous: [..., O] and [..., D]. Inference only:
-    ValueError when grad mode is on and an input requires grad.
+    base and x may have any number of dimensions, [..., O] and [..., D], when their rows lie at equal distances: when
+    they are contiguous, or slices of the columns of such a tensor. They are read and written where they are. Inference
+    only: ValueError when grad mode is on and an input requires grad.
     """
     _refuse_grad("routed_lora_", "it writes in place", options, base, x, gates, lora_a, lora_b)
     call(ROUTED_LORA_, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
@@ -226,7 +227,7 @@ def routed_linear(
     result (which then is rounded to y's dtype twice).
 
     Args:
-        x: [T,D], or [...,D] when it is contiguous; T counts all tokens.
+        x: [T,D], or [...,D] when its rows lie at equal distances, as in a contiguous tensor; T counts all tokens.
         weight: [O,D], of x's dtype.
         linear_bias: [O] of x's dtype, or None.
         The others as in `routed_lora`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..experts.module_bank import ModuleBank
 from ..files.listing import listed
@@ -28,14 +29,19 @@ def with_absent(plan: Plan, module: ModuleBank) -> Plan:
     return replace(plan, gates=gates, mask=None if bool(mask.all()) else mask)
 
 
-def alone_note(plans: Mapping[str, Plan], names: Sequence[str], routing: Routing | None) -> str | None:
-    """What to say of modules in which one expert alone can be chosen, under a weighting that gives it everything."""
+def alone_note(plans: Mapping[str, Any], names: Sequence[str], routing: Routing | None) -> str | None:
+    """What to say of modules in which one expert alone can be chosen, under a weighting that gives it everything.
+
+    plans: {path: whatever has a `mask`}.
+    """
     if routing is None or len(names) < 2 or not routing.weighting.startswith("softmax"):
         return None
     alone = {}
     for path, plan in plans.items():
-        if plan.mask is not None and int(plan.mask.sum()) == 1:
-            alone[path] = names[int(plan.mask.int().argmax())]
+        # of a stacked parameter [n,E] where base experts differ
+        masks = [] if plan.mask is None else plan.mask.reshape(-1, plan.mask.shape[-1])
+        if len(masks) and all(int(mask.sum()) == 1 for mask in masks):
+            alone[path] = names[int(masks[0].int().argmax())]
     if not alone:
         return None
     where = listed([f"{path} (only {name!r})" for path, name in alone.items()])

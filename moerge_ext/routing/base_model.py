@@ -14,9 +14,9 @@ from ..experts.bank import ExpertBank
 from ..experts.claims import BaseClaims, SavedTensor
 from ..methods.fixed import PREFIX as ONE_EXPERT
 from .base_start import init_problems, on_this_base
-from .layers import linear_features, replace_module, shared_parameters, values_problem
+from .layers import linear_features, shared_parameters, values_problem
 from .own_module import OwnModule
-from .routed_linear import RoutingState
+from .state import RoutingState
 
 
 class BaseCheck:
@@ -33,7 +33,7 @@ class BaseCheck:
         self.problems: list[str] = []
         self.own: dict[str, dict[str, Tensor]] = {}  # {module: {parameter: tensor}} of the one expert
         layers = dict(model.named_modules(remove_duplicate=False))
-        if not experts.modules or any(layers.get(name) is None for name in experts.modules):
+        if any(layers.get(name) is None for name in experts.modules):
             return
         if alone in self.claims:
             self.own, self.problems = own_parameters(model, alone, self.claims[alone], experts.modules)
@@ -56,7 +56,7 @@ class BaseCheck:
     def place_own(self, state: RoutingState) -> tuple[str, ...]:
         """Puts the modules that the one expert brings into the model; their paths."""
         for path, tensors in self.own.items():
-            replace_module(self.model, path, OwnModule(self.model.get_submodule(path), tensors, state))
+            OwnModule(self.model.get_submodule(path), tensors, state).take_place(self.model, path)
         return tuple(self.own)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -16,6 +16,9 @@ from ..methods.base import Routing
 from .base_model import BaseCheck
 from .layers import linear_features
 from .naming import ModelPaths, Naming
+from .parameter_banks import Placement, place
+from .refusals import layer_problems
+from .routed_experts import RoutedExperts
 from .routed_linear import RoutedLinear
 
 MISSING = ("error", "drop")
@@ -24,9 +27,13 @@ LEAVE_OUT = 'patch(..., missing="drop") leaves such modules out, load_experts(..
 
 @dataclass
 class Fitted:
-    """A bank whose module paths are the model's. `notes` are to be said when the patch succeeds."""
+    """A bank whose module paths are the model's. `notes` are to be said when the patch succeeds.
+
+    placement: where the modules are that belong to fused experts, which the bank has not.
+    """
 
     experts: ExpertBank
+    placement: Placement = field(default_factory=Placement)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -36,9 +43,15 @@ def on_model(
 ) -> tuple[Fitted, BaseCheck]:
     """The experts under the model's own paths, and what keeps them from fitting it and its weights."""
     if problems := _state_problems(model):
-        nothing = experts.with_modules({}, experts.stored_paths)
-        return Fitted(nothing, problems), BaseCheck(model, nothing, method)
-    fitted = fit(model, experts, missing)
+        nothing = ExpertBank(experts.names, {})
+        return Fitted(nothing, problems=problems), BaseCheck(model, nothing, method)
+    placement = place(model, experts.modules, experts.parameter_gates.paths())
+    fitted = fit(model, _linears(experts, placement), missing)
+    fitted.placement = placement
+    if missing == "drop" and experts.modules and not fitted.experts.modules and not placement.parameters:
+        fitted.problems.append(f"none of the experts' modules is in {type(model).__name__}")
+    fitted.problems += placement.problems + _start_problems(experts, placement)
+    fitted.notes += placement.notes
     base = BaseCheck(model, fitted.experts, method)
     if not experts.modules:
         fitted.problems.append("the experts have no LoRA module")
@@ -74,8 +87,6 @@ def fit(model: nn.Module, experts: ExpertBank, missing: str = "error") -> Fitted
             fitted.problems.append(str(error))
     if note := renamed_note(experts.names, namings):
         fitted.notes.append(note)
-    if lost and missing == "drop" and not fitted.experts.modules:
-        fitted.problems.append(f"none of the experts' modules is in {type(model).__name__}")
     return fitted
 
 
@@ -154,14 +165,37 @@ def renamed_note(names: Sequence[str], namings: Sequence[Naming]) -> str | None:
 
 def _state_problems(model: nn.Module) -> list[str]:
     """Why no experts at all can be put into this model."""
-    if any(isinstance(layer, RoutedLinear) for layer in model.modules()):
+    if any(isinstance(layer, (RoutedLinear, RoutedExperts)) for layer in model.modules()):
         return ["the model is patched already: call handle.remove() first (moerge_ext.get_handle(model) finds it)"]
     if is_peft_model(model) and hasattr(model, "unload"):
         return [
-            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass the model inside, "
-            "model.unload() (before that, moerge_ext.load_experts(model) makes experts of its adapters)"
+            f"the model is PEFT's {type(model).__name__}, whose layers carry adapters already: pass model.unload(), "
+            "the base model without them, or model.merge_and_unload(), the base model with them built in "
+            "(get_base_model() leaves them on; before either, moerge_ext.load_experts(model) makes experts of them)"
         ]
     return []
+
+
+def _linears(experts: ExpertBank, placement: Placement) -> ExpertBank:
+    """The experts without what belongs to fused experts."""
+    rest = experts.with_modules(placement.linears, experts.stored_paths)
+    fused = experts.modules.keys() - placement.linears.keys()
+    rest.claims = {
+        name: replace(claims, scalings={path: s for path, s in claims.scalings.items() if path not in fused})
+        for name, claims in experts.claims.items()
+    }
+    return rest
+
+
+def _start_problems(experts: ExpertBank, placement: Placement) -> list[str]:
+    """PiSSA and OLoRA on fused experts: which part of a stacked weight they began with is not computed again."""
+    sources = {piece.source for _, _, pieces in placement.paths() for piece in pieces}
+    return [
+        f"expert '{name}' began its LoRA on fused experts with {claims.init}, which moved a part of the base into the "
+        "factors: convert the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        for name, claims in experts.claims.items()
+        if claims.init is not None and sources.intersection(claims.scalings)
+    ]
 
 
 def _count_problems(experts: ExpertBank, routing: Routing | None) -> list[str]:
@@ -191,4 +225,4 @@ def _layer_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
             )
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
-    return problems
+    return problems + layer_problems(model, experts.modules)

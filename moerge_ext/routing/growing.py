@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class GrowingTexts:
@@ -32,30 +30,3 @@ class GrowingTexts:
         copies = max(1, len(ids) // len(self.texts))  # beams, or one text for all
         new = self.tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
         return [self.texts[row // copies] + text for row, text in enumerate(new)]
-
-
-@contextmanager
-def watch_steps(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Calls see(ids [sequences, length so far]) before the forward of every step of `model.generate`.
-
-    transformers hands the whole sequences, each beam its own, to `prepare_inputs_for_generation`, which is watched.
-    """
-    prepare = getattr(model, "prepare_inputs_for_generation", None)
-    if prepare is None:  # no model that generates
-        yield
-        return
-
-    @wraps(prepare)
-    def watched(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        see(input_ids)
-        return prepare(input_ids, *args, **kwargs)
-
-    own = vars(model).get("prepare_inputs_for_generation")
-    model.prepare_inputs_for_generation = watched
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.prepare_inputs_for_generation
-        else:
-            model.prepare_inputs_for_generation = own

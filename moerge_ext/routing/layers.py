@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -36,31 +33,23 @@ def execution_device(layer: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def holder(layers: dict[str, nn.Module], name: str) -> tuple[str, str]:
+    """(path of the module whose code holds the layer, its attribute there): containers have no code of their own."""
+    parent, _, leaf = name.rpartition(".")
+    while parent and is_container(layers[parent]):
+        parent, _, leaf = parent.rpartition(".")
+    return parent, leaf
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module, such as a ModuleList, only holds others and has no forward."""
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
+
+
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Puts `new` at `path` ("model.layers.0.mlp.up_proj") of `model`."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-def watch_batch(model: nn.Module, rows: int, applies: Callable[[], bool]) -> Any:
-    """A hook (`.remove()` ends it) that refuses a forward whose batch does not share its sequences among `rows` evenly.
-
-    Beams and several returned sequences give each row several neighbouring sequences. A layer itself sees only tokens,
-    of which any number can divide evenly. Nothing is refused while `applies()` is False.
-    """
-
-    def check(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not applies():
-            return
-        inputs = [kwargs.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids")] + list(args[:1])
-        batch = next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 1), rows)
-        if batch % rows:
-            raise ValueError(
-                f"{rows} rows of affinities are set and the model got a batch of {batch}: give as many queries as "
-                "sequences (or one for all)"
-            )
-
-    return model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:

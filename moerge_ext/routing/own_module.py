@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .routed_linear import RoutingState, keep_base_keys
+from .stand_in import StandIn
+from .state import RoutingState
 
 
-class OwnModule(nn.Module):
+class OwnModule(StandIn):
     """`base_layer` with some of its parameters replaced, as long as the handle is not disabled.
 
     The original module stays as it is, in the state dict too; what replaces it are buffers outside of the state dict,
@@ -19,8 +20,7 @@ class OwnModule(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module, own: Mapping[str, Tensor], state: RoutingState):
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.state = state
         self._own = tuple(own)
         for name, tensor in own.items():
@@ -28,7 +28,6 @@ class OwnModule(nn.Module):
             self.register_buffer(
                 f"own_{name}", tensor.detach().to(ours.device, ours.dtype, copy=True), persistent=False
             )
-        keep_base_keys(self)
         self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
@@ -41,7 +40,7 @@ class OwnModule(nn.Module):
             return getattr(self.base_layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.state.enabled:
+        if not self.state.of_forward().enabled:
             return self.base_layer(*args, **kwargs)
         own = {name: getattr(self, f"own_{name}") for name in self._own}
         return functional_call(self.base_layer, own, args, kwargs)

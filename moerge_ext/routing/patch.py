@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +19,22 @@ from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from ..models.wrappers import unwrapped
 from .absent import ABSENT, alone_note, with_absent
+from .few_experts import own_top_k, own_top_k_note
 from .fitting import MISSING, on_model
-from .growing import GrowingTexts, watch_steps
-from .layers import execution_device, replace_module, watch_batch
+from .fused_experts import close_door, open_door
+from .generation import Doors
+from .growing import GrowingTexts
+from .layers import execution_device
 from .own_module import OwnModule
+from .parameter_banks import with_parameters
+from .peft_layers import idle_notes
 from .provenance import provenance_notes
-from .routed_linear import BACKENDS, RoutedLinear, RoutingState
+from .ran import FirstForward
+from .routed_experts import routed_experts, ways_of
+from .routed_linear import BACKENDS, RoutedLinear
+from .rows import Rows
+from .state import Affinities, RoutingState
+from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
 
@@ -45,9 +56,24 @@ class Handle:
     def __init__(self, model: nn.Module, method: Method, names: tuple[str, ...], state: RoutingState, options: dict):
         self.model, self.method, self.names, self.options = model, method, names, options
         self.modules: tuple[str, ...] = ()
+        self.parameters: tuple[str, ...] = ()  # of fused experts, by path
         self._own_modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
+        self._watch: FirstForward | None = None
+        self._doors: Doors | None = None
+
+    def _begin(self, routed: dict, branches: dict, place_own: Callable, strict: bool) -> None:
+        """Puts routed layers and branches of stacked parameters in their places, and what watches the model."""
+        for name, layer in routed.items():
+            layer.take_place(self.model, name)
+        for owner, placed in branches.items():
+            open_door(self.model.get_submodule(owner), placed)
+        self.modules, self._own_modules = tuple(routed), place_own(self._state)
+        self.parameters = tuple(branch.name for placed in branches.values() for branch in placed.values())
+        self._watch = FirstForward(self.model, (*routed, *branches), what="layers with experts", strict=strict)
+        self._doors = None if self.method.bias is None else Doors(self.model, self.method.name, self._state)
+        self.model._moerge_handle = self
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
@@ -58,32 +84,40 @@ class Handle:
                 f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected "
                 f"{wrapped[foreign[0]].__name__}); undo that replacement first"
             )
+        if self._watch is not None:
+            self._watch.remove()
         for name in wrapped:
-            replace_module(self.model, name, self.model.get_submodule(name).base_layer)
-        self.modules = self._own_modules = ()
+            self.model.get_submodule(name).give_back(self.model, name)
+        for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):
+            close_door(self.model.get_submodule(owner))
+        if self._doors is not None:
+            self._doors.remove()
+            self._doors = None
+        self.modules = self.parameters = self._own_modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
 
     def _check_alive(self) -> None:
-        if not self.modules:
+        if not self.modules and not self.parameters:
             raise ValueError("this handle was removed: patch the model again and use the new handle")
 
     @contextmanager
     def record(self, *, tokens: bool = False) -> Iterator[Trace]:
         """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
 
+        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`.
+
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
         self._check_alive()
         if self.method.routing is None:
             raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
-        if self._state.trace is not None:
+        if self._state.current().trace is not None:
             raise ValueError("record() is already active on this model; leave that block first")
-        self._state.trace = trace = Trace(self.names, tokens)
-        try:
+        with ExitStack() as stack:
+            trace, real = Trace(self.names, tokens), RealTokens(self.model, stack, self._state)
+            stack.enter_context(self._state.block(trace=trace, tokens=real))
             yield trace
-        finally:
-            self._state.trace = None
 
     @contextmanager
     def affinities(self, scores: Tensor) -> Iterator[None]:
@@ -140,38 +174,42 @@ class Handle:
                 "tokenizer=tokenizer), the model's"
             )
         router = router.without_cache()  # every prefix is seen once
-        follow = GrowingTexts(texts, tokenizer, self.options["every"])
+        grow = GrowingTexts(texts, tokenizer, self.options["every"])
+        with self._rows(router.bias(texts, self.method, self.options, self.names)) as affinities:
+            rows = weakref.proxy(affinities)  # it holds `follow`
 
-        def see(ids: Tensor) -> None:
-            if (grown := follow(ids)) is not None:
-                self._state.set_bias(router.bias(grown, self.method, self.options, self.names))
+            def follow(ids: Tensor) -> None:
+                if (grown := grow(ids)) is not None:
+                    rows.set(router.bias(grown, self.method, self.options, self.names))
 
-        with self._rows(router.bias(texts, self.method, self.options, self.names)), watch_steps(self.model, see):
+            affinities.follow = follow
+            del affinities
             yield
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model alone for the forwards inside the block; what `queries` or `affinities` set stays."""
         self._check_alive()
-        before, self._state.enabled = self._state.enabled, False
-        try:
+        with self._state.block(enabled=False):
             yield
-        finally:
-            self._state.enabled = before
 
     @contextmanager
-    def _rows(self, bias: Tensor) -> Iterator[None]:
+    def _rows(self, bias: Tensor) -> Iterator[Affinities]:
         """bias [N,E] added to the scores of the forwards inside the block."""
-        before = self._state.bias.clone() if self._state.active else None
-        self._state.set_bias(bias)
-        watch = watch_batch(self.model, bias.shape[0], lambda: self._state.enabled)
-        try:
-            yield
-        finally:
-            watch.remove()
-            if before is not None:
-                self._state.set_bias(before)
-            self._state.active = before is not None
+        with self._state.block(bias=bias) as request:
+            affinities = request.affinities
+            affinities.rows = Rows(self.model, bias.shape[0], self._applies) if bias.shape[0] > 1 else None
+            try:
+                yield affinities
+            finally:
+                if affinities.rows is not None:
+                    affinities.rows.remove()
+                del request, affinities  # what an exception's traceback holds would keep the rows' buffer
+
+    def _applies(self, rows: Rows) -> bool:
+        """Whether the forward that begins is of the request that has these rows, and of its experts."""
+        request = self._state.of_forward()
+        return request.enabled and request.affinities is not None and request.affinities.rows is rows
 
     def explain(self, *, grad: bool = False) -> Explanation:
         """Which way every kind of routed layer takes at present, and why not a faster one; print it.
@@ -179,7 +217,8 @@ class Handle:
         For tokens of the type of the layer's weights, in inference or (`grad`) with gradients.
         """
         self._check_alive()
-        return explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
+        linears = explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
+        return Explanation((*linears, *ways_of(self.model, self.parameters, grad)))
 
     def __enter__(self) -> Handle:
         return self
@@ -188,7 +227,8 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"Handle({self.method.name}, {len(self.names)} experts, {len(self.modules)} modules)"
+        modules = len(self.modules) + len(self.parameters)
+        return f"Handle({self.method.name}, {len(self.names)} experts, {modules} modules)"
 
 
 def patch(
@@ -197,6 +237,7 @@ def patch(
     method: str = "phatgoose",
     *,
     backend: str = "native",
+    strict: bool = False,
     absent: str = "mask",
     missing: str = "error",
     **options: Any,
@@ -206,15 +247,17 @@ def patch(
     Args:
         model: any torch model whose layers have the paths the experts were trained on, or paths to which a renaming
             table of transformers or another prefix leads (a warning says what was renamed); `torch.compile`,
-            DistributedDataParallel and SentenceTransformer are looked through. Offload or dispatch it with accelerate
-            before the patch, not after: accelerate looks weights up by the names that the patch hides.
+            DistributedDataParallel and SentenceTransformer are looked through. Quantize it before the patch: quantizers
+            look for nn.Linear, and a patched layer is none.
         experts: the bank, from `load_experts`. Its tensors keep their dtype and move to each layer's device.
         method: a row of `moerge_ext.METHODS` (`moerge methods` lists them) or "expert:<name>".
         backend: "native" (this package's kernels) or "reference" (plain torch: any device, slow).
+        strict: RuntimeError, and not a warning, when the module that holds a layer ran first without calling it.
         absent: who competes in a module that not every expert has: "mask", those that have it (one that is alone gets
             weight 1 on every token); or "base", all of them, the others as branches that add zero.
         missing: what becomes of modules that this model does not have: "error", or "drop" with a warning.
         options: the method's own parameters and those of `route`: top_k, top_p, scale, weighting, aggregation, ...
+            A method's own top_k is taken, with a warning, as the number of experts where there are fewer.
 
     Returns:
         The handle: `handle.remove()`, `handle.record()`, `handle.affinities(...)`.
@@ -232,31 +275,25 @@ def patch(
     problems = fitted.problems
     experts = fitted.experts if problems else base.bank()
     plans = _plans(row, experts, settings, absent, problems)
-    if not problems:
-        problems += _device_problems(model, experts, backend)
+    state = RoutingState()
+    shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None}
+    shared |= {"state": state, "backend": backend}
+    planned = (row, routing, settings, absent)
+    branches, reasons = routed_experts(model, experts, fitted.placement, *planned, **shared)
+    if not (problems := problems + reasons):
+        problems += _device_problems(model, (*plans, *branches), backend)
     if problems:
         raise ValueError(_listing(method, problems))
-    state = RoutingState()
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
-        name: RoutedLinear(
-            model.get_submodule(name),
-            plan,
-            routing,
-            name=name,
-            factored=aggregation == "factored",
-            needs_bias=row.bias is not None,
-            state=state,
-            backend=backend,
-        )  # fmt: skip
+        name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
         for name, plan in plans.items()
     }
-    notes = [*fitted.notes, alone_note(plans, experts.names, routing), *provenance_notes(model, experts)]
-    notes.append(base.unweighted_note())
-    for name, layer in routed.items():
-        replace_module(model, name, layer)
-    handle.modules, handle._own_modules = tuple(routed), base.place_own(state)
-    model._moerge_handle = handle
+    everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
+    notes = [*fitted.notes, alone_note(everywhere, experts.names, routing), *provenance_notes(model, experts)]
+    notes += [base.unweighted_note(), *idle_notes(model, everywhere)]
+    notes.append(own_top_k_note(row, own_top_k(row, experts, options)))
+    handle._begin(routed, branches, base.place_own, strict)
     for note in filter(None, notes):
         warnings.warn(f"patch: {note}", stacklevel=2)
     return handle
@@ -292,9 +329,11 @@ def check_patch(
     row, (routing, _, _) = _configured(experts, method, backend, absent, missing, options)
     fitted, _ = on_model(model, experts, row.name, routing, missing)
     problems = fitted.problems
-    if row.lacks is not None:
-        problems += row.lacks(fitted.experts)
-    if problems := problems or _device_problems(model, fitted.experts, backend):
+    if row.lacks is not None and not fitted.placement.problems:
+        bank, reasons = with_parameters(model, fitted.experts, fitted.placement)
+        problems += reasons + row.lacks(bank)
+    patched = (*fitted.experts.modules, *fitted.placement.parameters)
+    if problems := problems or _device_problems(model, patched, backend):
         raise ValueError(_listing(method, problems))
 
 
@@ -311,7 +350,7 @@ def _configured(
     if missing not in MISSING:
         raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
     row = get_method(method)
-    return row, row.configure(**options)
+    return row, row.configure(**options | own_top_k(row, experts, options))
 
 
 def get_handle(model: nn.Module) -> Handle:
@@ -322,8 +361,8 @@ def get_handle(model: nn.Module) -> Handle:
     return handle
 
 
-def _device_problems(model: nn.Module, experts: ExpertBank, backend: str) -> list[str]:
-    devices = {execution_device(model.get_submodule(name)).type for name in experts.modules}
+def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> list[str]:
+    devices = {execution_device(model.get_submodule(name)).type for name in patched}
     problems = []
     if "meta" in devices:
         problems.append("the model's weights are on the meta device: load them before the patch")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
+_ADDING = threading.Lock()
+
 
 class Trace:
-    """Sums over every token that passed while recording (padding tokens included: a layer cannot tell them apart).
+    """Sums over every real token that passed while recording.
 
-    A pass that gradient checkpointing repeats in backward is counted once.
+    Padding does not count: in a decoder-only model or an encoder the tokens where `attention_mask` is 0; in the decoder
+    of an encoder-decoder those where `decoder_attention_mask` is 0 or, without one, where `labels` is -100. A module
+    whose input has other leading sizes than the mask (a pooler's [N, D], the image of a vision tower) counts every row,
+    as everything does without a mask. A pass that gradient checkpointing repeats in backward is counted once.
 
     Args:
         names: the experts, in the order of every [E] tensor here.
@@ -22,22 +29,33 @@ class Trace:
         self._weight: dict[str, Tensor] = {}
         self._count: dict[str, Tensor] = {}
 
-    def add(self, module: str, weights: Tensor, experts: Tensor) -> None:
-        """Counts one call of `module`: weights [T,K] and experts [T,K]; slots of weight 0 do not count."""
+    def add(self, module: str, weights: Tensor, experts: Tensor, real: Tensor | None = None) -> None:
+        """Counts one call of `module`: weights [T,K] and experts [T,K] of the tokens where `real` [T] is True (None: of
+        all); slots of weight 0 do not count."""
         # inside backward only a checkpoint's recomputation runs a forward
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
-        weights, ids = weights.detach(), experts.detach().flatten().long()
+        if torch.compiler.is_compiling():
+            self._add(module, weights.detach(), experts.detach(), real)
+        else:
+            with _ADDING:  # threads begun inside of one block add to one trace
+                self._add(module, weights.detach(), experts.detach(), real)
+
+    def _add(self, module: str, weights: Tensor, experts: Tensor, real: Tensor | None) -> None:
         if module not in self._weight:
             # a tensor made in inference mode could not be added to outside of it
             with torch.inference_mode(False):
                 self._weight[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
                 self._count[module] = torch.zeros(len(self.names), dtype=torch.float64, device=weights.device)
-        flat = weights.flatten().double()
+        ids, flat = experts.flatten().long(), weights.double()
+        if real is not None:
+            flat = torch.where(real[:, None], flat, torch.zeros_like(flat))
+        flat = flat.flatten()
         self._weight[module].scatter_add_(0, ids, flat)
         self._count[module].scatter_add_(0, ids, (flat != 0).double())
         if self.calls is not None:
-            self.calls.setdefault(module, []).append((weights.cpu(), experts.detach().cpu()))
+            kept = (weights, experts) if real is None else (weights[real], experts[real])
+            self.calls.setdefault(module, []).append((kept[0].cpu(), kept[1].cpu()))
 
     def load(self) -> dict[str, Tensor]:
         """Module -> [E] float64: the sum of each expert's routing weights."""

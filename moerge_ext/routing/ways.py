@@ -22,6 +22,7 @@ from torch.nn.modules import module as module_hooks
 
 from .. import ops
 from .layers import execution_device
+from .state import Request
 
 # Where a plain base layer and its branch are one op, whatever the number of tokens. A guess, not measured on a GPU yet.
 FUSED_DEVICES = {"cuda"}
@@ -36,7 +37,7 @@ MEANING = {
 }
 
 
-def against_kept(layer: nn.Module) -> list[str]:
+def against_kept(layer: nn.Module, request: Request) -> list[str]:
     """Against op arguments that are made once and kept from call to call. `layer` is a RoutedLinear."""
     reasons = []
     if layer.route_options is None:
@@ -44,10 +45,10 @@ def against_kept(layer: nn.Module) -> list[str]:
     if layer.backend != "native":
         reasons.append(f'backend="{layer.backend}": plain torch in place of the kernels')
     if layer.needs_bias:
-        bias = layer.state.bias if layer.state.active else None
+        bias = request.bias
         if bias is None:
             reasons.append("the method adds affinities of the query, and none are set")
-        elif bias.device != layer._buffers["gates"].device:
+        elif bias.device != layer.gates.device:
             # a copy on the layer's device would not see what is written into it
             reasons.append(
                 f"the query's affinities are on {bias.device}, the layer on {layer._buffers['gates'].device}"
@@ -55,7 +56,7 @@ def against_kept(layer: nn.Module) -> list[str]:
     return reasons
 
 
-def against_short(layer: nn.Module, base: nn.Module, x: Tensor) -> list[str]:
+def against_short(base: nn.Module, x: Tensor, request: Request) -> list[str]:
     """Against torch's linear in place of the call of the base layer, with the branch written into its result."""
     inner, reasons = base.__dict__, []
     if torch.is_grad_enabled():
@@ -71,9 +72,9 @@ def against_short(layer: nn.Module, base: nn.Module, x: Tensor) -> list[str]:
         reasons.append("the base layer has forward hooks")
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         reasons.append("torch has forward hooks for all modules")
-    if layer.state.trace is not None:
+    if request.trace is not None:
         reasons.append("handle.record() is on")
-    if not layer.state.enabled:
+    if not request.enabled:
         reasons.append("the experts are switched off (handle.disabled())")
     if forward_ad._current_level >= 0:
         reasons.append("inside of forward-mode differentiation")
@@ -98,15 +99,15 @@ def against_fused(x: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
-def against_in_place(layer: nn.Module) -> list[str]:
+def against_in_place(layer: nn.Module, request: Request) -> list[str]:
     """Against writing the branch into what the base layer returned."""
     reasons = []
     if torch.is_grad_enabled():
         reasons.append("grad mode is on")
     # a hook may have kept the result
-    if layer._modules["base_layer"]._forward_hooks or module_hooks._global_forward_hooks:
+    if layer.base_layer._forward_hooks or module_hooks._global_forward_hooks:
         reasons.append("a forward hook may keep the base layer's result")
-    if layer.state.trace is not None and layer.route_options is not None:
+    if request.trace is not None and layer.route_options is not None:
         reasons.append("handle.record() is on")
     return reasons
 
@@ -156,13 +157,13 @@ class Explanation(tuple):
 
 def way_of(layer: nn.Module, x: Tensor) -> tuple[str, list[tuple[str, list[str]]]]:
     """(the way that `layer` takes for the input x [..., D] at present, the reasons against every faster one)."""
-    base = layer.base_layer
-    kept = against_kept(layer)
-    short = kept + against_short(layer, base, x)
+    base, request = layer.base_layer, layer.state.current()
+    kept = against_kept(layer, request)
+    short = kept + against_short(base, x, request)
     weight = getattr(base, "weight", None)
     fused = short + (against_fused(x, weight) if isinstance(weight, Tensor) else [])
     against = []
-    for way, reasons in ((FUSED, fused), (SHORT, short), (IN_PLACE, against_in_place(layer))):
+    for way, reasons in ((FUSED, fused), (SHORT, short), (IN_PLACE, against_in_place(layer, request))):
         if not reasons:
             return way, against
         new = [reason for reason in reasons if not any(reason in said for _, said in against)]
@@ -177,7 +178,7 @@ def explain(layers: Iterable[nn.Module], *, grad: bool = False) -> Explanation:
         weight = getattr(layer.base_layer, "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.dtype in FLOATS else torch.get_default_dtype()
         with torch.set_grad_enabled(grad):
-            x = torch.empty(1, layer.in_features, dtype=dtype, device=execution_device(layer.base_layer))
+            x = torch.empty(1, layer.in_features, dtype=dtype, device=execution_device(layer))
             way, against = way_of(layer, x)
         if slow := against_fast_kernels(layer):
             against.append(("the fast kernels", slow))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..experts.formats.peft import write_gates
@@ -18,9 +18,13 @@ from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable
 from ..files.listing import grouped
 from ..models.prompt import PromptFormat
-from .batches import Batch, BatchSource, Collate, run_model
+from ..routing.fused_experts import Pairs
+from ..routing.tokens import RealTokens
+from .batches import BatchSource, Collate, run_model
 from .encoding import MAX_LENGTH, prepare
-from .gated_lora import GatedLoRA, GatedModel, gated_model, warn_of_left_out
+from .gated_experts import GatedParameter
+from .gated_lora import GatedLoRA, GatedModel, gated_model
+from .left_out import warn_of_left_out
 from .random_state import seeded
 from .ranks import Ranks, current_ranks
 
@@ -91,7 +95,7 @@ def _sums(gated: GatedModel, source: BatchSource, *, progress: bool) -> tuple[di
     """Every module's inputs added up over the batches, and the number of batches."""
     model, count = gated.model, 0
     with ExitStack() as stack:
-        tokens = _Tokens(model, stack)
+        tokens = RealTokens(model, stack)
         means = {path: _Mean(layer, tokens) for path, layer in gated.layers.items()}
         for path, layer in gated.layers.items():
             stack.callback(layer.register_forward_pre_hook(means[path]).remove)
@@ -123,14 +127,19 @@ def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], facts: dict
 class _Mean:
     """Adds up one module's inputs."""
 
-    def __init__(self, layer: GatedLoRA, tokens: _Tokens) -> None:
+    def __init__(self, layer: GatedLoRA | GatedParameter, tokens: RealTokens) -> None:
         self.tokens = tokens
-        self.total = torch.zeros(layer.lora_A.shape[1], dtype=torch.float64, device=layer.lora_A.device)
+        self.total = torch.zeros(layer.lora_A.shape[-1], dtype=torch.float64, device=layer.lora_A.device)
         self.count = 0
 
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:
         u = args[0].detach()
-        mask = self.tokens.mask(u)
+        if len(args) > 1 and isinstance(args[1], Pairs):
+            mask = self.tokens.mask(args[1].tokens)
+            if mask is not None and args[0] is not args[1].tokens:
+                mask = mask[args[1].token]
+        else:
+            mask = self.tokens.mask(u)
         u = u.flatten(0, -2) if mask is None else u.flatten(0, -2)[mask]
         self.total += u.sum(0, dtype=torch.float64)
         self.count += u.shape[0]
@@ -143,47 +152,3 @@ class _Mean:
 
     def finite(self) -> bool:
         return bool(self.total.isfinite().all())
-
-
-class _Tokens:
-    """Knows which tokens of the running batch are real, for the encoder and the decoder of a model."""
-
-    def __init__(self, model: nn.Module, stack: ExitStack) -> None:
-        self.source: Tensor | None = None
-        self.target: Tensor | None = None
-        self.in_decoder = False
-        self.encoded: Tensor | None = None
-        # of speech models, whose convolutions make a few vectors of many samples
-        self.reduce = getattr(model, "_get_feature_vector_attention_mask", None)
-        config = getattr(model, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
-            decoder = model.get_decoder()
-            stack.callback(decoder.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            stack.callback(decoder.register_forward_hook(self._leave).remove)
-
-    def begin(self, batch: Batch) -> None:
-        self.in_decoder, self.encoded = False, None
-        mask, labels = batch.get("attention_mask"), batch.get("labels")
-        self.source = mask.bool() if isinstance(mask, Tensor) else None
-        mask = batch.get("decoder_attention_mask")
-        if isinstance(mask, Tensor):
-            self.target = mask.bool()
-        else:
-            self.target = labels != -100 if isinstance(labels, Tensor) else None
-
-    def mask(self, u: Tensor) -> Tensor | None:
-        """[tokens] bool for u [..., D], or None when all of them count."""
-        of_encoder = self.encoded is not None and u.data_ptr() == self.encoded.data_ptr()
-        mask = self.target if self.in_decoder and not of_encoder else self.source
-        if mask is None:
-            return None
-        flattened = u.dim() == 2 and u.shape[0] == mask.numel()  # as mixture-of-experts blocks do
-        if self.reduce is not None and u.dim() == 3 and u.shape[0] == mask.shape[0] and u.shape[1] < mask.shape[1]:
-            mask = self.reduce(u.shape[1], mask.long()).bool()
-        return mask.to(u.device).flatten() if flattened or mask.shape == u.shape[:-1] else None
-
-    def _enter(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.in_decoder, self.encoded = True, kwargs.get("encoder_hidden_states")
-
-    def _leave(self, *_: Any) -> None:
-        self.in_decoder, self.encoded = False, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,10 @@ from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable, disk_error
 from ..models.prompt import PromptFormat
 from ..models.wrappers import trainable_inside
-from ..routing.layers import replace_module
+from ..routing.layers import linear_features, replace_module
+from ..routing.peft_layers import peft_layers
+from ..routing.ran import FirstForward
+from ..routing.refusals import no_effect
 from .batches import BatchSource, Collate
 from .checkpointing import gradients_pass_checkpoints
 from .encoding import MAX_LENGTH, prepare
@@ -113,6 +117,7 @@ def _train(
         frozen(model) as still,
         gradients_pass_checkpoints(model),
         _peft_model(model, **lora, seed=options.seed) as peft_model,
+        FirstForward(model, peft_layers(model), what="layers whose LoRA is trained"),
     ):
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         # the model itself, which holds PEFT's layers: PEFT's wrapper would insist on input_ids, and speech has none
@@ -157,6 +162,7 @@ def _peft_model(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(f"{type(model).__name__} already carries wrapped layers: unload or remove() them first")
+    excluded = _without_effect(model) if target_modules == "all-linear" else []
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modules = {name: module for name, module in model.named_modules() if name}
     # PEFT leaves attributes and, under gradient checkpointing, hooks behind
@@ -168,11 +174,17 @@ def _peft_model(
                 lora_alpha=alpha,
                 lora_dropout=0.0,
                 target_modules=target_modules,
+                exclude_modules=excluded or None,
                 # weights stored [in, out], as GPT-2's are
                 fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
                 task_type=_task_type(model),
             )
             peft_model = get_peft_model(model, config)
+        if without := no_effect(peft_model, peft_layers(peft_model)):
+            raise ValueError(
+                "a LoRA cannot be trained on these layers, which target_modules names:\n- "
+                + "\n- ".join(f"{path.removeprefix('base_model.model.')}: {why}" for path, why in without.items())
+            )
         yield peft_model
     finally:
         # PEFT's own unload() needs a complete wrapper; after a failed injection there is none
@@ -187,6 +199,21 @@ def _peft_model(
                 del module._forward_hooks[key]
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def _without_effect(model: nn.Module) -> list[str]:
+    """The linear layers that all-linear would take along in vain, which is warned of."""
+    found = no_effect(model, [name for name, module in model.named_modules() if linear_features(module)])
+    kinds: dict[str, list[str]] = {}
+    for name, why in found.items():
+        kinds.setdefault(why, []).append(name)
+    for why, names in kinds.items():
+        warnings.warn(f"all-linear leaves out {_some(names)}: {why}", stacklevel=2)
+    return list(found)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _task_type(model: nn.Module) -> str | None:

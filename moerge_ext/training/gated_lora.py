@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,27 +25,33 @@ from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.gates import gates_file
 from ..experts.kinds import SIGMOID_GATE
 from ..files.atomic import write_atomically
-from ..files.listing import grouped
+from ..files.listing import grouped, listed
 from ..models.wrappers import trainable_inside
 from ..routing.base_model import saved_problems
 from ..routing.base_start import init_problems, on_base
 from ..routing.fitting import renamed_note
-from ..routing.layers import execution_device, linear_features, replace_module
+from ..routing.fused_experts import close_door, open_door
+from ..routing.layers import execution_device, linear_features
 from ..routing.naming import ModelPaths
+from ..routing.parameter_banks import Placement, place
 from ..routing.provenance import other_base_note
+from ..routing.ran import FirstForward
+from ..routing.refusals import no_effect, parallel_problems
+from ..routing.stand_in import StandIn
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
+from .gated_experts import GatedParameter, gated_experts, gated_parameters
+from .left_out import NOT_REACHED, warn_of_left_out
 from .ranks import current_ranks, whole
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
 
-NOT_REACHED = "they did not run on this data, or the loss does not depend on them"
-MAX_NAMED = 20  # modules that a warning or an error names
+_NAMES = ("lora_A", "lora_B", "lora_bias", "gate")
 _PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
 
 
-class GatedLoRA(nn.Module):
+class GatedLoRA(StandIn):
     """A linear layer with one LoRA expert and, optionally, its gate.
 
         y[..., O] = base_layer(u[..., D]) + s (B A u + b) * sigmoid(v . u)
@@ -60,8 +67,7 @@ class GatedLoRA(nn.Module):
     def __init__(
         self, base_layer: nn.Module, lora: LoraWeights, *, gate: bool = True, train_lora: bool = False
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.scaling = float(lora.scaling)
         device = execution_device(base_layer)
         factors = {"lora_A": lora.lora_A, "lora_B": lora.lora_B, "lora_bias": lora.bias}
@@ -82,7 +88,7 @@ class GatedLoRA(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # private names (accelerate's hooks) belong to the module that carries them
-            if name == "base_layer" or name.startswith("_"):
+            if name == "base_layer" or name in _NAMES or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -109,18 +115,26 @@ class GatedLoRA(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters: "gate" and, when trained, "lora_A", "lora_B", "lora_bias"."""
-        return {name: p for name, p in self._parameters.items() if p is not None}
+        values = {name: getattr(self, name) for name in _NAMES}
+        return {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
 
 
 class GatedModel:
     """What `gated_model` yields: the wrapped layers and what can be done with them.
 
     `model` is the caller's model (changed in place until the context ends), `adapter` what was read,
-    `layers` one `GatedLoRA` per module path, `still` what holds the rest of the model as it was.
+    `layers` one `GatedLoRA` per module path and one `GatedParameter` per stacked parameter of fused experts, `still`
+    what holds the rest of the model as it was.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, layers: dict[str, GatedLoRA], still: Frozen, *, joint: bool = False
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        layers: dict[str, GatedLoRA | GatedParameter],
+        still: Frozen,
+        *,
+        joint: bool = False,
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -246,8 +260,9 @@ def gated_model(
     after an exception; the base's weights are never written and its buffers are bit-identical.
 
     The model is the base model, not a `PeftModel`; `torch.compile` and DistributedDataParallel are looked through.
-    `save_pretrained` inside the block would write the wrapped layers' names: give a Trainer `save_strategy="no"` and
-    take the gates from `GatedModel.save` or its callback.
+    What `save_pretrained` or a Trainer's checkpoint writes inside the block is the model under its own names, and
+    beside it "<module path>.gate" (with `joint=True` ".lora_A" and so on): the model loads from it as ever, and the
+    Trainer resumes from it. `GatedModel.save` or its callback writes the file that `load_experts` reads.
 
         with gated_model(model, "experts/a") as gated:
             Trainer(model=model, args=args, train_dataset=data, callbacks=[gated.callback()]).train()
@@ -258,23 +273,33 @@ def gated_model(
     folder = Path(adapter_folder)
     model = trainable_inside(model)
     adapter = read_adapter(folder.name, folder, model)
-    places = _places(model, adapter)
-    targets = _matching_layers(model, adapter, places)
-    modules = _on_base(model, adapter, places, joint)
+    placement = place(model, adapter.modules)
+    linears = replace(adapter, modules=placement.linears)
+    places = _places(model, linears)
+    targets = _matching_layers(model, linears, places, _stacked_problems(adapter, placement, joint))
+    modules = _on_base(model, linears, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
+    branches = gated_experts(model, placement, gate=gate)
     with frozen(model) as still, gradients_pass_checkpoints(model):
         try:
             for p, _ in flags:
                 p.requires_grad_(False)
             for path, layer in layers.items():
                 layer.train(targets[path].training)
-                replace_module(model, places[path], layer)
-            yield GatedModel(model, adapter, layers, still, joint=joint)
+                layer.take_place(model, places[path])
+            for owner, branch in branches.items():
+                open_door(model.get_submodule(owner), branch)
+            watched = [*(places[path] for path in layers), *branches]
+            with FirstForward(model, watched, what="layers whose gates are trained"):
+                yield GatedModel(model, adapter, layers | gated_parameters(branches), still, joint=joint)
         finally:
-            for path, base in targets.items():
-                replace_module(model, places[path], base)
+            for path, layer in layers.items():
+                if layer.placed:
+                    layer.give_back(model, places[path])
+            for owner, branch in branches.items():
+                close_door(model.get_submodule(owner), branch)
             for p, flag in flags:
                 p.requires_grad_(flag)
             for module, mode in modes:
@@ -291,10 +316,28 @@ def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     return naming.paths
 
 
-def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str]) -> dict[str, nn.Module]:
-    """The model's layer for every module of the adapter; one ValueError with all that does not fit."""
+def _stacked_problems(adapter: Adapter, placement: Placement, joint: bool) -> list[str]:
+    """What keeps gates of LoRA on fused experts from being trained."""
+    problems, owners = list(placement.problems), listed(list(placement.parameters))
+    if not adapter.modules:
+        problems.append("the adapter has no LoRA module")
+    if owners and joint:
+        problems.append(
+            f"joint=True trains the LoRA of linear layers, and this adapter has fused experts too ({owners})"
+        )
+    if owners and adapter.claims.init is not None:
+        problems.append(
+            f"LoRA on fused experts ({owners}) that began with {adapter.claims.init} cannot be computed again: convert "
+            "the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return problems
+
+
+def _matching_layers(
+    model: nn.Module, adapter: Adapter, places: dict[str, str], problems: list[str]
+) -> dict[str, nn.Module]:
+    """The model's layer for every module of the adapter; one ValueError with `problems` and all that does not fit."""
     found: dict[str, nn.Module] = {}
-    problems: list[str] = []
     for path, lora in adapter.modules.items():
         if path not in places:
             problems.append(f"{path}: the model has no such module")
@@ -315,27 +358,14 @@ def _matching_layers(model: nn.Module, adapter: Adapter, places: dict[str, str])
         elif execution_device(layer).type == "meta":
             problems.append(f"{path}: its weights are on the meta device: load them before training")
         found[path] = layer
-    if not adapter.modules:
-        problems.append("the adapter has no LoRA module")
+    problems += parallel_problems(model)
+    problems += [f"{path}: {why}" for path, why in no_effect(model, places.values()).items()]
     if problems:
         raise ValueError(
             f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
             "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
-
-
-def warn_of_left_out(name: str, paths: Collection[str], total: int) -> None:
-    """One warning for the modules of an expert that get no gate; none when there are none."""
-    if not paths:
-        return
-    shown = ", ".join(sorted(paths)[:MAX_NAMED])
-    more = f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
-    warnings.warn(
-        f"no gate is written for {len(paths)} of {total} modules of '{name}', and patch masks the expert there, "
-        f"because {NOT_REACHED}: {shown}{more}",
-        stacklevel=3,
-    )
 
 
 def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, LoraWeights]:

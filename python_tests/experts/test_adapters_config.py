@@ -94,7 +94,6 @@ def test_harmless_fields_are_accepted(folder, fields):
         ({"use_bdlora": {"nblocks": 2}}, ["BD-LoRA"]),
         ({"alora_invocation_tokens": [1, 2]}, ["aLoRA"]),
         ({"trainable_token_indices": [5]}, ["trainable_token_indices"]),
-        ({"target_parameters": ["experts.w"]}, ["target_parameters"]),
         ({"layer_replication": [[0, 4], [2, 5]]}, ["layer_replication"]),
         ({"kasa_config": {"beta": 1e-4}}, ["KaSA"]),
         ({"arrow_config": {"top_k": 3}}, ["Arrow"]),

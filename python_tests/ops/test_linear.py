@@ -232,7 +232,10 @@ def test_one_vector_is_one_token():
         ({"weight": rand(20, 24, dtype=torch.bfloat16)}, "weight must be float32 like x, got bfloat16"),
         ({"linear_bias": rand(19)}, r"linear_bias must be \[O=20\] to match weight, got \[19\]"),
         ({"linear_bias": rand(20).double()}, "linear_bias must be float32 like x, got float64"),
-        ({"x": rand(2, 24, 3).mT}, r"x must be \[T, D\], or contiguous with another .* got \[2, 3, 24\]"),
+        (
+            {"x": rand(2, 24, 3).mT},
+            r"x must be \[T, D\], or with another .* equal distances, got \[2, 3, 24\] with strides",
+        ),
         ({"lora_b": rand(7, 21, 4)}, r"lora_b must be \[E=7, O=20, R=4\]"),
         ({"gates": rand(6, 24)}, r"lora_a must be \[E=6, R, D\] to match gates"),
         ({"top_k": 8}, r"top_k must be in \[1, E=7\], got 8"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from op_cases import FLOATS, LAYOUTS, check_lora, lora, rand, same_experts
@@ -239,7 +241,9 @@ def test_routed_lora_in_place_takes_more_dimensions():
     assert ops.routed_lora_(base, x, *bank) is None
     assert torch.equal(base.flatten(0, -2), want)
     with pytest.raises(
-        ValueError, match=r"base must be \[T, O\], or contiguous with another number of dimensions, got \[2, 3, 6, 4\]"
+        ValueError,
+        match=r"base must be \[T, O\], or with another number of dimensions have its rows at equal distances, got "
+        r"\[2, 3, 6, 4\] with strides \[72, 24, 1, 6\]",
     ):
         ops.routed_lora_(base.mT, x, *bank)
     one = case["base"][5].clone()
@@ -255,6 +259,39 @@ def test_routed_lora_in_place_takes_more_dimensions():
         ops.routed_lora_(base, x[0], *bank)
     with pytest.raises(ValueError, match="it writes in place"):
         ops.routed_lora_(base, x.clone().requires_grad_(), *bank)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (24, 1), (2, 3, 4), (1,)])
+def test_columns_of_a_wider_tensor_are_written_where_they_are(shape, dtype):
+    T = math.prod(shape)
+    case = lora(T, 16, 4, 2, 3, 6, base=dtype, x=dtype)
+    bank = [rand(4, 16, seed=5), case["lora_a"], case["lora_b"]]
+    want = ops.routed_lora(case["base"], case["x"], *bank)[0]
+    packed = torch.full((*shape, 20), 7.0, dtype=dtype)
+    wide = torch.zeros(*shape, 40, dtype=dtype)
+    base, x = packed[..., 9:15], wide[..., 3:19]
+    base.copy_(case["base"].view(base.shape)), x.copy_(case["x"].view(x.shape))
+    assert ops.routed_lora_(base, x, *bank) is None
+    assert torch.equal(base.reshape(T, 6), want)
+    assert (packed[..., :9] == 7).all() and (packed[..., 15:] == 7).all()
+    base.copy_(case["base"].view(base.shape))
+    rows, tokens = packed.view(T, 20)[:, 9:15], wide.view(T, 40)[:, 3:19]
+    ops.lora_apply_(rows, tokens, *bank[1:], case["weights"], case["experts"])
+    assert torch.equal(rows, ops.lora_apply(**case))
+    assert (packed[..., :9] == 7).all() and (packed[..., 15:] == 7).all()
+
+
+def test_rows_at_unequal_distances_are_refused():
+    case = lora(6, 16, 4, 2, 3, 6)
+    bank = [rand(4, 16, seed=5), case["lora_a"], case["lora_b"]]
+    base = torch.zeros(2, 4, 6)[:, :3]
+    with pytest.raises(ValueError, match=r"base .* rows at equal distances, got \[2, 3, 6\] with strides \[24, 6, 1\]"):
+        ops.routed_lora_(base, case["x"].view(2, 3, 16), *bank)
+    with pytest.raises(ValueError, match="x must be .* rows at equal distances"):
+        ops.routed_lora_(torch.zeros(2, 3, 6), torch.zeros(2, 4, 16)[:, :3], *bank)
+    with pytest.raises(ValueError, match="must not overlap itself"):
+        ops.routed_lora_(torch.zeros(6).expand(2, 3, 6), case["x"].view(2, 3, 16), *bank)
 
 
 def test_routed_lora_with_everything_masked_is_the_base():

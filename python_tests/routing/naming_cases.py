@@ -105,11 +105,11 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def linear_layers(model: nn.Module, part: str = "") -> dict[str, tuple[int, int]]:
-    """{path: (D, O)} of the nn.Linear whose path contains `part`."""
+    """{path: (D, O)} of the nn.Linear whose path contains `part`; an nn.MultiheadAttention never calls its own."""
     return {
         path: (layer.in_features, layer.out_features)
         for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and part in path
+        if isinstance(layer, nn.Linear) and part in path and not path.endswith("head.attention.out_proj")
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import patch_cases as cases
 import pytest
 import torch
@@ -158,3 +161,51 @@ def test_an_encoder_decoder_reads_its_own_words(tmp_path):
     with handle.queries(QUERIES, tokenizer=TOKENIZER):
         got = model.generate(cases.tokens(2), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert seen[-1] == [q + TOKENIZER.decode(row[1:3]) for q, row in zip(QUERIES, got, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"assistant_model": cases.build("llama")},
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_early_exit": 1},
+        {"prefill_chunk_size": 4},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_decoding_of_several_tokens_at_once_is_refused(spied, option):
+    model, handle, seen = spied
+    (name,) = option
+    with handle.queries(QUERIES[:1], tokenizer=TOKENIZER):
+        with pytest.raises(ValueError, match=f"'token_level' reads the text again at every token, and with {name}"):
+            ask(model, rows=1, **option)
+        if name != "assistant_model":
+            config = copy.deepcopy(model.generation_config)
+            setattr(config, *next(iter(option.items())))
+            with pytest.raises(ValueError, match=f"and with {name}"):
+                ask(model, rows=1, generation_config=config)
+        ask(model, rows=1)
+
+
+def test_continuous_batching_is_refused(spied):
+    model, handle, seen = spied
+    with handle.queries(QUERIES[:1], tokenizer=TOKENIZER):
+        for begin in (model.generate_batch, model.init_continuous_batching):
+            with pytest.raises(ValueError, match=r"'token_level' reads the text again.*generate_batch.*use generate"):
+                begin(cases.tokens(1).tolist())
+
+
+def test_texts_of_two_threads_grow_apart(spied):
+    model, handle, seen = spied
+    want = []
+    for query in QUERIES:
+        with handle.queries(query, tokenizer=TOKENIZER):
+            want.append(ask(model, rows=1))
+
+    def run(query):
+        with handle.queries(query, tokenizer=TOKENIZER):
+            return [ask(model, rows=1) for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for row, answers in enumerate(pool.map(run, QUERIES)):
+            assert all(torch.equal(answer, want[row]) for answer in answers)

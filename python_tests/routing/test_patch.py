@@ -115,7 +115,7 @@ def test_routed_linear_looks_like_its_base(llama, experts):
     assert "experts=3" in repr(routed)
     new = nn.Parameter(torch.zeros_like(base.weight))
     routed.weight = new
-    assert base.weight is new and not routed._parameters
+    assert base.weight is new and routed._parameters is base._parameters
 
 
 @pytest.mark.parametrize("layer, features", [(nn.Linear(3, 5), (3, 5)), (nn.Embedding(3, 5), None)])
@@ -231,7 +231,7 @@ def test_autocast(llama, experts):
         native = logits(llama, **inputs)
     with moerge.patch(llama, experts, backend="reference"), torch.autocast("cpu", torch.bfloat16):
         reference = logits(llama, **inputs)
-    assert native.dtype == torch.bfloat16 and error(native, reference) < 0.1
+    assert native.dtype == torch.bfloat16 and error(native, reference) < 0.02
 
 
 def test_later_gates_do_not_reach_a_patched_model(tmp_path):

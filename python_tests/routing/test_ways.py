@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import patch_cases as cases
 import pytest
 import torch
@@ -52,7 +54,7 @@ def replaced(layer):
 
 
 def recorded(layer):
-    layer.state.trace = moerge.Trace(tuple("abcdefgh"), False)
+    return layer.state.block(trace=moerge.Trace(tuple("abcdefgh"), False))
 
 
 def foreign(layer):
@@ -77,8 +79,7 @@ def test_what_is_said_is_what_runs(patched, change, way, said, monkeypatch):
     model, experts = patched
     moerge.patch(model, experts, "arrow", top_k=2)
     layer = next(m for m in model.modules() if isinstance(m, RoutedLinear))
-    change(layer)
-    with torch.no_grad():
+    with change(layer) or nullcontext(), torch.no_grad():
         x = torch.randn(1, 3, layer.in_features)
         found, against = ways.way_of(layer, x)
         assert found == way and said in [reason for _, reasons in against for reason in reasons]

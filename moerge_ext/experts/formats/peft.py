@@ -27,6 +27,7 @@ from . import adalora
 from .foreign import what_else
 from .peft_config import check_config, read_config, refused_fields
 from .peft_keys import SortedKeys, sort_keys
+from .peft_parameters import Slice, StackedLora, stacked_notes, take_stacked
 from .peft_rules import Alpha, LoraRules, show
 from .view import AdapterView, OpenTensors
 
@@ -59,6 +60,14 @@ class LoraWeights:
     scaling: float
     bias: Tensor | None = None  # [O]
 
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -84,6 +93,7 @@ class ModuleHeader:
     dtype: torch.dtype
     has_bias: bool
     nbytes: int
+    slice: Slice | None = None  # of a stacked parameter's tensors
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,8 @@ class AdapterHeader:
         with self.open() as tensors:
             for path, module in self.modules.items():
                 parts = {part: self._read(tensors, key) for part, key in self.keys[path].items()}
+                if module.slice is not None:
+                    parts = {part: module.slice.of(part, tensor) for part, tensor in parts.items()}
                 yield path, LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
 
     def _read(self, tensors: OpenTensors, key: str) -> Tensor:
@@ -212,12 +224,15 @@ def inspect_view(
     keys = sort_keys(headers, refused, keep)
     modules: dict[str, ModuleHeader] = {}
     alphas: dict[str, Alpha] = {}
+    parts, stacked = {}, {}
     # what the tensors of another kind of adapter lack is no news
     if config.get("peft_type", "LORA") == "LORA" and "enable_lora" not in refused:
         problems += keys.problems
         if headers and not keys.keys and not keys.problems:
             problems.append("there is no LoRA weight among its tensors")
-        modules, alphas = _check_modules(keys.parts(headers), rules, problems)
+        parts, stacked, reasons = take_stacked(keys.parts(headers), rules)
+        problems += reasons
+        modules, alphas = _check_modules(parts, rules, problems, stacked)
     # gates are matched against modules only when the modules could be understood
     widths = {path: module.in_features for path, module in modules.items()}
     gates: dict[str, GateSet] = {}
@@ -231,10 +246,12 @@ def inspect_view(
     notes = list(view.notes)
     if keep is None:
         notes += rules.notes(alphas, claims.saved)
+        notes += stacked_notes(stacked, parts, rules, config.get("peft_version"))
     else:  # what is not taken is not missed
         claims = replace(claims, targets=None)
+    sources = {path: keys.keys[module.slice.stored if module.slice else path] for path, module in modules.items()}
     return AdapterHeader(
-        name, folder, rules.base_model, config, modules, gates, headers, view.open, keys.keys, notes, claims
+        name, folder, rules.base_model, config, modules, gates, headers, view.open, sources, notes, claims
     )
 
 
@@ -288,15 +305,21 @@ def _read_headers(view: AdapterView, problems: list[str]) -> dict[str, TensorHea
 
 
 def _check_modules(
-    parts: Mapping[str, Mapping[str, TensorHeader]], rules: LoraRules | None, problems: list[str]
+    parts: Mapping[str, Mapping[str, TensorHeader]],
+    rules: LoraRules | None,
+    problems: list[str],
+    stacked: Mapping[str, StackedLora],
 ) -> tuple[dict[str, ModuleHeader], dict[str, Alpha]]:
-    """({module path: header}, {module path: alpha}) of the modules that are right."""
+    """({module path: header}, {path: alpha}) of the modules that are right; those of a `stacked` parameter are its
+    slices.
+    """
     modules: dict[str, ModuleHeader] = {}
     alphas: dict[str, Alpha] = {}
     if rules is not None and (reasons := rules.work_problems(parts)):
         problems += reasons
         rules = None
-    left_out = rules.targets.left_out(parts) if rules is not None else {}
+    layers = [path for path in parts if path not in stacked]
+    left_out = rules.targets.left_out(layers) if rules is not None else {}
     for path, found in parts.items():
         reasons = _shape_problems(found)
         if not reasons and rules is not None:
@@ -316,6 +339,9 @@ def _check_modules(
                 has_bias="bias" in found,
                 nbytes=sum(part.nbytes for part in found.values()),
             )
+    for path, lora in stacked.items():
+        if (header := modules.pop(path, None)) is not None:
+            modules |= {name: replace(header, slice=part) for name, part in lora.modules().items()}
     return modules, alphas
 
 

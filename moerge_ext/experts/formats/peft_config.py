@@ -61,6 +61,7 @@ _USED = frozenset(
         "lora_bias",
         "init_lora_weights",
         "target_modules",
+        "target_parameters",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
@@ -75,7 +76,6 @@ _REFUSED = {
     "alora_invocation_tokens": "aLoRA switches on at an invocation string",
     "alora_invocation_string": "aLoRA switches on at an invocation string",
     "trainable_token_indices": "trained token embeddings replace rows of the base model",
-    "target_parameters": "LoRA on bare parameters is not LoRA on a linear layer",
     "layer_replication": "the adapter expects a base model with repeated layers",
     "megatron_config": "Megatron layers are not supported",
     "arrow_config": "the file describes an Arrow router, not one expert",
@@ -155,6 +155,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
         modules_to_save=_modules_to_save(config.get("modules_to_save"), problems),
         base_model=_base_model(config.get("base_model_name_or_path"), problems),
         says=tuple(says),
+        parameters=_parameters(config.get("target_parameters"), problems),
     )
     return (None if problems else rules), problems
 
@@ -264,6 +265,13 @@ def _names(value: Any, field: str, problems: list[str]) -> ModuleNames | None:
         return ModuleNames(value) if value else None
     problems.append(f"{field} must be a list of names or a string, got {show(value)}")
     return None
+
+
+def _parameters(value: Any, problems: list[str]) -> tuple[str, ...]:
+    if value is not None and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        problems.append(f"target_parameters must be a list of names or null, got {show(value)}")
+        return ()
+    return tuple(value or ())
 
 
 def _layers(config: Mapping[str, Any], problems: list[str]) -> LayerNumbers | None:

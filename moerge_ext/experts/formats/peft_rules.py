@@ -61,6 +61,7 @@ class LoraRules:
     modules_to_save: tuple[str, ...]
     base_model: str | None
     says: tuple[str, ...] = ()  # what is odd about the config itself
+    parameters: tuple[str, ...] = ()  # target_parameters
 
     def rank_problem(self, path: str, rank: int) -> str | None:
         """Why the tensors' rank cannot be of this config: neither the first matching pattern, nor one that another
@@ -73,6 +74,10 @@ class LoraRules:
         if first is None or rank in possible:
             return None
         return f"the config says rank {first} ({source}), the tensors have {rank}"
+
+    def first_rank(self, path: str) -> int | None:
+        """What PEFT would make: the first pattern that matches, or r."""
+        return next((int(row.value) for row in self.rank_pattern if row.matches(path)), self.rank)
 
     def alpha_of(self, path: str, rank: int) -> Alpha:
         """PEFT's choice, the first pattern that matches; or the one whose twin in `rank_pattern` has the tensors' rank

@@ -1,0 +1,75 @@
+"""Threads that are begun inside of a handle's block belong to it, as asyncio's tasks do.
+
+What a block sets is a context variable, which a new thread does not see (Python 3.14 can be told otherwise). But
+`TextIteratorStreamer`, continuous batching, DataParallel and thread pools compute in threads of their own. So
+`Thread.start` and `ThreadPoolExecutor.submit` are wrapped once, when the first block is entered: they carry that one
+variable over, and nothing else. Outside of blocks they do what they did.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+# RoutingState -> Request, for the blocks that the running code is in; never changed in place
+REQUESTS: ContextVar[Mapping[Any, Any]] = ContextVar("moerge_requests", default={})  # noqa: B039
+_LOCK = threading.Lock()
+
+
+def carry_into_threads() -> None:
+    """From here on, what is begun inside of a block is inside of it."""
+    with _LOCK:
+        if not hasattr(threading.Thread.start, "carries_requests"):
+            threading.Thread.start = _carrying_start(threading.Thread.start)
+            ThreadPoolExecutor.submit = _carrying_submit(ThreadPoolExecutor.submit)
+
+
+def is_foreign_thread() -> bool:
+    """Whether Python did not begin the running thread, such as those in which autograd computes for GPUs."""
+    return isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _carrying_start(begin: Callable) -> Callable:
+    @wraps(begin)
+    def start(thread: threading.Thread, *args: Any, **kwargs: Any) -> Any:
+        if requests := REQUESTS.get():
+            thread.run = _inside(requests, thread.run)
+        return begin(thread, *args, **kwargs)
+
+    start.carries_requests = True
+    return start
+
+
+def _carrying_submit(hand_in: Callable) -> Callable:
+    @wraps(hand_in)
+    def submit(pool: ThreadPoolExecutor, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
+        requests = REQUESTS.get()
+        if not requests:
+            return hand_in(pool, function, *args, **kwargs)
+        token = REQUESTS.set({})  # a thread that the pool begins here serves others too
+        try:
+            return hand_in(pool, _inside(requests, function), *args, **kwargs)
+        finally:
+            REQUESTS.reset(token)
+
+    return submit
+
+
+def _inside(requests: Mapping[Any, Any], function: Callable) -> Callable:
+    """`function`, to be called in another thread, inside of the blocks of `requests`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = REQUESTS.set(requests)
+        shown = {state: state.show(request) for state, request in requests.items()}
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for state, request in shown.items():
+                state.show(request)
+            REQUESTS.reset(token)
+
+    return run

@@ -1,0 +1,261 @@
+"""Layers that patch refuses by name: they carry an adapter, are never called, are no linear layer, or lie in parts."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import builders
+import guard_cases as cases
+import pytest
+import torch
+from torch import nn
+
+import moerge_ext as moerge
+from moerge_ext.routing.callers import Use, use_of
+from moerge_ext.training.gated_lora import gated_model
+
+Q = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+
+
+def refused(model: nn.Module, paths) -> str:
+    with pytest.raises(ValueError, match="cannot patch the model") as caught:
+        moerge.patch(model, cases.experts(model, paths))
+    assert not any(isinstance(module, moerge.RoutedLinear) for module in model.modules())
+    return str(caught.value)
+
+
+def base_weights_read_past(model: nn.Module) -> list[str]:
+    """The layers that one forward passes by: what patch should refuse."""
+    ran = set()
+    hooks = [m.register_forward_pre_hook(lambda m, a, p=p: ran.add(p)) for p, m in model.named_modules()]
+    model(cases.ids(1, 5)) if hasattr(model, "get_input_embeddings") else None
+    for hook in hooks:
+        hook.remove()
+    return [path for path in cases.linears(model) if path not in ran]
+
+
+# ---- a parent that reads the weight ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
+@torch.no_grad()
+def test_layers_whose_weight_is_read_are_refused_and_no_others(kind):
+    model = cases.mamba(kind)
+    passed_by = base_weights_read_past(model)
+    assert passed_by == [f"backbone.layers.{layer}.mixer.dt_proj" for layer in (0, 1)]
+    text = refused(model, cases.linears(model))
+    assert all(path in text for path in passed_by) and "in_proj" not in text and f"{kind}Mixer reads its weight" in text
+    with moerge.patch(model, cases.experts(model, cases.linears(model, "dt_proj")), strict=True):
+        model(cases.ids(1, 5))
+
+
+def test_attention_by_a_function_of_torch():
+    model = cases.wavlm()
+    text = refused(model, [f"encoder.layers.0.attention.{n}_proj" for n in "qkv"])
+    assert "WavLMAttention reads its weight and never calls it" in text
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
+    assert "MultiheadAttention reads its weight" in refused(attention, ["a.out_proj"])
+
+
+@torch.no_grad()
+def test_torchs_fast_path():
+    model, x = cases.Encoder(batch_first=True).eval(), torch.randn(2, 5, 16)
+    paths = ["layers.layers.0.linear1", "layers.layers.1.linear2"]
+    assert "set_fastpath_enabled(False)" in refused(model, paths)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        base = model(x)
+        with moerge.patch(model, cases.experts(model, paths), strict=True):
+            assert not torch.allclose(model(x), base)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    slow = cases.Encoder(batch_first=False).eval()
+    with moerge.patch(slow, cases.experts(slow, paths), strict=True):
+        slow(x)
+
+
+def test_conditions_about_the_module_itself_are_answered():
+    class Gated(nn.Module):
+        def __init__(self, fused: bool):
+            super().__init__()
+            self.proj, self.fused = nn.Linear(4, 4), fused
+
+        def forward(self, x):
+            if self.fused and hasattr(self, "proj"):
+                return x @ self.proj.weight.T
+            return self.proj(x.to(self.proj.weight.dtype))
+
+    assert use_of(Gated(True), "proj") == Use(read=True)
+    assert use_of(Gated(False), "proj") == Use(called=True)
+    assert use_of(nn.Sequential(nn.Linear(4, 4)), "0") is None
+
+
+def test_a_fused_kernel_that_asks_for_pefts_adapters():
+    def fast(self, x):
+        layer = self.up
+        if getattr(layer, "disable_adapters", True):
+            return self.side(cases.by_weight(getattr(layer, "base_layer", layer), x))
+        raise NotImplementedError
+
+    model = cases.Net()
+    model.block.forward = types.MethodType(fast, model.block)
+    text = refused(model, ["block.up", "block.side"])
+    assert "'block.up'" in text and "fused kernels (Unsloth's)" in text and "block.side" not in text
+
+
+# ---- what is no linear layer -----------------------------------------------------------------------------------------
+
+
+def test_a_router_that_returns_a_tuple():
+    model = cases.llama4()
+    text = refused(model, cases.linears(model))
+    assert "'model.layers.0.feed_forward.router'" in text and "Llama4Router" in text and "into a tuple" in text
+    with moerge.patch(model, cases.experts(model, cases.linears(model, "router"))):
+        model(cases.ids(1, 4))
+
+
+def test_a_subclass_that_is_a_linear_layer_passes():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    model = nn.Sequential(Own(8, 8, bias=False))
+    with moerge.patch(model, cases.experts(model, ["0"])):
+        model(torch.randn(2, 8))
+
+
+def test_a_tuple_that_only_shows_when_it_runs():
+    class Loud(nn.Module):
+        in_features = out_features = 8
+
+        def forward(self, x):
+            return x, x
+
+    model = nn.Sequential(Loud())
+    with moerge.patch(model, cases.experts(model, ["0"])), pytest.raises(TypeError, match="0: Loud returned a tuple"):
+        model(torch.randn(2, 8))
+
+
+# ---- adapters of PEFT ------------------------------------------------------------------------------------------------
+
+
+def adapted(**fields):
+    peft = pytest.importorskip("peft")
+    model = builders.tiny_llama()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **fields))
+    return model
+
+
+def test_an_adapter_of_transformers():
+    model = adapted()
+    text = refused(model, Q)
+    assert all(path in text for path in Q) and "'default'" in text and "model.delete_adapter('default')" in text
+    model.delete_adapter("default")
+    with moerge.patch(model, cases.experts(model, Q)):
+        model(cases.ids(1, 4))
+
+
+@pytest.mark.parametrize("config", ["LoraConfig", "LoHaConfig", "IA3Config", "VeraConfig"])
+def test_the_base_model_of_a_peft_model_still_carries_its_adapters(config):
+    peft = pytest.importorskip("peft")
+    fields = {"feedforward_modules": []} if config == "IA3Config" else {}
+    wrapped = peft.get_peft_model(builders.tiny_llama(), getattr(peft, config)(target_modules=["q_proj"], **fields))
+    text = refused(wrapped.get_base_model(), Q)
+    assert "'default'" in text and "peft_model.unload()" in text
+    with pytest.raises(ValueError, match=r"pass model\.unload\(\).*get_base_model\(\) leaves them on"):
+        moerge.patch(wrapped, cases.experts(wrapped.get_base_model(), []))
+    base = wrapped.unload()
+    with moerge.patch(base, cases.experts(base, Q)):
+        base(cases.ids(1, 4))
+
+
+@torch.no_grad()
+def test_a_merged_adapter_is_part_of_the_base():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(builders.tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    wrapped.merge_adapter()
+    base = wrapped.get_base_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        moerge.patch(base, cases.experts(base, Q)).remove()
+
+
+def test_idle_adapters_and_those_on_other_layers_are_said():
+    model = adapted()
+    with pytest.warns(UserWarning, match=f"'default' stays active beside the experts in {Q[0]}"):
+        moerge.patch(model, cases.experts(model, ["model.layers.0.mlp.up_proj"])).remove()
+    model.disable_adapters()
+    with pytest.warns(UserWarning, match=f"'default' is there but idle in {Q[0]}"):
+        moerge.patch(model, cases.experts(model, Q)).remove()
+
+
+def test_peft_on_a_patched_model():
+    """It cannot train below the experts: a routed layer is refused by PEFT, by name, or left alone."""
+    peft = pytest.importorskip("peft")
+    model = builders.tiny_llama()
+    handle = moerge.patch(model, cases.experts(model, Q))
+    with pytest.raises(ValueError, match="RoutedLinear"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    handle.remove()
+    model = builders.tiny_llama()
+    handle = moerge.patch(model, cases.experts(model, Q))
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    routed = [model.get_submodule(name) for name in handle.modules]
+    assert {type(layer.base_layer) for layer in routed} == {torch.nn.Linear}
+    assert not [name for layer in routed for name, _ in layer.named_parameters() if "default" in name]
+
+
+def test_gate_training_is_on(tmp_path):
+    model = builders.tiny_llama()
+    folder = builders.random_experts(model, tmp_path, ["ant"], ["q_proj"])["ant"]
+    with gated_model(model, folder):
+        assert "GatedLoRA with a LoRA of its own" in refused(model, Q)
+
+
+# ---- models in parts -------------------------------------------------------------------------------------------------
+
+
+def test_tensor_parallel():
+    model = builders.tiny_llama()
+    model._tp_size = 2
+    assert "tensor parallel (tp_size=2)" in refused(model, Q)
+    model._tp_size = 1
+    moerge.patch(model, cases.experts(model, Q)).remove()
+
+
+def sharded(rank: int, port: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = builders.tiny_llama()
+    want, inputs = None, cases.ids(2, 6)
+    experts = cases.experts(model, Q)
+    with torch.no_grad(), moerge.patch(model, experts):
+        want = model(inputs).logits
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with torch.no_grad(), moerge.patch(model, experts):
+        assert torch.allclose(model(inputs).logits, want, atol=1e-5)
+    model = builders.tiny_llama()
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
+    assert "its weight is a DTensor" in refused(model, Q)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fsdp2_passes_and_torchs_tensor_parallel_does_not(free_port):
+    torch.multiprocessing.spawn(sharded, args=(free_port,), nprocs=2)
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
