@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..ensemble.judge import JUDGES
-from ..files.atomic import write_atomically
+from ..files.atomic import check_can_write, write_atomically
 from .options import add_prompts_and_model, answering, build_ensemble, read_questions
 
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The table, the plot, and the best ensemble against the best expert; returns the exit status."""
+    check_can_write(args.output)
     rows = read_questions(args)
 
     from rich.console import Console

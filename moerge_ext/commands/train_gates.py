@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     rows = my_rows(args.data, ranks, prompt)
     if "validation" in training:
         training["validation"] = my_rows(training["validation"], ranks, prompt)
-    if args.output is not None:
-        check_writable(args.output)
+    if args.output is not None or args.adapter.is_dir():
+        check_writable(args.output or args.adapter)
     model, tokenizer = load(args)
     common = {"tokenizer": tokenizer, "max_length": args.max_length, "prompt": prompt}
     common |= {"batch_size": args.batch_size, "output_dir": args.output, "progress": not args.no_progress}

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..files.listing import listed
 from ..files.safefile import open_tensors
 from ..models.prompt import PromptFormat
 from .bank import ExpertBank
@@ -36,14 +37,17 @@ def noted_prompts(folder: Path) -> dict[str, PromptFormat]:
 def warn_of_other_prompts(experts: ExpertBank, asked: Iterable[PromptFormat | None]) -> None:
     """Warn of experts, or gates, that were trained with another prompt format than those they are asked with."""
     asked = {form for form in asked if form is not None}
-    lines = []
+    others: dict[PromptFormat, list[str]] = {}
     for name, folder in zip(experts.names, experts.folders, strict=True):
-        for file, form in noted_prompts(folder).items() if folder is not None and asked else ():
+        noted = noted_prompts(folder) if folder is not None and asked else {}
+        for form in dict.fromkeys(noted.values()):
             if asked != {form}:
-                lines.append(f"{name} ({file}): {form}")
-    if lines:
+                files = [file for file, other in noted.items() if other == form]
+                others.setdefault(form, []).append(name if len(files) == len(noted) else f"{name} ({', '.join(files)})")
+    if others:
         these = " and ".join(sorted(map(str, asked)))
+        lines = [f"\n- {form}: {listed(names, 'experts')}" for form, names in others.items()]
         warnings.warn(
-            f"experts are asked with another prompt ({these}) than they were trained with:\n- " + "\n- ".join(lines),
+            f"experts are asked with another prompt ({these}) than they were trained with:" + "".join(lines),
             stacklevel=3,
         )

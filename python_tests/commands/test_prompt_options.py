@@ -81,7 +81,7 @@ def test_what_was_trained_is_noted_and_compared(folder, capsys, recwarn):
         assert ask() == 0
         (said,) = [str(w.message) for w in recwarn if told in str(w.message)]
         assert "(--template '{input}')" in said
-        assert f"expert ({FILES[0]}): --template '{FORM[1]}' --chat" in said
+        assert said.endswith(f"\n- --template '{FORM[1]}' --chat: expert")
 
 
 def test_texts_have_no_prompt_and_batches_none_that_is_known(folder):
