@@ -84,6 +84,13 @@ def test_what_was_trained_is_noted_and_compared(folder, capsys, recwarn):
         assert said.endswith(f"\n- --template '{FORM[1]}' --chat: expert")
 
 
+def test_joint_training_notes_it_in_both_files(folder):
+    expert = trained(folder)
+    words = ["train-gates", folder / "model", expert, "--data", folder / "task" / "train.jsonl", "--joint"]
+    assert call(*words, "--output", folder / "j", "--steps", 1, "--device", "cpu", "--no-progress", *FORM) == 0
+    assert list(noted_prompts(folder / "j").items()) == [(file, PromptFormat(FORM[1], True)) for file in FILES[::2]]
+
+
 def test_texts_have_no_prompt_and_batches_none_that_is_known(folder):
     write(folder / "task" / "train.jsonl", [{"text": "abc"}])
     assert noted_prompts(trained(folder)) == {}
