@@ -19,5 +19,6 @@ def own_top_k_note(method: Method, taken: Mapping[str, int]) -> str | None:
     """What is said of `own_top_k`."""
     if not taken:
         return None
-    experts = "1 expert, which is taken" if taken["top_k"] == 1 else f"{taken['top_k']} experts, all of which are taken"
-    return f"method '{method.name}' takes the top {method.routing.top_k} by itself; there are {experts}"
+    count = taken["top_k"]
+    there = "there is 1 expert, which is" if count == 1 else f"there are {count} experts, all of which are"
+    return f"method '{method.name}' takes the top {method.routing.top_k} by itself; {there} taken"
