@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,11 +134,12 @@ def arrow_model(model: nn.Module, bank: ExpertBank, size: Size) -> nn.Module:
 def dispatch_layers(device: torch.device) -> tuple[nn.Module, nn.Module]:
     """(plain, patched) linear layers of D = O = 8."""
     plain = nn.Linear(8, 8, bias=False, device=device).requires_grad_(False)
-    model = nn.ModuleDict({"proj": plain})
+    model = nn.Sequential(OrderedDict(proj=plain))
     module = ModuleBank(
         torch.randn(8, 2, 8, device=device),
         torch.randn(8, 2, 8, device=device).transpose(1, 2),
         gates={"sigmoid-gate": torch.randn(8, 8, device=device)},
     )
     moerge_ext.patch(model, ExpertBank([f"e{i}" for i in range(8)], {"proj": module}), "phatgoose", top_k=2)
-    return plain, model["proj"]
+    model(torch.zeros(1, 8, device=device))  # the first forward of a patched model is watched
+    return plain, model.proj
