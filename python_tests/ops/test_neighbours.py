@@ -58,4 +58,5 @@ def test_a_busy_neighbour_costs_no_time_slices(T, calls):
     )
     ratios = sorted(float(text) for text in done.stdout.split())
     assert len(ratios) == rounds, done.stderr[-1500:]
-    assert ratios[rounds // 2] < 4, ratios  # a time slice per call makes it 10 to 1000
+    # a time slice per call makes every round 6 to 1000; one that is free of it may still meet other neighbours
+    assert ratios[1] < 4, ratios

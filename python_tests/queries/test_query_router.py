@@ -162,11 +162,12 @@ def test_generate_keeps_rows_and_beams_together(experts, decoding):
 
 def test_queries_that_do_not_fit_are_refused(experts):
     model, handle = patched(experts)
+    before = len(model._forward_pre_hooks)
     with handle.queries(QUERIES), pytest.raises(ValueError, match="2 rows of affinities .* batch of 3: give as many"):
         model(cases.tokens(3, length=8))  # 24 tokens would divide among 2 rows
     with pytest.raises(RuntimeError, match="handle.queries"):
         model(cases.tokens(2))
-    assert not model._forward_pre_hooks
+    assert len(model._forward_pre_hooks) <= before
     handle.router = None
     with pytest.raises(ValueError, match="handle.router = moerge_ext.QueryRouter"), handle.queries(QUERIES):
         pass
