@@ -22,6 +22,7 @@ if not _bare():
     from .ensemble.train import train_router
     from .experts.bank import ExpertBank, ModuleBank, load_experts
     from .methods import METHODS, get_method
+    from .models.prompt import PromptFormat
     from .native.loading import build_info
     from .ops import reference
     from .queries.calibration import calibrate_threshold
@@ -50,6 +51,7 @@ __all__ = [
     "ModuleBank",
     "PromptEnsemble",
     "PromptExpert",
+    "PromptFormat",
     "PromptRouter",
     "QueryRouter",
     "RoutedLinear",

@@ -205,3 +205,13 @@ def make_tokenizer(folder):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
     return fast
+
+
+def chat_tokenizer(folder):
+    """`make_tokenizer` with a chat template: user "x" -> "u:x.a:"."""
+    tokenizer = make_tokenizer(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..files.atomic import check_can_write
 from ..files.rows import read_rows
 from ..queries.describe import EXAMPLES, describe
 from ..queries.embedder import Embedder
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     check_writer(args)
     describing = args.instruction is not None or bool(args.writer)
     check(args, describing)
+    if args.output is not None or args.adapter.is_dir():
+        check_can_write(args.output or args.adapter)
     rows = read_rows(args.examples, text=True) if args.examples is not None else []
     embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
     if describing:

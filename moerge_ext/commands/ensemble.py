@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..ensemble.judge import JUDGES
-from ..files.atomic import write_atomically
+from ..files.atomic import check_can_write, write_atomically
 from .options import add_prompts_and_model, answering, build_ensemble, read_questions
 
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The table, the plot, and the best ensemble against the best expert; returns the exit status."""
+    check_can_write(args.output)
     rows = read_questions(args)
 
     from rich.console import Console
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     top_ks = args.top_k or range(1, min(4, len(ensemble.names)) + 1)
     scores = measure(
         ensemble,
-        [row["input"] for row in rows],
+        [row["question"] for row in rows],
         [row["target"] for row in rows],
         JUDGES[args.judge],
         router=router,

@@ -9,8 +9,10 @@ from typing import Any
 
 from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
 from ..evaluation.tasks import METRICS, Task, load_task
+from ..files.atomic import check_can_write
 from ..methods.fixed import PREFIX
 from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .prompt_options import prompt_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
+    check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
     texts = with_top_k(listed(args.methods), args.top_k)
     if not texts and not args.ablation and not args.multitask:
@@ -67,8 +70,10 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.evaluate import Settings, derive, evaluate
     from ..evaluation.report import terminal, write
 
+    form = prompt_of(args)
     settings = Settings(
-        template=args.template.replace("\\n", "\n"),
+        template=form.template,
+        chat=form.chat,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         length_norm=not args.sum_log_likelihood,

@@ -10,6 +10,9 @@ from typing import Any
 from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
 from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
+from .prompt_options import add_prompt, prompt_of
+
+NEW_TOKENS = 128  # of an answer, when nobody says how many
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, such as top_p=0.5"
     )
-    add("--max-new-tokens", type=int, default=128, help="stop after this many (default: %(default)s)")
+    add("--max-new-tokens", type=int, help=f"stop after this many (default: {NEW_TOKENS}, or what the context leaves)")
     add("--sample", action="store_true", help="sample instead of greedy decoding")
     add("--temperature", type=float, help="of --sample")
-    add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add("--backend", choices=("native", "reference"), default="native", help="kernels or plain torch")
     add("--trace", action="store_true", help="print afterwards which experts were used")
+    add("--instruction", metavar="TEXT", help="what {instruction} in --template stands for; {input} is the prompt")
+    add_prompt(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
@@ -56,26 +60,31 @@ def run(args: argparse.Namespace) -> int:
     method, options = check_method(args)
     check_decoding(args)
 
-    from ..models.pretrained import is_seq2seq, load_model, load_tokenizer, usable_device
+    from ..models.pretrained import is_seq2seq, load_config, load_model, load_tokenizer, usable_device
     from ..models.prompt import encode
 
-    device = usable_device(args.device)
+    form, device = prompt_of(args), usable_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    row = {"input": prompt} | ({} if args.instruction is None else {"instruction": args.instruction})
     tokenizer = load_tokenizer(args.model)
-    inputs = encode(tokenizer, prompt, chat=args.chat).to(device)
+    asked, config = form.prompt(row, tokenizer), load_config(args.model)
+    inputs = encode(tokenizer, asked, seq2seq=is_seq2seq(config)).to(device)
+    new_tokens = new_tokens_of(args.max_new_tokens, inputs["input_ids"].shape[1], config)
 
     from transformers import TextStreamer
 
     from .. import load_experts, patch
+    from ..experts.prompt_notes import warn_of_other_prompts
 
     experts = load_experts(args.experts, base=args.model)
+    warn_of_other_prompts(experts, [form])
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **options)
     rows = nullcontext()
     if method.source is not None:
         routers = build_routers(args, experts, [method.name], lambda: (model, tokenizer))
         rows = handle.queries(prompt, routers[method.router], tokenizer=tokenizer)
-    kwargs: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.sample}
+    kwargs: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
     streamer = TextStreamer(tokenizer, skip_prompt=not is_seq2seq(model.config), skip_special_tokens=True)
@@ -129,5 +138,23 @@ def check_decoding(args: argparse.Namespace) -> None:
         )
     if args.temperature is not None and not args.sample:
         raise ValueError("--temperature is for --sample")
-    if args.max_new_tokens < 1:
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+
+
+def new_tokens_of(wanted: int | None, length: int, config: Any) -> int:
+    """Tokens to generate after a prompt of `length`; ValueError when they do not fit the model's context."""
+    from ..models.pretrained import context_of, is_seq2seq
+
+    context = context_of(config)
+    if context is None:
+        return wanted or NEW_TOKENS
+    left = context if is_seq2seq(config) else context - length
+    if length > context or left < 1:
+        raise ValueError(f"the prompt has {length} tokens, and the model's context is {context}: shorten the prompt")
+    if wanted is not None and wanted > left:
+        raise ValueError(
+            f"the prompt has {length} tokens, and {wanted} more do not fit the model's context of {context}: pass "
+            f"--max-new-tokens {left} at most, or shorten the prompt"
+        )
+    return wanted or min(NEW_TOKENS, left)

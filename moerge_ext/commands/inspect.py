@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
-from ..files.atomic import write_atomically
+from ..files.atomic import check_can_write, write_atomically
 from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .prompt_options import prompt_of
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
+    check_can_write(args.output)
     tasks = read_tasks(args, metric="exact_match")
     methods = with_top_k(listed(args.methods), args.top_k)
     given = dict(_pair(text) for text in args.oracle)
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
-    settings = Settings(template=args.template.replace("\\n", "\n"))
+    form = prompt_of(args)
+    settings = Settings(template=form.template, chat=form.chat)
     best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
     found = inspect(
         model,

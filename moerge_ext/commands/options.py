@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..ensemble.judge import JUDGES
+from ..evaluation.checks import check_fields
 from ..evaluation.tasks import Task, load_task
-from ..files.rows import read_rows
+from ..files.meta import read_instructed_rows
 from ..methods.base import HIDDEN_STATES
 from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
 from ..queries.hidden import GENERIC, base_name
 from ..queries.writer import InstructionWriter
+from .prompt_options import add_prompt, check_chat, prompt_of
 
 HIDDEN_LAYER = -2  # DAM: the penultimate one
 KEY = "OPENAI_API_KEY"  # the environment variable that clients of such servers read
@@ -122,7 +124,8 @@ def build_routers(
     if "few-shot" in kinds:
         from ..training.lorahub import LoraHubRouter
 
-        routers["few-shot"] = LoraHubRouter(load()[1], getattr(args, "template", "{input}").replace("\\n", "\n"))
+        form = prompt_of(args)
+        routers["few-shot"] = LoraHubRouter(load()[1], form.template, chat=form.chat)
     return routers
 
 
@@ -140,10 +143,10 @@ def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="experts per token, or 'all', of every method that sets none itself",
     )
-    add("--template", default="{input}", help="the prompt; \\n is a line end (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add("--no-progress", action="store_true", help="no progress bar")
+    add_prompt(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
@@ -164,15 +167,17 @@ def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
+    check_fields(tasks, prompt_of(args))
     return tasks
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+    """The model and its tokenizer; ValueError, before the model is read, for a tokenizer that --chat cannot use."""
     from ..models.pretrained import load_model, load_tokenizer, usable_device
 
-    device = usable_device(args.device)
-    return load_model(args.model, dtype=args.dtype, device=device), load_tokenizer(args.model)
+    device, tokenizer = usable_device(args.device), load_tokenizer(args.model)
+    check_chat(prompt_of(args), tokenizer)
+    return load_model(args.model, dtype=args.dtype, device=device), tokenizer
 
 
 def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
@@ -189,16 +194,26 @@ def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the backbone")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add("--no-progress", action="store_true", help="no progress bar")
+    add_prompt(parser)
     add_embedder(parser)
 
 
 def read_questions(args: argparse.Namespace) -> list[dict]:
-    """The questions; ValueError for arguments out of range."""
+    """The rows, "question" being what the experts are asked; ValueError for arguments out of range."""
     for name in ("limit", "max_new_tokens", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    return read_rows(args.data)[: args.limit]
+    rows, form = read_instructed_rows(args.data)[: args.limit], prompt_of(args)
+    problems = form.problems(rows)
+    problems += [
+        f"row {i}: a prompt expert is asked one question, got {len(row.conversation)} messages"
+        for i, row in enumerate(rows)
+        if row.conversation is not None and len(row.conversation) > 1
+    ]
+    if problems:
+        raise ValueError(f"{args.data} cannot be asked:\n- " + "\n- ".join(problems))
+    return [{**row, "question": form.text(row)} for row in rows]
 
 
 def build_ensemble(args: argparse.Namespace) -> Any:
@@ -206,12 +221,11 @@ def build_ensemble(args: argparse.Namespace) -> Any:
     from .. import load_experts, patch
     from ..ensemble.config import read_experts
     from ..ensemble.mixture import PromptEnsemble
-    from ..models.pretrained import load_model, load_tokenizer, usable_device
 
     experts, loras = read_experts(args.prompts, lambda: build_embedder(args, args.device))
-    model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
+    model, tokenizer = load(args)
     handle = patch(model, load_experts(loras), method="given", top_k=1) if loras else None
-    return PromptEnsemble(model, load_tokenizer(args.model), experts, handle=handle)
+    return PromptEnsemble(model, tokenizer, experts, handle=handle, chat=args.chat)
 
 
 def answering(args: argparse.Namespace) -> dict[str, Any]:
@@ -220,7 +234,7 @@ def answering(args: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "output": args.output,
-        "facts": {"prompts": read_entries(args.prompts)},
+        "facts": {"prompts": read_entries(args.prompts), "chat": args.chat},
         "batch_size": args.batch_size,
         "progress": not args.no_progress,
         "max_new_tokens": args.max_new_tokens,

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .prompt_options import prompt_of
 from .training_options import (
     add_data,
     add_schedule,
@@ -65,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from ..training.experts import train_expert
     from ..training.ranks import current_ranks
 
-    ranks = current_ranks()
-    rows = my_rows(args.data, ranks)
+    ranks, prompt = current_ranks(), prompt_of(args)
+    rows = my_rows(args.data, ranks, prompt)
     if "validation" in training:
-        training["validation"] = my_rows(training["validation"], ranks)
+        training["validation"] = my_rows(training["validation"], ranks, prompt)
     check_writable(args.output)
     model, tokenizer = load(args)
     if ranks.first:
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             tokenizer=tokenizer,
             max_length=args.max_length,
+            prompt=prompt,
             batch_size=args.batch_size,
             progress=not args.no_progress,
             **training,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
+from .prompt_options import prompt_of
 from .training_options import (
     add_data,
     add_schedule,
@@ -63,15 +64,15 @@ def run(args: argparse.Namespace) -> int:
     from ..training.gates import train_gates
     from ..training.ranks import current_ranks
 
-    ranks = current_ranks()
-    rows = my_rows(args.data, ranks)
+    ranks, prompt = current_ranks(), prompt_of(args)
+    rows = my_rows(args.data, ranks, prompt)
     if "validation" in training:
-        training["validation"] = my_rows(training["validation"], ranks)
-    if args.output is not None:
-        check_writable(args.output)
+        training["validation"] = my_rows(training["validation"], ranks, prompt)
+    if args.output is not None or args.adapter.is_dir():
+        check_writable(args.output or args.adapter)
     model, tokenizer = load(args)
-    common = {"tokenizer": tokenizer, "max_length": args.max_length, "batch_size": args.batch_size}
-    common |= {"output_dir": args.output, "progress": not args.no_progress}
+    common = {"tokenizer": tokenizer, "max_length": args.max_length, "prompt": prompt}
+    common |= {"batch_size": args.batch_size, "output_dir": args.output, "progress": not args.no_progress}
     if args.kind == AVERAGE_ACTIVATION:
         path = average_activation(model, args.adapter, rows, **common)
         if ranks.first:

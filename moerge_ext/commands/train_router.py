@@ -9,7 +9,10 @@ from typing import Any
 from ..ensemble.config import read_entries
 from ..ensemble.domains import domains
 from ..ensemble.judge import JUDGES
+from ..files.atomic import check_can_write
 from .options import add_prompts_and_model, answering, build_embedder, build_ensemble, read_questions
+
+SIMILARITY = "pass --embedder MODEL and --theta X, the cosine to the gold answer above which an answer counts as right"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +38,14 @@ def run(args: argparse.Namespace) -> int:
     rows = read_questions(args)
     if not 0 <= args.validation_share < 1:
         raise ValueError(f"--validation-share must be in [0, 1), got {args.validation_share:g}")
-    if args.theta is not None and not args.embedder:
-        raise ValueError("--theta needs --embedder: it is a similarity of that model")
+    check(args, rows)
 
-    from ..ensemble.train import train_router
+    from ..ensemble.train import check_encoder, check_training, train_router
 
-    questions = [row["input"] for row in rows]
+    check_training(args.lr, epochs=args.epochs, max_length=args.max_length)
+    check_can_write(args.output)
+    check_encoder(args.router)
+    questions = [row["question"] for row in rows]
     if args.single_label:
         names = [entry["name"] for entry in read_entries(args.prompts)]
         labels: Any = domains(rows, names)
@@ -69,16 +74,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check(args: argparse.Namespace, rows: list[dict]) -> None:
+    """ValueError for what the labels need and the arguments or the rows lack, before any expert is asked."""
+    if args.theta is not None and not args.embedder:
+        raise ValueError("--theta needs --embedder: it is a similarity of that model")
+    if args.theta is not None and not -1 <= args.theta <= 1:
+        raise ValueError(f"--theta is a cosine and must be in [-1, 1], got {args.theta:g}")
+    if args.single_label:
+        return
+    for i, row in enumerate(rows):
+        try:
+            JUDGES[args.judge](row["question"], row["target"], row["target"])
+        except ValueError as error:
+            raise ValueError(f"{args.data}, row {i} (from 0): {error}") from error
+
+
 def labels_of(args: argparse.Namespace, rows: list[dict]) -> tuple[tuple[str, ...], Any]:
     """(experts, labels [M,N]) by asking every expert every question."""
     from ..ensemble.judge import judged, label_matrix
     from ..ensemble.measure import answers_by_experts
 
-    questions, golds = [row["input"] for row in rows], [row["target"] for row in rows]
-    ensemble = build_ensemble(args)
-    answers = answers_by_experts(ensemble, questions, **answering(args))
+    embedder = build_embedder(args, args.device) if args.theta is not None else None
+    questions, golds = [row["question"] for row in rows], [row["target"] for row in rows]
+    ensemble, options = build_ensemble(args), answering(args)
+    if embedder is None and args.batch_size < len(questions):
+        # the first batch shows soon what else the last answer would
+        first = questions[: args.batch_size]
+        answers = answers_by_experts(ensemble, first, **options | {"output": None, "progress": False})
+        lost = int((~judged(JUDGES[args.judge], first, answers, golds[: args.batch_size]).any(1)).sum())
+        if lost:
+            raise ValueError(f"in {lost} of the first {len(first)} questions no expert is right: {SIMILARITY}")
+    answers = answers_by_experts(ensemble, questions, **options)
     right = judged(JUDGES[args.judge], questions, answers, golds)
     for name, share in zip(ensemble.names, right.float().mean(0).tolist(), strict=True):
         print(f"{name}: right in {share:.1%} of {len(rows)} questions")
-    embedder = build_embedder(args, args.device) if args.theta is not None else None
-    return ensemble.names, label_matrix(right, answers, golds, ensemble.names, embedder=embedder, theta=args.theta)
+    try:
+        return ensemble.names, label_matrix(right, answers, golds, ensemble.names, embedder=embedder, theta=args.theta)
+    except ValueError as error:
+        if embedder is not None:
+            raise
+        raise ValueError(f"{error}: {SIMILARITY}; the answers are kept in {args.output}") from error

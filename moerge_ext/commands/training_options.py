@@ -12,7 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.examples import Example
+from ..files.meta import read_instructed_rows
 from ..files.rows import read_rows
+from ..models.prompt import PromptFormat
+from .prompt_options import add_prompt, check_chat, prompt_of
 
 if TYPE_CHECKING:
     from ..training.options import TrainingResult
@@ -35,7 +39,8 @@ def add_data(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help='JSON lines: {"input": ..., "target": ...} (the loss is on the target) or {"text": ...}',
+        help='JSON lines: {"input": ..., "target": ...} (the loss is on the target), {"text": ...}, or TRL\'s '
+        '{"prompt": ..., "completion": ...} and {"messages": [...]} (the loss is on the last message)',
     )
     add(
         "--batch-size",
@@ -52,6 +57,7 @@ def add_data(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", help="such as cuda:0 or cpu (default: cuda when there is one)")
     add("--no-progress", action="store_true", help="no progress bar")
+    add_prompt(parser)
 
 
 def add_schedule(group: Any, default: dict[str, Any], *, accumulate: str = "", kept: str) -> None:
@@ -76,9 +82,15 @@ def range_problems(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def my_rows(path: Path, ranks: Ranks) -> list[dict[str, str]]:
-    """This process's part of the rows of a file: all of them, unless torchrun has started several."""
-    rows = read_rows(path, text=True)
+def my_rows(path: Path, ranks: Ranks, prompt: PromptFormat) -> list[Example]:
+    """This process's part of the rows of a file: all of them, unless torchrun has started several.
+
+    ValueError for rows that lack what the prompt's template asks for.
+    """
+    # a meta.json that nothing is asked of may be anybody's
+    rows = (read_instructed_rows if "instruction" in prompt.fields else read_rows)(path, text=True)
+    if problems := prompt.problems(rows):
+        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems))
     if len(rows) < ranks.size:
         raise ValueError(f"{path} has {len(rows)} rows for {ranks.size} processes: each needs one at least")
     return rows[ranks.rank :: ranks.size]
@@ -93,6 +105,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     device = usable_device(args.device or gpu)
     tokenizer = load_tokenizer(args.model)
+    check_chat(prompt_of(args), tokenizer)
     return load_model(args.model, dtype=args.dtype, device=device), tokenizer
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..evaluation.answers import Answerer
+from ..models.prompt import Prompt, PromptFormat
 from ..routing.patch import Handle
 from .prompts import PromptExpert, check_experts
 from .router import PromptRouter
@@ -83,6 +84,7 @@ class PromptEnsemble:
             (`handle` is its handle): each prompt then runs with its own LoRA in the same batch.
         experts: the prompt experts, in the order of the router's outputs.
         router: a `PromptRouter`; None leaves `answer` to `select=`.
+        chat: every prompt goes, as the user's message, through the tokenizer's chat template.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class PromptEnsemble:
         router: PromptRouter | None = None,
         *,
         handle: Handle | None = None,
+        chat: bool = False,
     ):
+        self.format = PromptFormat(chat=chat)
         self.names, self.experts, self.router, self.handle = check_experts(experts), tuple(experts), router, handle
         if router is not None and router.names != self.names:
             raise ValueError(
@@ -148,7 +152,7 @@ class PromptEnsemble:
         ids, weights = self._selected(questions, top_k, select)
         ask = partial(self._ask, limit=max_new_tokens)
         prompts = [
-            self.experts[e].prompt(question, ask)
+            self._put(self.experts[e].prompt(question, ask))
             for column in ids.T.tolist()
             for e, question in zip(column, questions, strict=True)
         ]
@@ -193,7 +197,11 @@ class PromptEnsemble:
         """`count` sampled answers to one prompt by the base model."""
         base = self.handle.affinities(torch.zeros(len(self.handle.names))) if self.handle is not None else nullcontext()
         with base:
-            return self.asked.generate([prompt], limit, do_sample=True, num_return_sequences=count)
+            return self.asked.generate([self._put(prompt)], limit, do_sample=True, num_return_sequences=count)
+
+    def _put(self, prompt: str) -> str | Prompt:
+        """The prompt as the model is given it."""
+        return self.format.around(prompt, self.asked.tokenizer) if self.format.chat else prompt
 
     def _loras(self, order: Sequence[int]):
         """A context in which row i of the batch runs with the LoRA of expert order[i]."""

@@ -67,7 +67,7 @@ def train_router(
         if other != kind:
             raise ValueError(f"training labels are {kind}, validation labels {other}: pass the same kind")
         held_out = (list(validation[0]), held_targets)
-    _check(lr, epochs=epochs, batch_size=batch_size, max_length=max_length)
+    check_training(lr, epochs=epochs, batch_size=batch_size, max_length=max_length)
     model, tokenizer = _classifier(base, names, kind, seed)
     target = Path(output_dir)
     checkpoints = target / CHECKPOINT_FOLDER
@@ -83,7 +83,8 @@ def train_router(
     return RouterResult(target, history)
 
 
-def _check(lr: float, **counts: int) -> None:
+def check_training(lr: float, **counts: int) -> None:
+    """What `train_router` refuses of its numbers, and accelerate's absence, before there is anything to train on."""
     problems = [f"{name} must be at least 1, got {value}" for name, value in counts.items() if value < 1]
     if not 0 < lr < 1:
         problems.append(f"lr must be in (0, 1), got {lr}")
@@ -93,6 +94,17 @@ def _check(lr: float, **counts: int) -> None:
         import accelerate  # noqa: F401
     except ImportError as error:
         raise ImportError('training a router needs accelerate: pip install "moerge_ext[train]"') from error
+
+
+def check_encoder(base: str) -> None:
+    """ValueError when there is no encoder of that name, or no tokenizer; its weights are not read."""
+    from transformers import AutoConfig
+
+    from ..models.pretrained import load_tokenizer, named
+
+    with named(base, "encoder"):
+        AutoConfig.from_pretrained(base)
+    load_tokenizer(base)
 
 
 def _classifier(base: str, names: Sequence[str], kind: str, seed: int) -> tuple[Any, Any]:

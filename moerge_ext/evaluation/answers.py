@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..models.end_tokens import end_tokens, target_ids
-from ..models.pretrained import is_seq2seq, open_ids
+from ..models.pretrained import context_of, is_seq2seq
+from ..models.prompt import Prompt
 from ..training.batches import model_device
 
 
 class Answerer:
     """A model and its tokenizer.
 
-    Prompts are encoded as `moerge train-gates` encodes inputs: the tokenizer's own special tokens in front, none
-    behind for a decoder.
+    Prompts, texts or what `PromptFormat` made of rows, are encoded as `moerge train-gates` encodes inputs: the
+    tokenizer's own special tokens in front, none behind for a decoder.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any):
@@ -27,18 +28,16 @@ class Answerer:
         pad = (tokenizer.pad_token_id, *self.ends, 0)
         self.pad = next(token for token in pad if token is not None)
 
-    def prompt_ids(self, text: str) -> list[int]:
-        ids = self.tokenizer(text).input_ids if self.seq2seq else open_ids(self.tokenizer, text, self.ends)
-        if not ids:
-            raise ValueError(f"the prompt {text!r} has no token")
-        return ids
+    def prompt_ids(self, prompt: str | Prompt) -> list[int]:
+        prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+        return prompt.some_ids(self.tokenizer, self.ends, seq2seq=self.seq2seq)
 
     def target_ids(self, text: str) -> list[int]:
         return target_ids(self.tokenizer, text, self.ends, seq2seq=self.seq2seq)
 
     def check_length(self, length: int) -> None:
         """ValueError when `length` tokens do not fit the model's context."""
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = context_of(self.model.config)
         if context is not None and length > context:
             raise ValueError(
                 f"a prompt with its answer has {length} tokens, more than the context of {context}: shorten the "
@@ -46,7 +45,7 @@ class Answerer:
             )
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, **options: Any) -> list[str]:
+    def generate(self, prompts: Sequence[str | Prompt], max_new_tokens: int, **options: Any) -> list[str]:
         """Answers [N] in one batch, greedy unless `options` (of transformers' generate) say otherwise."""
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._padded(rows, left=not self.seq2seq)
@@ -61,7 +60,7 @@ class Answerer:
         return [text.strip() for text in self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
 
     @torch.no_grad()
-    def log_likelihoods(self, prompts: Sequence[str], answers: Sequence[str], *, length_norm: bool) -> Tensor:
+    def log_likelihoods(self, prompts: Sequence[str | Prompt], answers: Sequence[str], *, length_norm: bool) -> Tensor:
         """log p(answer | prompt) [N] float64, the sum over the answer's tokens (with its end), or their mean."""
         starts, ends = [self.prompt_ids(p) for p in prompts], [self.target_ids(a) for a in answers]
         device = model_device(self.model)
@@ -76,7 +75,7 @@ class Answerer:
             answer, answer_mask = self._padded(ends, left=False)
             width = ids.shape[1]
             ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, answer_mask], 1)
-            self.check_length(ids.shape[1])
+            self.check_length(max(len(start) + len(end) for start, end in zip(starts, ends, strict=True)))
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
             logits = logits[:, width - 1 : -1]

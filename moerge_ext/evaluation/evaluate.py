@@ -13,13 +13,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..experts.bank import ExpertBank
+from ..experts.prompt_notes import warn_of_other_prompts
 from ..methods import get_method
 from ..methods.fixed import PREFIX
+from ..models.prompt import INPUT, PromptFormat
 from ..queries.describe import draw
 from ..queries.router import QueryRouter, similar_examples
 from ..routing.patch import Handle, check_patch, patch
 from . import identity
 from .answers import Answerer
+from .checks import check_prompts, token_limit
 from .metrics import accuracy, exact_match, wilson
 from .runs import Run
 from .store import Answers, alone_in
@@ -56,22 +59,22 @@ class Score:
 class Settings:
     """How the model is asked.
 
-    template: the prompt, with {input}; batch_size in items; max_new_tokens: None takes the longest target of the task
+    template, chat: of `PromptFormat`; batch_size in items; max_new_tokens: None takes the longest target of the task
     plus its end; length_norm: rank classification by the mean log-likelihood per token (PHATGOOSE's code) or, when
     False, by the sum (T0); similar: solved examples, most similar to the query, that a QueryRouter's writer sees with
     it, from the task's train.jsonl (GLIDER: 3; 0 is the zero-shot variant).
     """
 
-    template: str = "{input}"
+    template: str = INPUT
     batch_size: int = 16
     max_new_tokens: int | None = None
     length_norm: bool = True
     seed: int = 0
     similar: int = 0
+    chat: bool = False
 
     def __post_init__(self) -> None:
-        if "{input}" not in self.template:
-            raise ValueError(f"the template must contain {{input}}, got {self.template!r}")
+        self.format  # noqa: B018 (refuses a template without a field)
         for name in ("batch_size", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,8 +82,9 @@ class Settings:
         if self.similar < 0:
             raise ValueError(f"similar must not be negative, got {self.similar}")
 
-    def prompt(self, row: Mapping[str, Any]) -> str:
-        return self.template.replace("{input}", row["input"])
+    @property
+    def format(self) -> PromptFormat:
+        return PromptFormat(self.template, self.chat)
 
 
 def evaluate(
@@ -98,7 +102,8 @@ def evaluate(
     """Scores of every run on every task, runs outermost.
 
     Args:
-        runs: from `parse_run`; all of them are checked against the model before the first answer.
+        runs: from `parse_run`; all of them are checked against the model before the first answer, and so is whether
+            every prompt of every task can be made and fits the model's context.
         routers: {"instruction": QueryRouter, ...} for the runs that route by the query's text.
         output: folder of the answers, `<output>/answers/<task>/<run>.<digest>.jsonl`. What is there of the same model,
             experts, tokenizer and settings, by content, is not computed again. One evaluation at a time.
@@ -111,6 +116,8 @@ def evaluate(
         raise ValueError(f"tasks must have distinct names; several are called {', '.join(sorted(twice))}")
     check_runs(model, experts, runs, routers)
     answerer = Answerer(model, tokenizer)
+    check_prompts(answerer, tasks, settings.format, settings.max_new_tokens)
+    warn_of_other_prompts(experts, [settings.format.seen_in(task.rows) for task in tasks])
     scores = []
     total = len(runs) * sum(len(task.rows) for task in tasks)
     content = identity.of_model(model, tokenizer) if output is not None else {}
@@ -173,6 +180,7 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None) -> 
         "metric": task.metric,
         "rows": task.digest,
         "template": settings.template,
+        "chat": settings.chat,
         "max_new_tokens": settings.max_new_tokens,
     }
     if task.metric == "rank":
@@ -190,9 +198,7 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None) -> 
 def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: Task, settings: Settings, bar) -> None:
     if len(stored.items) == len(task.rows):
         return
-    limit = settings.max_new_tokens
-    if limit is None and task.metric != "rank":
-        limit = max(len(answerer.target_ids(row["target"])) for row in task.rows)
+    limit = token_limit(answerer, task, settings.max_new_tokens)
     with task_queries(handle, task, settings):
         while len(stored.items) < len(task.rows):
             start = len(stored.items)
@@ -208,7 +214,7 @@ def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: 
 def _generated(answerer, handle, task: Task, rows: Sequence[dict], settings: Settings, limit: int) -> list[dict]:
     right = exact_match if task.metric == "exact_match" else accuracy
     with row_queries(handle, rows, answerer.tokenizer):
-        answers = answerer.generate([settings.prompt(row) for row in rows], limit)
+        answers = answerer.generate([settings.format.prompt(row, answerer.tokenizer) for row in rows], limit)
     return [{"answer": a, "right": right(a, row["target"])} for a, row in zip(answers, rows, strict=True)]
 
 
@@ -219,7 +225,8 @@ def _ranked(answerer, handle, task: Task, rows: Sequence[dict], settings: Settin
     for start in range(0, len(flat), settings.batch_size):
         part = flat[start : start + settings.batch_size]
         with row_queries(handle, [row for row, _ in part], answerer.tokenizer):
-            prompts, choices = [settings.prompt(row) for row, _ in part], [choice for _, choice in part]
+            prompts = [settings.format.prompt(row, answerer.tokenizer) for row, _ in part]
+            choices = [choice for _, choice in part]
             values += answerer.log_likelihoods(prompts, choices, length_norm=settings.length_norm).tolist()
     items, values = [], iter(values)
     for row in rows:

@@ -55,7 +55,7 @@ def of_model(model: nn.Module, tokenizer: Any) -> dict[str, str]:
     return {
         "weights": of_tensors(tensors),
         "config": of_text(said),
-        "tokenizer": of_text([rules, str(tokenizer.special_tokens_map)]),
+        "tokenizer": of_text([rules, str(tokenizer.special_tokens_map), getattr(tokenizer, "chat_template", None)]),
         "code": f"{__version__}/{ANSWERS}",
     }
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..experts.bank import ExpertBank
+from ..experts.prompt_notes import warn_of_other_prompts
 from .answers import Answerer
+from .checks import check_prompts
 from .evaluate import Settings, check_runs, label, patched, row_queries, task_queries
 from .probe import ModuleSums, probe
 from .runs import Run
@@ -96,6 +98,8 @@ def inspect(
             oracles.setdefault(task.name, task.name)
     check_runs(model, experts, runs, routers)
     answerer, found = Answerer(model, tokenizer), []
+    check_prompts(answerer, tasks, settings.format, None, given=True)
+    warn_of_other_prompts(experts, [settings.format.seen_in(task.rows) for task in tasks])
     total = len(runs) * sum(len(task.rows) for task in tasks)
     with tqdm(total=total, unit="item", disable=not progress) as bar:
         for run in runs:
@@ -105,7 +109,8 @@ def inspect(
                     with task_queries(handle, task, settings), probe(model) as sums:
                         for row in task.rows:
                             with row_queries(handle, [row], tokenizer):
-                                answerer.log_likelihoods([settings.prompt(row)], [row["target"]], length_norm=True)
+                                prompt = settings.format.prompt(row, tokenizer)
+                                answerer.log_likelihoods([prompt], [row["target"]], length_norm=True)
                             bar.update()
                     name = label(run, handle)
                     found.append(Inspection(name, task.name, experts.names, oracles.get(task.name), dict(sums)))

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.rows import read_json, read_rows
+from ..files.meta import META_FILE, read_instructed_rows, read_meta
+from ..files.rows import read_rows
 
 METRICS = ("exact_match", "accuracy", "rank")
-META = 'an object, with "choices", if any, a list of texts'
 MAX_CHOICES = 32  # distinct training targets that still count as a closed set of answers
 
 
@@ -20,9 +20,9 @@ MAX_CHOICES = 32  # distinct training targets that still count as a closed set o
 class Task:
     """One evaluation set.
 
-    rows: {"input", "target"} and perhaps "choices"; metric: one of METRICS; choices: the closed set of answers, or
-    None for open answers; part: "train" (its training data made an expert), "heldout", ...; digest: of the rows; split:
-    their file.
+    rows: {"input", "target"} and perhaps "choices", with the task's "instruction" where they have none; metric: one of
+    METRICS; choices: the closed set of answers, or None for open answers; part: "train" (its training data made an
+    expert), "heldout", ...; digest: of the rows; split: their file.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Task:
 
     def examples(self, split: str = "train") -> list[dict]:
         """The rows of a split; ValueError when there is none."""
-        return read_rows(self.folder / f"{split}.jsonl")
+        return read_instructed_rows(self.folder / f"{split}.jsonl")
 
     def inputs(self) -> list[str]:
         """The inputs of the whole file that the rows were taken from."""
@@ -67,13 +67,12 @@ def load_task(
             f"a task is a folder that holds {split}.jsonl, got the file {folder}: pass its folder, or move it to "
             f"{folder.with_suffix('') / (split + '.jsonl')} and pass {folder.with_suffix('')}"
         )
-    rows = read_rows(folder / f"{split}.jsonl")
+    rows = read_instructed_rows(folder / f"{split}.jsonl")
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         rows = rows[:limit]
-    meta_file = folder / "meta.json"
-    meta = _meta(meta_file) if meta_file.is_file() else {}
+    meta = read_meta(folder / META_FILE)
     metric = metric or meta.get("metric", "exact_match")
     if metric not in METRICS:
         raise ValueError(
@@ -101,14 +100,6 @@ def load_task(
                 f'{bad[0]} (from 0) has none: give rows "choices", or meta.json a list "choices"'
             )
     return task
-
-
-def _meta(path: Path) -> dict:
-    meta = read_json(path, META)
-    choices = meta.get("choices", []) if isinstance(meta, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"{path} must hold {META}")
-    return meta
 
 
 def _choices(meta: dict, metric: str, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] | None:

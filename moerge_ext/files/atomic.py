@@ -63,6 +63,20 @@ def check_writable(folder: str | os.PathLike) -> None:
         _remove(probe)
 
 
+def check_can_write(folder: str | os.PathLike) -> None:
+    """OSError, naming `folder`, when nothing could be written there or it could not be made; nothing is made."""
+    there = Path(folder).absolute()
+    while not (there.exists() or there.is_symlink()):
+        there = there.parent
+    probe = there / f".{secrets.token_hex(8)}.tmp"
+    try:
+        probe.touch()
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    finally:
+        _remove(probe)
+
+
 def _remove(file: Path) -> None:
     with contextlib.suppress(OSError):  # of a folder that is not one; what went wrong before is what counts
         file.unlink(missing_ok=True)

@@ -6,19 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .examples import PAIRS, TEXTS, Example, as_example
+
 MAX_LISTED = 20  # bad lines that are shown
-FORMS = (("input", "target"), ("text",))
 
 
-def read_rows(path: Path, *, text: bool = False) -> list[dict]:
-    """The rows {"input": str, "target": str, ...} of a file, with `text` also {"text": str}.
+def read_rows(path: Path, *, text: bool = False) -> list[Example]:
+    """The rows of a file in the forms of `as_example`, each with "input" and "target"; with `text` also {"text": str}.
 
     One ValueError for a file that is not there or has no rows, or with every bad line.
     """
-    forms = FORMS if text else FORMS[:1]
-    expected = " or ".join("{" + ", ".join(f'"{key}": str' for key in keys) + "}" for keys in forms)
     if not path.is_file():
-        raise ValueError(f"there is no file {path}: expected JSON lines {expected}")
+        raise ValueError(f"there is no file {path}: expected JSON lines {TEXTS if text else PAIRS}")
     rows, problems = [], []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
@@ -28,10 +27,10 @@ def read_rows(path: Path, *, text: bool = False) -> list[dict]:
         except json.JSONDecodeError as error:
             problems.append(f"line {number}: not JSON ({error.msg})")
             continue
-        if isinstance(row, dict) and any(all(isinstance(row.get(key), str) for key in keys) for keys in forms):
-            rows.append(row)
-        else:
-            problems.append(f"line {number}: expected {expected}")
+        try:
+            rows.append(as_example(row, text=text))
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
     if not rows and not problems:
         problems.append("the file has no rows")
     if problems:

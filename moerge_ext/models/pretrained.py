@@ -112,6 +112,15 @@ def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
         return auto.from_pretrained(where, dtype=dtype, **options).eval().to(device)
 
 
+def load_config(path: str) -> Any:
+    """The config of a model folder, GGUF file or hub id; ValueError when there is none."""
+    from transformers import AutoConfig
+
+    where, options = location(path)
+    with named(path, "model"):
+        return AutoConfig.from_pretrained(where, **options)
+
+
 @contextmanager
 def named(path: str, what: str) -> Iterator[None]:
     """transformers' errors, of which some do not say what was looked for, as one that does."""
@@ -137,6 +146,15 @@ def named(path: str, what: str) -> Iterator[None]:
 def is_seq2seq(config: Any) -> bool:
     """Whether a transformers config is that of an encoder-decoder."""
     return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def context_of(config: Any) -> int | None:
+    """Positions that a model has, None where its config names none (T5, Mamba)."""
+    for part in (config, getattr(config, "text_config", None)):
+        context = getattr(part, "max_position_embeddings", None)
+        if isinstance(context, int) and context > 0:
+            return context
+    return None
 
 
 def open_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:

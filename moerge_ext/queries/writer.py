@@ -208,13 +208,14 @@ class TransformersGenerator:
     def __call__(self, prompt: str) -> str:
         import torch
 
-        from ..models.pretrained import is_seq2seq
-        from ..models.prompt import encode
+        from ..models.pretrained import context_of, is_seq2seq
+        from ..models.prompt import PromptFormat, encode
 
-        chat = bool(getattr(self.tokenizer, "chat_template", None))
-        inputs = encode(self.tokenizer, prompt, chat=chat).to(self.model.device)
-        length, seq2seq = inputs["input_ids"].shape[1], is_seq2seq(self.model.config)
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        chat, seq2seq = bool(getattr(self.tokenizer, "chat_template", None)), is_seq2seq(self.model.config)
+        asked = PromptFormat(chat=chat).around(prompt, self.tokenizer)
+        inputs = encode(self.tokenizer, asked, seq2seq=seq2seq).to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        context = context_of(self.model.config)
         needed = length + (0 if seq2seq else self.max_new_tokens)
         if context is not None and needed > context:
             raise ValueError(

@@ -19,6 +19,7 @@ from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from ..models.wrappers import unwrapped
 from .absent import ABSENT, alone_note, with_absent
+from .few_experts import own_top_k, own_top_k_note
 from .fitting import MISSING, on_model
 from .fused_experts import close_door, open_door
 from .generation import Doors
@@ -256,6 +257,7 @@ def patch(
             weight 1 on every token); or "base", all of them, the others as branches that add zero.
         missing: what becomes of modules that this model does not have: "error", or "drop" with a warning.
         options: the method's own parameters and those of `route`: top_k, top_p, scale, weighting, aggregation, ...
+            A method's own top_k is taken, with a warning, as the number of experts where there are fewer.
 
     Returns:
         The handle: `handle.remove()`, `handle.record()`, `handle.affinities(...)`.
@@ -290,6 +292,7 @@ def patch(
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
     notes = [*fitted.notes, alone_note(everywhere, experts.names, routing), *provenance_notes(model, experts)]
     notes += [base.unweighted_note(), *idle_notes(model, everywhere)]
+    notes.append(own_top_k_note(row, own_top_k(row, experts, options)))
     handle._begin(routed, branches, base.place_own, strict)
     for note in filter(None, notes):
         warnings.warn(f"patch: {note}", stacklevel=2)
@@ -347,7 +350,7 @@ def _configured(
     if missing not in MISSING:
         raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
     row = get_method(method)
-    return row, row.configure(**options)
+    return row, row.configure(**options | own_top_k(row, experts, options))
 
 
 def get_handle(model: nn.Module) -> Handle:

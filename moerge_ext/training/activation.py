@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 from ..experts.formats.peft import write_gates
 from ..experts.gates import gates_file
 from ..experts.kinds import AVERAGE_ACTIVATION
+from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable
 from ..files.listing import grouped
+from ..models.prompt import PromptFormat
 from ..routing.fused_experts import Pairs
 from ..routing.tokens import RealTokens
 from .batches import BatchSource, Collate, run_model
@@ -34,6 +36,7 @@ def average_activation(
     *,
     tokenizer: Any = None,
     max_length: int = MAX_LENGTH,
+    prompt: PromptFormat | None = None,
     collate_fn: Collate | None = None,
     batch_size: int = 8,
     output_dir: str | Path | None = None,
@@ -54,15 +57,17 @@ def average_activation(
     `attention_mask`). The mask of speech is shortened as the model's convolutions shorten the speech. A module whose
     input has other leading sizes than the mask (a pooler's [N, D]) counts every row, as everything does without a mask.
 
-    `batches` is one pass of ready batches, of rows of text with `tokenizer`, or with `collate_fn` of a list or Dataset
-    of features, as in `train_gates`.
+    `batches` is one pass of ready batches, of rows of text with `tokenizer` and `prompt`, or with `collate_fn` of a
+    list or Dataset of features, as in `train_gates`.
     A module that saw no token gets no gate: a warning names these, and `patch` masks the expert there. Under torchrun
     every rank must call this, each with its own part of the data; rank 0 writes the mean over all.
 
     Errors: ValueError for an adapter that does not fit the model, no batches, sums that are not finite, or when no
     module saw a token.
     """
-    prepared = prepare(model, batches, None, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn)
+    prepared = prepare(
+        model, batches, None, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
+    )
     source = BatchSource(prepared.data, name="batches", collate_fn=prepared.collate_fn, batch_size=batch_size)
     ranks = current_ranks()
     with gated_model(model, adapter_folder, gate=False) as gated:
@@ -82,7 +87,7 @@ def average_activation(
             raise ValueError("no average activation for:\n- " + "\n- ".join(grouped(problems)))
         with ranks.together():
             if ranks.first:
-                _write(target, gated, seen, int(count))
+                _write(target, gated, seen, {"batches": str(int(count)), **note_of_prompt(prepared.prompt)})
     return gates_file(target, AVERAGE_ACTIVATION)
 
 
@@ -106,7 +111,7 @@ def _sums(gated: GatedModel, source: BatchSource, *, progress: bool) -> tuple[di
     return means, count
 
 
-def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], batches: int) -> None:
+def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], facts: dict[str, str]) -> None:
     unseen = gated.layers.keys() - means.keys()
     warn_of_left_out(gated.adapter.name, unseen, len(gated.layers))
     target.mkdir(parents=True, exist_ok=True)
@@ -115,7 +120,7 @@ def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], batches: in
         {path: (mean.total / mean.count).float().cpu() for path, mean in means.items()},
         kind=AVERAGE_ACTIVATION,
         base_model=gated.adapter.base_model,
-        metadata={"batches": str(batches), "tokens": str(max(mean.count for mean in means.values()))},
+        metadata={**facts, "tokens": str(max(mean.count for mean in means.values()))},
     )
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..files.examples import as_example
 from ..files.rows import MAX_LISTED
 from ..models.end_tokens import end_tokens, target_ids
-from ..models.pretrained import is_seq2seq, open_ids
+from ..models.pretrained import context_of, is_seq2seq
+from ..models.prompt import PromptFormat
 from ..models.wrappers import unwrapped
 from .batches import Batch, BatchSource, Collate, as_source
 
@@ -23,30 +25,31 @@ MAX_LENGTH = 512  # tokens per sequence, of PHATGOOSE, arXiv 2402.05859, section
 
 @dataclass
 class Encoder:
-    """Turns rows of text into what `model` trains on: {"input", "target"} (the loss is on the target) or {"text"}.
+    """Turns rows of text into what `model` trains on: those of `as_example` (the loss is on the target) or {"text"}.
 
-    tokenizer: the model's; max_length: tokens per sequence, never more than the model has positions. `cut` counts the
-    rows that were longer.
+    tokenizer: the model's; max_length: tokens per sequence, never more than the model has positions; prompt: how the
+    inputs are put. `cut` counts the rows that were longer.
     """
 
     model: Any
     tokenizer: Any
     max_length: int = MAX_LENGTH
+    prompt: PromptFormat = PromptFormat()
     cut: int = 0
 
-    def features(self, rows: Iterable[Mapping[str, str]], name: str = "data") -> list[dict[str, list[int]]]:
+    def features(self, rows: Iterable[Mapping[str, Any]], name: str = "data") -> list[dict[str, list[int]]]:
         """Every row encoded. One ValueError with all rows that cannot be."""
-        seq2seq, ends = is_seq2seq(self.model.config), self.ends
+        options = {"seq2seq": is_seq2seq(self.model.config), "ends": self.ends, "prompt": self.prompt}
         features, problems = [], []
         for number, row in enumerate(rows):
-            why = _row_problem(row, seq2seq)
-            if why is not None:
-                problems.append(f"row {number}: {why}")
+            try:
+                feature = encode(row, self.tokenizer, UNCUT, **options)
+            except ValueError as error:
+                problems.append(f"row {number}: {error}")
                 continue
-            feature = encode(row, self.tokenizer, UNCUT, seq2seq=seq2seq, ends=ends)
             if max(map(len, feature.values())) > self.length:
                 self.cut += 1
-                feature = encode(row, self.tokenizer, self.length, seq2seq=seq2seq, ends=ends)
+                feature = encode(row, self.tokenizer, self.length, **options)
             features.append(feature)
         if not features and not problems:
             problems.append("there are no rows")
@@ -63,18 +66,22 @@ class Encoder:
     @property
     def length(self) -> int:
         """Tokens per sequence that fit both limits."""
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        return min(self.max_length, context) if isinstance(context, int) else self.max_length
+        context = context_of(self.model.config)
+        return self.max_length if context is None else min(self.max_length, context)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data that can be batched; `digest` tells rows of text apart, None for data of which nothing is known."""
+    """Data that can be batched; `digest` tells rows of text apart, None for data of which nothing is known.
+
+    prompt: how the inputs of the rows are put, None where there is no input or that is not known.
+    """
 
     data: Any
     validation: Any
     collate_fn: Collate | None
     digest: str | None = None
+    prompt: PromptFormat | None = None
 
     def sources(self, batch_size: int, shuffle: bool, seed: int) -> tuple[BatchSource, BatchSource | None]:
         """(training data, validation data or None), in batches."""
@@ -90,12 +97,21 @@ class Prepared:
 
 
 def prepare(
-    model: Any, data: Any, validation: Any, *, tokenizer: Any, max_length: int, collate_fn: Collate | None
+    model: Any,
+    data: Any,
+    validation: Any,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    collate_fn: Collate | None,
+    prompt: PromptFormat | None = None,
 ) -> Prepared:
     """With a `tokenizer` rows of text are encoded, otherwise all is as given. ValueError for what does not fit."""
     if tokenizer is None:
+        if prompt is not None:
+            raise ValueError("prompt= says how rows of text are put: pass tokenizer= and rows of text with it")
         first = data[0] if isinstance(data, Sequence) and not isinstance(data, str) and data else None
-        if collate_fn is None and isinstance(first, Mapping) and any(isinstance(v, str) for v in first.values()):
+        if collate_fn is None and isinstance(first, Mapping) and any(map(_is_text, first.values())):
             raise ValueError(
                 f"data holds rows of text (keys {sorted(first)}): pass tokenizer=, the model's, to have them encoded"
             )
@@ -104,7 +120,8 @@ def prepare(
         raise ValueError("pass tokenizer= for rows of text or collate_fn= for features of your own, not both")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    encoder = Encoder(unwrapped(model), tokenizer, max_length)
+    prompt, data = prompt or PromptFormat(), list(data)
+    encoder = Encoder(unwrapped(model), tokenizer, max_length, prompt)
     features = encoder.features(data)
     held_out = None if validation is None else encoder.features(validation, "validation")
     if encoder.cut:
@@ -115,46 +132,45 @@ def prepare(
             stacklevel=4,
         )
     digest = hashlib.sha256(json.dumps([features, held_out]).encode()).hexdigest()
-    return Prepared(features, held_out, collator(tokenizer), digest)
+    return Prepared(features, held_out, collator(tokenizer), digest, prompt.seen_in(data))
 
 
-def _row_problem(row: Any, seq2seq: bool) -> str | None:
-    """Why a row cannot be encoded."""
-    if not isinstance(row, Mapping):
-        return f'expected {{"input": str, "target": str}} or {{"text": str}}, got {type(row).__name__}'
-    if all(isinstance(row.get(key), str) for key in ("input", "target")):
-        return None
-    if not isinstance(row.get("text"), str):
-        return f'expected {{"input": str, "target": str}} or {{"text": str}}, got keys {sorted(map(str, row))}'
-    return 'an encoder-decoder model needs rows with "input" and "target", not "text"' if seq2seq else None
+def _is_text(value: Any) -> bool:
+    """Whether a field of a row is a text, or messages."""
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], Mapping))
 
 
 def encode(
-    row: Mapping[str, str], tokenizer: Any, max_length: int, *, seq2seq: bool, ends: Sequence[int] | None = None
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    seq2seq: bool,
+    ends: Sequence[int] | None = None,
+    prompt: PromptFormat | None = None,
 ) -> dict[str, list[int]]:
-    """One example as token ids: "input_ids" and "labels".
+    """One example as token ids: "input_ids" and "labels". ValueError for a row that `prompt` or the model cannot take.
 
-    Decoder-only: input and target in one sequence, as they are, with the first of `ends` (`end_tokens`; default: the
-    tokenizer's end) behind; labels on the target (on everything for a "text" row). Over `max_length` tokens the
-    beginning of the input goes first, then the end of the target. Encoder-decoder: the input to the encoder, the
-    target as labels, each cut at `max_length`.
+    Decoder-only: input, as `prompt` puts it, and target in one sequence, with the first of `ends` (`end_tokens`;
+    default: the tokenizer's end) behind; labels on the target (on everything for a "text" row). Over `max_length`
+    tokens the beginning of the input goes first, then the end of the target. Encoder-decoder: the input to the encoder,
+    the target as labels, each cut at `max_length`.
     """
+    row, prompt = as_example(row, text=True), prompt or PromptFormat()
     if ends is None:
         ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if seq2seq:
-        if "input" not in row:
-            raise ValueError('an encoder-decoder model needs rows with "input" and "target", not "text"')
-        return {
-            "input_ids": tokenizer(row["input"]).input_ids[:max_length],
-            "labels": target_ids(tokenizer, row["target"], ends, seq2seq=True)[:max_length],
-        }
     end = list(ends[:1])
     if "input" not in row:
-        ids = tokenizer(row["text"]).input_ids
+        if seq2seq:
+            raise ValueError('an encoder-decoder model needs rows with "input" and "target", not "text"')
+        ids = tokenizer(prompt.whole(row)).input_ids
         ids = (ids + end if ids[-1:] != end else ids)[:max_length]
         return {"input_ids": ids, "labels": list(ids)}
-    given = open_ids(tokenizer, row["input"], ends)
-    target = target_ids(tokenizer, row["target"], ends, seq2seq=False)[: max_length - 1]
+    given = prompt.prompt(row, tokenizer).ids(tokenizer, ends, seq2seq=seq2seq)
+    target = target_ids(tokenizer, row["target"], ends, seq2seq=seq2seq)
+    if seq2seq:
+        return {"input_ids": given[:max_length], "labels": target[:max_length]}
+    target = target[: max_length - 1]
     given = given[max(0, len(given) + len(target) - max_length) :]
     return {"input_ids": given + target, "labels": [IGNORED] * len(given) + target}
 

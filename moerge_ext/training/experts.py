@@ -13,7 +13,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable, disk_error
+from ..models.prompt import PromptFormat
 from ..models.wrappers import trainable_inside
 from ..routing.layers import linear_features, replace_module
 from ..routing.peft_layers import peft_layers
@@ -49,6 +51,7 @@ def train_expert(
     weight_decay: float = 0.0,
     tokenizer: Any = None,
     max_length: int = MAX_LENGTH,
+    prompt: PromptFormat | None = None,
     collate_fn: Collate | None = None,
     validation: Iterable[Any] | None = None,
     eval_every: int = 100,
@@ -70,9 +73,9 @@ def train_expert(
     left as in `train_gates`, and under torchrun the ranks share the work as there.
 
     `target_modules` is PEFT's: names, a regular expression, or "all-linear". `data` (batches, features, or rows of text
-    with `tokenizer`), `validation`, `accumulate`, `resume` and the state file are as in `train_gates`; the default
-    `checkpoint_dir` is `.moerge-train-expert` in `output_dir`. The model comes back as it was, without
-    PEFT's layers, its buffers bit-identical, also after an exception.
+    with `tokenizer`), `prompt`, `validation`, `accumulate`, `resume` and the state file are as in `train_gates`; the
+    default `checkpoint_dir` is `.moerge-train-expert` in `output_dir`. The model comes back as it was, without PEFT's
+    layers, its buffers bit-identical, also after an exception.
 
     Errors: ImportError with the install line when peft is missing; ValueError as in `train_gates`, for rank
     < 1, and for a model that already carries PEFT layers.
@@ -83,11 +86,14 @@ def train_expert(
         eval_every=eval_every, seed=seed, checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER),
         checkpoint_every=checkpoint_every, resume=resume, progress=progress,
     )  # fmt: skip
-    prepared = prepare(model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn)
+    prepared = prepare(
+        model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
+    )
     sources = prepared.sources(batch_size, shuffle, seed)
     targets = target_modules if isinstance(target_modules, str) else sorted(target_modules)
     lora = {"rank": rank, "alpha": alpha, "target_modules": targets}
-    return _train(trainable_inside(model), target, sources, options, lora)
+    note = note_of_prompt(prepared.prompt)
+    return _train(trainable_inside(model), target, sources, options, lora, note)
 
 
 def _train(
@@ -96,8 +102,9 @@ def _train(
     sources: tuple[BatchSource, BatchSource | None],
     options: TrainingOptions,
     lora: dict[str, Any],
+    note: dict[str, str],
 ) -> TrainingResult:
-    """The expert, trained and saved in `target`."""
+    """The expert, trained and saved in `target` with `note` in its header."""
     train, validation = sources
     ranks, file = current_ranks(), target / WEIGHTS
     settings = settings_of(options, train, validation, lora)
@@ -121,7 +128,7 @@ def _train(
         result = TrainingResult(target, state.step, kept_step(state), state.losses, state.validation)
         with ranks.together(), saving(state, options, STATE_FILE):
             if ranks.first:
-                _save_atomically(peft_model, target, note_of(result, settings))
+                _save_atomically(peft_model, target, note_of(result, settings) | note)
     discard_state(options, STATE_FILE)
     return result
 

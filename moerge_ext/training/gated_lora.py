@@ -24,6 +24,7 @@ from ..experts.formats import read_adapter
 from ..experts.formats.peft import Adapter, LoraWeights, write_gates
 from ..experts.gates import gates_file
 from ..experts.kinds import SIGMOID_GATE
+from ..experts.prompt_notes import PROMPT_KEY
 from ..files.atomic import write_atomically
 from ..files.listing import grouped, listed
 from ..models.wrappers import trainable_inside
@@ -213,7 +214,7 @@ class GatedModel:
         facts = {key: str(value) for key, value in (metadata or {}).items()}
         target.mkdir(parents=True, exist_ok=True)
         if lora is not None:
-            self._write_adapter(target, lora)
+            self._write_adapter(target, lora, {key: text for key, text in facts.items() if key == PROMPT_KEY})
         return write_gates(target, gates, kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
 
     def check_target(self, folder: str | Path | None) -> None:
@@ -234,9 +235,9 @@ class GatedModel:
             if (value := getattr(layer, name)) is not None
         }
 
-    def _write_adapter(self, target: Path, tensors: dict[str, Tensor]) -> None:
-        config = json.dumps(self.adapter.config, indent=2).encode()
-        write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, {"format": "pt"}))
+    def _write_adapter(self, target: Path, tensors: dict[str, Tensor], note: dict[str, str]) -> None:
+        config, header = json.dumps(self.adapter.config, indent=2).encode(), {"format": "pt", **note}
+        write_atomically(target / "adapter_model.safetensors", lambda file: save_file(tensors, file, header))
         # the config last: without it the folder is not yet an adapter
         write_atomically(target / "adapter_config.json", lambda file: file.write_bytes(config))
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from ..experts.gates import gates_file
 from ..experts.kinds import SIGMOID_GATE
+from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable
+from ..models.prompt import PromptFormat
 from .batches import BatchSource, Collate
 from .encoding import MAX_LENGTH, prepare
 from .gated_lora import GatedModel, gated_model
@@ -35,6 +37,7 @@ def train_gates(
     accumulate: int = 1,
     tokenizer: Any = None,
     max_length: int = MAX_LENGTH,
+    prompt: PromptFormat | None = None,
     collate_fn: Collate | None = None,
     validation: Iterable[Any] | None = None,
     eval_every: int = 100,
@@ -60,7 +63,9 @@ def train_gates(
     data            an iterable of ready batches (dicts of tensors), begun again when it ends; with `tokenizer` rows of
                     text; with `collate_fn` a list or Dataset of features. The latter two are cut into batches of
                     `batch_size` and, under `shuffle`, shuffled every epoch from `seed`
-    tokenizer       for rows {"input": str, "target": str} (loss on the target) or {"text": str}, cut at `max_length`
+    tokenizer       for rows {"input": str, "target": str} (loss on the target), {"text": str}, or TRL's {"prompt",
+                    "completion"} and {"messages"} (loss on the completion, on the last message), cut at `max_length`
+    prompt          how the inputs of rows are put, noted with what is written; default: as they are
     accumulate      batches per step; its gradient is the mean of theirs, and of all ranks' under torchrun
     validation      the same kind of data: the gates with the lowest loss per label are kept, of those before the first
                     step, after every `eval_every` steps and after the last; without it the last ones are
@@ -80,8 +85,11 @@ def train_gates(
         checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER), checkpoint_every=checkpoint_every,
         resume=resume, progress=progress,
     )  # fmt: skip
-    prepared = prepare(model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn)
-    return _train(model, Path(adapter_folder), target, prepared.sources(batch_size, shuffle, seed), options, joint)
+    prepared = prepare(
+        model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
+    )
+    sources, note = prepared.sources(batch_size, shuffle, seed), note_of_prompt(prepared.prompt)
+    return _train(model, Path(adapter_folder), target, sources, options, joint, note)
 
 
 def _target(adapter_folder: str | Path, output_dir: str | Path | None, joint: bool) -> Path:
@@ -100,8 +108,9 @@ def _train(
     sources: tuple[BatchSource, BatchSource | None],
     options: TrainingOptions,
     joint: bool,
+    note: dict[str, str],
 ) -> TrainingResult:
-    """The gates of the adapter in `folder`, trained and saved in `target`."""
+    """The gates of the adapter in `folder`, trained and saved in `target` with `note` in their header."""
     train, validation = sources
     ranks, file = current_ranks(), gates_file(target, SIGMOID_GATE)
     with gated_model(model, folder, joint=joint) as gated:
@@ -125,7 +134,7 @@ def _train(
         )
         untrained = [path for path in gated.layers if f"{path}/gate" not in state.adam_step]
         result = TrainingResult(file, state.step, kept_step(state), state.losses, state.validation)
-        metadata = _metadata(state, options, joint) | note_of(result, settings)
+        metadata = _metadata(state, options, joint) | note_of(result, settings) | note
         with ranks.together(), saving(state, options, STATE_FILE):
             gated.save(target, metadata=metadata, untrained=untrained)
     discard_state(options, STATE_FILE)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..experts.bank import ExpertBank
+from ..models.prompt import INPUT, PromptFormat
 from ..routing.patch import Handle, patch
 from .batches import Batch, BatchSource, Collate
 from .encoding import Encoder, collator
@@ -119,14 +120,14 @@ def _search(
 class LoraHubRouter:
     """Finds the weights of method `lorahub` for a task from a few solved examples; what `moerge eval` asks.
 
-    tokenizer: the model's; template: the prompt, with {input}.
+    tokenizer: the model's; template, chat: of `PromptFormat`.
     """
 
     source = "few-shot"
     task_examples = 5  # of the paper
 
-    def __init__(self, tokenizer: Any, template: str = "{input}", *, max_length: int = 512):
-        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+    def __init__(self, tokenizer: Any, template: str = INPUT, *, chat: bool = False, max_length: int = 512):
+        self.tokenizer, self.template, self.chat, self.max_length = tokenizer, template, chat, max_length
 
     def settings(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The method's options; ValueError for those out of range."""
@@ -135,8 +136,8 @@ class LoraHubRouter:
 
     def task_affinities(self, examples: Sequence[Mapping[str, str]], handle: Handle) -> Tensor:
         """Solved examples {"input", "target"} of one task -> weights [1,E], by `handle.options`."""
-        rows = [{**row, "input": self.template.replace("{input}", row["input"])} for row in examples]
-        features = Encoder(handle.model, self.tokenizer, self.max_length).features(rows, "the task's examples")
+        encoder = Encoder(handle.model, self.tokenizer, self.max_length, PromptFormat(self.template, self.chat))
+        features = encoder.features(examples, "the task's examples")
         found = _search(handle, [collator(self.tokenizer)(features)], progress=False, **handle.options)
         return found.weights[None]
 

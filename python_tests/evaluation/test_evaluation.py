@@ -320,8 +320,10 @@ def test_eval_command(setup, tmp_path, capsys):
 def test_top_k_from_the_shell(setup, tmp_path, capsys):
     """Arrow's own top_k is four, and there are three experts."""
     more = ["--methods", "base,arrow", "--limit", 1]
-    assert command(setup, tmp_path, *more) == 2
-    assert "top_k=4 is more than the number of experts, E=3" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="'arrow' takes the top 4 by itself; there are 3 experts, all of which"):
+        assert command(setup, tmp_path, *more) == 0
+    assert command(setup, tmp_path, *more, "--top-k", 5) == 2
+    assert "top_k=5 is more than the number of experts, E=3" in capsys.readouterr().err
     assert command(setup, tmp_path, *more, "--top-k", 2) == 0
     assert "arrow/top_k=2" in capsys.readouterr().out
 

@@ -55,7 +55,7 @@ def one_module(path: str, d: int, o: int, names=NAMES) -> moerge.ExpertBank:
         ({"weighting": "hard", "normalize": "l2"}, ["weighting must be", "'hard'", "normalize must be", "'l2'"]),
         ({"aggregation": "sum"}, ["'output' or 'factored'", "'sum'"]),
         ({"backend": "cuda"}, ["'native' or 'reference'", "'cuda'"]),
-        ({"method": "arrow"}, ["top_k=4 is more than the number of experts, E=3"]),
+        ({"method": "arrow", "top_k": 4}, ["top_k=4 is more than the number of experts, E=3"]),
         (
             {"method": "average_activation"},
             ["module 'model.layers.0.mlp.down_proj'", "average-activation", "'ant'", "moerge"],
@@ -201,7 +201,7 @@ def test_paths_instead_of_a_bank(llama):
 
 
 def test_a_top_k_beyond_the_experts_says_what_to_pass(llama, experts):
-    assert "pass top_k=3, or None for all" in refused(llama, experts, method="arrow")
+    assert "pass top_k=3, or None for all" in refused(llama, experts, method="arrow", top_k=4)
 
 
 def test_the_same_problem_in_many_modules_is_one_line(llama, experts):

@@ -1,0 +1,99 @@
+"""What a command needs only at its end is refused at its beginning."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from builders import make_tokenizer, random_experts
+from gate_builders import llama
+
+from moerge_ext.commands import main as cli
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    random_experts(model, tmp_path, ["expert"], ["q_proj"])
+    (tmp_path / "task").mkdir()
+    rows = [{"input": f"{c}:", "target": c} for c in "abcdef"]
+    (tmp_path / "task" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    entries = [{"name": name, "template": {"question": name + " {input}"}} for name in ("one", "two")]
+    (tmp_path / "prompts.json").write_text(json.dumps(entries))
+    (tmp_path / "file").touch()
+    return tmp_path
+
+
+def no_model(*_args, **_kwargs):
+    pytest.fail("the model was read")
+
+
+def router(folder, *more):
+    words = ["train-router", "--model", folder / "model", "--prompts", folder / "prompts.json", "--no-progress"]
+    words += ["--data", folder / "task" / "test.jsonl", "--router", folder / "model", "--output", folder / "router"]
+    return cli.main([*map(str, [*words, "--max-new-tokens", 2, *more])])
+
+
+def test_outputs_that_cannot_be_written(folder, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
+    shared = ["--model", folder / "model", "--output", folder / "file"]
+    tasks = ["--experts", folder / "expert", "--tasks", folder / "task", "--methods", "phatgoose"]
+    questions = ["--prompts", folder / "prompts.json", "--data", folder / "task" / "test.jsonl", "--router", "none"]
+    data = ["--data", folder / "task" / "test.jsonl", "--output", folder / "file"]
+    for words in (
+        ["eval", *shared, *tasks],
+        ["inspect", *shared, *tasks],
+        ["ensemble", *shared, *questions],
+        ["train-router", *shared, *questions[:-1], folder / "model"],
+        ["train-expert", folder / "model", *data],
+        ["train-gates", folder / "model", folder / "expert", *data],
+        ["describe", "--adapter", folder / "expert", "--instruction", "x", "--embedder", "none", *data[2:]],
+    ):
+        assert cli.main([*map(str, words)]) == 2, words
+        assert f"'{folder / 'file'}'" in capsys.readouterr().err, words
+    assert (folder / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--theta", "2", "--embedder", "x"], "--theta is a cosine and must be in [-1, 1], got 2"),
+        (["--judge", "numeric"], "row 0 (from 0): the numeric judge needs a number in the gold answer, got 'a'"),
+        (["--epochs", "0", "--lr", "0"], "epochs must be at least 1, got 0; lr must be in (0, 1), got 0.0"),
+        (["--router", "prompts.json"], "'prompts.json' is a file: pass the folder of a model"),
+        (["--template", "{oops}"], "the template asks for {oops}"),
+    ],
+)
+def test_a_router_that_cannot_be_trained(folder, capsys, monkeypatch, more, said):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
+    assert router(folder, *more) == 2
+    assert said in capsys.readouterr().err and not (folder / "router").exists()
+
+
+def test_the_embedder_of_theta_is_loaded_before_any_answer(folder, capsys, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
+    assert router(folder, "--theta", 0.5, "--mean-pool", "--embedder", folder / "task", "--embedder-name", "x") == 2
+    assert "task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_theta_is_asked_for_after_the_first_batch(folder, capsys, monkeypatch, batch):
+    """Whether it is needed depends on the answers; those that were all given are kept."""
+    pytest.importorskip("accelerate")
+    from moerge_ext.evaluation.answers import Answerer
+
+    asked = []
+    answer = Answerer.generate
+    monkeypatch.setattr(Answerer, "generate", lambda self, p, *a, **o: asked.extend(p) or answer(self, p, *a, **o))
+    with pytest.warns() if batch == 6 else monkeypatch.context():
+        assert router(folder, "--batch-size", batch) == 2
+    assert len(asked) == 2 * batch
+    error = capsys.readouterr().err
+    assert "no expert is right: pass" in error and "--embedder MODEL and --theta X" in error
+    assert (f"in {batch} of the first {batch} questions" in error) == (batch == 2)
+    assert (f"the answers are kept in {folder / 'router'}" in error) == (batch == 6)
