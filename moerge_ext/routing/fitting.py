@@ -82,7 +82,7 @@ def fit(model: nn.Module, experts: ExpertBank, missing: str = "error") -> Fitted
     moved = any(old != new for naming in namings for old, new in naming.paths.items())
     if lost or moved:
         try:
-            fitted.experts = renamed_bank(experts, [naming.paths for naming in namings])
+            fitted.experts = renamed_bank(experts, [naming.paths for naming in namings], model_paths.real)
         except ValueError as error:
             fitted.problems.append(str(error))
     if note := renamed_note(experts.names, namings):

@@ -170,6 +170,39 @@ def test_saved_parameters_and_starts_move_with_their_modules(tmp_path):
         moerge.patch(Wrapper(), moerge.load_experts({"e": folder}, rename={"": "inner"}), "merged")
 
 
+HEADS = {
+    "saved": {"modules_to_save": ["lm_head"], "target_modules": PARTS},
+    "with LoRA": {"target_modules": [*PARTS, "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
+def test_a_head_stays_where_the_prefix_of_the_others_changes(fields, tmp_path):
+    folder = save(tiny_llama, tmp_path / "e", **fields)
+    want = by_peft(tiny_llama, folder)
+    tensors = load_file(folder / WEIGHTS)
+    moved = {key.replace("base_model.model.model.", "base_model.model."): tensor for key, tensor in tensors.items()}
+    save_file(moved, folder / WEIGHTS)
+    model, bank = tiny_llama(), moerge.load_experts({"e": folder})
+    with pytest.warns(UserWarning, match="were renamed"), moerge.patch(model, bank, "expert:e"):
+        assert error(logits(model), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rename", [{"out": "lm_head"}, lambda path: path.replace("out", "lm_head")], ids=["map", "call"]
+)
+def test_rename_reaches_a_head_saved_beside(rename, tmp_path):
+    folder = save(tiny_llama, tmp_path / "e", **HEADS["saved"])
+    want = by_peft(tiny_llama, folder)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key.replace("lm_head", "out"): tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
+    with pytest.warns(UserWarning, match="modules_to_save"):
+        bank = moerge.load_experts({"e": folder}, rename=rename)
+    model = tiny_llama()
+    with moerge.patch(model, bank, "expert:e"):
+        assert error(logits(model), want) < 1e-5
+
+
 def test_a_module_of_a_live_model(tmp_path):
     config = LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
     live = peft.get_peft_model(tiny_bert(), config)
