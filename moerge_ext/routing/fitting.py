@@ -49,7 +49,11 @@ def on_model(
     fitted = fit(model, _linears(experts, placement), missing)
     fitted.placement = placement
     if missing == "drop" and experts.modules and not fitted.experts.modules and not placement.parameters:
-        fitted.problems.append(f"none of the experts' modules is in {type(model).__name__}")
+        some = listed([f"'{path}'" for path in experts.modules], "modules")
+        fitted.problems.append(
+            f"none of the experts' modules is in {type(model).__name__} ({some}): load_experts(..., "
+            "rename={old: new}) if they are there"
+        )
     fitted.problems += placement.problems + _start_problems(experts, placement)
     fitted.notes += placement.notes
     base = BaseCheck(model, fitted.experts, method)
@@ -217,7 +221,10 @@ def _layer_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
             continue
         features = linear_features(layer)
         if features is None:
-            problems.append(f"module '{name}' is not a linear layer but {type(layer).__name__}")
+            problems.append(
+                f"module '{name}' is not a linear layer but {type(layer).__name__}: load_experts(..., modules=...) "
+                "takes the others"
+            )
         elif features != (bank.in_features, bank.out_features):
             problems.append(
                 f"module '{name}': the layer is D={features[0]} -> O={features[1]}, "

@@ -144,7 +144,7 @@ def test_patch_says_what_to_pass_instead(peft_model):
     with pytest.raises(ValueError) as caught:
         patch(peft_model, load_experts(peft_model), "arrow")
     _, said = str(caught.value).splitlines()
-    assert "PEFT's PeftModelForCausalLM" in said and "pass the model inside, model.unload()" in said
+    assert "PEFT's PeftModelForCausalLM" in said and "pass model.unload()" in said
 
 
 def test_the_model_inside_can_be_patched():
