@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -54,19 +55,31 @@ class BaseClaims:
     scalings: Mapping[str, float] = field(default_factory=dict)
     targets: Targets | None = None
 
-    def renamed(self, paths: Mapping[str, str]) -> BaseClaims:
+    def modules(self) -> list[str]:
+        """The modules whose parameters were saved beside the adapter."""
+        return list(dict.fromkeys(path.rpartition(".")[0] for path in self.saved))
+
+    def renamed(
+        self,
+        paths: Mapping[str, str],
+        beside: Mapping[str, str] = MappingProxyType({}),
+        there: Collection[str] = frozenset(),
+    ) -> BaseClaims:
         """The same of modules that go by other paths: {path: new path}, without those that were left out.
 
-        A parameter of no such module moves with the prefix that all of them exchanged.
+        beside: the same of modules without LoRA. A parameter of neither moves with the prefix that all of `paths`
+        exchanged, but for a module of a model (`there`, its modules) that knows it by its own path alone: a head.
         """
         old, new = _exchanged(paths)
+        known = {**beside, **paths}
         saved = {}
         for path, tensor in self.saved.items():
             module, dot, leaf = path.rpartition(".")
-            if module in paths:
-                path = paths[module] + dot + leaf
+            if module in known:
+                path = known[module] + dot + leaf
             elif old != new and (not old or path.startswith(old + ".")):
-                path = ".".join(filter(None, (new, path.removeprefix(old).lstrip("."))))
+                moved = ".".join(filter(None, (new, path.removeprefix(old).lstrip("."))))
+                path = path if module in there and moved.rpartition(".")[0] not in there else moved
             saved[path] = tensor
         scalings = {paths[path]: scaling for path, scaling in self.scalings.items() if path in paths}
         same = all(path == name for path, name in paths.items())

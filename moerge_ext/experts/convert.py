@@ -17,6 +17,7 @@ from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterHeader, int
 from .hub import find_adapter
 from .keys import PREFIX
 
+KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
 SIDECARS = ("moerge_gates*.safetensors", "moerge_examples*.safetensors")
 
 
@@ -37,7 +38,7 @@ def convert_adapter(
         raise ValueError(f"{target} is there already: name a folder that is empty or not there yet")
     header = inspect_adapter(name, path, base, allow_pickle=allow_pickle)
     adapter = into_memory(header)
-    tensors = _tensors(adapter) | _saved(header)
+    tensors = _tensors(adapter, header) | _saved(header)
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
     for pattern in SIDECARS if header.folder is not None else ():
@@ -55,10 +56,15 @@ def _saved(header: AdapterHeader) -> dict[str, Tensor]:
         return {saved.key: tensors.read(saved.key).contiguous() for saved in header.claims.saved.values()}
 
 
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+def _tensors(adapter: Adapter, header: AdapterHeader) -> dict[str, Tensor]:
+    """The LoRA under PEFT's names, that of a stacked parameter (`target_parameters`) whole, as its file has it."""
     tensors = {}
-    for path, lora in adapter.modules.items():
-        for key, value in (("lora_A.weight", lora.lora_A), ("lora_B.weight", lora.lora_B), ("lora_B.bias", lora.bias)):
-            if value is not None:
-                tensors[f"{PREFIX}{path}.{key}"] = value.contiguous()
+    with header.open() as stored:
+        for path, lora in adapter.modules.items():
+            parts = {"A": lora.lora_A, "B": lora.lora_B, "bias": lora.bias}
+            piece = header.modules[path].slice
+            if piece is not None:
+                path, parts = piece.stored, {part: stored.read(key) for part, key in header.keys[path].items()}
+            named = {f"{PREFIX}{path}.{KEYS[part]}": tensor for part, tensor in parts.items() if tensor is not None}
+            tensors |= {key: tensor.contiguous() for key, tensor in named.items() if key not in tensors}
     return tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from .bank import ExpertBank
 from .module_bank import ModuleBank
 
 
-def renamed_bank(bank: ExpertBank, paths: Sequence[Mapping[str, str]]) -> ExpertBank:
-    """`bank` with `paths[e]` = {path: new path} for expert e; what is not in it is left out.
+def renamed_bank(bank: ExpertBank, paths: Sequence[Mapping[str, str]], there: Collection[str]) -> ExpertBank:
+    """`bank` with `paths[e]` = {path: new path} for expert e, modules of a model that has those named `there`; what is
+    not in `paths` is left out.
 
     No tensor is copied where all experts of a module move together. Two experts may have the same module under
     different paths (they were trained with different versions of the model's code): they meet under the new one.
@@ -33,7 +34,9 @@ def renamed_bank(bank: ExpertBank, paths: Sequence[Mapping[str, str]]) -> Expert
             modules[new] = _joined(new, [(bank.modules[path], ids) for path, ids in parts.items()])
     stored = [{new: bank.stored_paths[e].get(old, old) for old, new in moved.items()} for e, moved in enumerate(paths)]
     renamed = bank.with_modules(modules, stored)
-    renamed.claims = {name: claims.renamed(paths[bank.names.index(name)]) for name, claims in bank.claims.items()}
+    renamed.claims = {
+        name: claims.renamed(paths[bank.names.index(name)], there=there) for name, claims in bank.claims.items()
+    }
     return renamed
 
 

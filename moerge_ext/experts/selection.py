@@ -21,6 +21,7 @@ class RenamedSource:
 
     source: Any
     paths: dict[str, str]
+    beside: dict[str, str] = field(default_factory=dict)  # the same of modules that only the base has
     modules: dict[str, ModuleHeader] = field(default_factory=dict)
     gates: dict[str, GateSet] = field(default_factory=dict)
 
@@ -39,7 +40,7 @@ class RenamedSource:
 
     @property
     def claims(self) -> BaseClaims:
-        return self.source.claims.renamed(self.paths)
+        return self.source.claims.renamed(self.paths, self.beside)
 
 
 class Selection:
@@ -67,19 +68,22 @@ class Selection:
             raise ValueError(f"load_experts: no expert named {', '.join(unknown)}; there are {', '.join(there)}")
         return list(self.names)
 
-    def rename(self, sources: Sequence[Any]) -> tuple[list[Any], dict[str, list[str]]]:
-        """(the sources under their new paths, {expert: problems}). ValueError when `rename` meets no path at all."""
+    def rename(self, sources: Sequence[Any], complete: bool = True) -> tuple[list[Any], dict[str, list[str]]]:
+        """(the sources under their new paths, {expert: problems}). ValueError when `rename` meets no path at all;
+        not when the sources are not `complete`, as the paths of the others are not known.
+        """
         if self._rename is None:
             return list(sources), {}
         change = self._rename if callable(self._rename) else _Replacing(self._rename)
         renamed, bad = [], {}
         for source in sources:
             paths = {path: change(path) for path in source.modules}
-            if problems := _path_problems(paths):
+            beside = {path: change(path) for path in source.claims.modules() if path not in paths}
+            if problems := _path_problems(paths | beside):
                 bad[repr(source.name)] = problems
             else:
-                renamed.append(_under(source, paths, change))
-        if not callable(self._rename) and (unused := change.unused()):
+                renamed.append(_under(source, paths, beside, change))
+        if complete and not callable(self._rename) and (unused := change.unused()):
             some = next(iter(sources[0].modules), "none") if sources else "none"
             raise ValueError(
                 f"load_experts: rename has {', '.join(map(repr, unused))}, which no module path contains (whole parts "
@@ -143,9 +147,10 @@ def _path_problems(paths: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _under(source: Any, paths: dict[str, str], change: Callable[[str], str]) -> RenamedSource:
+def _under(source: Any, paths: dict[str, str], beside: dict[str, str], change: Callable[[str], str]) -> RenamedSource:
     gates = {
         kind: replace(gates, gates={paths.get(path) or change(path): gate for path, gate in gates.gates.items()})
         for kind, gates in source.gates.items()
     }
-    return RenamedSource(source, paths, {paths[path]: header for path, header in source.modules.items()}, gates)
+    modules = {paths[path]: header for path, header in source.modules.items()}
+    return RenamedSource(source, paths, beside, modules, gates)

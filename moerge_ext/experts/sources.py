@@ -72,7 +72,7 @@ def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[
                 bad[f"{name!r} ({folder})"] = error.problems
     if not sources and not bad:
         raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
-    sources, unnamed = selection.rename(sources)
+    sources, unnamed = selection.rename(sources, complete=not bad)
     bad |= unnamed | _misfits(sources)
     if bad:
         # all are refused now, so what reading them would find belongs to the list

@@ -18,6 +18,8 @@ from .layers import linear_features, shared_parameters, values_problem
 from .own_module import OwnModule
 from .state import RoutingState
 
+LORA_ALONE = "; load_experts(..., modules=...) takes the LoRA alone"
+
 
 class BaseCheck:
     """The experts that a method uses, and what they say of their base, on one model.
@@ -70,10 +72,14 @@ def differing(model: nn.Module, claims: BaseClaims) -> tuple[dict[str, SavedTens
     for path, saved in claims.saved.items():
         ours = tensors.get(path)
         if ours is None:
-            problems.append(f"its file holds {path} {list(saved.shape)}, which {type(model).__name__} does not have")
+            problems.append(
+                f"its file holds {path} {list(saved.shape)}, which {type(model).__name__} does not have{LORA_ALONE}"
+            )
         elif tuple(ours.shape) != saved.shape:
-            hint = ": was the vocabulary resized?" if max(len(saved.shape), ours.dim()) == 2 else ""
-            problems.append(f"its file holds {path} {list(saved.shape)}, the model's is {list(ours.shape)}{hint}")
+            hint = " (was the vocabulary resized, or is it a head for other classes?)" if len(saved.shape) == 2 else ""
+            problems.append(
+                f"its file holds {path} {list(saved.shape)}, the model's is {list(ours.shape)}{hint}{LORA_ALONE}"
+            )
         elif why := values_problem(ours):
             problems.append(f"its file holds {path}, and the model's cannot be compared with it: {why}")
         elif not _equal(saved.read(), ours.detach()):
@@ -88,10 +94,10 @@ def saved_problems(model: nn.Module, experts: Mapping[str, BaseClaims]) -> list[
         changed, problems = differing(model, claims)
         if changed:
             problems.append(
-                f"it was trained with its own {_names(changed)}, saved beside its LoRA and not equal to the model's. "
-                f"The LoRA alone: load_experts(..., modules=...). With them: method 'expert:{name}', or load them into "
-                "the model first. An embedding or head that was saved and not trained: save the adapter again from the "
-                "model it was trained on, with save_embedding_layers=False"
+                f"it was trained with its own {_names(changed)}, saved beside its LoRA and not equal to the model's"
+                f"{LORA_ALONE}. With them: method 'expert:{name}', or load them into the model first. An embedding or "
+                "head that was saved and not trained: save the adapter again from the model it was trained on, with "
+                "save_embedding_layers=False"
             )
         found += [f"expert {name!r}: {problem}" for problem in problems]
     return found
@@ -103,15 +109,23 @@ def own_parameters(
     """({module path: {parameter: tensor}} that one expert brings, for a model that follows it alone; problems)."""
     changed, problems = differing(model, claims)
     shared = shared_parameters(model)
+    carrying, tied = [], []
     found: dict[str, dict[str, Tensor]] = {}
     for path, saved in changed.items():
         module, _, leaf = path.rpartition(".")
         if module in set(routed):
-            problems.append(f"it was trained with its own {path}, of a layer that carries its LoRA as well")
+            carrying.append(path)
         elif path in shared:
-            problems.append(f"it was trained with its own {path}, which the model shares with {shared[path]}")
+            tied.append(f"{path}, which the model shares with {shared[path]}")
         else:
             found.setdefault(module, {})[leaf] = saved.read()
+    if carrying:
+        problems.append(
+            f"it was trained with its own {_names(carrying)}, of a layer that carries its LoRA as well: load such "
+            "parameters into the model first, or leave these layers out by load_experts(..., modules=...)"
+        )
+    if tied:
+        problems.append(f"it was trained with its own {'; '.join(tied)}{LORA_ALONE}")
     return found, [f"expert {name!r}: {problem}" for problem in problems]
 
 

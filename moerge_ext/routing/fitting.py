@@ -49,7 +49,11 @@ def on_model(
     fitted = fit(model, _linears(experts, placement), missing)
     fitted.placement = placement
     if missing == "drop" and experts.modules and not fitted.experts.modules and not placement.parameters:
-        fitted.problems.append(f"none of the experts' modules is in {type(model).__name__}")
+        some = listed([f"'{path}'" for path in experts.modules], "modules")
+        fitted.problems.append(
+            f"none of the experts' modules is in {type(model).__name__} ({some}): load_experts(..., "
+            "rename={old: new}) if they are there"
+        )
     fitted.problems += placement.problems + _start_problems(experts, placement)
     fitted.notes += placement.notes
     base = BaseCheck(model, fitted.experts, method)
@@ -82,7 +86,7 @@ def fit(model: nn.Module, experts: ExpertBank, missing: str = "error") -> Fitted
     moved = any(old != new for naming in namings for old, new in naming.paths.items())
     if lost or moved:
         try:
-            fitted.experts = renamed_bank(experts, [naming.paths for naming in namings])
+            fitted.experts = renamed_bank(experts, [naming.paths for naming in namings], model_paths.real)
         except ValueError as error:
             fitted.problems.append(str(error))
     if note := renamed_note(experts.names, namings):
@@ -217,7 +221,10 @@ def _layer_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
             continue
         features = linear_features(layer)
         if features is None:
-            problems.append(f"module '{name}' is not a linear layer but {type(layer).__name__}")
+            problems.append(
+                f"module '{name}' is not a linear layer but {type(layer).__name__}: load_experts(..., modules=...) "
+                "takes the others"
+            )
         elif features != (bank.in_features, bank.out_features):
             problems.append(
                 f"module '{name}': the layer is D={features[0]} -> O={features[1]}, "

@@ -93,7 +93,10 @@ class ModelPaths:
         for old, new in self._prefixes(read, wanted):
             neutral = self._is_neutral(old, new)
             if neutral or not old or not new:
-                moved = {path: _exchange(name, old, new) for path, name in read.items()}
+                moved = {
+                    path: name if self._is_head(name, wanted[path]) else _exchange(name, old, new)
+                    for path, name in read.items()
+                }
                 rank = (self._placed(moved, wanted), neutral, -old.count(".") - bool(old))
                 said = f"{how} and " if how else ""
                 ranked.setdefault(rank, []).append((f"{said}the prefix '{new}' instead of '{old}'", moved))
@@ -115,6 +118,10 @@ class ModelPaths:
                     if self.sizes[layer] == wanted[path] and old != new and not same_end and not _has_number(new):
                         found.add((old, new))
         return found
+
+    def _is_head(self, name: str | None, size: tuple[int, int]) -> bool:
+        """Whether it is a layer of its size as it is, and none of many: what stands beside the prefix that moves."""
+        return name is not None and self.sizes.get(name) == size and not _has_number(name)
 
     def _is_neutral(self, old: str, new: str) -> bool:
         parts = Counter(old.split(".") if old else ()), Counter(new.split(".") if new else ())

@@ -100,7 +100,7 @@ def _call_problem(layer: nn.Module) -> str | None:
         said = f"a forward of its own that turns {[*leading, weight.shape[1]]} into {came}"
     return (
         f"{type(layer).__name__} has {said}, where a linear layer gives [..., {weight.shape[0]}]: leave it out of the "
-        "experts (all-linear takes such layers of routers along)"
+        "experts by load_experts(..., modules=...) (all-linear takes such layers of routers along)"
     )
 
 

@@ -221,6 +221,13 @@ class Code:
         return (exec, ("raise SystemExit('ran')",))
 
 
+def test_what_stands_in_the_place_of_a_pickle(tmp_path):
+    folder = as_pickle(write_adapter(tmp_path / "p", {Q: factors()}))
+    (folder / "adapter_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(AdapterError, match="adapter_model.bin is a Git-LFS pointer.*git lfs pull"):
+        load_experts(folder)
+
+
 def test_refused_pickles(tmp_path):
     def convert(**content):
         folder = write_adapter(tmp_path / "p", {Q: factors()})

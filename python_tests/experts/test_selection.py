@@ -139,6 +139,12 @@ def test_wrong_renames(folder, rename, text):
     assert text in str(caught.value), caught.value
 
 
+def test_a_rename_does_not_hide_why_an_expert_is_refused(tmp_path):
+    folder = write_adapter(tmp_path / "e", {Q: factors()}, r=3)
+    with pytest.raises(AdapterError, match="the config says rank 3"):
+        load_experts({"e": folder}, rename={"model.layers": "h"})
+
+
 def test_gates_follow_their_modules(tmp_path):
     """Under new names in the bank, under the adapter's own in its folder; those of modules left out stay unread."""
     model = tiny_llama()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from adapter_cases import refused
 from builders import write_adapter
+from safetensors.torch import load_file
 
 from moerge_ext import load_experts
+from moerge_ext.experts.convert import convert_adapter
 from moerge_ext.experts.formats.peft import read_adapter
 from moerge_ext.experts.gates import write_gates
 
@@ -87,6 +89,14 @@ def test_a_target_without_weights_is_noted(tmp_path):
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "other.experts.w"]
     with pytest.warns(UserWarning, match="target_parameters names .*other.experts.w"):
         load_experts({"ant": write(tmp_path, target_parameters=targets)[0]})
+
+
+def test_a_converted_adapter_has_the_stacked_tensors(tmp_path):
+    folder, _ = write(tmp_path / "e")
+    converted = convert_adapter(folder, tmp_path / "out")
+    stored, found = load_file(folder / "adapter_model.safetensors"), load_file(converted / "adapter_model.safetensors")
+    assert found.keys() == stored.keys() and all(torch.equal(found[key], stored[key]) for key in stored)
+    assert list(load_experts(converted).modules) == list(load_experts(folder).modules)
 
 
 def test_live_adapters_are_read_like_their_folders(tmp_path):

@@ -170,6 +170,64 @@ def test_saved_parameters_and_starts_move_with_their_modules(tmp_path):
         moerge.patch(Wrapper(), moerge.load_experts({"e": folder}, rename={"": "inner"}), "merged")
 
 
+HEADS = {
+    "saved": {"modules_to_save": ["lm_head"], "target_modules": PARTS},
+    "with LoRA": {"target_modules": [*PARTS, "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
+def test_a_head_stays_where_the_prefix_of_the_others_changes(fields, tmp_path):
+    folder = save(tiny_llama, tmp_path / "e", **fields)
+    want = by_peft(tiny_llama, folder)
+    tensors = load_file(folder / WEIGHTS)
+    moved = {key.replace("base_model.model.model.", "base_model.model."): tensor for key, tensor in tensors.items()}
+    save_file(moved, folder / WEIGHTS)
+    model, bank = tiny_llama(), moerge.load_experts({"e": folder})
+    with pytest.warns(UserWarning, match="were renamed"), moerge.patch(model, bank, "expert:e"):
+        assert error(logits(model), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rename", [{"out": "lm_head"}, lambda path: path.replace("out", "lm_head")], ids=["map", "call"]
+)
+def test_rename_reaches_a_head_saved_beside(rename, tmp_path):
+    folder = save(tiny_llama, tmp_path / "e", **HEADS["saved"])
+    want = by_peft(tiny_llama, folder)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key.replace("lm_head", "out"): tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
+    with pytest.warns(UserWarning, match="modules_to_save"):
+        bank = moerge.load_experts({"e": folder}, rename=rename)
+    model = tiny_llama()
+    with moerge.patch(model, bank, "expert:e"):
+        assert error(logits(model), want) < 1e-5
+
+
+NAMES = {
+    "no prefix": lambda key, tensor: {key.removeprefix("base_model.model."): tensor},
+    "state_dict": lambda key, tensor: (
+        {
+            key.replace("lm_head.", "lm_head.modules_to_save.ant."): tensor,
+            key.replace("lm_head.", "lm_head.original_module."): 2 * tensor,
+        }
+        if "lm_head" in key
+        else {key.replace(".weight", ".ant.weight"): tensor}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", NAMES.values(), ids=NAMES)
+def test_a_head_of_a_file_with_other_names(change, tmp_path):
+    """What the LoRA's keys may lack or have besides, those of the head may as well."""
+    folder = save(tiny_llama, tmp_path / "e", **HEADS["saved"])
+    want = by_peft(tiny_llama, folder)
+    changed = {}
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        changed |= change(key, tensor)
+    save_file(changed, folder / WEIGHTS)
+    assert error(routed(tiny_llama, folder), want) < 1e-5
+
+
 def test_a_module_of_a_live_model(tmp_path):
     config = LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
     live = peft.get_peft_model(tiny_bert(), config)
@@ -192,7 +250,8 @@ def edit(folder, change):
         ("lm_head.base_layer.weight", torch.ones(96, 32), ["trained with its own lm_head.weight"]),
         ("model.embed_tokens.weight", torch.ones(99, 32), ["[99, 32], the model's is [96, 32]", "resized"]),
         ("model.embed_tokens.weight", torch.ones(96, 32), ["save_embedding_layers=False"]),
-        ("score.weight", torch.ones(2, 32), ["score.weight [2, 32], which LlamaForCausalLM does not have"]),
+        ("score.weight", torch.ones(2, 32), ["score.weight [2, 32], which LlamaForCausalLM does not have", "modules="]),
+        ("lm_head.weight", torch.ones(5, 32), ["[5, 32], the model's is [96, 32]", "other classes", "modules="]),
         ("model.norm.weight", torch.zeros(32), ["trained with its own model.norm.weight"]),
         ("model.norm.modules_to_save.weight", torch.zeros(32), ["trained with its own model.norm.weight"]),
     ],
@@ -218,7 +277,8 @@ def test_trained_biases(tmp_path):
     folder = save(tiny_qwen2, tmp_path / "e", target_modules=["q_proj"], bias="all")
     edit(folder, lambda tensors: [t.add_(1) for key, t in tensors.items() if key.endswith(".bias")])
     refused(tiny_qwen2, folder, "trained with its own", "and 3 more")
-    refused(tiny_qwen2, folder, "q_proj.bias, of a layer that carries its LoRA as well", method="expert:e")
+    biases = ", ".join(f"model.layers.{i}.self_attn.q_proj.bias" for i in (0, 1))
+    refused(tiny_qwen2, folder, f"{biases}, of a layer that carries its LoRA as well", "modules=", method="expert:e")
 
 
 def test_the_tied_head_leaves_the_embedding_alone(tmp_path):

@@ -6,7 +6,7 @@ import itertools
 import os
 from pathlib import Path
 
-from ...files.safefile import open_tensors
+from ...files.safefile import open_tensors, what_it_is
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin", "pytorch_model.bin")
 # PEFT's methods (0.21) that its save_as_lora approximates by a LoRA, that have no layer of their own, and that turn or
@@ -62,6 +62,8 @@ def what_else(folder: Path) -> str:
         return ""
     for name in PICKLES:
         if name in names:
+            if (what := what_it_is(folder / name)) and "pickle" not in what:
+                return f"; {name} is {what}"
             return f"; {name} is a pickle, which can run code when it is opened, and is never read here: {_CONVERT}"
     if "adapters.npz" in names:
         return (

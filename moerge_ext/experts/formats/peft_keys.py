@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from ...files.safefile import TensorHeader, path_problem
-from ..keys import PREFIX, bare_path, lora_key, module_of
+from ..keys import PREFIX, LoraKey, bare_path, lora_key, module_of
 from .peft_rules import show, some_of
 
 # State of the training alone, of no effect on what a stored adapter computes: VeLoRA's projection for the backward
 # pass, MonteCLoRA's sampler.
 _TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
+# The base's own module, which modules_to_save keeps beside the trained one: in a state_dict() alone.
+_REPLACED = "original_module"
 # (a part of a name, what it means, the field of the config that says so)
 _KINDS = (
     ("lora_magnitude_vector", "belongs to DoRA, which is not supported", "use_dora"),
@@ -47,12 +49,16 @@ def sort_keys(
     none for a kind that the config says of itself: `refused` holds its fields that were refused already.
     """
     found, kinds = SortedKeys(), {}
+    lora_keys = {key: lora for key in headers if (lora := lora_key(key))}
+    found.adapters.update(lora.adapter for lora in lora_keys.values() if lora.adapter)
+    # the base's parameters have PEFT's prefix where the factors have it
+    bare = bool(lora_keys) and not any(PREFIX in key for key in lora_keys)
     taken = [key for key in headers if keep is None or keep(module_of(key))]
     for key in taken:
         if kind := next((kind for kind in _KINDS if kind[0] in key), None):
             kinds.setdefault(kind, []).append(key)
-        elif not any(part in _TRAINING_STATE for part in key.split(".")):
-            _sort(key, found)
+        elif not any(part in (*_TRAINING_STATE, _REPLACED) for part in key.split(".")):
+            _sort(key, lora_keys.get(key), bare, found)
     for (_, meaning, said_by), keys in kinds.items():
         if said_by not in refused:
             found.problems.append(f"{some_of([show(key) for key in keys])} {meaning}")
@@ -68,29 +74,27 @@ def sort_keys(
     return found
 
 
-def _sort(key: str, found: SortedKeys) -> None:
-    lora = lora_key(key)
-    if lora is None and (PREFIX not in key or "lora_" in key):
+def _sort(key: str, lora: LoraKey | None, bare: bool, found: SortedKeys) -> None:
+    if lora is None and ("lora_" in key or not (bare or PREFIX in key)):
         found.problems.append(_unknown_key(key))
         return
-    path = lora.path if lora is not None else _base_path(bare_path(key))
+    path = lora.path if lora is not None else _base_path(bare_path(key), found.adapters)
     if why := path_problem(path):
         found.problems.append(why)
     elif lora is None:
         found.saved[path] = key
     else:
-        found.adapters.update([lora.adapter] if lora.adapter else [])
         first = found.keys.setdefault(path, {}).setdefault(lora.part, key)
         if first != key and len(found.adapters) < 2:
             found.problems.append(f"{path}: {show(first)} and {show(key)} are the same weight twice")
 
 
-def _base_path(path: str) -> str:
+def _base_path(path: str, adapters: Collection[str]) -> str:
     """The parameter's path in the base model: PEFT's wrappers stand between a module and its parameters."""
     parts = path.split(".")
     if "modules_to_save" in parts:  # early versions left it, some with the adapter's name behind it
         at = parts.index("modules_to_save")
-        del parts[at : at + (2 if parts[at + 1 : at + 2] == ["default"] else 1)]
+        del parts[at : at + (2 if parts[at + 1] in ("default", *adapters) else 1)]
     return ".".join(part for part in parts if part != "base_layer")
 
 
