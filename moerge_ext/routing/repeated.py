@@ -1,4 +1,4 @@
-"""What gradient checkpointing repeats in backward belongs to the blocks that its forward was in, wherever backward runs.
+"""What gradient checkpointing repeats in backward belongs to the blocks that its forward was in.
 
 torch keeps the function that it is to call again. Here it is kept together with what applied to the forward: the
 requests, and which sequences the batch had. What was outside of blocks is outside of blocks again.
