@@ -225,13 +225,15 @@ class Rows:
         if isinstance(ends, Tensor):
             at = torch.arange(tokens, device=ends.device)
             rows, found = torch.bucketize(at, ends[1:-1].long(), right=True), ends.numel() - 1
-        elif size % self.count and isinstance(positions, Tensor) and positions.shape[-1] * size == tokens:
+        elif size % self.count and self._may_start_again(positions, kwargs.get("attention_mask"), size, tokens):
             # several axes of positions, as models with images have them, come first: the first is the text's
             line = positions.reshape(-1, tokens)[0].view(-1, positions.shape[-1])
             starts = torch.ones_like(line, dtype=torch.bool)
             starts[:, 1:] = line[:, 1:] != line[:, :-1] + 1
             rows = starts.flatten().cumsum(0) - 1
             found = int(rows[-1]) + 1
+            if found == size > 1:
+                return None  # one sequence a line, as many as do not fit
         else:
             return None
         if found != self.count:
@@ -240,6 +242,12 @@ class Rows:
                 "as sequences (or one for all)"
             )
         return rows.int()
+
+    def _may_start_again(self, positions: Any, mask: Any, size: int, tokens: int) -> bool:
+        """Whether positions may be those of a packed batch; padding has positions too, which are no sequences."""
+        if not isinstance(positions, Tensor) or positions.shape[-1] * size != tokens:
+            return False
+        return not (isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any()))
 
 
 def _holder(name: str) -> str:

@@ -165,6 +165,20 @@ def test_compiled():
                 assert torch.allclose(compiled(x).logits, model(x).logits, atol=1e-5)
 
 
+@torch.no_grad()
+def test_padding_is_no_packed_sequence():
+    """One sequence with one pad token has positions that start again, once."""
+    model, mask = builders.tiny_llama(), torch.tensor([[0, 1, 1, 1, 1]])
+    text = "2 rows of affinities are set and the model got a batch of"
+    with routed(model) as handle, handle.affinities(TWO):
+        with pytest.raises(ValueError, match=text + " 1"):
+            model(cases.ids(1, 5), attention_mask=mask, position_ids=torch.tensor([[1, 0, 1, 2, 3]]))
+        with pytest.raises(ValueError, match=text + " 1"):
+            model.generate(cases.ids(1, 5), attention_mask=mask, max_new_tokens=2)
+        with pytest.raises(ValueError, match=text + " 3"):
+            model.generate(cases.ids(3, 5), max_new_tokens=2)
+
+
 # ---- forwards side by side, and those that backward repeats ----------------------------------------------------------
 
 
