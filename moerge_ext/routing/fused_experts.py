@@ -67,7 +67,9 @@ def is_dispatched(module: nn.Module) -> bool:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     cells = getattr(type(module).forward, "__closure__", None) or ()
-    return "forward" not in vars(module) and any(cell.cell_contents is ALL_EXPERTS_FUNCTIONS for cell in cells)
+    own = vars(module).get("_old_forward", vars(module).get("forward"))  # what accelerate's hooks (offload) call
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    return not replaced and any(cell.cell_contents is ALL_EXPERTS_FUNCTIONS for cell in cells)
 
 
 def stacked(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -52,6 +52,15 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new)
 
 
+def drop_hooks(model: nn.Module, owners: tuple[type, ...]) -> None:
+    """Takes off the forward hooks that are methods of `owners`: a copy of a model has those that were on it."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), owners)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def shared_parameters(model: nn.Module) -> dict[str, str]:
     """{parameter path: another path of the same tensor}."""
     paths: dict[int, list[str]] = {}

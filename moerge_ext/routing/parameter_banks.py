@@ -21,6 +21,7 @@ from ..experts.keys import bare_path
 from ..files.listing import listed
 from .fused_experts import first_parameter, is_dispatched, parameter_sizes, stacked, why_unsupported
 from .naming import CONTAINERS
+from .peft_layers import carrier_problem, is_peft_layer
 
 _INDEXED = re.compile(r"(?P<experts>.+)\.(?P<index>[0-9]{1,6})\.(?P<leaf>[^.]+)")
 WHOLE, GATE, UP = 2, 0, 1  # which rows of a parameter's output
@@ -184,6 +185,8 @@ def _target(
     tried = [experts, *([parent["experts"]] if parent else ())]
     for owner in dict.fromkeys([*tried, *(twins[_bare(path)] for path in tried if _bare(path) in twins)]):
         module = layers.get(owner)
+        if is_peft_layer(module):
+            return carrier_problem(layers[""], owner)
         if module is None or not stacked(module):
             continue
         if not is_dispatched(module):

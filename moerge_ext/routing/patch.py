@@ -24,7 +24,7 @@ from .fitting import MISSING, on_model
 from .fused_experts import close_door, open_door
 from .generation import Doors
 from .growing import GrowingTexts
-from .layers import execution_device
+from .layers import drop_hooks, execution_device
 from .own_module import OwnModule
 from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
@@ -86,6 +86,7 @@ class Handle:
             )
         if self._watch is not None:
             self._watch.remove()
+        drop_hooks(self.model, (Rows, RealTokens))
         for name in wrapped:
             self.model.get_submodule(name).give_back(self.model, name)
         for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):

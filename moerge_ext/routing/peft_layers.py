@@ -67,6 +67,14 @@ def wrapper_problem(model: nn.Module, layer: nn.Module, carried: PeftLayer | Non
     return None
 
 
+def carrier_problem(model: nn.Module, path: str) -> str:
+    """What is wrong with experts on what the PEFT layer at `path` holds."""
+    layer, carried = model.get_submodule(path), peft_layers(model).get(path)
+    if problem := wrapper_problem(model, layer, carried):
+        return problem
+    return f"is PEFT's {_name(layer)}; {how_to_take_off(model, carried.idle if carried is not None else ())}"
+
+
 def how_to_take_off(model: nn.Module, names: Iterable[str]) -> str:
     """The call that leaves the model without PEFT's adapters."""
     if getattr(model, "_hf_peft_config_loaded", False):

@@ -28,7 +28,7 @@ from .generation import NOT_SET
 from .layers import execution_device
 from .parameter_banks import ParameterBank, Piece, Placement, are_turned
 from .routed_linear import BACKENDS
-from .state import AMBIGUOUS, Request, RoutingState
+from .state import AMBIGUOUS, Request, RoutingState, for_graph
 from .ways import Way
 
 
@@ -155,7 +155,7 @@ class ParameterBranch(nn.Module):
         bias = request_of(self.state).bias
         if bias is None:
             raise RuntimeError(f"{self.name}: {NOT_SET}")
-        return bias.to(device)
+        return for_graph(bias).to(device)
 
     def extra_repr(self) -> str:
         total, rank, _ = self.lora_A.shape

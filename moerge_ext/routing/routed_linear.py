@@ -17,7 +17,7 @@ from . import ways
 from .generation import NOT_SET
 from .layers import execution_device, linear_features
 from .stand_in import StandIn
-from .state import AMBIGUOUS, IDLE, Request, RoutingState
+from .state import AMBIGUOUS, IDLE, Request, RoutingState, for_graph
 from .threads import REQUESTS
 from .ways import against_fast_kernels, against_fused, against_in_place, against_kept, against_short
 
@@ -250,7 +250,7 @@ class RoutedLinear(StandIn):
         bias = (self.state.current() if request is None else request).bias
         if bias is None:
             raise RuntimeError(f"{self.name}: {NOT_SET}")
-        return bias.to(device)
+        return for_graph(bias).to(device)
 
     def rows_of(self, x: Tensor, request: Request | None = None) -> Tensor | None:
         """The row of every token of x [..., D], [T] int32; None where T/N adjacent tokens share one."""

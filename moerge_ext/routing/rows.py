@@ -6,6 +6,7 @@ and of the model's; where it does not follow from them, the forward is refused.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ class Batch(NamedTuple):
     size: int
     lengths: tuple[int, ...]
     packed: Tensor | None = None  # [T] int32: the row of each token, where all sequences lie in one
+    others: bool = False  # whether there are images, or sounds
+    others_even: bool = True  # each sequence has its one, or there are none
 
 
 class Rows:
@@ -38,16 +41,31 @@ class Rows:
 
     def __init__(self, model: nn.Module, count: int, applies: Callable[[Rows], bool]):
         self.model, self.count, self.applies = model, count, applies
-        self.batch: Batch | None = None
-        self.others_even = True  # each sequence of the batch has its one image, or sound, or there are none
-        self.others = False
+        self._now = threading.local()  # threads begun inside of one block share these rows
         self._seen: dict[str, set[bool]] = {}  # layer, or what holds it -> time first or not, where the shapes told
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._backbone = self._path_of_backbone()
-        kind = getattr(getattr(model, "config", None), "model_type", None)
+        config = getattr(model, "config", None)
+        kind = getattr(config, "model_type", None)
+        self._encoder = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else None
         self._by_convention = kind is not None and kind not in _TIME_FIRST
         parts = [m for m in model.modules() if m is model or hasattr(m, "main_input_name")]
         self._hooks = [part.register_forward_pre_hook(self._begin, with_kwargs=True) for part in parts]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_now"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _now=threading.local())
+
+    @property
+    def batch(self) -> Batch | None:
+        """Of the forward that runs in this thread."""
+        return getattr(self._now, "batch", None)
+
+    @batch.setter
+    def batch(self, batch: Batch | None) -> None:
+        self._now.batch = batch
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -70,8 +88,8 @@ class Rows:
             if shape.numel() != batch.packed.numel() or max(shape) != shape.numel():
                 raise self._unknown(name, x)
             return batch.packed.to(x.device)
-        elsewhere = self.others and not self._in_backbone(name)
-        if elsewhere and not self.others_even:
+        elsewhere = batch.others and not self._in_backbone(name)
+        if elsewhere and not batch.others_even:
             raise self._unknown(name, x)
         if len(shape) == 1:
             lists = self._lists_above(name)
@@ -157,15 +175,16 @@ class Rows:
         """A forward pre-hook of the model, and of the models in it that are given sequences."""
         if not self.applies(self):
             return
-        whole = module is self.model
+        whole, before = module is self.model, self.batch
         given = [kwargs[key] for key in _SEQUENCES if isinstance(kwargs.get(key), Tensor)]
         if args and isinstance(args[0], Tensor) and args[0].dim() > 1 and (whole or not args[0].is_floating_point()):
             given.append(args[0])
         others = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k.startswith(_OTHERS)}
         if whole:
-            self.batch = None
-            self.others = bool(others)
+            self.batch = before = None
             given = given or list(others.values())
+        elif module is self._encoder and not given:  # of speech or images; `generate` calls it by itself
+            given = [x for x in (*args[:1], kwargs.get(module.main_input_name)) if isinstance(x, Tensor)]
         given = [x for x in given if x.dim() > 1]
         if not given:
             return
@@ -176,9 +195,11 @@ class Rows:
                 f"{self.count} rows of affinities are set and the model got a batch of {size}: give as many queries as "
                 "sequences (or one for all)"
             )
-        self.batch = Batch(size, lengths, packed)
-        if whole and others:
-            self.others_even = self._one_each(others, kwargs.get("input_ids"), size)
+        if whole:
+            even = not others or self._one_each(others, kwargs.get("input_ids"), size)
+            self.batch = Batch(size, lengths, packed, bool(others), even)
+        else:
+            self.batch = (before or Batch(size, lengths))._replace(size=size, lengths=lengths, packed=packed)
 
     def _one_each(self, others: dict[str, Tensor], ids: Tensor | None, size: int) -> bool:
         """Whether every sequence has one image (or sound): as many as sequences, and the same marks in each."""
@@ -204,13 +225,15 @@ class Rows:
         if isinstance(ends, Tensor):
             at = torch.arange(tokens, device=ends.device)
             rows, found = torch.bucketize(at, ends[1:-1].long(), right=True), ends.numel() - 1
-        elif size % self.count and isinstance(positions, Tensor) and positions.shape[-1] * size == tokens:
+        elif size % self.count and self._may_start_again(positions, kwargs.get("attention_mask"), size, tokens):
             # several axes of positions, as models with images have them, come first: the first is the text's
             line = positions.reshape(-1, tokens)[0].view(-1, positions.shape[-1])
             starts = torch.ones_like(line, dtype=torch.bool)
             starts[:, 1:] = line[:, 1:] != line[:, :-1] + 1
             rows = starts.flatten().cumsum(0) - 1
             found = int(rows[-1]) + 1
+            if found == size > 1:
+                return None  # one sequence a line, as many as do not fit
         else:
             return None
         if found != self.count:
@@ -219,6 +242,12 @@ class Rows:
                 "as sequences (or one for all)"
             )
         return rows.int()
+
+    def _may_start_again(self, positions: Any, mask: Any, size: int, tokens: int) -> bool:
+        """Whether positions may be those of a packed batch; padding has positions too, which are no sequences."""
+        if not isinstance(positions, Tensor) or positions.shape[-1] * size != tokens:
+            return False
+        return not (isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any()))
 
 
 def _holder(name: str) -> str:

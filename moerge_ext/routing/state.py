@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .repeated import carry_into_checkpoints
 from .threads import REQUESTS, carry_into_threads, is_foreign_thread
 from .trace import Trace
 
@@ -76,6 +77,11 @@ def _copy(bias: Tensor) -> Tensor:
         return bias.detach().clone()
 
 
+def for_graph(bias: Tensor) -> Tensor:
+    """A block's rows as autograd may keep them for backward, before which the next block may have the buffer."""
+    return bias.clone() if torch.is_grad_enabled() else bias
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """What applies to a forward."""
@@ -91,6 +97,11 @@ class Request:
         """[N,E] float32, added to the scores of the N rows."""
         return None if self.affinities is None else self.affinities.bias
 
+    @property
+    def rows(self) -> Any:
+        """What knows which of several rows a token belongs to."""
+        return None if self.affinities is None else self.affinities.rows
+
 
 IDLE = Request()
 AMBIGUOUS = "several requests are open, in threads or tasks: a graph cannot tell which of them this forward is of"
@@ -100,6 +111,7 @@ class RoutingState:
     """The requests of one patched model; every RoutedLinear of it asks here."""
 
     def __init__(self) -> None:
+        carry_into_checkpoints()
         self.busy = False  # whether any block is open, in whatever thread or task
         self._open: list[Request] = []
         self._slots: list[_Slot] = []
@@ -111,9 +123,10 @@ class RoutingState:
 
     def current(self) -> Request:
         """The request of the running code."""
-        if request := REQUESTS.get().get(self):
+        requests = REQUESTS.get()
+        if request := requests.get(self):
             return request
-        return self._of_backward() if self.busy else IDLE
+        return self._of_backward() if self.busy and not requests else IDLE
 
     @property
     def bias(self) -> Tensor | None:

@@ -9,13 +9,14 @@ variable over, and nothing else. Outside of blocks they do what they did.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
-# RoutingState -> Request, for the blocks that the running code is in; never changed in place
+# RoutingState -> Request, for the blocks that the running code is in; never changed in place. {None: None}: certainly
+# in none
 REQUESTS: ContextVar[Mapping[Any, Any]] = ContextVar("moerge_requests", default={})  # noqa: B039
 _LOCK = threading.Lock()
 
@@ -37,7 +38,7 @@ def _carrying_start(begin: Callable) -> Callable:
     @wraps(begin)
     def start(thread: threading.Thread, *args: Any, **kwargs: Any) -> Any:
         if requests := REQUESTS.get():
-            thread.run = _inside(requests, thread.run)
+            thread.run = inside(requests, thread.run)
         return begin(thread, *args, **kwargs)
 
     start.carries_requests = True
@@ -52,24 +53,35 @@ def _carrying_submit(hand_in: Callable) -> Callable:
             return hand_in(pool, function, *args, **kwargs)
         token = REQUESTS.set({})  # a thread that the pool begins here serves others too
         try:
-            return hand_in(pool, _inside(requests, function), *args, **kwargs)
+            return hand_in(pool, inside(requests, function), *args, **kwargs)
         finally:
             REQUESTS.reset(token)
 
     return submit
 
 
-def _inside(requests: Mapping[Any, Any], function: Callable) -> Callable:
-    """`function`, to be called in another thread, inside of the blocks of `requests`."""
+def inside(requests: Mapping[Any, Any], function: Callable) -> Callable:
+    """`function`, to be called elsewhere, inside of the blocks of `requests` and of the forward that runs here."""
+    rows = [request.rows for state, request in requests.items() if state is not None and request.rows is not None]
+    batches = [(of, of.batch) for of in rows]
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        states = [state for state in {**REQUESTS.get(), **requests} if state is not None]
         token = REQUESTS.set(requests)
-        shown = {state: state.show(request) for state, request in requests.items()}
+        shown = [(state, state.show(requests.get(state))) for state in states]
+        before = [(of, of.batch) for of in rows]
+        _set_batches(batches)
         try:
             return function(*args, **kwargs)
         finally:
-            for state, request in shown.items():
+            _set_batches(before)
+            for state, request in shown:
                 state.show(request)
             REQUESTS.reset(token)
 
     return run
+
+
+def _set_batches(batches: Iterable[tuple[Any, Any]]) -> None:
+    for rows, batch in batches:
+        rows.batch = batch

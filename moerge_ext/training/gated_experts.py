@@ -35,9 +35,12 @@ class GatedParameter(nn.Module):
             self.register_buffer(name, None if value is None else value[:, 0].to(device), persistent=False)
         width = self.lora_A.shape[-1]
         self.gate = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device)) if gate else None
+        self.ran = False  # whether a token came through while gradients were on
 
     def forward(self, scored: Tensor, pairs: Pairs, y: Tensor, x: Tensor) -> Tensor:
         """y [S,O] with the branch of x [S,D]; `scored` is what the gate sees: the tokens [T,D], or x."""
+        if torch.is_grad_enabled() and len(x):
+            self.ran = True
         with torch.autocast(x.device.type, enabled=False):
             if self.gate is None:
                 strength = torch.ones(len(x), 1, device=x.device)

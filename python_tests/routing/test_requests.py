@@ -302,6 +302,7 @@ def test_copies_made_inside_begin_clean(glider, phatgoose, duplicate):
             assert twin.generate(cases.tokens(3), max_new_tokens=2).shape == (3, 9)
     moerge.get_handle(twin).remove()
     assert "generate" not in vars(twin) and "generate" in vars(model)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in twin.modules())
     model, handle = phatgoose
     routed = logits(model, **batch("llama"))
     with handle.record() as trace, handle.disabled():

@@ -316,6 +316,33 @@ def test_experts_that_transformers_runs_otherwise_are_refused_by_name(tmp_path):
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize("idle", [False, True])
+def test_experts_that_carry_a_peft_adapter_are_refused_by_name(qwen, idle):
+    peft = pytest.importorskip("peft")
+    model, bank, *_ = qwen
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])
+    model.add_adapter(config, "mine")
+    if idle:
+        model.disable_adapters()
+    message = refused(model, bank, "lora.ParamWrapper", "model.delete_adapter('mine')", "layers.0.mlp.experts")
+    assert "missing=" not in message
+
+
+@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload"])
+def test_offloaded_experts(qwen, where, tmp_path):
+    """accelerate's hooks stand before the experts' forward, and fetch their weights."""
+    accelerate = pytest.importorskip("accelerate")
+    model, bank, *_ = qwen
+    ids, plain = patch_cases.tokens(), logits(model, input_ids=patch_cases.tokens())
+    with moerge.patch(model, bank):
+        want = logits(model, input_ids=ids)
+    options = {"execution_device": "cpu"} | ({"offload_dir": str(tmp_path / "disk")} if where[0] == "d" else {})
+    getattr(accelerate, where)(model, **options)
+    with moerge.patch(model, bank):
+        assert torch.allclose(logits(model, input_ids=ids), want, atol=1e-6)
+    assert torch.equal(logits(model, input_ids=ids), plain)
+
+
 def test_adapters_of_another_class_of_the_model(qwen, tmp_path):
     """Trained on the text model alone: its paths lack the container, and a warning says so."""
     model, *_ = qwen

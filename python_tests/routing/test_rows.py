@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import builders
 import guard_cases as cases
+import moe_cases
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import moerge_ext as moerge
@@ -17,6 +22,7 @@ FSMT = {
     "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
 }  # fmt: skip
+SIZES = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
 XLNET = {"vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
 
 
@@ -157,3 +163,116 @@ def test_compiled():
             with handle.affinities(TWO):
                 x = cases.ids(2, length)
                 assert torch.allclose(compiled(x).logits, model(x).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_is_no_packed_sequence():
+    """One sequence with one pad token has positions that start again, once."""
+    model, mask = builders.tiny_llama(), torch.tensor([[0, 1, 1, 1, 1]])
+    text = "2 rows of affinities are set and the model got a batch of"
+    with routed(model) as handle, handle.affinities(TWO):
+        with pytest.raises(ValueError, match=text + " 1"):
+            model(cases.ids(1, 5), attention_mask=mask, position_ids=torch.tensor([[1, 0, 1, 2, 3]]))
+        with pytest.raises(ValueError, match=text + " 1"):
+            model.generate(cases.ids(1, 5), attention_mask=mask, max_new_tokens=2)
+        with pytest.raises(ValueError, match=text + " 3"):
+            model.generate(cases.ids(3, 5), max_new_tokens=2)
+
+
+# ---- forwards side by side, and those that backward repeats ----------------------------------------------------------
+
+
+def packed(first: int, second: int, seed: int = 0) -> dict[str, Tensor]:
+    positions = torch.cat([torch.arange(first), torch.arange(second)])[None]
+    return {"input_ids": cases.ids(1, first + second, seed), "position_ids": positions, "use_cache": False}
+
+
+def test_threads_of_one_block_pack_their_own():
+    model, batches = builders.tiny_llama(), [packed(first, 24 - first) for first in (2, 6, 12, 20)]
+
+    @torch.no_grad()
+    def ask(i: int) -> Tensor:
+        return model(**batches[i]).logits
+
+    with routed(model) as handle, handle.affinities(TWO):
+        want = [ask(i) for i in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            for i, got in enumerate(pool.map(ask, [i % 4 for i in range(48)], timeout=60)):
+                assert torch.equal(got, want[i % 4]), i
+
+
+def gradients(model: nn.Module, run: Callable[[], Tensor], **checkpointing) -> list[Tensor]:
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+        model.enable_input_require_grads()
+    model.train()
+    run().backward()
+    model.eval()
+    model.gradient_checkpointing_disable()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("experts_of", ["linears", "mixture"])
+@pytest.mark.filterwarnings("ignore")
+def test_backward_repeats_each_forward_as_it_was(experts_of, reentrant, tmp_path):
+    """Forwards of several batches and blocks, one backward after all: each has its own rows, with checkpointing too."""
+    if experts_of == "linears":
+        model = builders.tiny_llama()
+        bank = cases.experts(model, cases.linears(model))
+    else:
+        model = moe_cases.build("qwen3_moe")
+        for i, name in enumerate(cases.NAMES):
+            moe_cases.adapter("qwen3_moe", model, tmp_path / name, i, layout="whole", linear="q_proj")
+        bank = moerge.load_experts([tmp_path / name for name in cases.NAMES])
+    handle = moerge.patch(model, bank, "given")
+    x = cases.ids(2, 6)
+
+    def one_block() -> Tensor:
+        with handle.affinities(TWO / 5):
+            return sum(model(**packed(*parts)).logits.square().mean() for parts in ((5, 3), (2, 6)))
+
+    def two_blocks() -> Tensor:
+        loss = 0
+        for rows in (TWO / 5, TWO[[1, 0]] / 5, TWO[0] / 5):
+            with handle.affinities(rows):
+                loss = loss + model(x, use_cache=False).logits.square().mean()
+        with handle.disabled():
+            return loss + model(x, use_cache=False).logits.square().mean()
+
+    for run in (one_block, two_blocks):
+        want, got = gradients(model, run), gradients(model, run, use_reentrant=reentrant)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(want, got, strict=True)), run.__name__
+
+
+@pytest.mark.parametrize("kind", ["speech", "images"])
+@torch.no_grad()
+def test_generate_calls_the_encoder_by_itself(kind):
+    random, tokens = torch.Generator().manual_seed(0), {"pad_token_id": 0, "eos_token_id": 95, "bos_token_id": 1}
+    if kind == "speech":
+        fields = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in SIZES.items()}
+        model = cases.make(
+            "WhisperForConditionalGeneration", "WhisperConfig", vocab_size=96, d_model=32, num_mel_bins=8, **tokens,
+            max_source_positions=16, max_target_positions=32, decoder_start_token_id=1, **fields,
+        )  # fmt: skip
+        inputs = {"input_features": torch.randn(2, 8, 32, generator=random)}
+    else:
+        encoder = {"model_type": "vit", "image_size": 16, "patch_size": 8, **cases.DECODER, "num_hidden_layers": 1}
+        decoder = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "vocab_size": 96}
+        model = cases.make(
+            "VisionEncoderDecoderModel", "VisionEncoderDecoderConfig", encoder=encoder,
+            decoder=decoder | {"add_cross_attention": True} | tokens, decoder_start_token_id=1, **tokens,
+        )  # fmt: skip
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=random)}
+    only = transformers.GenerationConfig(num_beams=2, max_new_tokens=4, min_new_tokens=4, **tokens)
+    only.decoder_start_token_id = 1
+    ((name, x),) = inputs.items()
+    with routed(model) as handle:
+        with handle.affinities(TWO):
+            for _ in range(2):  # the second encoder comes after a decoder with more sequences
+                both = model.generate(**inputs, generation_config=only)
+        for row in (0, 1):
+            with handle.affinities(TWO[row]):
+                alone = model.generate(**{name: x[row : row + 1]}, generation_config=only)
+            assert torch.equal(alone[0], both[row]), row

@@ -75,6 +75,20 @@ def test_trained_gates_lie_under_the_parameters_and_are_routed_by(trained):
     assert {UP, DOWN} <= set(trace.counts())
 
 
+def test_gates_that_somebody_else_trains_are_saved(trained):
+    """As a Trainer does: no one says which of them took part."""
+    model, folder, _ = trained
+    with gated_model(model, folder) as gated:
+        assert gated.untrained() == list(gated.layers)
+        model(**batches(1)[0]).loss.backward()
+        assert gated.untrained() == []
+        with torch.no_grad():
+            for layer in gated.layers.values():
+                layer.gate += 1
+        gated.save()
+    assert read_gates(folder)["sigmoid-gate"].gates.keys() == gated.layers.keys()
+
+
 def test_average_activations_leave_padding_out(trained):
     model, folder, deltas = trained
     seen: dict[str, list[torch.Tensor]] = {UP: [], DOWN: []}
