@@ -15,6 +15,8 @@ from typing import NamedTuple
 PREFIX = "base_model.model."
 WRAPPERS = frozenset(["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
+# as they stand in names and in regular expressions, whose dots may be escaped
+_WRAPPED = re.compile(rf"(?:(?<!\w)(?:{'|'.join(sorted(WRAPPERS))})|(?<![^^])base_model\\?\.model)\\?\.")
 _PARTS = {("A", "weight"): "A", ("B", "weight"): "B", ("B", "bias"): "bias"}
 
 
@@ -37,6 +39,11 @@ def bare_path(path: str) -> str:
         else:
             break
     return ".".join(parts)
+
+
+def bare_pattern(pattern: str) -> str:
+    """A name or regular expression of a config without the wrappers that it names: for bare paths."""
+    return _WRAPPED.sub("", pattern)
 
 
 def lora_key(key: str) -> LoraKey | None:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from adapter_cases import A_KEY, B_KEY, UP, WEIGHTS, Q, factors, good_adapter, set_tensors, write_adapter
+from adapter_cases import A_KEY, B_KEY, UP, WEIGHTS, Q, factors, good_adapter, set_config, set_tensors, write_adapter
 from builders import random_experts, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -49,6 +49,23 @@ def test_wrappers_in_keys(folder, old, new):
     for path, module in want.modules.items():
         assert torch.equal(got.modules[path].lora_A, module.lora_A)
         assert torch.equal(got.modules[path].lora_B, module.lora_B)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "base_model.model."])
+@pytest.mark.parametrize("escaped", [False, True], ids=["plain", "regex"])
+def test_wrappers_in_the_config(folder, wrapper, escaped):
+    """A config made of a wrapped model names its wrappers, as the keys do."""
+    tensors = load_file(folder / WEIGHTS)
+    start = "base_model.model."
+    save_file({key.replace(start, start + wrapper): value for key, value in tensors.items()}, folder / WEIGHTS)
+    names = [wrapper + path for path in (Q, UP)]
+    targets = "|".join(map(re.escape, names)) if escaped else names
+    first = f"^{re.escape(names[0])}" if escaped else names[0]
+    set_config(folder, target_modules=targets, alpha_pattern={first: 12})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_adapter("e", folder)
+    assert {path: module.scaling for path, module in found.modules.items()} == {Q: 3.0, UP: 2.0}
 
 
 def test_a_weight_that_is_there_twice(folder):

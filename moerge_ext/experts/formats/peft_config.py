@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files.safefile import what_it_is
+from ..keys import bare_pattern
 from .foreign import what_kind
 from .peft_patterns import LayerNumbers, ModuleNames, ModulePattern
 from .peft_rules import LoraRules, PatternRow, show
@@ -252,7 +253,7 @@ def _patterns(config: Mapping[str, Any], field: str, check: Any, problems: list[
     for key, number in value.items():
         number = check(number, f"{field}[{show(key)}]", problems)
         try:
-            rows.append(PatternRow(key, number, ModulePattern(key, wide=True)))
+            rows.append(PatternRow(key, number, ModulePattern(bare_pattern(key), wide=True)))
         except ValueError:  # valid for PEFT all the same
             rows.append(PatternRow(key, number, None))
     return tuple(rows)
@@ -260,9 +261,9 @@ def _patterns(config: Mapping[str, Any], field: str, check: Any, problems: list[
 
 def _names(value: Any, field: str, problems: list[str]) -> ModuleNames | None:
     if value is None or isinstance(value, str):
-        return ModuleNames(value) if value else None
+        return ModuleNames(bare_pattern(value)) if value else None
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return ModuleNames(value) if value else None
+        return ModuleNames([bare_pattern(name) for name in value]) if value else None
     problems.append(f"{field} must be a list of names or a string, got {show(value)}")
     return None
 
