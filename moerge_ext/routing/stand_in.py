@@ -7,6 +7,8 @@ tensors under the layer's own names.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,10 +95,15 @@ class StandIn(nn.Module):
         if getattr(taken["_old_forward"], "__func__", None) is not type(base).forward:
             base.forward = taken["_old_forward"]  # a forward of the instance, below the hook
         self.__dict__["_taken_hook"] = taken
-        _hook(self, taken["_hf_hook"])
+        own = frozenset(name for name in self._added if self._parameters.get(name) is not None)
+        with _without(self, own):
+            _hook(self, taken["_hf_hook"])
+        if own:
+            self.__dict__["_hf_hook"] = _HookOfBase(taken["_hf_hook"], own)
 
     def _return_hook(self) -> None:
         hook, taken = self.__dict__.get("_hf_hook"), self.__dict__.pop("_taken_hook", None)
+        hook = hook.hook if isinstance(hook, _HookOfBase) else hook
         for name in _HOOK:
             self.__dict__.pop(name, None)
         if taken is not None and taken["_hf_hook"] is hook:
@@ -159,6 +166,36 @@ class StandIn(nn.Module):
                 base.__dict__[registry] = replica.__dict__[registry]
             replica.__dict__["base_layer"] = base
         return replica
+
+
+class _HookOfBase:
+    """accelerate's hook, for which the parameters `own` are no part of the module: it fetches and drops the others."""
+
+    def __init__(self, hook: Any, own: frozenset[str]):
+        self.hook, self.own = hook, own
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "hook" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.hook, name)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _without(module, self.own):
+            return self.hook.pre_forward(module, *args, **kwargs)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        with _without(module, self.own):
+            return self.hook.post_forward(module, output)
+
+
+@contextmanager
+def _without(module: nn.Module, names: frozenset[str]) -> Iterator[None]:
+    """Inside, the module has no parameters of these names."""
+    own = {name: module._parameters.pop(name) for name in list(module._parameters) if name in names}
+    try:
+        yield
+    finally:
+        module._parameters.update(own)
 
 
 def _with_names(registry: dict | set, names: dict[str, str]) -> dict | set:

@@ -1,10 +1,11 @@
-"""Wrappers of torch.distributed: DistributedDataParallel is looked through, FSDP1 is refused for training."""
+"""Wrappers: DistributedDataParallel is looked through, FSDP1 is refused for training, accelerate may offload the base."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from builders import random_experts, tiny_llama
+from safetensors.torch import load_file
 from torch import distributed, nn
 
 import moerge_ext as moerge
@@ -65,3 +66,28 @@ def test_fsdp1_is_refused_for_training(group, tmp_path):
     ):
         with pytest.raises(ValueError, match="flattens the weights.*fully_shard"):
             train()
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("where", ["cpu_offload", "disk_offload"])
+def test_an_offloaded_base(where, joint, tmp_path):
+    """The hooks fetch and drop the base's weights, and leave what is trained where it is."""
+    accelerate = pytest.importorskip("accelerate")
+    ids, options = torch.arange(3, 9)[None], {"execution_device": "cpu"}
+    options |= {"offload_dir": str(tmp_path / "disk")} if where == "disk_offload" else {}
+    found = []
+    for offload in (False, True):
+        model = tiny_llama()
+        folder = random_experts(model, tmp_path / str(offload), "a", TARGETS, gates=False)["a"]
+        want = model(ids).logits
+        if offload:
+            getattr(accelerate, where)(model, **options)
+        result = moerge.train_gates(
+            model, folder, [{"input_ids": ids, "labels": ids}], steps=3, lr=0.1, joint=joint, progress=False,
+            output_dir=tmp_path / f"gates {offload}",
+        )  # fmt: skip
+        assert result.losses[-1] < result.losses[0]
+        found.append(load_file(tmp_path / f"gates {offload}" / "moerge_gates.safetensors"))
+        assert torch.equal(model(ids).logits, want)
+        assert {p.device.type for p in model.parameters()} == {"meta" if offload else "cpu"}
+    assert all(value.any() and torch.allclose(value, found[1][key], atol=1e-6) for key, value in found[0].items())
