@@ -16,7 +16,7 @@ PREFIX = "base_model.model."
 WRAPPERS = frozenset(["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
 # as they stand in names and in regular expressions, whose dots may be escaped
-_WRAPPED = re.compile(rf"(?:(?<!\w)(?:{'|'.join(sorted(WRAPPERS))})|(?<![^^])base_model\\?\.model)\\?\.")
+_WRAPPED = re.compile(rf"(?:(?<!\w)(?:{'|'.join(sorted(WRAPPERS))})|(?<![^^|(])base_model\\?\.model)\\?\.")
 _PARTS = {("A", "weight"): "A", ("B", "weight"): "B", ("B", "bias"): "bias"}
 
 

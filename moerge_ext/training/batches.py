@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..routing.layers import execution_device
+
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Any]], Batch]
 
@@ -107,6 +109,10 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs."""
+    """Where the model takes its inputs; of an offloaded model, where its layers compute."""
     device = getattr(model, "device", None)
-    return device if isinstance(device, torch.device) else next(model.parameters()).device
+    device = device if isinstance(device, torch.device) else next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    hooked = (execution_device(module) for module in model.modules() if hasattr(module, "_hf_hook"))
+    return next((found for found in hooked if found.type != "meta"), device)

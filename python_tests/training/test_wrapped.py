@@ -1,4 +1,4 @@
-"""Wrappers: DistributedDataParallel is looked through, FSDP1 is refused for training, accelerate may offload the base."""
+"""Wrappers: DistributedDataParallel is looked through, FSDP1 refused for training, accelerate may offload the base."""
 
 from __future__ import annotations
 
