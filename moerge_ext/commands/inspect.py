@@ -10,6 +10,7 @@ from pathlib import Path
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
+from .expert_options import gates_of, load_bank
 from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
 from .prompt_options import prompt_of
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
+    gates_of(args)
     check_can_write(args.output)
     tasks = read_tasks(args, metric="exact_match")
     methods = with_top_k(listed(args.methods), args.top_k)
@@ -45,12 +47,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from .. import load_experts
     from ..evaluation.evaluate import Settings
     from ..evaluation.heatmaps import draw
     from ..evaluation.inspect import correlations, inspect
 
-    experts = load_experts(args.experts, base=args.model)
+    experts = load_bank(args)
     runs, derived = parse_runs(methods, experts.names)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")

@@ -50,6 +50,8 @@ def inspect_adapter(
             view = gguf.view_gguf(file, base)
         elif folder is None:
             raise ValueError(f"it is not a folder{foreign.what_file(found)}")
+        elif (model := foreign.what_model(folder)) is not None:
+            raise ValueError(model)
         elif allow_pickle and not has_weights(folder, peft.WEIGHTS_FILE):
             view = peft.view_peft(folder, lambda: pickled.open_pickle(folder))
         else:
