@@ -21,6 +21,7 @@ if not _bare():
     from .ensemble.router import PromptRouter
     from .ensemble.train import train_router
     from .experts.bank import ExpertBank, ModuleBank, load_experts
+    from .exporting.merge import merge_experts
     from .methods import METHODS, get_method
     from .models.prompt import PromptFormat
     from .native.loading import build_info
@@ -66,6 +67,7 @@ __all__ = [
     "index_examples",
     "load_experts",
     "lorahub",
+    "merge_experts",
     "ops",
     "patch",
     "reference",

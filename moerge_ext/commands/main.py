@@ -15,6 +15,8 @@ COMMANDS = {
     "generate": (".generate", "one prompt through your model and experts"),
     "train-expert": (".train_expert", "train an expert, a LoRA on your model, from a file of examples"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
+    "list": (".list", "adapters in folders: base, rank, modules, and what there is for routing beside each"),
+    "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
     "eval": (".eval", "methods on tasks: a table with intervals"),

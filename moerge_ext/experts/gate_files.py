@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -16,9 +16,6 @@ from .formats import inspect_adapter
 from .formats.peft import write_gates
 from .gates import read_gates, read_gates_file
 from .hub import find_files
-
-if TYPE_CHECKING:
-    from .bank import ExpertBank
 
 INDEX_FILES = "moerge_examples*.safetensors"
 Gates = Mapping[str, str | os.PathLike] | None
@@ -120,7 +117,7 @@ def stale_note(source: Any, whole: Callable[[], Any]) -> str | None:
 
 
 def save_gates(
-    bank: ExpertBank,
+    bank: Any,
     folders: str | os.PathLike | Mapping[str, str | os.PathLike] | None,
     kind: str,
     metadata: Mapping[str, str] | None,
@@ -166,7 +163,7 @@ def _note_of_folder(name: str, folder: Path | None) -> dict[str, str]:
 
 
 def _gate_folders(
-    bank: ExpertBank, folders: str | os.PathLike | Mapping[str, str | os.PathLike] | None
+    bank: Any, folders: str | os.PathLike | Mapping[str, str | os.PathLike] | None
 ) -> dict[str, Path | None]:
     if folders is None:
         return dict(zip(bank.names, bank.folders, strict=True))

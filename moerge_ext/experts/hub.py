@@ -16,6 +16,7 @@ from ..files.safefile import file_inside, in_hub_cache
 from .formats import mlx
 from .formats.foreign import what_model
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE
+from .manifest import MANIFEST_FILE
 
 ALLOWED_FILES = (
     CONFIG_FILE,
@@ -24,6 +25,7 @@ ALLOWED_FILES = (
     mlx.WEIGHTS_FILE,
     "moerge_gates*.safetensors",
     "moerge_examples*.safetensors",
+    MANIFEST_FILE,
 )
 GGUF = ".gguf"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
