@@ -22,6 +22,7 @@ if not _bare():
     from .ensemble.train import train_router
     from .experts.bank import ExpertBank, ModuleBank, load_experts
     from .exporting.merge import merge_experts
+    from .exporting.push import push_expert
     from .methods import METHODS, get_method
     from .models.prompt import PromptFormat
     from .native.loading import build_info
@@ -70,6 +71,7 @@ __all__ = [
     "merge_experts",
     "ops",
     "patch",
+    "push_expert",
     "reference",
     "similar_examples",
     "train_expert",

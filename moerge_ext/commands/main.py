@@ -17,6 +17,7 @@ COMMANDS = {
     "train-gates": (".train_gates", "train the routing gates of one expert"),
     "list": (".list", "adapters in folders: base, rank, modules, and what there is for routing beside each"),
     "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
+    "push": (".push", "an adapter with its gates, index and description to the Hugging Face hub"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
     "eval": (".eval", "methods on tasks: a table with intervals"),

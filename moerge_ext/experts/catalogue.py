@@ -138,15 +138,19 @@ def _beside(folder: Path, gates: dict[str, GateSet]) -> dict[str, object]:
     described = gates.get(INSTRUCTION)
     return {
         "gates": {kind: len(found.gates) for kind, found in gates.items()},
-        "indices": [_embedder(folder, file.name) for file in sorted(folder.glob(INDEX_FILES))],
+        "indices": index_embedders(folder),
         "instruction": described.metadata.get("instruction") if described is not None else None,
         "prompts": [str(form) for form in dict.fromkeys(noted_prompts(folder).values())],
     }
 
 
-def _embedder(folder: Path, name: str) -> str:
-    with open_tensors(file_inside(folder.resolve(), name)) as opened:
-        return (opened.metadata() or {}).get("embedder", "not named")
+def index_embedders(folder: Path) -> list[str]:
+    """The embedders whose indices of examples lie in a folder; ValueError for a file that cannot be read."""
+    found = []
+    for file in sorted(folder.glob(INDEX_FILES)):
+        with open_tensors(file_inside(folder.resolve(), file.name)) as opened:
+            found.append((opened.metadata() or {}).get("embedder", "not named"))
+    return found
 
 
 def _size(path: Path, patterns: Iterable[str]) -> int:
