@@ -43,11 +43,18 @@ def show(entries: list[Entry]) -> None:
     table = Table(*COLUMNS)
     for entry in entries:
         cells = _cells(entry)
-        table.add_row(*(escape(cells[column]) for column in COLUMNS), style="red" if entry.problem else None)
+        table.add_row(
+            *(escape(_printable(cells[column])) for column in COLUMNS), style="red" if entry.problem else None
+        )
     console.print(table)
     for entry in entries:
         for text in filter(None, (entry.problem, *entry.notes)):
-            console.print(f"{entry.path}: {text}", highlight=False, markup=False, soft_wrap=True)
+            console.print(_printable(f"{entry.path}: {text}"), highlight=False, markup=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that a name in somebody's file may hold."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _cells(entry: Entry) -> dict[str, str]:

@@ -63,7 +63,11 @@ def catalogue(places: Iterable[str | os.PathLike]) -> list[Entry]:
         except ValueError as error:
             entries.append(Entry(str(place), str(place), problem=str(error)))
             continue
-        inside = [] if path.is_file() or _is_one(path) else sorted(_inside(path))
+        try:
+            inside = [] if path.is_file() or _is_one(path) else sorted(_inside(path))
+        except OSError as error:
+            entries.append(Entry(name, str(path), problem=f"it cannot be looked into ({error.strerror or error})"))
+            continue
         entries += [_entry(file.name.removesuffix(GGUF), file) for file in inside] or [_entry(name, path)]
     return entries
 

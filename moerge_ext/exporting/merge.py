@@ -107,6 +107,8 @@ def check_arguments(
     full: bool,
 ) -> Tensor | None:
     """The weights [E] float64, or None; one ValueError with everything that is wrong with the arguments."""
+    if not isinstance(experts, ExpertBank):
+        raise ValueError(f"merge: experts must be an ExpertBank, from load_experts(...), got {type(experts).__name__}")
     problems, each = [], None
     if method not in METHODS:
         problems.append(f"method must be one of {', '.join(METHODS)}, got {method!r}")

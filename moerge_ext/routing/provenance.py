@@ -51,7 +51,9 @@ def made_for(model: nn.Module, names: Sequence[str], bases: Sequence[tuple[str |
     groups: dict[str, list[str]] = {}
     for name, (base, _) in zip(names, bases, strict=True):
         groups.setdefault(f"'{base}'" if base else "a model they do not name", []).append(repr(name))
-    said = [f"{listed(who, 'experts')} made for {base}" for base, who in groups.items()]
+    said = [
+        f"{listed(who, 'experts')} {'was' if len(who) == 1 else 'were'} made for {base}" for base, who in groups.items()
+    ]
     return f"{'; '.join(said)}; this model is {this}"
 
 

@@ -62,6 +62,23 @@ def test_one_adapter_a_model_and_what_is_not_there(pool):
     assert "adapter_config.json is missing" in rows[2].problem and "no local folder" in rows[3].problem
 
 
+def test_a_folder_that_cannot_be_looked_into(pool, monkeypatch):
+    def denied(_folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("moerge_ext.experts.catalogue.os.scandir", denied)
+    rows = catalogue([pool, pool / "ant"])
+    assert rows[0].problem == "it cannot be looked into (Permission denied)" and rows[1].problem is None
+
+
+def test_control_characters_of_a_config_do_not_reach_the_terminal(tmp_path, capsys):
+    base = "\x1b[2J[red]base"
+    write_adapter(tmp_path / "a", {"up": (torch.ones(4, 8), torch.ones(6, 4))}, base_model_name_or_path=base)
+    assert cli.main(["list", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "[2J[red]base" in said
+
+
 def test_other_formats(tmp_path):
     pair = {"layers.0.self_attn.q_proj": (torch.ones(4, 8), torch.ones(8, 4))}
     write_mlx(tmp_path / "mlx", pair)

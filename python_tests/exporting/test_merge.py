@@ -136,6 +136,11 @@ def test_arguments(tmp_path, options, texts):
     assert all(text in str(caught.value) for text in texts) and not (tmp_path / "out").exists()
 
 
+def test_a_bank_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="must be an ExpertBank, from load_experts"):
+        moerge.merge_experts([tmp_path], tmp_path / "out")
+
+
 def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     _, experts = pool("llama", tmp_path)
     with pytest.raises(ValueError, match="is there already"):
@@ -160,7 +165,9 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 def test_layers_that_cannot_take_it(tmp_path):
     model, experts = pool("llama", tmp_path)
     other, _ = pool("gpt2", tmp_path / "other")
-    with pytest.raises(ValueError, match="cannot be merged on this model: .*made for 'tiny'; this model is a GPT2"):
+    with pytest.raises(
+        ValueError, match="cannot be merged on this model: .*were made for 'tiny'; this model is a GPT2"
+    ):
         moerge.merge_experts(experts, tmp_path / "out", model=other)
     (down,) = [p for p in experts.modules if p.endswith("1.mlp.down_proj")]
     layer = model.get_submodule(down)

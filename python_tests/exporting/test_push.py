@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,6 +21,7 @@ from moerge_ext.experts.manifest import MANIFEST_FILE
 from moerge_ext.exporting.push import README, pack, push_expert, send
 
 EMBEDDER = moerge.Embedder(lambda texts: torch.ones(len(texts), 4), name="some")
+COMMIT = "https://huggingface.co/user/sql/commit/" + "1" * 40
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -203,31 +205,76 @@ def test_stale_gates_are_said(expert):
     assert len(notes) == 1 and "made for other weights" in notes[0]
 
 
+class Server(HTTPServer):
+    """A hub of this machine, as far as a push asks for one: it keeps what it is sent, or refuses all."""
+
+    def __init__(self, refuses=None):
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.refuses, self.files = refuses, {}
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return HfApi(endpoint=f"http://127.0.0.1:{self.server_port}", token="hf_made_up")
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.refuses:
+            return self.answer(self.server.refuses, {"error": "you shall\nnot pass"})
+        if self.path.endswith("/preupload/main"):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": files})
+        if self.path.endswith("/commit/main"):
+            rows = [json.loads(line) for line in body.splitlines()]
+            self.server.files |= {
+                r["value"]["path"]: base64.b64decode(r["value"]["content"]) for r in rows if r["key"] == "file"
+            }
+            return self.answer(200, {"commitUrl": COMMIT, "commitOid": "1" * 40})
+        self.answer(200, {"url": "https://huggingface.co/user/sql", "errors": [], "warnings": []})
+
+    def do_GET(self):
+        self.answer(self.server.refuses or 200, {"id": "user/sql", "private": True, "sha": "0" * 40})
+
+    def do_HEAD(self):
+        self.answer(404, {})
+
+    def answer(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_args):
+        pass
+
+
+def test_over_http_by_the_client_itself(expert):
+    server = Server()
+    with server as api:
+        assert push_expert(expert, "user/sql", private=True, api=api) == COMMIT
+    want = pack(expert, "user/sql").files
+    assert server.files.keys() == want.keys()
+    for name, content in want.items():
+        assert server.files[name] == (content if isinstance(content, bytes) else content.read_bytes())
+
+
 @pytest.mark.parametrize(
     ("status", "text"), [(401, "hf auth login"), (403, "your token may not write to user/sql"), (500, "check the id")]
 )
 def test_what_the_hub_refuses_is_one_line(expert, status, text):
-    class Refusing(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = b'{"error": "you shall\\nnot pass"}'
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_made_up")
-        with pytest.raises(ValueError, match=text) as caught:
-            push_expert(expert, "user/sql", api=api)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with Server(refuses=status) as api, pytest.raises(ValueError, match=text) as caught:
+        push_expert(expert, "user/sql", api=api)
     assert "\n" not in str(caught.value) and str(status) in str(caught.value)
 
 

@@ -110,9 +110,9 @@ def test_experts_of_another_model(tmp_path, llama, monkeypatch):
     bank = cases.bank("gpt2", cases.build("gpt2"), tmp_path)
     for method in ("phatgoose", "merged"):
         first, *lines = refused(llama, bank, method=method).splitlines()
-        assert first.endswith(": 'ant', 'bee', 'cat' made for 'tiny'; this model is 'hub/llama' (LlamaForCausalLM):"), (
-            first
-        )
+        assert first.endswith(
+            ": 'ant', 'bee', 'cat' were made for 'tiny'; this model is 'hub/llama' (LlamaForCausalLM):"
+        ), first
         assert "transformer.h.0.attn.c_attn" in lines[0]
 
 
@@ -120,9 +120,9 @@ def test_experts_for_other_sizes(tmp_path, llama):
     """Also where the names fit and the shapes do not; not where the model is not what is wrong."""
     other = builders._build(type(llama), type(llama.config)(**builders._DECODER | {"hidden_size": 64}))
     bank = cases.bank("llama", other, tmp_path)
-    assert "'cat' made for 'tiny'; this model is a LlamaForCausalLM:\n" in refused(llama, bank)
+    assert "'cat' were made for 'tiny'; this model is a LlamaForCausalLM:\n" in refused(llama, bank)
     with pytest.raises(ValueError, match="made for 'tiny'; this model is a LlamaForCausalLM") as caught:
-        moerge.average_activation(llama, tmp_path / "ant", [], progress=False)
+        moerge.average_activation(llama, tmp_path / "ant", [{"input_ids": torch.ones(1, 2).long()}], progress=False)
     assert "[out, in], the model's is" in str(caught.value)
     assert "made for" not in refused(other, bank, top_k=9)
 
