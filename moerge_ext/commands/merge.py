@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     device = usable_device(args.device)
     experts = load_experts(args.experts, base=args.model, modules=args.modules)
     check_arguments(experts, args.method, weights, args.rank, args.model is not None, args.full)
+    tokenizer = load_tokenizer(args.model) if args.full else None
     model = None if args.model is None else load_model(args.model, dtype=args.dtype, device=device)
     merge = merge_experts(
         experts,
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         rank=args.rank,
         model=model,
         full=args.full,
-        tokenizer=load_tokenizer(args.model) if args.full else None,
+        tokenizer=tokenizer,
         progress=not args.no_progress,
     )
     print(told(merge))
