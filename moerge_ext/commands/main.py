@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from .._version import __version__
+from .progress import bars
 
 # command: (the module with its `add_arguments` and `run`, what it does); imported when it is called
 COMMANDS = {
@@ -26,7 +27,8 @@ COMMANDS = {
 
 
 def _run(args: argparse.Namespace) -> int:
-    return import_module(COMMANDS[args.command][0], __package__).run(args)
+    with bars(shown=not getattr(args, "no_progress", False)):
+        return import_module(COMMANDS[args.command][0], __package__).run(args)
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
