@@ -7,8 +7,10 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from ..methods.option_text import top_k
+from ..models.prompt import Prompt
 from .generate import check_method
 from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_file
 from .progress import add_progress
@@ -65,13 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from .. import load_experts, patch
     from ..evaluation.explain import explain_tokens
     from ..experts.prompt_notes import warn_of_other_prompts
-    from ..models.pretrained import load_model, load_tokenizer, usable_device
+    from ..models.pretrained import load_config, load_model, load_tokenizer, usable_device
 
     form, device = prompt_of(args), usable_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     row = {"input": prompt} | ({} if args.instruction is None else {"instruction": args.instruction})
     tokenizer = load_tokenizer(args.model)
     asked = form.prompt(row, tokenizer)
+    check_length(asked, tokenizer, load_config(args.model), args.max_new_tokens)
     experts = load_experts(args.experts, base=args.model)
     warn_of_other_prompts(experts, [form])
     model = load_model(args.model, dtype=args.dtype, device=device)
@@ -86,6 +89,19 @@ def run(args: argparse.Namespace) -> int:
         )
     _show(args, found)
     return 0
+
+
+def check_length(asked: Prompt, tokenizer: Any, config: Any, max_new_tokens: int) -> None:
+    """ValueError for a prompt without a token, or one that does not fit the context with what is to be generated."""
+    from ..models.pretrained import context_of, is_seq2seq
+
+    seq2seq, context = is_seq2seq(config), context_of(config)
+    length = len(asked.some_ids(tokenizer, (), seq2seq=seq2seq))
+    if context is not None and length + (0 if seq2seq else max_new_tokens) > context:
+        raise ValueError(
+            f"the prompt has {length} tokens, and with {max_new_tokens} to generate they do not fit the model's "
+            f"context of {context}: shorten the prompt or lower --max-new-tokens"
+        )
 
 
 def _show(args: argparse.Namespace, found) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..files.atomic import write_atomically
 from .explain import Stream, TokenRouting
-from .explain_text import bands, colours_of, totals
+from .explain_text import bands, colours_of, painted, totals
 from .palette import OTHERS, colour_of, cut, ink_on
-from .token_texts import visible
+from .token_texts import Piece, visible
 
 _TOLD = 3  # experts of a layer
 _PAGE = """<!doctype html>
@@ -62,8 +62,8 @@ def write_explanation(found: TokenRouting, path: Path, *, parts: int) -> int:
     for number, stream in enumerate(found.streams):
         for name, depths in bands(stream, parts):
             head = f"{stream.name}, {name}" if len(found.streams) > 1 else name
-            shares = stream.shares(depths)
-            spans = [_span(found, number, at, shares, colours) for at in range(len(stream.pieces))]
+            pairs = enumerate(zip(stream.pieces, painted(stream, found, depths, colours), strict=True))
+            spans = [_span(stream, piece, f"{number} {at}", colour) for at, (piece, colour) in pairs]
             body.append(f'<h3>{escape(head)}</h3><div class="text">{"".join(spans)}</div>\n')
     data = {
         "experts": [cut(name) for name in found.experts],
@@ -81,16 +81,10 @@ def _key(name: str, colour: str, share: float) -> str:
     return f'<span class="key" style="{style}">{escape(visible(name))} {share:.0%}</span> '
 
 
-def _span(found: TokenRouting, number: int, at: int, shares, colours) -> str:
-    stream = found.streams[number]
-    piece = stream.pieces[at]
+def _span(stream: Stream, piece: Piece, at: str, colour: str | None) -> str:
     kinds = ["new"] * (piece.start >= stream.prompt) + ["special"] * piece.special
-    style = ""
-    if stream.read[piece.start : piece.stop].any():
-        best = found.experts[int(shares[piece.start : piece.stop].mean(0).argmax())]
-        colour = colour_of(best, colours)
-        style = f' style="background:{colour};color:{ink_on(colour)}"'
-    return f'<span data-piece="{number} {at}" class="{" ".join(kinds)}"{style}>{escape(visible(piece.text))}</span>'
+    style = f' style="background:{colour};color:{ink_on(colour)}"' if colour else ""
+    return f'<span data-piece="{at}" class="{" ".join(kinds)}"{style}>{escape(visible(piece.text))}</span>'
 
 
 def _data(stream: Stream) -> dict:

@@ -44,11 +44,17 @@ def bands(stream: Stream, count: int) -> list[tuple[str, slice]]:
 
 
 def _band_name(stream: Stream, start: int, stop: int) -> str:
-    first, last = stream.depths[start], stream.depths[stop - 1]
+    first = stream.depths[start]
     if first.layer is None:
         return str(first)
-    numbers = str(first.layer) if first == last else f"{first.layer}-{last.layer}"
-    return f"{first.stack + ' ' if first.stack else ''}layer{'s' if first != last else ''} {numbers}"
+    runs: list[list[int]] = []
+    for depth in stream.depths[start:stop]:
+        if runs and depth.layer == runs[-1][-1] + 1:
+            runs[-1].append(depth.layer)
+        else:
+            runs.append([depth.layer])
+    numbers = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{first.stack + ' ' if first.stack else ''}layer{'s' if stop - start > 1 else ''} {numbers}"
 
 
 def legend(found: TokenRouting, colours: Mapping[str, str]) -> Text:
@@ -73,22 +79,29 @@ def as_text(found: TokenRouting, *, parts: int, table: bool) -> Group:
     for stream in found.streams:
         for name, depths in bands(stream, parts):
             head = f"\n{stream.name}, {name}:" if len(found.streams) > 1 else f"\n{name}:"
-            lines += [Text(head, style="bold"), _painted(stream, found, depths, colours)]
+            lines += [Text(head, style="bold"), _coloured(stream, found, depths, colours)]
         if table:
             lines.append(_table(stream, found, parts, colours))
     lines += [Text(f"\n{note}") for note in found.notes]
     return Group(*lines)
 
 
-def _painted(stream: Stream, found: TokenRouting, depths: slice, colours: Mapping[str, str]) -> Text:
-    made, shares, read = Text(), stream.shares(depths), stream.read
+def painted(stream: Stream, found: TokenRouting, depths: slice, colours: Mapping[str, str]) -> list[str | None]:
+    """The colour of every piece, of the expert that leads at these depths; None for one that was not read."""
+    shares, read = stream.shares(depths), stream.read
+    made: list[str | None] = []
     for piece in stream.pieces:
-        mean = shares[piece.start : piece.stop].mean(0)
-        seen = bool(read[piece.start : piece.stop].any())
-        style = _style(colour_of(found.experts[int(mean.argmax())], colours)) if seen else ""
-        if piece.start >= stream.prompt:
-            style = f"{style} underline"
-        made.append(visible(piece.text), style=style.strip())
+        tokens = slice(piece.start, piece.stop)
+        leading = found.experts[int(shares[tokens].mean(0).argmax())]
+        made.append(colour_of(leading, colours) if read[tokens].any() else None)
+    return made
+
+
+def _coloured(stream: Stream, found: TokenRouting, depths: slice, colours: Mapping[str, str]) -> Text:
+    made = Text()
+    for piece, colour in zip(stream.pieces, painted(stream, found, depths, colours), strict=True):
+        generated = " underline" if piece.start >= stream.prompt else ""
+        made.append(visible(piece.text), style=((_style(colour) if colour else "") + generated).strip())
     return made
 
 

@@ -63,7 +63,10 @@ def test_refusals(words, tmp_path, capsys):
         (["--method", "given"], "affinity"),
         (["--module", "nothing"], "no routed module is called nothing"),
         (["--layers", "2-5"], "there is no layer 2, 3, 4"),
-        (["--max-new-tokens", "500"], "context of 128"),
+        (
+            ["--max-new-tokens", "500"],
+            "the prompt has 9 tokens, and with 500 to generate they do not fit the model's context of 128",
+        ),
     ):
         assert cli.main([*words, *more]) == 2, more
         assert text in capsys.readouterr().err

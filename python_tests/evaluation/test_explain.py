@@ -14,6 +14,7 @@ from builders import make_tokenizer
 from rich.console import Console
 
 import moerge_ext as moerge
+from moerge_ext.evaluation.explain import Depth, Stream
 from moerge_ext.evaluation.explain_page import write_explanation
 from moerge_ext.evaluation.explain_text import as_json, as_text, bands, totals
 from moerge_ext.evaluation.token_weights import applied_weights
@@ -103,6 +104,13 @@ def test_encoder_and_decoder(new, tmp_path, tokenizer):
     mine = [dense(trace.calls[f"decoder.block.1.{name}"]) for name in names]
     torch.testing.assert_close(decoder.weights[:, 1], sum(mine) / len(mine))
     assert [name for name, _ in bands(encoder, 1)] == ["encoder layers 0-1", "decoder layers 0-1"]
+
+
+def test_bands_are_named_by_the_layers_in_them():
+    depths = [Depth("", layer) for layer in (0, 1, 2, 7, 9)] + [Depth("lm_head", None)]
+    stream = Stream("text", (), (), (), 0, tuple(depths), torch.zeros(0, 6, 1))
+    assert bands(stream, 2) == [("layers 0-1", slice(0, 2)), ("layers 2, 7, 9", slice(2, 5)), ("lm_head", slice(5, 6))]
+    assert [name for name, _ in bands(stream, 9)] == [*(f"layer {n}" for n in (0, 1, 2, 7, 9)), "lm_head"]
 
 
 def test_given_weights_are_the_same_everywhere(tmp_path, tokenizer):
