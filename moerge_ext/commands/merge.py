@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .expert_options import pairs
+from .progress import add_progress
 
 if TYPE_CHECKING:
     from ..exporting.merge import Merge
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--full", action="store_true", help="write the base of --model with the merge in its weights")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
-    add("--no-progress", action="store_true", help="no progress bar")
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> int:
