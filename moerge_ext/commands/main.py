@@ -18,11 +18,13 @@ COMMANDS = {
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
     "eval": (".eval", "methods on tasks: a table with intervals"),
+    "lm-eval": (".lm_eval", "lm-evaluation-harness, with the routed model as `--model moerge`"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
 }
+FOREIGN = ("lm-eval",)  # commands whose arguments are those of another program
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -44,7 +46,10 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; an error that the user can mend is one line (or a list) on standard error, status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv[0] if argv else "doctor").parse_args(argv)
+    root = parser(argv[0] if argv else "doctor")
+    args, args.rest = root.parse_known_args(argv)
+    if args.rest and args.command not in FOREIGN:
+        root.error(f"unrecognized arguments: {' '.join(args.rest)}")
     args.words = argv  # a command that is interrupted says how to go on
     try:
         return _run(args)
