@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .. import load_experts
-    from ..evaluation.evaluate import Settings, derive, evaluate
+    from ..evaluation.evaluate import Settings, evaluate
     from ..evaluation.report import terminal, write
+    from ..evaluation.scores import derive
 
     form = prompt_of(args)
     settings = Settings(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files.atomic import write_atomically
-from .evaluate import Score
+from .scores import Score
 
 CHANCE = "chance"
 COLUMNS = 6  # that fit on a terminal

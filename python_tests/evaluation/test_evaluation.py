@@ -16,9 +16,10 @@ import moerge_ext as moerge
 import moerge_ext.evaluation.evaluate
 from moerge_ext.commands import main as cli
 from moerge_ext.evaluation.answers import Answerer
-from moerge_ext.evaluation.evaluate import Score, Settings, derive, evaluate
+from moerge_ext.evaluation.evaluate import Settings, evaluate
 from moerge_ext.evaluation.metrics import accuracy, exact_match
 from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs, with_top_k
+from moerge_ext.evaluation.scores import Score, derive
 from moerge_ext.evaluation.tasks import load_task
 from moerge_ext.queries import calibration
 from moerge_ext.training.lorahub import LoraHubRouter
@@ -78,9 +79,10 @@ def test_tasks_know_choices_and_chance(tmp_path):
 
 
 def test_tasks_explain_what_is_wrong(tmp_path):
-    folder = make_task(tmp_path, "a", metric="rougeL")
-    with pytest.raises(ValueError, match="task a: metric must be one of .*got 'rougeL'; pass --metric"):
-        load_task(folder)
+    for metric in ("bleu", ["rougeL"], {"name": "rougeL"}):
+        folder = make_task(tmp_path / str(metric)[:3], "a", metric=metric)
+        with pytest.raises(ValueError, match="task a: metric must be one of .*got .*; pass --metric"):
+            load_task(folder)
     with pytest.raises(ValueError, match="there is no .*nowhere"):
         load_task(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"a task is a folder that holds test.jsonl, got the file .*: pass its folder"):
@@ -198,7 +200,9 @@ def test_evaluate_goes_on_where_it_stopped(setup, tmp_path, monkeypatch):
     real = Answerer.generate
     monkeypatch.setattr(Answerer, "generate", lambda self, p, limit: asked.append(len(p)) or real(self, p, limit))
     assert evaluate(model, tokenizer, experts, runs, loaded, **options) == first
-    assert asked == [3, 1] and path.read_text() == "".join(lines)
+    assert asked == [3, 1]
+    kept = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert [line | {"cost": 0} for line in kept] == [json.loads(line) | {"cost": 0} for line in lines[1:]]
     path.write_text("".join(lines[:3]) + lines[4])
     with pytest.raises(ValueError, match="is damaged: .*delete it"):
         evaluate(model, tokenizer, experts, runs, loaded, **options)
