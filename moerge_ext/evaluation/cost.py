@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..models.pretrained import is_seq2seq
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -56,7 +58,9 @@ class Meter:
         self.router = router
         self.seconds = self.tokens = self.passes = 0.0
         self._answering = False
-        self._hook = model.register_forward_pre_hook(self._pass, with_kwargs=True)
+        # a part that every pass runs once, and that embedders of hidden states call by itself
+        part = model.get_encoder() if is_seq2seq(model.config) else getattr(model, "base_model", model)
+        self._hook = part.register_forward_pre_hook(self._pass, with_kwargs=True)
 
     def __enter__(self) -> Meter:
         return self

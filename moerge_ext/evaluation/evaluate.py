@@ -170,12 +170,19 @@ def check_examples(
         raise ValueError("\n".join(problems))
 
 
+def check_routers(runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
+    """ValueError for the first run that lacks a router, or a setting of it; needs no model."""
+    for run in runs:
+        if run.method is not None:
+            router_of(run, routers)
+
+
 def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
     """ValueError for the first run that cannot patch the model or lacks a router; nothing is patched or built."""
     for run in runs:
         if run.method is not None:
             check_patch(model, experts, run.method, **run.options)
-            router_of(run, routers)
+    check_routers(runs, routers)
 
 
 def label(run: Run, handle: Handle | None) -> str:

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -35,6 +36,11 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
         if (refused := disk_error(error, path)) is not None:
             raise refused from error
         raise
+
+
+def write_figure(path: str | os.PathLike, figure: Any) -> None:
+    """A figure of matplotlib as PNG, in one step."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def disk_error(error: BaseException, path: str | os.PathLike) -> OSError | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+from dataclasses import replace
 
 import builders
 import patch_cases as cases
@@ -15,9 +17,10 @@ from query_cases import described, fake_embedder
 import moerge_ext as moerge
 import moerge_ext.evaluation.evaluate
 from moerge_ext.commands import main as cli
+from moerge_ext.evaluation import metrics
 from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.evaluate import Settings, evaluate
-from moerge_ext.evaluation.metrics import accuracy, exact_match
+from moerge_ext.evaluation.metrics import SCORES, accuracy, exact_match, f1
 from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs, with_top_k
 from moerge_ext.evaluation.scores import Score, derive
 from moerge_ext.evaluation.tasks import load_task
@@ -60,6 +63,48 @@ def setup(tmp_path_factory):
 def test_right_answers():
     assert exact_match(" A b ", "A b") and not exact_match("a b", "A b")
     assert accuracy("Yes.", "yes") and not accuracy("yes it is", "yes")
+
+
+def test_f1_is_squads():
+    """Worked by hand: articles, case and punctuation are no words; words count as often as they are said."""
+    assert f1("The cat, sat!", "cat sat") == 1 and f1("cat", "dog") == 0 and f1("the", "an") == 1
+    assert f1("cat cat dog", "cat dog bird") == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
+    assert f1("", "cat") == 0 and f1("a big cat", "cat") == pytest.approx(2 / 3)
+
+
+def test_rouge_is_the_packages():
+    pytest.importorskip("rouge_score")
+    # the longest common subsequence of 3 of 4 and of 3 words; "sat" and "sits" have stems of their own, plurals not
+    assert SCORES["rougeL"]("the cats sat here", "the cat sat") == pytest.approx(2 * 0.75 / 1.75)
+    assert SCORES["rouge1"]("b a", "a b") == 1 > SCORES["rougeL"]("b a", "a b") == 0.5
+    assert SCORES["rouge2"]("b a", "a b") == 0
+
+
+def test_a_task_that_asks_for_rouge_gets_it_or_is_refused(tmp_path, monkeypatch):
+    folder = make_task(tmp_path, "a", metric="rougeL")
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    metrics._scorer.cache_clear()
+    with pytest.raises(
+        ImportError, match=r'task a: metric .rougeL. needs rouge-score: pip install "moerge_ext\[rouge\]"'
+    ):
+        load_task(folder)
+    monkeypatch.undo()
+    pytest.importorskip("rouge_score")
+    assert load_task(folder).metric == "rougeL"
+    (folder / "test.jsonl").write_text(json.dumps({"input": "a", "target": "猫。"}))
+    with pytest.raises(ValueError, match="task a: rougeL reads the letters a to z .* row 0"):
+        load_task(folder)
+
+
+def test_graded_answers_are_scored(setup, tmp_path, monkeypatch):
+    _, model, tokenizer, folders, _ = setup
+    task = load_task(make_task(tmp_path, "g", metric="f1", rows=2))
+    monkeypatch.setattr(Answerer, "generate", lambda self, prompts, limit: ["ab x", "nothing"])
+    (got,) = evaluate(
+        model, tokenizer, moerge.load_experts(folders), [parse_run("base")], [task], output=tmp_path / "o"
+    )
+    assert got.items == pytest.approx((2 / 3, 0), abs=1e-5) and got.value == pytest.approx(1 / 3, abs=1e-5)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -304,9 +349,10 @@ def command(setup, tmp_path, *more):
 
 def test_eval_command(setup, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    multitask = ["--multitask", setup[3]["cat"]]
+    multitask = ["--multitask", setup[3]["cat"], "--cost", "--shares"]
     assert command(setup, tmp_path, "--methods", "base,phatgoose,oracle_dataset", *multitask) == 0
     out = capsys.readouterr().out
+    assert "cost per answer" in out and "tokens/s" in out
     assert "oracle_dataset" in out and "chosen on that set" in out and "chance" in out  # of the task by rank
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert {row["method"] for row in rows} == {
@@ -317,7 +363,7 @@ def test_eval_command(setup, tmp_path, capsys):
         "multitask",
     }
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(rows) == 21
-    assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in | mean held-out |")
+    assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in (n=14) | mean held-out (n=7) |")
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
 
 
@@ -326,8 +372,9 @@ def test_top_k_from_the_shell(setup, tmp_path, capsys):
     more = ["--methods", "base,arrow", "--limit", 1]
     with pytest.warns(UserWarning, match="'arrow' takes the top 4 by itself; there are 3 experts, all of which"):
         assert command(setup, tmp_path, *more) == 0
-    assert command(setup, tmp_path, *more, "--top-k", 5) == 2
-    assert "top_k=5 is more than the number of experts, E=3" in capsys.readouterr().err
+    for given in (5, 4):  # also where it is the method's own
+        assert command(setup, tmp_path, *more, "--top-k", given) == 2
+        assert f"top_k={given} is more than the number of experts, E=3" in capsys.readouterr().err
     assert command(setup, tmp_path, *more, "--top-k", 2) == 0
     assert "arrow/top_k=2" in capsys.readouterr().out
 
@@ -379,6 +426,32 @@ def test_glider_is_zero_shot_unless_it_sees_similar_examples(setup):
         assert got.method == f"glider ({variant})" and prompts[-1].count("Output:") == similar
 
 
+def test_a_threshold_that_is_missing_is_named_before_the_model_is_read(setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moerge_ext.commands.options.build_embedder", lambda *_: fake_embedder())
+    monkeypatch.setattr("moerge_ext.models.pretrained.load_model", lambda *_, **__: pytest.fail("the model was read"))
+    assert command(setup, tmp_path, "--methods", "glider") == 2
+    assert "its threshold of 0.8 belongs to nomic-embed-text-v1.5" in capsys.readouterr().err
+
+
+def test_solved_examples_that_are_missing_are_named_before_the_first_answer(setup, monkeypatch):
+    _, model, tokenizer, folders, tasks = setup
+    monkeypatch.setattr(Answerer, "generate", lambda *_: pytest.fail("an answer was asked for"))
+    experts, task = moerge.load_experts(folders), load_task(tasks[0], limit=1)
+    writer = moerge.InstructionWriter(lambda prompt: "please do flying", name="spy")
+    routers = {
+        "instruction": moerge.QueryRouter(experts, fake_embedder(), writer, threshold=0.5),
+        "few-shot": LoraHubRouter(tokenizer),
+    }
+    alone = replace(task, folder=task.folder / "nowhere")
+    for text, where, settings, said in (
+        ("glider", task, Settings(similar=99), "task ant: method 'glider' reads 99 solved examples, and .* has 6"),
+        ("lorahub", alone, Settings(), "no file .*nowhere/train.jsonl"),
+    ):
+        runs = [parse_run("base"), parse_run(text)]
+        with pytest.raises(ValueError, match=said):
+            evaluate(model, tokenizer, experts, runs, [where], settings, routers=routers, progress=False)
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -389,6 +462,9 @@ def test_glider_is_zero_shot_unless_it_sees_similar_examples(setup):
         (["--methods", "base", "--calibrate", "x"], "--calibrate is for glider"),
         (["--methods", "base", "--template", "Q"], "must contain {input}"),
         (["--methods", "base", "--split", "dev"], "dev.jsonl"),
+        (["--methods", "base", "--multitask", "nowhere"], "'nowhere'"),
+        (["--methods", "base", "--similar", "3"], "--similar is for what --writer sees"),
+        (["--methods", "glider", "--calibrate", "nowhere"], "no file nowhere/validation.jsonl"),
     ],
 )
 def test_eval_command_explains(setup, tmp_path, capsys, more, text):
