@@ -52,9 +52,14 @@ class Answerer:
                 "inputs or the template, lower --max-new-tokens, or leave the task out"
             )
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[str | Prompt], max_new_tokens: int, **options: Any) -> list[str]:
-        """Answers [N] in one batch, greedy unless `options` (of transformers' generate) say otherwise."""
+        """Answers [N] in one batch, without white space around them; options as in `texts`."""
+        return [text.strip() for text in self.texts(prompts, max_new_tokens, **options)]
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str | Prompt], max_new_tokens: int, **options: Any) -> list[str]:
+        """What the model writes after each of N prompts in one batch, greedy unless `options` (of transformers'
+        generate) say otherwise."""
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._padded(rows, left=not self.seq2seq)
         self.check_length(ids.shape[1] + (0 if self.seq2seq else max_new_tokens))
@@ -70,7 +75,7 @@ class Answerer:
             written = [self._length(row) for row in out[:, start + int(self.seq2seq) :].tolist()]
             fed = written if self.seq2seq else [length - 1 for length in written]  # the last token is read by nobody
             self.meter.add(sum(map(len, rows)) + sum(fed), sum(written))
-        return [text.strip() for text in self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+        return self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
 
     def _length(self, written: list[int]) -> int:
         """Tokens of an answer, with its end and without the padding behind."""
