@@ -71,6 +71,11 @@ def check(args: argparse.Namespace, describing: bool) -> None:
         raise ValueError("--instruction is used as it is: leave --writer out, and --examples unless there is --index")
     if args.index is not None and (args.index < 1 or args.examples is None):
         raise ValueError(f"--index takes the number of --examples to embed, at least 1; got {args.index}")
+    if args.index is not None and args.output is not None:
+        raise ValueError(
+            "--index writes beside the adapter, where the methods look for it: leave --output out, or write the "
+            "instruction by a command of its own"
+        )
     if args.writer and args.examples is None:
         raise ValueError("--writer writes from examples: pass --examples FILE")
     if args.hidden_layer is not None and describing:
