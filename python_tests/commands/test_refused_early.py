@@ -97,3 +97,10 @@ def test_theta_is_asked_for_after_the_first_batch(folder, capsys, monkeypatch, b
     assert "no expert is right: pass" in error and "--embedder MODEL and --theta X" in error
     assert (f"in {batch} of the first {batch} questions" in error) == (batch == 2)
     assert (f"the answers are kept in {folder / 'router'}" in error) == (batch == 6)
+
+
+def test_an_index_lies_beside_its_adapter(folder, capsys):
+    """Where the methods look for it; another folder would be passed over in silence."""
+    words = ["describe", "--adapter", folder / "expert", "--examples", folder / "task" / "test.jsonl", "--index", 2]
+    assert cli.main([*map(str, [*words, "--embedder", "none", "--output", folder / "other"])]) == 2
+    assert "--index writes beside the adapter" in capsys.readouterr().err and not (folder / "other").exists()

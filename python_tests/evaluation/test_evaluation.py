@@ -19,7 +19,7 @@ from moerge_ext.commands import main as cli
 from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.evaluate import Settings, evaluate
 from moerge_ext.evaluation.metrics import accuracy, exact_match
-from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs, with_top_k
+from moerge_ext.evaluation.runs import parse_run, parse_runs
 from moerge_ext.evaluation.scores import Score, derive
 from moerge_ext.evaluation.tasks import load_task
 from moerge_ext.queries import calibration
@@ -138,43 +138,6 @@ def test_a_prompt_beyond_the_context_is_refused(setup):
         Answerer(model, tokenizer).generate(["a" * 120], 12)
     with pytest.raises(ValueError, match="more than the context of 128"):
         Answerer(model, tokenizer).log_likelihoods(["a" * 120], ["b" * 10], length_norm=True)
-
-
-# ---- runs ------------------------------------------------------------------------------------------------------------
-
-
-def test_runs_are_parsed_and_checked():
-    run = parse_run("glider_code/alpha=10/top_k=1")
-    assert run.method == "glider_code" and run.options == {"alpha": 10, "top_k": 1}
-    runs, derived = parse_runs(["base", "merged", "oracle_dataset"], ("a", "b"))
-    assert [r.label for r in runs] == ["base", "merged", "expert:a", "expert:b"] and derived == ["oracle_dataset"]
-    for texts, text in (
-        (["nonsense"], "unknown method 'nonsense'; expected one of"),
-        (["Phatgose"], "unknown method 'Phatgose'; did you mean 'phatgoose'[?] expected one of"),
-        (["arrow/bogus=1"], "unknown option"),
-        (["expert:c"], "no expert named 'c'; there are: a, b"),
-        (["base/top_k=1"], "takes no options"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            parse_runs(texts, ("a", "b"))
-
-
-def test_top_k_is_for_methods_that_route_and_set_none():
-    texts = ["base", "merged", "expert:a", "oracle_dataset", "arrow", "arrow/top_k=3", "phatgoose/top_p=0.5"]
-    assert with_top_k(texts, None) == texts
-    assert with_top_k(texts, 2) == [*texts[:4], "arrow/top_k=2", "arrow/top_k=3", "phatgoose/top_p=0.5"]
-    assert with_top_k(texts, 1)[-1] == "phatgoose/top_p=0.5/top_k=1"
-    assert parse_run(with_top_k(["arrow"], "all")[0]).options == {"top_k": None}
-    with pytest.raises(ValueError, match="--top-k 2: of the methods base, merged no one routes"):
-        with_top_k(["base", "merged"], 2)
-
-
-def test_ablation_is_the_papers():
-    rows = ablation("glider", 2)
-    assert len(rows) == 6 + 2 + 3 and rows[2] == "glider/gamma=0/beta=10" and rows[-1] == "glider/top_k=none/top_p=0.75"
-    assert all(parse_run(row) for row in rows + ablation("glider_code", 5))
-    with pytest.raises(ValueError, match="got 'arrow'"):
-        ablation("arrow", 2)
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------

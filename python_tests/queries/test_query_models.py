@@ -232,6 +232,5 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, recwarn):
     embedder = Embedder(lambda texts: torch.ones(len(texts), 2), name="x", cache=cache)
     assert embedder(["a", "b"]).shape == (2, 2) and embedder(["c"]).shape == (1, 2)
     said = [str(w.message) for w in recwarn if "cannot be written" in str(w.message)]
-    assert (
-        len(said) == 1 and f"the cache {tmp_path / 'file'} cannot be written" in said[0] and "$MOERGE_CACHE" in said[0]
-    )
+    assert len(said) == 1 and "$MOERGE_CACHE" in said[0]
+    assert f"the cache {tmp_path / 'file'} cannot be written" in said[0]
