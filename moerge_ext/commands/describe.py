@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..experts.formats import inspect_adapter
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows
-from ..queries.describe import EXAMPLES, describe
+from ..queries.describe import EXAMPLES, describe, draw
 from ..queries.embedder import Embedder
 from ..queries.hidden import base_name
 from ..queries.index import index_examples
@@ -43,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None or args.adapter.is_dir():
         check_can_write(args.output or args.adapter)
     rows = read_rows(args.examples, text=True) if args.examples is not None else []
+    # both are looked at before a model is read
+    inspect_adapter(args.adapter.name, args.adapter)
+    if args.writer:
+        draw(rows, args.count, args.seed)
     embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
     if describing:
         made = describe(

@@ -104,3 +104,21 @@ def test_an_index_lies_beside_its_adapter(folder, capsys):
     words = ["describe", "--adapter", folder / "expert", "--examples", folder / "task" / "test.jsonl", "--index", 2]
     assert cli.main([*map(str, [*words, "--embedder", "none", "--output", folder / "other"])]) == 2
     assert "--index writes beside the adapter" in capsys.readouterr().err and not (folder / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "more", "said"),
+    [
+        ("task", ["--instruction", "x"], "adapter_config.json is missing"),
+        (
+            "expert",
+            ["--examples", "task/test.jsonl", "--writer", "none", "--count", "99"],
+            "expected at least 99 examples",
+        ),
+    ],
+)
+def test_describe_looks_at_adapter_and_rows_first(folder, capsys, monkeypatch, adapter, more, said):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("moerge_ext.commands.describe.build_embedder", lambda *_: pytest.fail("a model was read"))
+    assert cli.main(["describe", "--adapter", adapter, "--embedder", "none", *more]) == 2
+    assert said in capsys.readouterr().err
