@@ -38,9 +38,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
         raise
 
 
-def write_figure(path: str | os.PathLike, figure: Any) -> None:
+def write_figure(path: str | os.PathLike, figure: Any, dpi: int = 110) -> None:
     """A figure of matplotlib as PNG, in one step."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def disk_error(error: BaseException, path: str | os.PathLike) -> OSError | None:
