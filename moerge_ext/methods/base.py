@@ -168,7 +168,11 @@ def is_finite_number(value: Any) -> bool:
 
 
 def standardize(vectors: Tensor, eps: float = GATE_EPS) -> Tensor:
-    """(v - mean(v)) / sqrt(var(v) + eps) over the last dimension, biased variance, float32: [..., D] -> [..., D]."""
+    """(v - mean(v)) / sqrt(var(v) + eps) over the last dimension, biased variance, float32: [..., D] -> [..., D].
+
+    PHATGOOSE's text has no eps, its code takes a LayerNorm, whose eps this is. It matters for gates that hardly moved
+    from their start at zero: it makes the scores of one with a deviation of 0.01 5 % smaller, of 0.003 31 %.
+    """
     vectors = vectors.float()
     centred = vectors - vectors.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
