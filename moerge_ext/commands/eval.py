@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, wit
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods.fixed import PREFIX
-from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .options import (
+    add_tasks_and_model,
+    build_routers,
+    check_writer,
+    listed,
+    load,
+    read_tasks,
+    similar_of_task,
+)
 from .prompt_options import prompt_of
 
 
@@ -30,13 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
     add("--metric", choices=METRICS, help="of all tasks (default: what their meta.json says)")
     add("--sum-log-likelihood", action="store_true", help="rank by the sum over an answer's tokens, not their mean")
-    add(
-        "--similar",
-        type=int,
-        default=0,
-        metavar="N",
-        help="solved examples of the task that --writer sees with a query; 3 is GLIDER, 0 its zero-shot variant",
-    )
     add("--batch-size", type=int, default=16, help="sequences per forward (default: %(default)s)")
     add("--max-new-tokens", type=int, help="of generated answers (default: the longest target of the task)")
     add(
@@ -77,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         length_norm=not args.sum_log_likelihood,
-        similar=args.similar,
     )
     experts = load_experts(args.experts, base=args.model)
     if args.ablation:
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     runs, derived = parse_runs(texts, experts.names)
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
+    settings = replace(settings, similar=similar_of_task(args, routers))
     if args.calibrate:
         calibrate(args, routers, tasks)
     model, tokenizer = loaded()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
-from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
+from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .prompt_options import add_prompt, prompt_of
 
 NEW_TOKENS = 128  # of an answer, when nobody says how many
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
+    add_similar(parser)
 
 
 def run(args: argparse.Namespace) -> int:

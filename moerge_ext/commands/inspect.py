@@ -10,7 +10,15 @@ from pathlib import Path
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
-from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .options import (
+    add_tasks_and_model,
+    build_routers,
+    check_writer,
+    listed,
+    load,
+    read_tasks,
+    similar_of_task,
+)
 from .prompt_options import prompt_of
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
@@ -58,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
     form = prompt_of(args)
-    settings = Settings(template=form.template, chat=form.chat)
+    settings = Settings(template=form.template, chat=form.chat, similar=similar_of_task(args, routers))
     best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
     found = inspect(
         model,

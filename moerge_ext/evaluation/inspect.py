@@ -15,7 +15,7 @@ from ..experts.bank import ExpertBank
 from ..experts.prompt_notes import warn_of_other_prompts
 from .answers import Answerer
 from .checks import check_prompts
-from .evaluate import Settings, check_runs, label, patched, row_queries, task_queries
+from .evaluate import Settings, check_runs, label, patched, row_queries, show_similar, task_queries
 from .probe import TINY, ModuleSums, probe
 from .runs import Run
 from .tasks import Task
@@ -121,6 +121,7 @@ def inspect(
             with patched(model, experts, run, routers) as handle:
                 for task in tasks:
                     bar.set_description(f"{run.label}: {task.name}")
+                    show_similar(handle, task, settings)
                     with task_queries(handle, task, settings), probe(model) as sums:
                         for row in task.rows:
                             with row_queries(handle, [row], tokenizer):
