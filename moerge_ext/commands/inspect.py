@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from .. import load_experts
+    from ..evaluation.composition import report as composition
     from ..evaluation.evaluate import Settings
     from ..evaluation.heatmaps import draw
     from ..evaluation.inspect import correlations, inspect
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     report = {"experts": list(experts.names), "rows": rows, "pearson_kl_score": related}
     path = args.output / "inspect.json"
     write_atomically(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
+    made = args.output / "composition.md"
+    write_atomically(made, lambda file: file.write_text(composition(found, tasks, experts), encoding="utf-8"))
     table = Table(*COLUMNS)
     for row in rows:
         table.add_row(*(_text(row[column]) for column in COLUMNS))
@@ -93,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     for method, value in related.items():
         console.print(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}", highlight=False)
-    console.print("wrote " + ", ".join(map(str, [path, *draw(found, args.output)])), highlight=False, soft_wrap=True)
+    console.print(
+        "wrote " + ", ".join(map(str, [path, made, *draw(found, args.output)])), highlight=False, soft_wrap=True
+    )
     return 0
 
 

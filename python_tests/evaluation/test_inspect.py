@@ -14,6 +14,7 @@ from test_evaluation import make_task
 
 import moerge_ext as moerge
 from moerge_ext.commands import main as cli
+from moerge_ext.evaluation.composition import report, top_experts
 from moerge_ext.evaluation.inspect import Inspection, correlations, inspect, part_of, pearson
 from moerge_ext.evaluation.probe import ModuleSums, probe
 from moerge_ext.evaluation.runs import parse_run
@@ -83,6 +84,28 @@ def test_kl_to_the_oracle_averages_the_probabilities_first():
     assert correlations(three, {("m", str(i)): i / 10 for i in (1, 2, 3)})["m"] == pytest.approx(1)
 
 
+def test_a_task_is_told_by_its_experts_and_their_examples(tmp_path):
+    """GLIDER's appendix B: the two experts with most of the applied weight, an example of each where there is one."""
+    experts = cases.bank("llama", cases.build("llama"), tmp_path)
+    experts.set_gates("cat", {}, "instruction-embedding", torch.ones(4), {"instruction": "Purr."})
+    tasks = [load_task(make_task(tmp_path / "tasks", name, rows=2)) for name in ("new", "bee")]
+
+    def sums(*weight):
+        weight = torch.tensor(weight, dtype=torch.float64)
+        return ModuleSums(torch.ones(3), weight, torch.ones(3), tokens=10)
+
+    modules = {"a": sums(1.0, 4.0, 5.0), "b": sums(0.0, 3.0, 7.0)}
+    found = [
+        Inspection("m", "new", experts.names, None, modules),
+        Inspection("m", "bee", experts.names, "bee", modules),
+    ]
+    assert top_experts(found[0]) == [("cat", pytest.approx(0.6)), ("bee", pytest.approx(0.35))]
+    text = report(found, tasks, experts)
+    assert "## new\n\n> Question: new x\n>\n> Answer: ab\n\n- m: cat 60.0%, bee 35.0%\n" in text
+    assert "### expert cat: Purr.\n\n### expert bee\n\n> Question: bee x\n" in text
+    assert "- m: cat 60.0%, bee 35.0% (the best expert: bee)" in text and text.count("### expert bee") == 1
+
+
 def test_correlation():
     assert pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(1) and pearson([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     x, y = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).double()
@@ -118,6 +141,10 @@ def test_inspect_command(family, tmp_path, capsys):
     parts = ("-decoder", "-encoder") if family == "t5" else ("",)
     assert pictures == [f"routing-{m}{part}.png" for m in ("arrow_top_k=2", "phatgoose") for part in parts]
     assert "Pearson" in capsys.readouterr().out
+    text = (tmp_path / "out" / "composition.md").read_text()
+    assert (
+        "## other\n\n> Question: other x\n>\n> Answer: ab\n\n- phatgoose: " in text and "(the best expert: cat)" in text
+    )
     assert cli.main([str(w) for w in [*words, "--methods", "merged"]]) == 2
     assert "routes nothing" in capsys.readouterr().err
     results.write_text("{}")
