@@ -14,6 +14,7 @@ COMMANDS = {
     "methods": (".methods", "the routing methods, their options and their papers"),
     "generate": (".generate", "one prompt through your model and experts"),
     "train-expert": (".train_expert", "train an expert, a LoRA on your model, from a file of examples"),
+    "new-expert": (".new_expert", "an untrained expert, to be trained together with its gates (train-gates --joint)"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),

@@ -145,8 +145,11 @@ def new_expert(
     target_modules: str | list[str] = "all-linear",
     seed: int = 0,
 ) -> Path:
-    """Save an untrained LoRA (B = 0) as a PEFT folder: where `train_gates(joint=True)` starts from
-    scratch."""
+    """Save an untrained LoRA (B = 0) as a PEFT folder: where `train_gates(joint=True)` starts from scratch.
+
+    PHATGOOSE, arXiv 2402.05859, appendix A, trains expert and gates together in this way and finds it worse than one
+    after the other. rank, alpha, target_modules as in `train_expert`; returns the folder. ValueError as there.
+    """
     with _peft_model(trainable_inside(model), rank, alpha, target_modules, seed) as peft_model:
         _save_atomically(peft_model, Path(output_dir))
     return Path(output_dir)
