@@ -18,6 +18,10 @@ COMMANDS = {
     "train-gates": (".train_gates", "train the routing gates of one expert"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
+    "fetch-tasks": (
+        ".fetch_tasks",
+        "the papers' own sets (T0/P3, FLAN, BIG-bench, questions) from the hub as task folders",
+    ),
     "eval": (".eval", "methods on tasks: a table with intervals"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
