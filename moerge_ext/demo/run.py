@@ -28,8 +28,8 @@ ASSETS = Path(__file__).parent / "assets"
 # column: method; PHATGOOSE and GLIDER compare with Arrow at the two experts per token that they use themselves
 ROUTED = {
     "uniform merge": "merged",
-    "Arrow, top 4": "arrow",
-    "Arrow, top 2": "arrow_phatgoose",
+    "Arrow k=4": "arrow",
+    "Arrow k=2": "arrow_phatgoose",
     "PHATGOOSE": "phatgoose",
 }
 BEST = "best expert"
