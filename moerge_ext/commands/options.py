@@ -171,15 +171,17 @@ def build_similar(args: argparse.Namespace, experts: Any, embedder: Embedder) ->
     """What `QueryRouter(similar=)` gets from the arguments: --solved, or the experts' indices, or nothing."""
     from ..queries.similar import SHOWN, indexed_examples, similar_examples
 
-    if args.similar == 0 or not args.writer:
+    # a command without `add_similar` takes what the experts' indices hold
+    similar, solved = getattr(args, "similar", None), getattr(args, "solved", None)
+    if similar == 0 or not args.writer:
         return None
-    count = args.similar or SHOWN
-    if args.solved:
-        return similar_examples(embedder, read_rows(args.solved), count)
+    count = similar or SHOWN
+    if solved:
+        return similar_examples(embedder, read_rows(solved), count)
     found = indexed_examples(experts, embedder, count)
-    if found is None and args.similar and not hasattr(args, "tasks"):
+    if found is None and similar and not hasattr(args, "tasks"):
         raise ValueError(
-            f"--similar {args.similar}: there are no solved examples; pass --solved FILE, or experts that were indexed "
+            f"--similar {similar}: there are no solved examples; pass --solved FILE, or experts that were indexed "
             "with `moerge describe --index N --index-texts`"
         )
     return found

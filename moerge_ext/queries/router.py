@@ -231,23 +231,24 @@ def _check_experts(experts: ExpertBank, embedder: Embedder) -> dict[str, str]:
 class AskRouter(Router):
     """A language model picks the expert from the list of their instructions (Airoboros, LlamaIndex).
 
-    writer: the model; experts: each needs the instruction that `moerge describe` stores.
+    writer: the model; experts: each needs the instruction that `moerge describe` stores; template: what the model is
+    asked, with {input}, {instructions} and perhaps {count}.
     """
 
     source = "ask"
 
-    def __init__(self, experts: ExpertBank, writer: InstructionWriter):
+    def __init__(self, experts: ExpertBank, writer: InstructionWriter, *, template: str | None = None):
         facts = experts.global_metadata.get(INSTRUCTION, {})
         missing = [name for name in experts.names if not facts.get(name, {}).get("instruction")]
         if missing:
             raise ValueError(
                 f"no instruction for {', '.join(missing)}: write it with `moerge describe --adapter DIR ...`"
             )
-        self.names, self.writer = experts.names, writer
+        self.names, self.writer, self.template = experts.names, writer, template
         self.instructions = [facts[name]["instruction"] for name in experts.names]
 
     def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
         """texts (N) -> [N,E] float32: 1 for the expert that was picked."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        picked = {text: self.writer.choose(text, self.instructions) for text in dict.fromkeys(texts)}
+        picked = {text: self.writer.choose(text, self.instructions, self.template) for text in dict.fromkeys(texts)}
         return torch.nn.functional.one_hot(torch.tensor([picked[t] for t in texts]), len(self.names)).float()

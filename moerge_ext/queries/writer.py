@@ -23,6 +23,10 @@ QUERY_TEMPLATE = (
     "command a language model to answer it. In the instruction, remember to point out the skill or knowledge required "
     "for the task to guide the language model.\n{examples}"
 )
+CHOICE_TEMPLATE = (
+    "Input: {input}\n\nWhich of these tasks does the input belong to?\n{instructions}\n\n"
+    "Answer with one number from 1 to {count}.\nNumber:"
+)
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 MAX_INSTRUCTION = 600  # characters; more is no sentence
 ECHO = 20  # characters of a text that an instruction may not hold
@@ -148,15 +152,18 @@ class InstructionWriter:
     def _clean(self, answer: Any, shown: Sequence[str] = ()) -> str:
         return clean(answer, shown, self.templates)
 
-    def choose(self, text: str, instructions: Sequence[str]) -> int:
-        """The number (from 0) of the instruction that fits a query, as the model picks it from a list."""
+    def choose(self, text: str, instructions: Sequence[str], template: str | None = None) -> int:
+        """The number (from 0) of the instruction that fits a query, as the model picks it from a list.
+
+        template: what it is asked, with {input}, {instructions} (numbered from 1, in lines) and perhaps {count}.
+        """
         if not text.strip():
             raise ValueError("an empty query fits no task: expected some text")
+        template = CHOICE_TEMPLATE if template is None else template
+        if "{input}" not in template or "{instructions}" not in template:
+            raise ValueError(f"a template must hold {{input}} and {{instructions}}, got {template!r:.200}")
         shown = "\n".join(f"{i}. {instruction}" for i, instruction in enumerate(instructions, 1))
-        prompt = (
-            f"Input: {text.strip()}\n\nWhich of these tasks does the input belong to?\n{shown}\n\n"
-            f"Answer with one number from 1 to {len(instructions)}.\nNumber:"
-        )
+        prompt = fill(template, input=text.strip(), instructions=shown, count=str(len(instructions)))
         return self._write(prompt, lambda answer: parse_choice(answer, len(instructions)))
 
     def _write(self, prompt: str, parse: Callable[[Any], Any]) -> Any:
@@ -185,7 +192,7 @@ def check_template(text: str) -> None:
 
 def fill(template: str, **values: str) -> str:
     """The template with its fields replaced at once; whatever else stands in braces stays."""
-    return re.sub(r"\{(count|examples)\}", lambda found: values[found[1]], template)
+    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda found: values[found[1]], template)
 
 
 def _shown(example: Example) -> str:

@@ -216,6 +216,11 @@ def test_ask_llm_routes_by_the_picked_number(experts):
     with handle.queries([*QUERIES, "flying"], asked):
         got = cases.logits(model, **inputs)
     assert len(prompts) == 2 and "2. please do flying\n3. please do purring" in prompts[0]
+    own = moerge.AskRouter(experts, asked.writer, template="{count}|{input}|{instructions}")
+    assert own.scores(["flying {count}"], {}).argmax() == 1
+    assert prompts.pop() == "3|flying {count}|1. please do digging\n2. please do flying\n3. please do purring"
+    with pytest.raises(ValueError, match=r"a template must hold \{input\} and \{instructions\}, got 'pick'"):
+        moerge.AskRouter(experts, asked.writer, template="pick").scores(["x"], {})
     handle.remove()
     for row, expert in enumerate(("bee", "ant", "bee")):
         with moerge.patch(model, experts, f"expert:{expert}"):
