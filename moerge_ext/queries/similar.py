@@ -59,7 +59,7 @@ def similar_examples(embedder: Embedder, rows: Sequence[Example], count: int = S
 def indexed_examples(experts: ExpertBank, embedder: Embedder, count: int = SHOWN) -> Nearest | None:
     """As `similar_examples`, of all that the experts' indices by this embedder hold with their texts.
 
-    None when that is less than `count` rows. ValueError (an AdapterError) for an index that cannot be read.
+    None when that is less than `count` rows. ValueError for an index that cannot be read, or vectors of another width.
     """
     rows: list[Example] = []
     vectors: list[Tensor] = []
@@ -70,4 +70,6 @@ def indexed_examples(experts: ExpertBank, embedder: Embedder, count: int = SHOWN
         if index.rows is not None:
             rows += index.rows
             vectors.append(index.vectors)
+    if len({part.shape[1] for part in vectors}) > 1:
+        raise ValueError(f"the experts' indices differ in width: {[part.shape[1] for part in vectors]}; index again")
     return Nearest(embedder, rows, torch.cat(vectors), count) if len(rows) >= max(1, count) else None

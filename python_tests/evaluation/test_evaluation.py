@@ -357,7 +357,7 @@ def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     assert command(setup, tmp_path, *more) == 0
     assert "threshold" in capsys.readouterr().out and (tmp_path / "out" / "threshold.png").is_file()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert drawn["held_in"]["ant"].shape == (4,) and drawn["held_out"]["new"].shape == (2,)
+    assert drawn["held_in"]["ant"].shape == (4, 3) and drawn["held_out"]["new"].shape == (2, 3)
     labels = [row["method"] for row in rows if row["task"] == "ant"]
     assert len(labels) == 12 and "glider/gamma=0/beta=3000 (no writer)" in labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -286,6 +287,20 @@ def test_glider_by_the_letter_takes_the_softmax_before_top_k():
     torch.testing.assert_close(weights, largest.values, rtol=1e-4, atol=1e-5)
     renormalized, _ = route(*build("glider", bank)[:2], x, bias)
     torch.testing.assert_close(renormalized, weights / weights.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+def test_gates_that_were_never_trained_are_warned_of():
+    """Zeros standardize to zeros: such an expert would score 0 for every token, silently."""
+    gates = randn(E, D, seed=3)
+    gates[1], gates[3] = 0, 0.5
+    bank = random_bank(gates=gates, has_gate=[True, True, True, True, False])
+    with pytest.warns(
+        UserWarning, match="all gates of kind 'sigmoid-gate' of 'e1', 'e3' are constant.*moerge train-gates"
+    ):
+        assert get_method("phatgoose").lacks(bank)  # e4 has none at all
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not get_method("glider").lacks(random_bank())
 
 
 def test_gamma_97_is_the_other_reading_of_alpha():
