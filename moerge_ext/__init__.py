@@ -20,6 +20,7 @@ if not _bare():
     from .ensemble.prompts import PromptExpert
     from .ensemble.router import PromptRouter
     from .ensemble.train import train_router
+    from .evaluation.explain import TokenRouting, explain_tokens
     from .experts.bank import ExpertBank, ModuleBank, load_experts
     from .methods import METHODS, get_method
     from .models.prompt import PromptFormat
@@ -56,12 +57,14 @@ __all__ = [
     "PromptRouter",
     "QueryRouter",
     "RoutedLinear",
+    "TokenRouting",
     "Trace",
     "__version__",
     "average_activation",
     "build_info",
     "calibrate_threshold",
     "describe",
+    "explain_tokens",
     "get_handle",
     "get_method",
     "index_examples",

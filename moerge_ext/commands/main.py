@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from .._version import __version__
+from .progress import bars
 
 # command: (the module with its `add_arguments` and `run`, what it does); imported when it is called
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
     ),
     "eval": (".eval", "methods on tasks: a table with intervals"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
+    "explain": (".explain", "a prompt, token by token: which experts spoke, at which depth"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
@@ -31,7 +33,8 @@ COMMANDS = {
 
 
 def _run(args: argparse.Namespace) -> int:
-    return import_module(COMMANDS[args.command][0], __package__).run(args)
+    with bars(shown=not getattr(args, "no_progress", False)):
+        return import_module(COMMANDS[args.command][0], __package__).run(args)
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
