@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -59,7 +60,10 @@ def fetch(
     chosen = _chosen(row, tasks)
     library = _library()
     check_can_write(output)
-    configurations = _configurations(library, chosen, copies)
+    if not progress:
+        library.disable_progress_bars()
+    with _reached():
+        configurations = _configurations(library, chosen, copies)
     for name in tqdm(chosen, desc=collection, unit="task", disable=not progress):
         source, found = chosen[name], configurations[name]
         drawn = {"path": source.path, "configurations": found, "sizes": sizes, "seed": seed}
@@ -67,7 +71,8 @@ def fetch(
         if (already := _already(folder, drawn)) is not None:
             yield already
             continue
-        parts = _load(library, source, found, copies, sizes, random.Random(seed))
+        with _reached():
+            parts = _load(library, source, found, copies, sizes, random.Random(seed))
         if not parts["test"]:
             raise ValueError(f"{source.path}: no row of {', '.join(found)} can be used for task {name}")
         yield _write(folder, name, row.part, source, parts, drawn)
@@ -91,6 +96,17 @@ def _library() -> Any:
     except ImportError as error:
         raise ImportError('fetching tasks needs datasets: pip install "moerge_ext[tasks]"') from error
     return datasets
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """A hub that cannot be reached inside is an error that says what to do without it."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}: where there is no hub, give copies of the repositories (--from DIR, `copies`)"
+        ) from error
 
 
 def _place(source: Source, copies: Path | None) -> str:
@@ -168,7 +184,9 @@ def _first_split(library: Any, source: Source, place: str, configuration: str, s
             pattern = configuration.format(split=split)
             try:
                 data = library.load_dataset(place, data_files={"rows": pattern}, split="rows")
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if isinstance(error, library.exceptions.DatasetNotFoundError):
+                    raise
                 continue
         else:
             if not set(split.split("+")) <= set(library.get_dataset_split_names(place, configuration)):

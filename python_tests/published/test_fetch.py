@@ -254,6 +254,24 @@ def test_errors_say_what_to_do(tmp_path, capsys, monkeypatch):
     assert 'pip install "moerge_ext[tasks]"' in capsys.readouterr().err
 
 
+def test_a_hub_that_is_not_there_is_said(tmp_path, capsys, monkeypatch):
+    import datasets
+
+    def unreachable(*_args, **_options):
+        raise ConnectionError("Couldn't reach 'x' on the Hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", unreachable)
+    assert main(["fetch-tasks", "t0", "--output", str(tmp_path / "out"), "--no-progress"]) == 2
+    assert "Couldn't reach 'x' on the Hub: where there is no hub, give copies" in capsys.readouterr().err
+
+    def unknown(*_args, **_options):
+        raise datasets.exceptions.DatasetNotFoundError("no such repository")
+
+    monkeypatch.setattr(datasets, "load_dataset", unknown)
+    assert main(["fetch-tasks", "flan", "--tasks", "snli", "--output", str(tmp_path / "out"), "--no-progress"]) == 2
+    assert "no such repository" in capsys.readouterr().err and not (tmp_path / "out" / "snli").exists()
+
+
 def test_the_command_writes_what_eval_reads(tmp_path, capsys):
     rows = [bigbench_row(f"Q {i}", ["b"], ["a", "b"], [0, 1]) for i in range(random.Random(0).randint(4, 4))]
     repository(tmp_path / "hub" / "tasksource" / "bigbench", {"navigate": {"train": rows, "validation": rows[:1]}})
