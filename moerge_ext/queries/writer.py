@@ -207,8 +207,11 @@ def clean(answer: Any, shown: Sequence[str] = (), templates: Sequence[str] = (TE
     if not isinstance(answer, str):
         raise WriterError(f"expected an instruction as text, got {type(answer).__name__}")
     text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    line = re.sub(r"^(the )?(task )?instruction\s*:\s*", "", line, flags=re.IGNORECASE).strip(" \"'*`")
+    label = re.compile(
+        r"^[\s#*_\"'`]*(the )?(task )?instruction[\s*_]*:", re.IGNORECASE
+    )  # perhaps in a line of its own
+    lines = (label.sub("", line).strip(" \"'*_`") for line in text.splitlines())
+    line = next((line for line in lines if line), "")
     if len(re.findall(r"[^\W\d_]{2,}", line)) < 2 or len(line) > MAX_INSTRUCTION:
         raise WriterError(
             f"expected one sentence of at most {MAX_INSTRUCTION} characters, got {answer[:120]!r}; "

@@ -7,6 +7,7 @@ from dataclasses import astuple, fields
 
 import pytest
 
+from moerge_ext.commands.main import main
 from moerge_ext.methods import METHODS
 from moerge_ext.methods.base import Taxonomy
 from moerge_ext.methods.survey import SURVEY
@@ -70,6 +71,15 @@ def test_rows_name_their_number_and_print_its_values():
             assert printed[name]["survey"] == "-"
     ours = {"average_activation", "average_activation_mttl", "merged", "merged_factors", "given"}
     assert not any(METHODS[name].survey for name in ours | {name for name in METHODS if name.startswith("glider")})
+
+
+def test_the_command_prints_section_fields_and_departures(capsys):
+    assert main(["methods", "-v"]) == 0
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("dam ") and "22" in line)
+    assert " ".join(line.split()) == "dam 22 Custom Private None Example Model Dense Parameter ID Zero-Shot"
+    assert "OOD: Out-of-Distribution, ID: In-Distribution" in text
+    assert "differs: keeps 2 experts at T = 0.01 as the published script does" in text
 
 
 def test_what_a_row_does_otherwise_is_said():

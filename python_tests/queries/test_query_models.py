@@ -133,7 +133,12 @@ def test_the_template_is_the_papers_and_can_be_another():
 
 def test_clean():
     assert clean(" <think>hm\nhm</think>\n\nTask Instruction: **Sort the words.**\nrest") == "Sort the words."
-    for nonsense in ("", "  ", "1 2 3", "word", "a" * 300 + " " + "b" * 400, None, 7):
+    assert (
+        clean("**Task Instruction:**\n\n*Sort the words.*")
+        == clean("### Instruction: Sort the words.")
+        == "Sort the words."
+    )
+    for nonsense in ("", "  ", "1 2 3", "Instruction:", "word", "a" * 300 + " " + "b" * 400, None, 7):
         with pytest.raises(WriterError):
             clean(nonsense)
 
