@@ -12,6 +12,7 @@ from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, wit
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods.fixed import PREFIX
+from .expert_options import gates_of, load_bank
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
+    gates_of(args)
     check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
     texts = with_top_k(listed(args.methods), args.top_k)
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         length_norm=not args.sum_log_likelihood,
     )
-    experts = load_experts(args.experts, base=args.model)
+    experts = load_bank(args)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names)

@@ -17,6 +17,9 @@ COMMANDS = {
     "train-expert": (".train_expert", "train an expert, a LoRA on your model, from a file of examples"),
     "new-expert": (".new_expert", "an untrained expert, to be trained together with its gates (train-gates --joint)"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
+    "list": (".list", "adapters in folders: base, rank, modules, and what there is for routing beside each"),
+    "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
+    "push": (".push", "an adapter with its gates, index and description to the Hugging Face hub"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
     "fetch-tasks": (

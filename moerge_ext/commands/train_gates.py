@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = _defaults()
     add = parser.add_argument
     add("model", help="folder (or hub id) of the base model, with its tokenizer")
-    add("adapter", type=Path, help="the expert's PEFT LoRA folder")
+    add("adapter", help="the expert's LoRA folder, or with --output its hub id (user/repo[/sub][@rev])")
     add(
         "--kind",
         choices=(SIGMOID_GATE, AVERAGE_ACTIVATION),
@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     check(args, training)
     seed = {"seed": args.seed} if hasattr(args, "seed") else {}
 
+    from ..experts.formats import inspect_adapter
+    from ..experts.hub import find_adapter, output_folder
     from ..files.atomic import check_writable
     from ..training.activation import average_activation
     from ..training.gates import train_gates
@@ -76,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     rows = my_rows(args.data, ranks, prompt)
     if "validation" in training:
         training["validation"] = my_rows(training["validation"], ranks, prompt)
-    if args.output is not None or args.adapter.is_dir():
-        check_writable(args.output or args.adapter)
+    name, folder = find_adapter(args.adapter)
+    inspect_adapter(name, folder, args.model)
+    target = output_folder(args.adapter, args.output)
+    check_writable(target)
     model, tokenizer = load(args)
     common = {"tokenizer": tokenizer, "max_length": args.max_length, "prompt": prompt}
     common |= {"batch_size": args.batch_size, "output_dir": args.output, "progress": not args.no_progress}
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         path = average_activation(model, args.adapter, rows, samples=args.samples or SAMPLES, **seed, **common)
         if ranks.first:
             print(f"wrote {path}")
+            say_where(name, folder, target)
         return 0
     if ranks.first:
         print(plan_of(len(rows), batch_size=args.batch_size, ranks=ranks.size, **training), flush=True)
@@ -92,7 +97,15 @@ def run(args: argparse.Namespace) -> int:
         result = train_gates(model, args.adapter, rows, **training, **seed, **common)
     if ranks.first:
         tell(result)
+        if not hasattr(args, "joint"):
+            say_where(name, folder, target)
     return 0
+
+
+def say_where(name: str, folder: Path, target: Path) -> None:
+    """How gates that do not lie beside their adapter are used."""
+    if target.resolve() != folder.resolve():
+        print(f"they are not beside the adapter: use them with --gates {name}={target}")
 
 
 def check(args: argparse.Namespace, training: dict[str, Any]) -> None:

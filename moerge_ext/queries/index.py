@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..experts.fingerprint import note_of_file
 from ..experts.formats import inspect_adapter
+from ..experts.hub import find_adapter, output_folder
 from ..files.atomic import write_atomically
 from ..files.safefile import FLOATS, AdapterError, file_inside, open_tensors, read_headers, read_tensor
 from .embedder import Embedder
@@ -46,8 +48,10 @@ def index_examples(
     samples: int = SAMPLES,
     seed: int = 0,
     texts: bool = False,
+    output_dir: str | os.PathLike | None = None,
 ) -> Path:
-    """Embed the inputs of up to `samples` random rows of an expert's training data and store them beside its adapter.
+    """Embed the inputs of up to `samples` random rows of an expert's training data and store them beside its adapter,
+    or in `output_dir` (which `load_experts(gates={name: DIR})` is then told).
 
     texts: store the rows' inputs and targets as well, for all who get the adapter to read: a `QueryRouter` shows its
     writer the ones similar to a query (GLIDER's few-shot setting).
@@ -55,9 +59,7 @@ def index_examples(
     Returns the file. ValueError for a folder that is no adapter, no examples, rows without a target for `texts`, or
     what the embedder refuses; nothing is written then.
     """
-    folder = Path(adapter)
-    if inspect_adapter(folder.name, folder).folder is None:
-        raise ValueError(f"{folder} is a file without a folder of its own: `moerge convert` it first")
+    header, folder = inspect_adapter(*find_adapter(adapter)), output_folder(adapter, output_dir)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if not examples:
@@ -70,7 +72,8 @@ def index_examples(
         said = json.dumps([[row[part] for part in ROW] for row in chosen]).encode()
         tensors[TEXTS] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
     vectors = unit(embedder([row.get("input", row.get("text", "")) for row in chosen]))
-    metadata = {"format": FORMAT, "version": "1", "embedder": embedder.name, "seed": str(seed)}
+    metadata = {"format": FORMAT, "version": "1", "embedder": embedder.name, "seed": str(seed), **note_of_file(header)}
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / index_file(embedder.name)
     tensors[KEY] = vectors.contiguous()
     write_atomically(path, lambda file: save_file(tensors, file, metadata))

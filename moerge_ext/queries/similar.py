@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -63,11 +62,10 @@ def indexed_examples(experts: ExpertBank, embedder: Embedder, count: int = SHOWN
     """
     rows: list[Example] = []
     vectors: list[Tensor] = []
-    for folder in experts.folders:
-        if folder is None or not (Path(folder) / index_file(embedder.name)).is_file():
-            continue
-        index = read_index(folder, embedder.name)
-        if index.rows is not None:
+    for name in experts.names:
+        folders = [place for place in experts.places(name) if (place / index_file(embedder.name)).is_file()]
+        index = read_index(folders[0], embedder.name) if folders else None
+        if index is not None and index.rows is not None:
             rows += index.rows
             vectors.append(index.vectors)
     if len({part.shape[1] for part in vectors}) > 1:
