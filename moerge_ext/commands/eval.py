@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,21 @@ from typing import Any
 from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
+from ..methods import METHODS
 from ..methods.fixed import PREFIX
 from .expert_options import gates_of, load_bank
-from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .options import (
+    add_tasks_and_model,
+    build_routers,
+    check_writer,
+    listed,
+    load,
+    read_tasks,
+    similar_of_task,
+)
 from .prompt_options import prompt_of
 
-GLIDER = ("glider", "glider_code")
+ABLATED = ("glider", "glider_code")
 ALONE = Run(MULTITASK, PREFIX + MULTITASK)
 
 
@@ -30,17 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, "
         + ", ".join(DERIVED),
     )
-    add("--ablation", choices=GLIDER, help="add the rows of GLIDER's ablations of this method")
+    add("--ablation", choices=ABLATED, help="add the rows of GLIDER's ablations of this method")
     add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
     add("--metric", choices=METRICS, help="of all tasks (default: what their meta.json says)")
     add("--sum-log-likelihood", action="store_true", help="rank by the sum over an answer's tokens, not their mean")
-    add(
-        "--similar",
-        type=int,
-        default=0,
-        metavar="N",
-        help="solved examples of the task that --writer sees with a query; 3 is GLIDER, 0 its zero-shot variant",
-    )
     add(
         "--shares",
         action="store_true",
@@ -69,12 +72,11 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
     gates_of(args)
-    if args.similar and not args.writer:
-        raise ValueError("--similar is for what --writer sees: pass --writer MODEL, or leave --similar out")
     check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
     names = [*listed(args.methods), args.ablation or ""]
-    if args.calibrate and not any(name.split("/")[0] in GLIDER for name in names):
+    rows = [METHODS.get(name.split("/")[0]) for name in names]
+    if args.calibrate and not any(row is not None and row.router == "instruction" for row in rows):
         raise ValueError("--calibrate is for glider: add it to --methods")
     held_in = [load_task(folder, split="validation", metric="exact_match") for folder in args.calibrate]
     texts = with_top_k(listed(args.methods), args.top_k)
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
+    settings = replace(settings, similar=similar_of_task(args, routers))
     if args.calibrate:
         calibrate(args, routers, held_in, tasks)
     check_routers(runs, routers)
@@ -121,7 +124,6 @@ def settings_of(args: argparse.Namespace) -> Any:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         length_norm=not args.sum_log_likelihood,
-        similar=args.similar,
         shares=args.shares,
     )
 

@@ -15,7 +15,7 @@ from ..files.rows import read_prompts
 from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_gates, gates_of, load_bank
-from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
+from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .prompt_options import add_prompt, prompt_of
 
 NEW_TOKENS = 128  # of an answer, when nobody says how many
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
+    add_similar(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,8 @@ from ..experts.prompt_notes import warn_of_other_prompts
 from ..methods import get_method
 from ..models.prompt import INPUT, PromptFormat
 from ..queries.describe import draw
-from ..queries.router import QueryRouter, similar_examples
+from ..queries.router import QueryRouter
+from ..queries.similar import similar_examples
 from ..routing.patch import Handle, check_patch, patch
 from . import identity
 from .answers import Answerer
@@ -38,7 +39,8 @@ class Settings:
     template, chat: of `PromptFormat`; batch_size in items; max_new_tokens: None takes the longest target of the task
     plus its end; length_norm: rank classification by the mean log-likelihood per token (PHATGOOSE's code) or, when
     False, by the sum (T0); similar: solved examples, most similar to the query, that a QueryRouter's writer sees with
-    it, from the task's train.jsonl (GLIDER: 3; 0 is the zero-shot variant).
+    it, from the task's train.jsonl (GLIDER: 3; 0 leaves it at the router's own, and at the zero-shot variant if it has
+    none).
     """
 
     template: str = INPUT

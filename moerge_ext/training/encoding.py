@@ -20,7 +20,7 @@ from .batches import Batch, BatchSource, Collate, as_source
 
 IGNORED = -100  # the label that no loss counts
 UNCUT = 2**62  # tokens
-MAX_LENGTH = 512  # tokens per sequence, of PHATGOOSE, arXiv 2402.05859, section 4
+MAX_LENGTH = 512  # tokens per sequence, of PHATGOOSE, arXiv 2402.05859, section 4.1
 
 
 @dataclass

@@ -327,7 +327,7 @@ def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     assert command(setup, tmp_path, *more) == 0
     assert "threshold" in capsys.readouterr().out and (tmp_path / "out" / "threshold.png").is_file()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert drawn["held_in"]["ant"].shape == (4,) and drawn["held_out"]["new"].shape == (2,)
+    assert drawn["held_in"]["ant"].shape == (4, 3) and drawn["held_out"]["new"].shape == (2, 3)
     labels = [row["method"] for row in rows if row["task"] == "ant"]
     assert len(labels) == 12 and "glider/gamma=0/beta=3000 (no writer)" in labels
 
@@ -382,7 +382,7 @@ def test_solved_examples_that_are_missing_are_named_before_the_first_answer(setu
         (["--methods", "base", "--template", "Q"], "must contain {input}"),
         (["--methods", "base", "--split", "dev"], "dev.jsonl"),
         (["--methods", "base", "--multitask", "nowhere"], "'nowhere'"),
-        (["--methods", "base", "--similar", "3"], "--similar is for what --writer sees"),
+        (["--methods", "base", "--similar", "3"], "--similar and --solved are for --writer MODEL"),
         (["--methods", "glider", "--calibrate", "nowhere"], "no file nowhere/validation.jsonl"),
     ],
 )
