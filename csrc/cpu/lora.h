@@ -32,8 +32,9 @@ constexpr int64_t kMaxBlock = 1024;  // tokens of one expand task otherwise
 constexpr int64_t kGroup = 8;        // pairs of a group that make reading the expert's rows worth it
 constexpr int64_t kTaskPairs = 48;   // pairs of one expert in one shrink task
 constexpr int64_t kChunk = 512;      // columns of one expand or outer task of kBlock tokens
-constexpr int64_t kDirectRows = 16;  // up to so many tokens, expand sums in the result itself
+constexpr int64_t kDirectRows = 16;  // up to so many tokens, expand keeps partial sums in the result itself
 constexpr int64_t kFewPairs = 4;     // up to so many pairs, shrink cuts its sum over the threads
+constexpr int64_t kTilePairs = 8;    // pairs of an expert, if all are used alike, from which on tiles are worth it
 
 struct LoraArgs : LoraPlan {
   const Check& check;
@@ -57,6 +58,9 @@ struct LoraArgs : LoraPlan {
     return tokens;
   }
 
+  // Whether the branch, added to `base`, is computed by `tiles()`.
+  bool by_tiles(const Matrix& base, const Matrix& out) const;
+
   // what the caller chose; checked, and kept alive
   void set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows);
   // what the router will choose: one row per token
@@ -77,6 +81,7 @@ struct Pairs {
   std::vector<int64_t> start;  // order[start[e]..start[e+1]) are expert e's
   std::vector<Group> groups;   // by (block, expert)
   std::vector<int64_t> first;  // first[b]: index of block b's first group
+  std::vector<int32_t> uses;   // how many of each token's pairs are among them
 
   template <class Acc>
   void sort(const LoraArgs& args, const Acc* weights, bool skip_zero);
@@ -92,6 +97,7 @@ struct Shrink {
   const Acc* weights;
   Acc* h;
   int64_t parts = 1;  // pieces of the sum, [parts,T*K,R] in h, to be added by `combine`
+  bool by_tiles = false;
 
   std::vector<Group> tasks = {};  // up to kTaskPairs pairs of one expert
 
@@ -112,6 +118,7 @@ struct Expand {
   const std::optional<Tensor>& bias;
   const Acc* weights;
   Matrix out;
+  bool by_tiles = false;
 
   // the sums of a task stay in the second-level cache: more tokens, fewer columns
   int64_t chunk() const { return kChunk * kBlock / std::max(kBlock, args.block()); }
@@ -120,9 +127,17 @@ struct Expand {
   void operator()(int64_t task) const;
 
  private:
-  void add(int64_t block, int64_t c, int64_t count, Acc* sums, int64_t stride) const;
+  // The rows of a task's tokens, of [c, c+count): pairs are added to `from`, and the sum is kept in `partial`, or in
+  // `last` once it is whole. `left` pairs are to come.
+  struct Rows {
+    const Acc** from;
+    Acc **partial, **last;
+    int32_t* left;
+  };
+  void add(int64_t block, int64_t c, int64_t count, const Rows& sums) const;
   void add_group(const Group& group, int64_t first_token, const void* const* rows, DType dtype, const Acc* bias_row,
-                 int64_t count, Acc* sums, int64_t stride, const void* const* next) const;
+                 int64_t count, const Rows& sums, const void* const* next) const;
+  void tile_block(int64_t block, int64_t c, int64_t count) const;
 };
 
 // The tokens of one block: h[pair,:] <- w * (sum of h's parts) (output), or w * the sum of that over the token's slots
