@@ -115,13 +115,15 @@ inline void add_row(int64_t J, const void* from, const float* add, void* to) {
 
 MOERGE_TILES void tiles_expand(int64_t M, int64_t R, int64_t J, const float* const* h, const void* const* w,
                                const TileRow* from, const TileRow* to) {
-  constexpr int64_t kSums = kTileColumns + kTile;  // their distance, so that rows do not share a set of the cache
+  // the distance of rows, so that they do not share a set of the cache
+  constexpr int64_t kSums = kTileColumns + kTile, kBytes = kSums * sizeof(float);
   alignas(64) float sums[kTile * kSums];
   alignas(64) uint32_t pairs[kTileRanks / 2 * kTileColumns];
   alignas(64) bf16 left[kTileRanks * kTile];
   TileShapes shapes;
-  shapes.row_bytes[0] = shapes.row_bytes[1] = 64, shapes.rows[0] = kTile, shapes.rows[1] = kPairRows;
-  shapes.row_bytes[2] = 4 * kPairRows, shapes.rows[2] = kTile;
+  for (int i = 0; i < 4; ++i) shapes.row_bytes[i] = 64, shapes.rows[i] = kTile;
+  for (int i = 5; i < 8; ++i) shapes.row_bytes[i] = 64, shapes.rows[i] = kPairRows;
+  shapes.row_bytes[4] = 4 * kPairRows, shapes.rows[4] = kTile;
   set_tiles(shapes);
   uint32_t* pair = pairs;  // [J/16][R/2][16]
   for (int64_t j = 0; j < J; j += kTile)
@@ -131,14 +133,29 @@ MOERGE_TILES void tiles_expand(int64_t M, int64_t R, int64_t J, const float* con
     const int64_t count = M - m0 < kTile ? M - m0 : kTile;
     for (int64_t m = 0; m < count; ++m)  // [R/16][16][16]
       for (int64_t r = 0; r < R; r += kTile) narrow_vec(load_vec<float, 16>(h[m0 + m] + r), left + (r + m) * kTile);
-    for (int64_t j = 0; j < J; j += kTile) {
+    // four tiles of sums at a time: one would wait for each multiplication
+    int64_t j = 0;
+    for (; j + 4 * kTile <= J; j += 4 * kTile) {
+      clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+      for (int64_t r = 0; r < R; r += kTile) {
+        const uint32_t* right = pairs + (j * R + r * kTile) / 2;
+        load_tile<4>(left + r * kTile, 4 * kPairRows);
+        load_tile<5>(right, 64), multiply_tiles<0, 4, 5>();
+        load_tile<6>(right + R / 2 * kTile, 64), multiply_tiles<1, 4, 6>();
+        load_tile<7>(right + R * kTile, 64), multiply_tiles<2, 4, 7>();
+        load_tile<5>(right + R / 2 * 3 * kTile, 64), multiply_tiles<3, 4, 5>();
+      }
+      store_tile<0>(sums + j, kBytes), store_tile<1>(sums + j + kTile, kBytes);
+      store_tile<2>(sums + j + 2 * kTile, kBytes), store_tile<3>(sums + j + 3 * kTile, kBytes);
+    }
+    for (; j < J; j += kTile) {
       clear_tile<0>();
       for (int64_t r = 0; r < R; r += kTile) {
-        load_tile<2>(left + r * kTile, 4 * kPairRows);
-        load_tile<1>(pairs + (j * R + r * kTile) / 2, 64);
-        multiply_tiles<0, 2, 1>();
+        load_tile<4>(left + r * kTile, 4 * kPairRows);
+        load_tile<5>(pairs + (j * R + r * kTile) / 2, 64);
+        multiply_tiles<0, 4, 5>();
       }
-      store_tile<0>(sums + j, kSums * sizeof(float));
+      store_tile<0>(sums + j, kBytes);
     }
     for (int64_t m = 0; m < count; ++m) {
       const TileRow source = from[m0 + m], target = to[m0 + m];
