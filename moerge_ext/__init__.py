@@ -20,7 +20,10 @@ if not _bare():
     from .ensemble.prompts import PromptExpert
     from .ensemble.router import PromptRouter
     from .ensemble.train import train_router
+    from .evaluation.explain import TokenRouting, explain_tokens
     from .experts.bank import ExpertBank, ModuleBank, load_experts
+    from .exporting.merge import merge_experts
+    from .exporting.push import push_expert
     from .methods import METHODS, get_method
     from .models.prompt import PromptFormat
     from .native.loading import build_info
@@ -55,19 +58,23 @@ __all__ = [
     "PromptRouter",
     "QueryRouter",
     "RoutedLinear",
+    "TokenRouting",
     "Trace",
     "__version__",
     "average_activation",
     "build_info",
     "calibrate_threshold",
     "describe",
+    "explain_tokens",
     "get_handle",
     "get_method",
     "index_examples",
     "load_experts",
     "lorahub",
+    "merge_experts",
     "ops",
     "patch",
+    "push_expert",
     "reference",
     "similar_examples",
     "train_expert",

@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from .._version import __version__
+from .progress import bars
 
 # command: (the module with its `add_arguments` and `run`, what it does); imported when it is called
 COMMANDS = {
@@ -15,10 +16,14 @@ COMMANDS = {
     "generate": (".generate", "one prompt through your model and experts"),
     "train-expert": (".train_expert", "train an expert, a LoRA on your model, from a file of examples"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
+    "list": (".list", "adapters in folders: base, rank, modules, and what there is for routing beside each"),
+    "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
+    "push": (".push", "an adapter with its gates, index and description to the Hugging Face hub"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
     "eval": (".eval", "methods on tasks: a table with intervals"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
+    "explain": (".explain", "a prompt, token by token: which experts spoke, at which depth"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
@@ -26,7 +31,8 @@ COMMANDS = {
 
 
 def _run(args: argparse.Namespace) -> int:
-    return import_module(COMMANDS[args.command][0], __package__).run(args)
+    with bars(shown=not getattr(args, "no_progress", False)):
+        return import_module(COMMANDS[args.command][0], __package__).run(args)
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:

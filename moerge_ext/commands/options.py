@@ -11,12 +11,15 @@ from typing import Any
 from ..ensemble.judge import JUDGES
 from ..evaluation.checks import check_fields
 from ..evaluation.tasks import Task, load_task
+from ..files.atomic import check_can_write
 from ..files.meta import read_instructed_rows
 from ..methods.base import HIDDEN_STATES
 from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
 from ..queries.hidden import GENERIC, base_name
 from ..queries.writer import InstructionWriter
+from .expert_options import add_gates
+from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
 
 HIDDEN_LAYER = -2  # DAM: the penultimate one
@@ -134,6 +137,7 @@ def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
     add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_gates(parser)
     add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")
     add("--split", default="test", help="which <split>.jsonl of the tasks (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="the first N rows of every task (default: all)")
@@ -145,11 +149,18 @@ def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
-    add("--no-progress", action="store_true", help="no progress bar")
+    add_progress(parser)
     add_prompt(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
+
+
+def check_file(path: Path) -> None:
+    """ValueError or OSError, before any work, for a file that could not be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: pass the name of a file")
+    check_can_write(path.parent)
 
 
 def listed(methods: str) -> list[str]:
@@ -193,7 +204,7 @@ def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=16, help="questions at a time (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the backbone")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
-    add("--no-progress", action="store_true", help="no progress bar")
+    add_progress(parser)
     add_prompt(parser)
     add_embedder(parser)
 

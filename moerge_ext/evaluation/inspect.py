@@ -34,10 +34,9 @@ class Inspection:
     oracle: str | None
     modules: dict[str, ModuleSums]
 
-    def shares(self, part: str | None = None) -> tuple[list[str], Tensor]:
-        """(module paths, their mean distributions [modules,E]); only those of `part` ("encoder", ...) if given."""
-        names = [name for name in self.modules if part is None or part_of(name) == part]
-        return names, torch.stack([self.modules[n].distribution / self.modules[n].tokens for n in names])
+    def shares_of(self, modules: Sequence[str]) -> Tensor:
+        """[modules,E] float64: the mean distributions of these modules."""
+        return torch.stack([self.modules[name].distribution / self.modules[name].tokens for name in modules])
 
     @property
     def entropy(self) -> float:
@@ -63,12 +62,6 @@ class Inspection:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def part_of(module: str) -> str:
-    """ "encoder" or "decoder" for the modules of an encoder-decoder, "" for those of other models."""
-    parts = module.split(".")
-    return next((part for part in parts if part in ("encoder", "decoder")), "")
 
 
 def inspect(

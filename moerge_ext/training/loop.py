@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from .options import TrainingOptions
 from .random_state import seeded
 from .ranks import Ranks, current_ranks
 from .state import TrainingState
+
+# steps whose losses the bar averages: that of one step is of few sequences
+SMOOTHED = 20
 
 
 def fit(
@@ -117,7 +121,8 @@ class _Run:
                 self._evaluate_when_due()
                 if state.step == options.steps or state.step % options.checkpoint_every == 0:
                     self._keep()
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                recent = state.losses[-SMOOTHED:]
+                bar.set_postfix_str(f"loss {fmean(recent):.4f}, mean of {len(recent)}", refresh=False)
                 bar.update()
         self.optimizer.zero_grad(set_to_none=True)
 

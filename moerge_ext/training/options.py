@@ -30,7 +30,7 @@ class TrainingOptions:
     checkpoint_dir  where the state file lies while training; None writes none
     checkpoint_every  steps between two state files
     resume          go on from the state file when there is one; otherwise start over and replace it
-    progress        show a bar with the loss
+    progress        show a bar with the mean loss of the last steps
     """
 
     steps: int

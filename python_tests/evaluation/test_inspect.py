@@ -14,7 +14,7 @@ from test_evaluation import make_task
 
 import moerge_ext as moerge
 from moerge_ext.commands import main as cli
-from moerge_ext.evaluation.inspect import Inspection, correlations, inspect, part_of, pearson
+from moerge_ext.evaluation.inspect import Inspection, correlations, inspect, pearson
 from moerge_ext.evaluation.probe import probe
 from moerge_ext.evaluation.runs import parse_run
 from moerge_ext.evaluation.tasks import load_task
@@ -69,7 +69,6 @@ def test_correlation():
     assert pearson([1, 2], [1, 2]) is None and pearson([1, 1, 1], [1, 2, 3]) is None
     unknown = Inspection("m", "t", ("a",), None, {})
     assert correlations([unknown], {("m", "t"): 0.5}) == {"m": None}
-    assert part_of("encoder.block.0.layer.0.q") == "encoder" and part_of("model.layers.0.q") == ""
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
