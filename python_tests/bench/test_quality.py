@@ -1,0 +1,68 @@
+"""The committed tables of bench/quality are what the committed answers say."""
+
+import re
+
+import numpy as np
+import pytest
+from bench_checkout import REPO  # first: bench is importable after it
+
+from bench.quality import real_answers, real_table
+from bench.quality.real_answers import Answered, Results
+from bench.quality.real_scores import Scores
+
+README = REPO / "bench" / "quality" / "README.md"
+
+
+def block(name: str) -> str:
+    return re.search(rf"<!-- {name} -->\n(.*?)\n*<!-- /{name} -->", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def test_committed_answers_make_the_committed_tables():
+    results = real_answers.read()
+    for name, text in real_table.blocks(results).items():
+        assert block(name) == text, f"run python bench/quality/real_table.py: {name} differs"
+
+
+def test_committed_answers_are_right_where_they_say_so():
+    results = real_answers.read()
+    assert results.answered
+    for answered in results.answered.values():
+        assert real_answers.scored_again(results, answered) == answered.right, (answered.run, answered.task)
+
+
+def small() -> Results:
+    tasks = {n: {"part": "train", "metric": "accuracy", "targets": ["x"] * 4, "chance": None} for n in ("a", "b")}
+    marks = {"base": ("0000", "0011"), "expert:a": ("1110", "0000"), "expert:b": ("0001", "1111")}
+    answered = {
+        (run, task): Answered(run, task, ("",) * 4, tuple(m == "1" for m in text))
+        for run, texts in marks.items()
+        for task, text in zip(tasks, texts, strict=True)
+    }
+    return Results({}, tasks, answered)
+
+
+def test_scores_by_hand():
+    scores = Scores(small())
+    assert scores.rows == ["base", "oracle_dataset", "best_individual"]
+    assert scores.mean("base", ["a", "b"])[0] == 25
+    assert scores.mean("oracle_dataset", ["a", "b"])[0] == 87.5
+    assert scores.mean("best_individual", ["a", "b"])[0] == 62.5
+    value, low, high = scores.difference("expert:a", "expert:b", ["a"])
+    assert value == 50 and low <= 50 <= high and low >= -100 and high == 100
+    assert scores.difference("base", "base", ["a", "b"]) == (0, 0, 0)
+
+
+def test_the_bootstrap_is_as_wide_as_theory_says():
+    marks = np.arange(400) % 4 == 0
+    tasks = {"a": {"part": "train", "metric": "accuracy", "targets": ["x"] * 400, "chance": None}}
+    answered = {("base", "a"): Answered("base", "a", ("",) * 400, tuple(marks.tolist()))}
+    value, low, high = Scores(Results({}, tasks, answered)).mean("base", ["a"])
+    half = 196 * np.sqrt(0.25 * 0.75 / 400)
+    assert value == 25 and (low, high) == pytest.approx((25 - half, 25 + half), abs=0.7)
+
+
+@pytest.mark.parametrize(
+    "answer, metric, same", [("Yes.", "accuracy", True), ("Yes.", "exact_match", False), (" yes ", "exact_match", True)]
+)
+def test_an_answer_is_scored_by_the_digest_of_its_target(answer, metric, same):
+    assert (real_answers.digest(answer, metric) == real_answers.digest("yes", metric)) is same
