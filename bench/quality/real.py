@@ -23,9 +23,9 @@ FORM = PromptFormat(TEMPLATE)
 EMBEDDER = "all-MiniLM-L6-v2"
 # In the order in which they join the pool: 4, 8, 16 and all are its sizes.
 HELD_IN = (
-    "clinc_banking", "babi_qa01_one_fact", "name_language", "query_wellformed",
-    "clinc_home", "nl_regex", "snips_AddToPlaylist", "blimp_morphology",
-    "clinc_travel", "babi_qa06_yesno", "snips_BookRestaurant", "scan_simple",
+    "clinc_banking", "babi_qa01_one_fact", "name_language", "clinc_home",
+    "snips_AddToPlaylist", "clinc_travel", "query_wellformed", "nl_regex",
+    "babi_qa06_yesno", "blimp_morphology", "snips_BookRestaurant", "scan_simple",
     "babi_qa15_deduction", "clinc_kitchen_and_dining", "django_code", "babi_qa16_induction",
 )  # fmt: skip
 HELD_OUT = (
@@ -45,10 +45,10 @@ class Recipe:
     rank: int = 16
     alpha: float = 1.0
     lr: float = 5e-3
-    steps: int = 40
+    steps: int = 24
     batch_size: int = 8
     gate_lr: float = 5e-3
-    gate_steps: int = 50
+    gate_steps: int = 30
     gate_batch_size: int = 4
 
 
