@@ -33,6 +33,7 @@ HELD_OUT = (
     "clinc_small_talk", "scan_jump", "snips_SearchScreeningEvent", "bbq_nationality",
 )  # fmt: skip
 SET_ASIDE = ("clinc_utility", "snips_RateBook")  # the recipe was chosen on these; no expert of the pool is made of them
+OTHER_GATES = "gates-{}"  # folder of the experts with gates of so many steps
 CHOICES = 4  # of a held-out intent: the right one and three others, drawn once
 FEW_CHOICES = 3  # a task with at most so many answers is one of choices
 CLOSED = 32  # distinct answers of a closed set

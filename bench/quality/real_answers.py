@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).resolve().parents[1] / "results" / "quality_real.jsonl.gz"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+FILES = "quality_real_*.jsonl.gz"  # one for every size of the pool
 DIGITS = 12  # of a target's digest
 
 
@@ -62,24 +63,36 @@ def scored_again(results: Results, answered: Answered) -> tuple[bool, ...]:
     return tuple(digest(answer, task["metric"]) == target for answer, target in pairs)
 
 
-def pack(chunks: Sequence[tuple[Path, Sequence[Any], Sequence[Any]]], facts: dict) -> None:
-    """Write FILE from chunks: the folder of `evaluate`, its tasks, and its scores, which say what belongs there."""
+@dataclass(frozen=True)
+class Asked:
+    """What `evaluate` left in `folder`: which of its runs belong to the table, and what their names get behind them."""
+
+    folder: Path
+    tasks: Sequence[Any]
+    scores: Sequence[Any]
+    suffix: str = ""
+
+
+def pack(chunks: Sequence[Sequence[Asked]], facts: dict, file: Path) -> None:
+    """Write `file`; every chunk has other items of the same tasks, and the parts of a chunk have other runs."""
     tasks: dict[str, dict] = {}
     answered: dict[tuple[str, str], dict] = {}
-    for folder, asked, scores in chunks:
-        for task in asked:
+    for parts in chunks:
+        for task in parts[0].tasks:
             line = {"task": task.name, "part": task.part, "metric": task.metric, "chance": task.chance, "targets": []}
             known = tasks.setdefault(task.name, line)
             known["targets"] += [digest(row["target"], task.metric) for row in task.rows]
-        found = _stored(folder)
-        for score in scores:
-            key = score.method, score.task
-            line = answered.setdefault(key, {"run": key[0], "task": key[1], "answers": [], "right": ""})
-            line["answers"] += [item["answer"] for item in found[key]]
-            line["right"] += "".join("01"[item["right"]] for item in found[key])
+        for asked in parts:
+            found = _stored(asked.folder)
+            for score in asked.scores:
+                run, items = score.method + asked.suffix, found[score.method, score.task]
+                line = {"run": run, "task": score.task, "answers": [], "right": ""}
+                line = answered.setdefault((run, score.task), line)
+                line["answers"] += [item["answer"] for item in items]
+                line["right"] += "".join("01"[item["right"]] for item in items)
     lines = [{"facts": facts}, *tasks.values(), *answered.values()]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    FILE.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same answers, the same bytes
+    file.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same answers, the same bytes
 
 
 def _stored(folder: Path) -> dict[tuple[str, str], list[dict]]:
@@ -96,7 +109,7 @@ def _stored(folder: Path) -> dict[tuple[str, str], list[dict]]:
     return found
 
 
-def read(file: Path = FILE) -> Results:
+def read(file: Path) -> Results:
     facts, tasks, answered = {}, {}, {}
     for line in map(json.loads, gzip.decompress(file.read_bytes()).decode().splitlines()):
         if "facts" in line:
@@ -108,3 +121,13 @@ def read(file: Path = FILE) -> Results:
         else:
             tasks[line["task"]] = line
     return Results(facts, tasks, answered)
+
+
+def read_all(folder: Path = FOLDER) -> dict[int, Results]:
+    """{experts in the pool: its results}, the smallest first."""
+    found = map(read, folder.glob(FILES))
+    return dict(sorted((len(results.facts["experts"]), results) for results in found))
+
+
+def file_of(experts: int) -> Path:
+    return FOLDER / FILES.replace("*", str(experts))

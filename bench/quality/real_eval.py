@@ -2,7 +2,7 @@
 
 python bench/quality/real_eval.py --data ../shared/data --cache DIR --embedder MODEL
 
-Writes bench/results/quality_real.jsonl.gz, from which real_table.py makes the tables.
+Writes bench/results/quality_real_<experts>.jsonl.gz, from which real_table.py makes the tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.quality import real, real_answers  # noqa: E402
+from bench.quality.real_answers import Asked  # noqa: E402
 from bench.quality.real_batches import collate  # noqa: E402
 from moerge_ext import Embedder, average_activation, describe, index_examples, load_experts  # noqa: E402
-from moerge_ext.evaluation.evaluate import Score, Settings, evaluate  # noqa: E402
+from moerge_ext.evaluation.evaluate import Settings, evaluate  # noqa: E402
 from moerge_ext.evaluation.runs import parse_run  # noqa: E402
 from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
 from moerge_ext.experts.bank import ExpertBank  # noqa: E402
-from moerge_ext.experts.gates import read_gates  # noqa: E402
-from moerge_ext.experts.kinds import AVERAGE_ACTIVATION  # noqa: E402
+from moerge_ext.experts.gates import gates_file, read_gates  # noqa: E402
+from moerge_ext.experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE  # noqa: E402
 from moerge_ext.methods.fixed import PREFIX  # noqa: E402
 from moerge_ext.queries.calibration import calibrate_threshold  # noqa: E402
 from moerge_ext.queries.example_router import ExampleRouter  # noqa: E402
@@ -42,7 +42,7 @@ from moerge_ext.training.encoding import Encoder  # noqa: E402
 FIRST = ("base", "phatgoose", "retrieval", "merged", "arrow_phatgoose", "average_activation")
 SECOND = ("phatgoose/top_k=1", "phatgoose/top_k=3", "arrow", "merged_factors", "glider")
 OWN_INSTRUCTIONS = ("glider",)  # with the instruction of the query's task
-ACTIVATIONS, INDEXED, CALIBRATION = 64, 1000, 50  # examples per expert
+ACTIVATIONS, INDEXED, CALIBRATION = 32, 200, 20  # examples per expert
 
 
 class OwnInstructions:
@@ -108,7 +108,7 @@ def calibrated(router: QueryRouter, places: real.Places, names: Sequence[str]) -
 
 
 def run(args: argparse.Namespace) -> None:
-    """Chunk after chunk of every task's items, in every chunk all rows; the table is written after each."""
+    """Chunk after chunk of every task's items, in every chunk all rows."""
     places = real.Places(args.data, args.cache)
     names = real.HELD_IN[: args.experts]
     embedder = Embedder.from_sentence_transformers(args.embedder, name=real.EMBEDDER)
@@ -117,18 +117,35 @@ def run(args: argparse.Namespace) -> None:
     experts = load_experts([places.expert(name) for name in names])
     notes = {name: json.loads((places.expert(name) / "facts.json").read_text()) for name in names}
     facts = {"recipe": asdict(real.Recipe()), "template": real.TEMPLATE, "experts": notes}
-    folders = (*names, *real.HELD_OUT[: args.heldout])
-    done: list[tuple[Path, list[Task], list[Score]]] = []
+    settings = Settings(template=real.TEMPLATE, batch_size=args.items)
+    file = real_answers.file_of(len(names))
+    done: list[list[Asked]] = []
     for chunk in range(args.chunks):
-        tasks = [load_task(write_task(places, name, chunk, args.items)) for name in folders]
+        folders = [write_task(places, name, chunk, args.items) for name in (*names, *real.HELD_OUT[: args.heldout])]
+        tasks = [load_task(folder) for folder in folders]
         output = args.cache / f"eval-{len(names)}-{args.items}" / f"{chunk}"
-        asked = partial(evaluate, model, tokenizer, experts, tasks=tasks, output=output)
-        settings = Settings(template=real.TEMPLATE, batch_size=args.items)
-        scores: list[Score] = []
-        for texts, routing in parts(experts, embedder, tasks, places):
-            scores += asked([parse_run(text) for text in texts], settings=settings, routers=routing)
-        done.append((output, tasks, scores))
-        real_answers.pack(done, facts)
+        asked: list[Asked] = []
+        for texts, routers in parts(experts, embedder, tasks, places):
+            runs = [parse_run(text) for text in texts]
+            scores = evaluate(model, tokenizer, experts, runs, tasks, settings, routers=routers, output=output)
+            asked.append(Asked(output, tasks, scores))
+            if not done:  # of the first chunk also what there is so far: later chunks join when they are whole
+                real_answers.pack([asked], facts, file)
+        for steps, pool in other_gates(places, names).items():
+            folder = output.with_name(f"{chunk}-gates-{steps}")
+            scores = evaluate(model, tokenizer, pool, [parse_run("phatgoose")], tasks, settings, output=folder)
+            asked.append(Asked(folder, tasks, scores, f"/gates={steps}"))
+        done.append(asked)
+        real_answers.pack(done, facts, file)
+
+
+def other_gates(places: real.Places, names: Sequence[str]) -> dict[int, ExpertBank]:
+    """{steps of gate training: the experts with these gates}, where all of them have some."""
+    found = {}
+    for folder in places.cache.glob(real.OTHER_GATES.format("*")):
+        if all(gates_file(folder / name, SIGMOID_GATE).is_file() for name in names):
+            found[int(folder.name.rpartition("-")[2])] = load_experts([folder / name for name in names])
+    return dict(sorted(found.items()))
 
 
 def parts(

@@ -1,4 +1,4 @@
-"""The tables of SmolLM2-135M-Instruct in README.md, from the answers in bench/results/quality_real.jsonl.gz.
+"""The tables of SmolLM2-135M-Instruct in README.md, from the answers in bench/results/quality_real_*.jsonl.gz.
 
 python bench/quality/real_table.py
 """
@@ -20,6 +20,7 @@ from bench.quality.real_scores import Scores  # noqa: E402
 
 PARTS = {"train": "held-in", "heldout": "held-out"}
 AGAINST = "phatgoose"  # whose difference to every row is shown
+SCALED = ("base", "merged", "retrieval", "phatgoose", "oracle_dataset")
 NAMES = {
     "glider (zero-shot)": "glider (the tasks' own instructions)",
     "glider (no writer)": "glider (the query itself)",
@@ -89,12 +90,25 @@ def chance(results: Results, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {100 * value:.0f}" for name, value in known.items())
 
 
-def blocks(results: Results) -> dict[str, str]:
-    """Every generated block of README.md."""
+def scaling(pools: dict[int, Results]) -> str:
+    """Rows of methods by the size of the pool, on the held-out tasks that all of them answered."""
+    names = [
+        name for name in next(iter(pools.values())).tasks if all(name in r.part("heldout") for r in pools.values())
+    ]
+    made = {size: Scores(results) for size, results in pools.items()}
+    lines = ["| row | " + " | ".join(f"{size} experts" for size in made) + " |", "| --- |" + " ---: |" * len(made)]
+    for row in SCALED:
+        if all(row in scores.known for scores in made.values()):
+            cells = ("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)) for scores in made.values())
+            lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\nOn {len(names)} held-out tasks: {', '.join(names)}."
+
+
+def blocks(pools: dict[int, Results]) -> dict[str, str]:
+    """Every generated block of README.md, of the largest pool but for the one that compares them."""
+    results = pools[max(pools)]
     scores = Scores(results)
-    guess = (
-        "Chance, where answers are ranked: " + chance(results, list(results.tasks)) + "; elsewhere answers are open."
-    )
+    guess = f"Chance, where answers are ranked: {chance(results, list(results.tasks))}; elsewhere answers are open."
     return {
         "real-facts": facts(results),
         "real-means": means(scores) + "\n\n" + guess,
@@ -102,12 +116,13 @@ def blocks(results: Results) -> dict[str, str]:
         "real-heldin": by_task(scores, "train"),
         "real-heldout": by_task(scores, "heldout"),
         "real-claims": real_claims.table(scores),
+        "real-scaling": scaling(pools),
     }
 
 
 def main() -> None:
     np.seterr(all="raise")
-    for name, text in blocks(real_answers.read()).items():
+    for name, text in blocks(real_answers.read_all()).items():
         tasks.fill(name, text)
 
 

