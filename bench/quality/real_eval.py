@@ -75,14 +75,19 @@ def prepare(places: real.Places, names: Sequence[str], embedder: Embedder, model
             average_activation(model, folder, batches)
 
 
-def write_task(places: real.Places, name: str, chunk: int, size: int) -> Path:
-    """The task as it is asked, with a chunk of its rows in random order: choices where there are few; its folder."""
+def write_task(places: real.Places, name: str, chunk: int, size: int) -> Path | None:
+    """The folder of the task as it is asked: a chunk of its rows in random order, choices where there are few.
+
+    None when earlier chunks hold all of its rows.
+    """
     folder = places.cache / f"tasks-{size}" / f"{chunk}" / name
     meta = json.loads((places.source(name) / "meta.json").read_text(encoding="utf-8"))
     rows = places.rows(name, "test")
     targets = sorted({row["target"] for row in rows})
     rng = random.Random(chunk)
     rows = random.Random(0).sample(rows, len(rows))[chunk * size : (chunk + 1) * size]
+    if not rows:
+        return None
     if len(targets) <= real.FEW_CHOICES:
         meta |= {"metric": "rank", "choices": targets}
     elif name in real.HELD_OUT and meta["metric"] == "exact_match" and len(targets) <= real.CLOSED:
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     done: list[list[Asked]] = []
     for chunk in range(args.chunks):
         folders = [write_task(places, name, chunk, args.items) for name in (*names, *real.HELD_OUT[: args.heldout])]
-        tasks = [load_task(folder) for folder in folders]
+        tasks = [load_task(folder) for folder in folders if folder is not None]
         output = args.cache / f"eval-{len(names)}-{args.items}" / f"{chunk}"
         asked: list[Asked] = []
         for texts, routers in parts(experts, embedder, tasks, places):
