@@ -1,13 +1,15 @@
-"""Means of rows over tasks and paired differences between rows, with bootstrap intervals, from item-level answers."""
+"""Means of rows over tasks and paired differences between rows, with intervals, from item-level answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 
 from bench.quality.real_answers import Results
+from moerge_ext.evaluation.metrics import wilson
+from moerge_ext.evaluation.report import mean
 
 RESAMPLES = 2000
 PREFIX = "expert:"
@@ -40,20 +42,16 @@ class Scores:
         self.rows += [ORACLE, BEST]
 
     def mean(self, row: str, names: Sequence[str]) -> Interval:
-        return self._interval([self._right[row, name] for name in names])
+        """The mean of the tasks, with the interval that `moerge eval` gives it."""
+        right = [self._right[row, name] for name in names]
+        shares = [SimpleNamespace(value=r.mean(), interval=wilson(r.sum(), len(r))) for r in right]
+        value, low, high = mean(shares)
+        return 100 * value, 100 * low, 100 * high
 
     def difference(self, row: str, other: str, names: Sequence[str]) -> Interval:
-        """Of the same items: paired."""
-        return self._interval([self._right[row, name] - self._right[other, name] for name in names])
-
-    def _interval(self, values: Sequence[np.ndarray]) -> Interval:
-        """Mean of the tasks' means; the items of every task drawn anew, the tasks fixed."""
-        drawn = np.mean([v[_draws(len(v))].mean(axis=1) for v in values], axis=0) if values else np.zeros(1)
-        low, high = np.quantile(drawn, [0.025, 0.975])
+        """Of the same items, paired: a bootstrap over the items of every task, the tasks fixed."""
+        values = [self._right[row, name] - self._right[other, name] for name in names]
+        rng = np.random.default_rng(0)
+        drawn = [v[rng.integers(0, len(v), (RESAMPLES, len(v)))].mean(axis=1) for v in values]
+        low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
         return 100 * float(np.mean([v.mean() for v in values])), 100 * float(low), 100 * float(high)
-
-
-@cache
-def _draws(n: int) -> np.ndarray:
-    """[RESAMPLES, n] item numbers."""
-    return np.random.default_rng(n).integers(0, n, (RESAMPLES, n))

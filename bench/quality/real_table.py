@@ -33,7 +33,7 @@ NAMES = {
 
 
 def means(scores: Scores) -> str:
-    """Rows of methods: mean over the tasks of each part with its interval, and the paired difference to AGAINST."""
+    """Rows of methods: mean over the tasks of each part, and the paired difference to AGAINST."""
     parts = {part: scores.results.part(part) for part in PARTS}
     head = [f"{PARTS[p]}: {len(names)} tasks | minus {AGAINST}" for p, names in parts.items()]
     lines = ["| row | " + " | ".join(head) + " |", "| --- |" + " ---: |" * (2 * len(parts))]
@@ -81,7 +81,7 @@ def facts(results: Results) -> str:
         f"alpha {recipe['alpha']:g}, AdamW at "
         f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
         f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
-        "random items per task. In percent, with 95 % intervals of a bootstrap over items, tasks fixed."
+        "random items per task. In percent, with 95 % intervals: the tasks fixed, their items a sample."
     )
 
 

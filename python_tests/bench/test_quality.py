@@ -80,13 +80,15 @@ def test_scores_by_hand():
     assert scores.difference("base", "base", ["a", "b"]) == (0, 0, 0)
 
 
-def test_the_bootstrap_is_as_wide_as_theory_says():
-    marks = np.arange(400) % 4 == 0
-    tasks = {"a": {"part": "train", "metric": "accuracy", "targets": ["x"] * 400, "chance": None}}
-    answered = {("base", "a"): Answered("base", "a", ("",) * 400, tuple(marks.tolist()))}
-    value, low, high = Scores(Results({}, tasks, answered)).mean("base", ["a"])
-    half = 196 * np.sqrt(0.25 * 0.75 / 400)
-    assert value == 25 and (low, high) == pytest.approx((25 - half, 25 + half), abs=0.7)
+def test_a_difference_is_as_sure_as_theory_says():
+    """Two tasks of 400 items, of which a quarter and a half are right: the variances of independent means add up."""
+    marks = {"a": np.arange(400) % 4 == 0, "b": np.arange(400) % 2 == 0}
+    tasks = {name: {"part": "train", "metric": "accuracy", "targets": ["x"] * 400, "chance": None} for name in marks}
+    answered = {("base", n): Answered("base", n, ("",) * 400, (False,) * 400) for n in marks}
+    answered |= {("merged", n): Answered("merged", n, ("",) * 400, tuple(m.tolist())) for n, m in marks.items()}
+    value, low, high = Scores(Results({}, tasks, answered)).difference("merged", "base", ["a", "b"])
+    half = 196 * np.sqrt((0.25 * 0.75 + 0.5 * 0.5) / 400) / 2
+    assert value == 37.5 and (low, high) == pytest.approx((37.5 - half, 37.5 + half), abs=0.4)
 
 
 @pytest.mark.parametrize(
