@@ -32,6 +32,7 @@ from .provenance import provenance_notes
 from .ran import FirstForward
 from .routed_experts import routed_experts, ways_of
 from .routed_linear import BACKENDS, RoutedLinear
+from .row_trace import RowTrace
 from .rows import Rows
 from .state import Affinities, RoutingState
 from .tokens import RealTokens
@@ -103,10 +104,11 @@ class Handle:
             raise ValueError("this handle was removed: patch the model again and use the new handle")
 
     @contextmanager
-    def record(self, *, tokens: bool = False) -> Iterator[Trace]:
+    def record(self, *, tokens: bool = False, rows: int | None = None) -> Iterator[Trace]:
         """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
 
-        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`.
+        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`. With `rows`, the number
+        of sequences of every forward inside, it is a `RowTrace`, which keeps them apart.
 
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
@@ -117,6 +119,10 @@ class Handle:
             raise ValueError("record() is already active on this model; leave that block first")
         with ExitStack() as stack:
             trace, real = Trace(self.names, tokens), RealTokens(self.model, stack, self._state)
+            if rows is not None:
+                mine = lambda trace: self._state.of_forward().trace is trace  # noqa: E731
+                trace = RowTrace(self.names, self.model, rows, mine, tokens)
+                stack.callback(trace.remove)
             stack.enter_context(self._state.block(trace=trace, tokens=real))
             yield trace
 
@@ -270,6 +276,8 @@ def patch(
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
+    if isinstance(model, ExpertBank):
+        raise ValueError("model and experts are swapped: patch(model, experts)")
     model = unwrapped(model)
     row, (routing, aggregation, settings) = _configured(experts, method, backend, absent, missing, options)
     fitted, base = on_model(model, experts, row.name, routing, missing)
@@ -284,7 +292,7 @@ def patch(
     if not (problems := problems + reasons):
         problems += _device_problems(model, (*plans, *branches), backend)
     if problems:
-        raise ValueError(_listing(method, problems))
+        raise ValueError(_listing(method, problems, fitted.made_for))
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
         name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
@@ -335,7 +343,7 @@ def check_patch(
         problems += reasons + row.lacks(bank)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
     if problems := problems or _device_problems(model, patched, backend):
-        raise ValueError(_listing(method, problems))
+        raise ValueError(_listing(method, problems, fitted.made_for))
 
 
 def _configured(
@@ -376,7 +384,7 @@ def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> 
     return problems
 
 
-def _listing(method: str, problems: list[str]) -> str:
+def _listing(method: str, problems: list[str], made_for: str | None) -> str:
     modules: dict[str, list[str]] = {}  # one line for what is wrong in the same way in many modules
     for problem in problems:
         name, said = re.fullmatch(r"(module '[^']*')?(.*)", problem, re.DOTALL).groups()
@@ -385,4 +393,5 @@ def _listing(method: str, problems: list[str]) -> str:
     shown = lines[:_SHOWN]
     if len(lines) > _SHOWN:
         shown.append(f"... and {len(lines) - _SHOWN} more")
-    return f"cannot patch the model with method '{method}':\n" + "\n".join(f"  - {p}" for p in shown)
+    head = f"cannot patch the model with method '{method}'" + (f": {made_for}" if made_for else "")
+    return f"{head}:\n" + "\n".join(f"  - {p}" for p in shown)
