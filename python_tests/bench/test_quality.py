@@ -52,7 +52,8 @@ def test_packed_chunks_come_back_joined(tmp_path):
 
 def test_answers_of_two_kinds_under_one_name_are_refused(tmp_path):
     for setting in (1, 2):
-        Answers(tmp_path / "answers" / "a", "base", {"run": "base", "task": "a", "setting": setting})
+        stored = Answers(tmp_path / "answers" / "a", "base", {"run": "base", "task": "a", "setting": setting})
+        stored.add([{"answer": "no", "right": True}])
     asked = SimpleNamespace(name="a", part="train", metric="accuracy", chance=None, rows=[])
     with pytest.raises(ValueError, match="delete the old"):
         real_answers.pack([[Asked(tmp_path, [asked], [])]], {"experts": {}}, tmp_path / "packed.gz")
