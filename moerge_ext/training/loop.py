@@ -116,6 +116,7 @@ class _Run:
                 loss = self._gradients(stream)
                 with uninterrupted():
                     self.optimizer.step()
+                    torch.clear_autocast_cache()  # the caller's autocast would go on with the values before the step
                     state.step += 1
                     state.losses.append(loss)
                 _check_reached(self.parameters, self.optimizer, self.label, state.step)

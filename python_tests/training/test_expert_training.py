@@ -36,6 +36,16 @@ def test_train_expert(name, tmp_path):
     assert sorted(p.name for p in (tmp_path / "e").iterdir() if p.name.startswith(".")) == []
 
 
+def test_autocast_of_the_caller_sees_every_step(tmp_path):
+    """autocast keeps casts of weights until its end: with those of the first step no later loss would change."""
+    data = batches(count=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = train_expert(llama(), data, tmp_path / "inside", alpha=16, **quiet(steps=8, lr=0.01))
+    outside = train_expert(llama(), data, tmp_path / "outside", alpha=16, **quiet(steps=8, lr=0.01))
+    assert inside.losses[-1] == pytest.approx(outside.losses[-1], abs=0.05)
+    assert outside.losses[-1] < outside.losses[0] - 0.2
+
+
 def test_train_expert_resumes_and_restores_the_model(tmp_path):
     data, options = batches(count=5), quiet(rank=2, checkpoint_every=2, lr=0.01)
     train_expert(llama(), data, tmp_path / "through", **options)

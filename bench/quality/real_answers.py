@@ -1,0 +1,133 @@
+"""Item-level answers in one compressed file, from which every figure is computed, and can be scored again.
+
+Lines of JSON: {"facts"}, then {"task", ...} with a digest of every item's target (the data are not ours to copy), then
+{"run", "task", "answers", "right"}.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+FILES = "quality_real_*.jsonl.gz"  # one for every size of the pool
+DIGITS = 12  # of a target's digest
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one run answered to the items of one task; `right` as it was scored."""
+
+    run: str
+    task: str
+    answers: tuple[str, ...]
+    right: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """facts: recipe, experts and what they took; tasks: {name: its line}; answered: {(run, task): answers}."""
+
+    facts: dict[str, Any]
+    tasks: dict[str, dict]
+    answered: dict[tuple[str, str], Answered]
+
+    @property
+    def runs(self) -> list[str]:
+        return list(dict.fromkeys(run for run, _ in self.answered))
+
+    def part(self, part: str) -> list[str]:
+        """The tasks of "train" (held-in) or "heldout"."""
+        return [name for name, task in self.tasks.items() if task["part"] == part]
+
+
+def plain(text: str, metric: str) -> str:
+    """What two answers must have in common to count as the same."""
+    text = text.strip()
+    return text.removesuffix(".").strip().casefold() if metric == "accuracy" else text
+
+
+def digest(text: str, metric: str) -> str:
+    return hashlib.sha256(plain(text, metric).encode()).hexdigest()[:DIGITS]
+
+
+def scored_again(results: Results, answered: Answered) -> tuple[bool, ...]:
+    """Which answers are right by the digests of their targets."""
+    task = results.tasks[answered.task]
+    pairs = zip(answered.answers, task["targets"], strict=True)
+    return tuple(digest(answer, task["metric"]) == target for answer, target in pairs)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `evaluate` left in `folder`: which of its runs belong to the table, and what their names get behind them."""
+
+    folder: Path
+    tasks: Sequence[Any]
+    scores: Sequence[Any]
+    suffix: str = ""
+
+
+def pack(chunks: Sequence[Sequence[Asked]], facts: dict, file: Path) -> None:
+    """Write `file`; every chunk has other items of the same tasks, and the parts of a chunk have other runs."""
+    tasks: dict[str, dict] = {}
+    answered: dict[tuple[str, str], dict] = {}
+    for parts in chunks:
+        for task in parts[0].tasks:
+            line = {"task": task.name, "part": task.part, "metric": task.metric, "chance": task.chance, "targets": []}
+            known = tasks.setdefault(task.name, line)
+            known["targets"] += [digest(row["target"], task.metric) for row in task.rows]
+        for asked in parts:
+            found = _stored(asked.folder)
+            for score in asked.scores:
+                run, items = score.method + asked.suffix, found[score.method, score.task]
+                line = {"run": run, "task": score.task, "answers": [], "right": ""}
+                line = answered.setdefault((run, score.task), line)
+                line["answers"] += [item["answer"] for item in items]
+                line["right"] += "".join("01"[item["right"]] for item in items)
+    lines = [{"facts": facts}, *tasks.values(), *answered.values()]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    file.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same answers, the same bytes
+
+
+def _stored(folder: Path) -> dict[tuple[str, str], list[dict]]:
+    """{(run, task): items} of a folder of `evaluate`; ValueError when there are two of a kind."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for file in sorted(folder.glob("answers/*/*.jsonl")):
+        header, *items = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        key = header["settings"]["run"], header["settings"]["task"]
+        if key in found:
+            raise ValueError(
+                f"{file.parent} holds answers of {key[0]} with several experts or settings: delete the old"
+            )
+        found[key] = items
+    return found
+
+
+def read(file: Path) -> Results:
+    facts, tasks, answered = {}, {}, {}
+    for line in map(json.loads, gzip.decompress(file.read_bytes()).decode().splitlines()):
+        if "facts" in line:
+            facts = line["facts"]
+        elif "run" in line:
+            right = tuple(mark == "1" for mark in line["right"])
+            found = Answered(line["run"], line["task"], tuple(line["answers"]), right)
+            answered[found.run, found.task] = found
+        else:
+            tasks[line["task"]] = line
+    return Results(facts, tasks, answered)
+
+
+def read_all(folder: Path = FOLDER) -> dict[int, Results]:
+    """{experts in the pool: its results}, the smallest first."""
+    found = map(read, folder.glob(FILES))
+    return dict(sorted((len(results.facts["experts"]), results) for results in found))
+
+
+def file_of(experts: int) -> Path:
+    return FOLDER / FILES.replace("*", str(experts))

@@ -1,0 +1,130 @@
+"""The tables of SmolLM2-135M-Instruct in README.md, from the answers in bench/results/quality_real_*.jsonl.gz.
+
+python bench/quality/real_table.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.quality import real_answers, real_claims, tasks  # noqa: E402
+from bench.quality.real_answers import Results  # noqa: E402
+from bench.quality.real_scores import Scores  # noqa: E402
+
+PARTS = {"train": "held-in", "heldout": "held-out"}
+AGAINST = "phatgoose"  # whose difference to every row is shown
+SCALED = ("base", "merged", "retrieval", "phatgoose", "oracle_dataset")
+NAMES = {
+    "glider (zero-shot)": "glider (the tasks' own instructions)",
+    "glider (no writer)": "glider (the query itself)",
+    "phatgoose/top_k=1": "phatgoose, k = 1",
+    "phatgoose": "phatgoose, k = 2",
+    "phatgoose/top_k=3": "phatgoose, k = 3",
+    "arrow": "arrow, k = 4",
+    "arrow_phatgoose": "arrow_phatgoose, k = 2",
+}
+
+
+def means(scores: Scores) -> str:
+    """Rows of methods: mean over the tasks of each part, and the paired difference to AGAINST."""
+    parts = {part: scores.results.part(part) for part in PARTS}
+    head = [f"{PARTS[p]}: {len(names)} tasks | minus {AGAINST}" for p, names in parts.items()]
+    lines = ["| row | " + " | ".join(head) + " |", "| --- |" + " ---: |" * (2 * len(parts))]
+    for row in scores.rows:
+        cells = []
+        for names in parts.values():
+            cells.append("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)))
+            difference = "{:+.1f} ({:+.0f} to {:+.0f})".format(*scores.difference(row, AGAINST, names))
+            cells.append("" if row == AGAINST else difference)
+        lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def matrix(scores: Scores) -> str:
+    """Experts by held-in tasks, the expert's own in bold; the base on top."""
+    names = scores.results.part("train")
+    lines = ["| expert | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for row in ("base", *scores.experts):
+        own = row.removeprefix("expert:")
+        values = [scores.mean(row, [name])[0] for name in names]
+        cells = [f"**{v:.0f}**" if name == own else f"{v:.0f}" for name, v in zip(names, values, strict=True)]
+        lines.append(f"| {own} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_task(scores: Scores, part: str) -> str:
+    names = scores.results.part(part)
+    rows = [row for row in scores.rows if row not in scores.experts]
+    lines = ["| row | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for row in rows:
+        lines.append(
+            f"| {NAMES.get(row, row)} | " + " | ".join(f"{scores.mean(row, [n])[0]:.0f}" for n in names) + " |"
+        )
+    return "\n".join(lines)
+
+
+def facts(results: Results) -> str:
+    """One paragraph: how the experts and the answers were made."""
+    recipe, tasks_ = results.facts["recipe"], results.tasks.values()
+    items = sorted({len(task["targets"]) for task in tasks_})
+    said = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+    seconds = sum(f[k]["cpu_s"] for f in results.facts["experts"].values() for k in ("expert", "gates"))
+    return (
+        f"{len(results.facts['experts'])} experts, rank {recipe['rank']} on all linear layers, "
+        f"alpha {recipe['alpha']:g}, AdamW at "
+        f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
+        f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
+        "random items per task. In percent, with 95 % intervals: the tasks fixed, their items a sample."
+    )
+
+
+def chance(results: Results, names: Sequence[str]) -> str:
+    known = {n: results.tasks[n]["chance"] for n in names if results.tasks[n]["chance"] is not None}
+    return ", ".join(f"{name} {100 * value:.0f}" for name, value in known.items())
+
+
+def scaling(pools: dict[int, Results]) -> str:
+    """Rows of methods by the size of the pool, on the held-out tasks that all of them answered."""
+    names = [
+        name for name in next(iter(pools.values())).tasks if all(name in r.part("heldout") for r in pools.values())
+    ]
+    made = {size: Scores(results) for size, results in pools.items()}
+    lines = ["| row | " + " | ".join(f"{size} experts" for size in made) + " |", "| --- |" + " ---: |" * len(made)]
+    for row in SCALED:
+        if all(row in scores.known for scores in made.values()):
+            cells = ("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)) for scores in made.values())
+            lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\nOn {len(names)} held-out tasks: {', '.join(names)}."
+
+
+def blocks(pools: dict[int, Results]) -> dict[str, str]:
+    """Every generated block of README.md, of the largest pool but for the one that compares them."""
+    results = pools[max(pools)]
+    scores = Scores(results)
+    guess = f"Chance, where answers are ranked: {chance(results, list(results.tasks))}; elsewhere answers are open."
+    return {
+        "real-facts": facts(results),
+        "real-means": means(scores) + "\n\n" + guess,
+        "real-matrix": matrix(scores),
+        "real-heldin": by_task(scores, "train"),
+        "real-heldout": by_task(scores, "heldout"),
+        "real-claims": real_claims.table(scores),
+        "real-scaling": scaling(pools),
+    }
+
+
+def main() -> None:
+    np.seterr(all="raise")
+    for name, text in blocks(real_answers.read_all()).items():
+        tasks.fill(name, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The committed tables of bench/quality are what the committed answers say."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from bench_checkout import REPO  # first: bench is importable after it
+
+from bench.quality import real_answers, real_table
+from bench.quality.real_answers import Answered, Asked, Results
+from bench.quality.real_scores import Scores
+from moerge_ext.evaluation.metrics import accuracy
+from moerge_ext.evaluation.store import Answers
+
+README = REPO / "bench" / "quality" / "README.md"
+
+
+def block(name: str) -> str:
+    return re.search(rf"<!-- {name} -->\n(.*?)\n*<!-- /{name} -->", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def test_committed_answers_make_the_committed_tables():
+    for name, text in real_table.blocks(real_answers.read_all()).items():
+        assert block(name) == text, f"run python bench/quality/real_table.py: {name} differs"
+
+
+def test_committed_answers_are_right_where_they_say_so():
+    pools = real_answers.read_all()
+    assert pools
+    for results, answered in ((r, a) for r in pools.values() for a in r.answered.values()):
+        assert real_answers.scored_again(results, answered) == answered.right, (answered.run, answered.task)
+
+
+def test_packed_chunks_come_back_joined(tmp_path):
+    """Through the files that an evaluation keeps; the second chunk has other items of the same task."""
+    chunks = []
+    for number, answers in enumerate((["yes", "No."], ["maybe"])):
+        rows = [{"input": f"{number}{i}", "target": "no"} for i in range(len(answers))]
+        asked = SimpleNamespace(name="a", part="train", metric="accuracy", chance=0.5, rows=rows)
+        stored = Answers(tmp_path / f"{number}" / "answers" / "a", "base", {"run": "base", "task": "a"})
+        stored.add([{"answer": answer, "right": accuracy(answer, "no")} for answer in answers])
+        parts = [SimpleNamespace(method="base", task="a")]
+        chunks.append([Asked(tmp_path / f"{number}", [asked], parts, suffix="/x=1")])
+    real_answers.pack(chunks, {"experts": {}}, tmp_path / "packed.gz")
+    results = real_answers.read(tmp_path / "packed.gz")
+    assert results.answered["base/x=1", "a"].answers == ("yes", "No.", "maybe")
+    assert results.answered["base/x=1", "a"].right == (False, True, False)
+    assert real_answers.scored_again(results, results.answered["base/x=1", "a"]) == (False, True, False)
+    assert "no" not in results.tasks["a"]["targets"], "the data are not to be copied"
+
+
+def test_answers_of_two_kinds_under_one_name_are_refused(tmp_path):
+    for setting in (1, 2):
+        stored = Answers(tmp_path / "answers" / "a", "base", {"run": "base", "task": "a", "setting": setting})
+        stored.add([{"answer": "no", "right": True}])
+    asked = SimpleNamespace(name="a", part="train", metric="accuracy", chance=None, rows=[])
+    with pytest.raises(ValueError, match="delete the old"):
+        real_answers.pack([[Asked(tmp_path, [asked], [])]], {"experts": {}}, tmp_path / "packed.gz")
+
+
+def small() -> Results:
+    tasks = {n: {"part": "train", "metric": "accuracy", "targets": ["x"] * 4, "chance": None} for n in ("a", "b")}
+    marks = {"base": ("0000", "0011"), "expert:a": ("1110", "0000"), "expert:b": ("0001", "1111")}
+    answered = {
+        (run, task): Answered(run, task, ("",) * 4, tuple(m == "1" for m in text))
+        for run, texts in marks.items()
+        for task, text in zip(tasks, texts, strict=True)
+    }
+    return Results({}, tasks, answered)
+
+
+def test_scores_by_hand():
+    scores = Scores(small())
+    assert scores.rows == ["base", "oracle_dataset", "best_individual"]
+    assert scores.mean("base", ["a", "b"])[0] == 25
+    assert scores.mean("oracle_dataset", ["a", "b"])[0] == 87.5
+    assert scores.mean("best_individual", ["a", "b"])[0] == 62.5
+    value, low, high = scores.difference("expert:a", "expert:b", ["a"])
+    assert value == 50 and low <= 50 <= high and low >= -100 and high == 100
+    assert scores.difference("base", "base", ["a", "b"]) == (0, 0, 0)
+
+
+def test_a_difference_is_as_sure_as_theory_says():
+    """Two tasks of 400 items, of which a quarter and a half are right: the variances of independent means add up."""
+    marks = {"a": np.arange(400) % 4 == 0, "b": np.arange(400) % 2 == 0}
+    tasks = {name: {"part": "train", "metric": "accuracy", "targets": ["x"] * 400, "chance": None} for name in marks}
+    answered = {("base", n): Answered("base", n, ("",) * 400, (False,) * 400) for n in marks}
+    answered |= {("merged", n): Answered("merged", n, ("",) * 400, tuple(m.tolist())) for n, m in marks.items()}
+    value, low, high = Scores(Results({}, tasks, answered)).difference("merged", "base", ["a", "b"])
+    half = 196 * np.sqrt((0.25 * 0.75 + 0.5 * 0.5) / 400) / 2
+    assert value == 37.5 and (low, high) == pytest.approx((37.5 - half, 37.5 + half), abs=0.4)
+
+
+@pytest.mark.parametrize(
+    "answer, metric, same", [("Yes.", "accuracy", True), ("Yes.", "exact_match", False), (" yes ", "exact_match", True)]
+)
+def test_an_answer_is_scored_by_the_digest_of_its_target(answer, metric, same):
+    assert (real_answers.digest(answer, metric) == real_answers.digest("yes", metric)) is same
