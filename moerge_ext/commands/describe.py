@@ -9,7 +9,7 @@ from ..experts.formats import inspect_adapter
 from ..experts.hub import find_adapter, output_folder
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows
-from ..queries.describe import EXAMPLES, describe
+from ..queries.describe import EXAMPLES, describe, draw
 from ..queries.embedder import Embedder
 from ..queries.hidden import base_name
 from ..queries.index import index_examples
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     inspect_adapter(*find_adapter(args.adapter))
     check_can_write(output_folder(args.adapter, args.output))
     rows = read_rows(args.examples, text=True) if args.examples is not None else []
+    if args.writer:  # they are looked at before a model is read
+        draw(rows, args.count, args.seed)
     embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
     if describing:
         made = describe(

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.evaluate import Settings
 
     experts = load_bank(args)
-    runs, derived = parse_runs(methods, experts.names)
+    runs, derived = parse_runs(methods, experts.names, args.top_k)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
     loaded = cache(partial(load, args))

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ..files.rows import read_text
 from ..methods.fixed import PREFIX
 from ..queries.judged import Judged
 from .runs import BASE
-from .store import file_stem
+from .store import DAMAGED, file_stem, lines_of
 from .tasks import Task
 
 
 def judged_answers(folder: Path, tasks: Sequence[Task], names: Sequence[str], *, base: bool = False) -> Judged:
-    """Whether each expert was right, from `<folder>/answers/<task>/` of an evaluation of `expert:<name>` runs.
+    """How right each expert was, 0 to 1, from `<folder>/answers/<task>/` of an evaluation of `expert:<name>` runs.
 
     tasks: those that were evaluated, with the same rows; base: the answers of the base as well. One ValueError for all
     that is missing: an expert without answers to a task, with answers to other rows, or with answers of several models.
@@ -43,15 +42,15 @@ def judged_answers(folder: Path, tasks: Sequence[Task], names: Sequence[str], *,
     return Judged(texts, torch.tensor(rows).float(), [name for name, _ in wanted], of)
 
 
-def _column(folder: Path, task: Task, label: str) -> list[bool]:
-    """Whether the answers of one run to one task are right; ValueError says why there are none."""
+def _column(folder: Path, task: Task, label: str) -> list[float]:
+    """How right the answers of one run to one task are; ValueError says why there are none."""
     found = []
-    for path in sorted(folder.glob(f"{file_stem(label)}.*.jsonl")):
-        lines = read_text(path).split("\n")
+    for path in sorted(folder.glob(f"{file_stem(label)}.*.jsonl*")):
         try:
+            lines = lines_of(path)
             settings = json.loads(lines[0])["settings"]
-            right = [bool(json.loads(line)["right"]) for line in lines[1:-1]]
-        except (ValueError, KeyError, TypeError) as error:
+            right = [float(json.loads(line)["right"]) for line in lines[1:-1]]
+        except DAMAGED as error:
             raise ValueError(f"{path} is damaged ({error})") from error
         if settings.get("run") == label and settings.get("rows") == task.digest:
             found.append((path, right))

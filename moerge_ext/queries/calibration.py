@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files.atomic import write_figure
 from .router import QueryRouter
 
 
@@ -77,7 +78,7 @@ class Calibration:
         axis.set_title("blue: held-in tasks" + (", orange: held-out tasks" if self.held_out else ""), fontsize=10)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        write_figure(path, figure)
         return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -73,6 +74,7 @@ class InstructionWriter:
             raise ValueError(f"attempts must be at least 1, got {attempts}")
         self.generate, self.name, self.cache = generate, name, cache
         self.identity, self.attempts, self.backoff = identity or name, attempts, backoff
+        self.asked: Counter[str] = Counter()  # "texts": how many were asked for, those of the cache too
         self.templates = template, query_template
         for text in self.templates:
             check_template(text)
@@ -168,6 +170,7 @@ class InstructionWriter:
 
     def _write(self, prompt: str, parse: Callable[[Any], Any]) -> Any:
         """What `parse` finds in the model's answer to `prompt`."""
+        self.asked["texts"] += 1
         if self.cache is not None and (known := self.cache.get("instruction", self.identity, prompt)) is not None:
             return known
         for attempt in range(1, self.attempts + 1):

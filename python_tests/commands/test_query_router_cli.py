@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -93,7 +94,7 @@ def test_what_is_missing_is_said(setup, tmp_path, capsys):
     (file,) = answers.glob("expert_bee.*")
     file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:4]))
     (other,) = answers.glob("expert_cat.*")
-    other.with_name("expert_cat.0.jsonl").write_text(other.read_text())
+    other.with_name("expert_cat.0.jsonl.gz").write_bytes(gzip.compress(other.read_bytes()))
     ask = ["--answers", str(tmp_path / "out")]
     assert cli.main(training(root, where, "routoo", *ask, "--output", str(tmp_path / "made"))) == 2
     said = capsys.readouterr().err

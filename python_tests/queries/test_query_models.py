@@ -253,3 +253,13 @@ def test_missing_library_is_named(monkeypatch):
     with pytest.raises(ImportError, match=r"moerge_ext\[embed\]"):
         Embedder.from_sentence_transformers("x")
     assert fake_writer().query("digging") == "please do digging"
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, recwarn):
+    (tmp_path / "file").touch()
+    cache = TextCache(tmp_path / "file")
+    embedder = Embedder(lambda texts: torch.ones(len(texts), 2), name="x", cache=cache)
+    assert embedder(["a", "b"]).shape == (2, 2) and embedder(["c"]).shape == (1, 2)
+    said = [str(w.message) for w in recwarn if "cannot be written" in str(w.message)]
+    assert len(said) == 1 and "$MOERGE_CACHE" in said[0]
+    assert f"the cache {tmp_path / 'file'} cannot be written" in said[0]
