@@ -33,6 +33,8 @@ class WeighedExperts:
     for a text to which no expert gets a positive weight.
     """
 
+    note = None  # it learned from no answers of prompts
+
     def __init__(self, router: Router, method: str, **options: Any):
         self.method = get_method(method)
         self.options: Mapping[str, Any] = self.method.configure(**options)[2]
