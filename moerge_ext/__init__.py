@@ -17,9 +17,11 @@ if not _bare():
 
     from . import ops
     from .ensemble.mixture import PromptEnsemble
+    from .ensemble.pool import ModelPool, PoolModel
     from .ensemble.prompts import PromptExpert
     from .ensemble.router import PromptRouter
     from .ensemble.train import train_router
+    from .ensemble.weighed import WeighedExperts
     from .evaluation.explain import TokenRouting, explain_tokens
     from .experts.bank import ExpertBank, ModuleBank, load_experts
     from .exporting.merge import merge_experts
@@ -33,6 +35,9 @@ if not _bare():
     from .queries.embedder import Embedder
     from .queries.example_router import ExampleRouter
     from .queries.index import index_examples
+    from .queries.judged import Judged
+    from .queries.likelihood import LikelihoodRouter
+    from .queries.load_text_router import load_text_router
     from .queries.router import AskRouter, QueryRouter
     from .queries.similar import similar_examples
     from .queries.writer import InstructionWriter
@@ -52,7 +57,11 @@ __all__ = [
     "ExpertBank",
     "Handle",
     "InstructionWriter",
+    "Judged",
+    "LikelihoodRouter",
+    "ModelPool",
     "ModuleBank",
+    "PoolModel",
     "PromptEnsemble",
     "PromptExpert",
     "PromptFormat",
@@ -61,6 +70,7 @@ __all__ = [
     "RoutedLinear",
     "TokenRouting",
     "Trace",
+    "WeighedExperts",
     "__version__",
     "average_activation",
     "build_info",
@@ -71,6 +81,7 @@ __all__ = [
     "get_method",
     "index_examples",
     "load_experts",
+    "load_text_router",
     "lorahub",
     "merge_experts",
     "new_expert",

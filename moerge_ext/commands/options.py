@@ -20,6 +20,7 @@ from ..queries.writer import InstructionWriter
 from .expert_options import add_gates
 from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
+from .query_router_options import add_query_routers, trained_routers
 
 HIDDEN_LAYER = -2  # DAM: the penultimate one
 KEY = "OPENAI_API_KEY"  # the environment variable that clients of such servers read
@@ -121,7 +122,7 @@ def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWr
 
 
 def add_hidden_layer(parser: argparse.ArgumentParser) -> None:
-    """Declare the option of methods that embed by the base model."""
+    """Declare the options of methods that embed by the base model, and of those whose router was trained."""
     parser.add_argument(
         "--hidden-layer",
         type=int,
@@ -130,6 +131,7 @@ def add_hidden_layer(parser: argparse.ArgumentParser) -> None:
         help="of the base model that method dam reads; -2: the last but one (default: %(default)s)",
     )
     parser.add_argument("--base-name", metavar="NAME", help="what dam's index calls the base (default: from --model)")
+    add_query_routers(parser)
 
 
 def build_routers(
@@ -155,11 +157,16 @@ def build_routers(
         routers["instruction"] = QueryRouter(experts, embedder, writer, similar=build_similar(args, experts, embedder))
     if "examples" in kinds:
         routers["examples"] = ExampleRouter(experts, embedder)
+    routers |= trained_routers(args, experts, kinds, lambda: embedder or build_embedder(args, args.device))
     if HIDDEN_STATES in kinds:
         base = Embedder.from_hidden_states(
             *load(), layer=args.hidden_layer, name=args.base_name or base_name(args.model)
         )
         routers[HIDDEN_STATES] = ExampleRouter(experts, base)
+    if "likelihood" in kinds:
+        from ..queries.likelihood import LikelihoodRouter
+
+        routers["likelihood"] = LikelihoodRouter(*load(), experts.names)
     if "few-shot" in kinds:
         from ..training.lorahub import LoraHubRouter
 

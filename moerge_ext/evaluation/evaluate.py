@@ -359,12 +359,12 @@ def show_similar(router: Any, task: Task, settings: Settings) -> None:
 def task_queries(handle: Handle | None, task: Task, settings: Settings):
     """A context in which a router that decides for a whole task has done so; nothing for the other methods.
 
-    By examples: from `queries` (an option) random inputs of the evaluated file; else from solved rows of train.jsonl.
+    With an option `queries`: from so many random inputs of the evaluated file; else from solved rows of train.jsonl.
     """
     router = getattr(handle, "router", None)
     if router is None or not handle.method.per_task:
         return nullcontext()
-    if router.source == "examples":
+    if "queries" in handle.options:
         inputs = task.inputs()
         return handle.queries(random.Random(settings.seed).sample(inputs, min(handle.options["queries"], len(inputs))))
     examples = draw(task.examples(), router.task_examples, settings.seed)

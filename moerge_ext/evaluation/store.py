@@ -18,7 +18,9 @@ from filelock import FileLock, Timeout
 
 from ..files.atomic import disk_error, write_atomically
 
+PACKED = ".gz"
 LARGE = 2**20  # bytes of answers that are compressed when they are complete
+DAMAGED = (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile)  # what reading such a file raises
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -43,18 +45,17 @@ class Answers:
     @property
     def packed(self) -> Path:
         """The file's name when it is compressed."""
-        return self.path.with_name(self.path.name + ".gz")
+        return self.path.with_name(self.path.name + PACKED)
 
     def _read(self) -> list[dict[str, Any]]:
         path = next((path for path in (self.path, self.packed) if path.is_file()), None)
         if path is None:
             return []
         try:
-            raw = path.read_bytes()
-            lines = (gzip.decompress(raw) if path == self.packed else raw).decode().split("\n")
+            lines = lines_of(path)
             items = [json.loads(line) for line in lines[1:-1]]  # what follows the last line end was cut off by a kill
             numbers = [item["row"] for item in items]
-        except (ValueError, KeyError, TypeError, EOFError, zlib.error, gzip.BadGzipFile):
+        except DAMAGED:
             lines, numbers = [""], None
         if lines[0] != self._header or numbers != list(range(len(lines[1:-1]))):
             raise ValueError(
@@ -124,6 +125,12 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file of answers, compressed or not: settings, answers, and what a kill cut off or ""."""
+    raw = path.read_bytes()
+    return (gzip.decompress(raw) if path.name.endswith(PACKED) else raw).decode().split("\n")
 
 
 def file_stem(label: str) -> str:

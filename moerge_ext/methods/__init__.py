@@ -10,17 +10,29 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from . import arrow, average_activation, given, glider, merged, phatgoose, retrieval
+from . import (
+    arrow,
+    average_activation,
+    given,
+    glider,
+    lora_retriever,
+    merged,
+    phatgoose,
+    retrieval,
+    text_routers,
+    twin,
+    what_weight,
+)
 from .base import Method, Plan, Routing, Taxonomy
 from .fixed import PREFIX, fixed_expert
 
 __all__ = ["METHODS", "Method", "Plan", "Routing", "Taxonomy", "get_method"]
 
-METHODS: dict[str, Method] = {
-    row.name: row
-    for family in (phatgoose, arrow, average_activation, merged, glider, given, retrieval)
-    for row in family.ROWS
-}
+FAMILIES = (
+    *(phatgoose, arrow, average_activation, merged, glider, given, retrieval),
+    *(lora_retriever, text_routers, twin, what_weight),
+)
+METHODS: dict[str, Method] = {row.name: row for family in FAMILIES for row in family.ROWS}
 
 
 def get_method(name: str) -> Method:

@@ -50,6 +50,22 @@ class Endpoint:
             raise ValueError(f"base_url must be an http(s) address such as http://host:8000/v1, got {self.base_url!r}")
 
     def __call__(self, prompt: str) -> str:
+        return _content(*self._asked(prompt))
+
+    def counted(self, prompt: str) -> tuple[str, int]:
+        """(the answer, tokens of prompt and answer as the server counts them); EndpointError when it does not."""
+        answer, url = self._asked(prompt)
+        try:
+            tokens = json.loads(answer)["usage"]["total_tokens"]
+        except (ValueError, LookupError, TypeError):
+            tokens = None
+        text = _content(answer, url)
+        if not isinstance(tokens, int) or tokens < 0:
+            raise EndpointError(f"{url} does not say how many tokens an answer took (usage.total_tokens)")
+        return text, tokens
+
+    def _asked(self, prompt: str) -> tuple[bytes, str]:
+        """(the body of the response, the address)."""
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -71,7 +87,7 @@ class Endpoint:
             raise EndpointError(f"{url} did not answer within {self.timeout:g} s", transient=True) from error
         except (OSError, http.client.HTTPException) as error:
             raise EndpointError(f"{url} cannot be reached: {error}", transient=True) from error
-        return _content(answer, url)
+        return answer, url
 
 
 def _content(answer: bytes, url: str) -> str:

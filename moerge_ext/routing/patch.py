@@ -32,6 +32,7 @@ from .provenance import provenance_notes
 from .ran import FirstForward
 from .routed_experts import routed_experts, ways_of
 from .routed_linear import BACKENDS, RoutedLinear
+from .router_kinds import ROUTERS
 from .row_trace import RowTrace
 from .rows import Rows
 from .state import Affinities, RoutingState
@@ -40,12 +41,6 @@ from .trace import Trace
 from .ways import Explanation, explain
 
 _SHOWN = 20  # problems listed in full before the rest is only counted
-# what `queries` asks, by the `source` of a method
-ROUTERS = {
-    "instruction": "moerge_ext.QueryRouter(experts, embedder, ...)",
-    "examples": "moerge_ext.ExampleRouter(experts, embedder)",
-    "ask": "moerge_ext.AskRouter(experts, writer)",
-}
 
 
 class Handle:

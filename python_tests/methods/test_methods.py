@@ -82,7 +82,8 @@ def test_missing_gates_are_named_with_the_mend(name):
         build(name, random_bank(gates=None))
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.routing is not None])
+# under twin_merging an expert without the module is one whose update is zero there, see test_twin.py
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.routing is not None and n != "twin_merging"])
 def test_experts_without_the_module_are_masked(name):
     kind = get_method(name).gate_kind or SIGMOID
     bank = random_bank(kind=kind, present=[1, 0, 1, 1, 0], has_gate=[True, False, True, True, False])
