@@ -19,6 +19,7 @@ COMMANDS = {
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
     "eval": (".eval", "methods on tasks: a table with intervals"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
+    "serve": (".serve", "your model and experts behind an OpenAI-compatible server, by vLLM"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
