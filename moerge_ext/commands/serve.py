@@ -88,7 +88,7 @@ def command(settings: Any, model: str, rest: list[str]) -> list[str]:
             "`vllm serve`, see docs/serving.md"
         )
     config = json.dumps({"moerge": settings.as_dict()})
-    started = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    started = [sys.executable, "-m", "moerge_ext.serving.vllm.launch", "serve", model]
     return [*started, "--additional-config", config, *rest]
 
 
