@@ -84,10 +84,8 @@ class Engine:
         import vllm
 
         sizes = {"max_model_len": 512, "max_num_seqs": max(CONCURRENT), "dtype": "float32"}
-        begin = time.perf_counter()
         options = {"enable_prefix_caching": False, "skip_tokenizer_init": True} | sizes | options
         self.engine = vllm.LLM(model=str(model), **options).llm_engine
-        self.start_seconds = time.perf_counter() - begin
         self._count = 0
 
     def answer(self, prompts: list[list[int]], adapters: list[str] | None = None) -> dict[str, Any]:
@@ -117,14 +115,13 @@ class Engine:
 
 
 def engines(model: Path, experts: list[str]) -> dict[str, Callable[[list[list[int]]], dict[str, Any]]]:
-    """{candidate: what answers prompts}, and `starts`, the seconds that each took to start."""
+    """{candidate: what answers prompts}."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    made = {
-        PLAIN: Engine(model),
-        ROUTED: Engine(model, additional_config={"moerge": {"experts": experts, "requests": False}}),
-        LORA: Engine(model, enable_lora=True, max_loras=EXPERTS, max_lora_rank=RANK, max_cpu_loras=EXPERTS),
-    }
+    # LoRA first: vLLM 0.32 cannot start it in a process that has another engine
+    lora = Engine(model, enable_lora=True, max_loras=EXPERTS, max_lora_rank=RANK, max_cpu_loras=EXPERTS)
+    routed = Engine(model, additional_config={"moerge": {"experts": experts, "requests": False}})
+    made = {PLAIN: Engine(model), ROUTED: routed, LORA: lora}
     answers: dict[str, Any] = {name: engine.answer for name, engine in made.items()}
     plain_lora = answers[LORA]
     answers[LORA] = lambda prompts: plain_lora(prompts, [experts[i % EXPERTS] for i in range(len(prompts))])

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...routing.planning import listing
+from ..pool import CANNOT
+from .unsupported import problems_of
 from .worker import install, settings_of
 
 
@@ -21,9 +24,15 @@ def status(theirs: Callable[..., Any] | None, wrapper: Any) -> dict[str, Any] | 
 
 
 def check_workers(theirs: Callable[..., None], executor: Any, *args: Any, **kwargs: Any) -> None:
-    """`Executor.__init__`, which ends with RuntimeError if some worker serves the model without experts."""
+    """`Executor.__init__`, which ends with ValueError for what does not go with experts, before any worker starts, and
+    with RuntimeError if a worker serves the model without them.
+    """
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    settings = settings_of(config)
+    if settings is not None and (problems := problems_of(config)):
+        raise ValueError(listing(CANNOT.format(settings.method), problems))
     theirs(executor, *args, **kwargs)
-    if settings_of(executor.vllm_config) is None:
+    if settings is None:
         return
     try:
         said = executor.collective_rpc("moerge_status")

@@ -18,7 +18,6 @@ from ..slices import Share, share_of_plan
 from ..tables import Tables
 from .layers import find, routed, take_place
 from .steps import Steps
-from .unsupported import problems_of
 
 logger = logging.getLogger("vllm.moerge_ext")  # vLLM's handlers print it
 
@@ -40,8 +39,6 @@ def install(worker: Any) -> dict[str, Any] | None:
     if settings is None:
         return None
     begin = time.perf_counter()
-    if problems := problems_of(config):
-        raise ValueError(listing(CANNOT.format(settings.method), problems))
     pool = pool_of(settings, config.model_config.hf_config, config.model_config.model)
     model, device = worker.get_model(), worker.device
     tables = _tables(pool, config, device)
