@@ -24,6 +24,7 @@ MODEL, EXPERTS, RANK = "SmolLM2-135M-Instruct", 8, 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONCURRENT, PROMPT, ANSWER = (1, 8, 32), 32, 32
 PLAIN, ROUTED, LORA, GENERATE = "plain", "ours", "vllm_lora", "generate"
+SIZE = 0.15  # of an expert's B: enough to change what is said
 LOG_PROB = 1e-3  # what a log-probability may differ from the patched model's
 
 
@@ -58,22 +59,28 @@ def _write_model(folder: Path) -> None:
 
 
 def _write_expert(model: Path, folder: Path, seed: int) -> None:
-    """A random expert on all linear layers, with a gate."""
-    from peft import LoraConfig, get_peft_model
+    """A random expert on all linear layers, as PEFT would save it, with a gate."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from moerge_ext import load_experts
 
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LINEARS), base_model_name_or_path=str(model))
-    adapted = get_peft_model(base, config)
-    for name, parameter in adapted.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.1 / math.sqrt(RANK))
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    random, tensors = torch.Generator().manual_seed(seed), {}
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    for path, layer in base.named_modules():
+        if path.rpartition(".")[2] in LINEARS:
+            key = f"base_model.model.{path}"
+            d, o = layer.in_features, layer.out_features
+            tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, d, generator=random) / math.sqrt(d)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(o, RANK, generator=random) * SIZE / math.sqrt(RANK)
+    named = {"target_modules": list(LINEARS), "base_model_name_or_path": str(model)}
+    LoraConfig(r=RANK, lora_alpha=RANK, task_type="CAUSAL_LM", **named).save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     bank = load_experts([folder])
-    bank.set_gates(0, {path: torch.randn(module.in_features) for path, module in bank.modules.items()})
+    gates = {path: torch.randn(module.in_features, generator=random) for path, module in bank.modules.items()}
+    bank.set_gates(0, gates)
     bank.save_gates()
 
 
