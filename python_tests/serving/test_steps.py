@@ -79,6 +79,26 @@ def test_tokens_find_their_request(kind):
     assert held.plain
 
 
+@pytest.mark.parametrize("kind", (FirstRunner, SecondRunner))
+def test_a_model_that_does_not_use_its_layers_is_noticed(kind, caplog):
+    """After the first step with tokens, and never again."""
+    used, idle = SimpleNamespace(ran=True, name="q"), SimpleNamespace(ran=False, name="k")
+    for methods, words in (([used, idle], "took no part in the first step: k"), ([used], None), ([idle], "")):
+        runner = kind(["a"])
+        Steps(tables(), methods).watch(runner)
+        runner.lengths = [1]
+        caplog.clear()
+        if words == "":
+            with pytest.raises(RuntimeError, match="the model answered without its layers with experts: k"):
+                runner.execute_model(scheduled())
+        else:
+            runner.execute_model(scheduled())
+            assert [words] == [record.message.partition("experts ")[2] for record in caplog.records] or words is None
+        caplog.clear()
+        runner.execute_model(scheduled())
+        assert not caplog.records
+
+
 def test_a_runner_of_another_kind_is_refused():
     with pytest.raises(RuntimeError, match="SimpleNamespace is no model runner that this version of moerge knows"):
         Steps(tables()).watch(SimpleNamespace(execute_model=lambda said: None))

@@ -128,12 +128,13 @@ class RoutedMethod:
     """`apply` of one layer's quant_method, with experts."""
 
     def __init__(self, layer: nn.Module, name: str, branches: list[Branch]):
-        self.inner, self.name, self.branches = layer.quant_method.apply, CONTEXT + name, branches
+        self.inner, self.branches = layer.quant_method.apply, branches
+        self.name, self.key = name, CONTEXT + name
         self.ran = False
 
     def __call__(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
-            return _op()(x, bias, sum(layer.output_partition_sizes), self.name)
+            return _op()(x, bias, sum(layer.output_partition_sizes), self.key)
         return self.compute(layer, x, bias)
 
     def compute(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -151,7 +152,7 @@ def take_place(layer: nn.Module, name: str, branches: list[Branch], context: dic
     held = copy.copy(layer.quant_method)  # another layer may share it
     held.apply = method
     layer.quant_method = held
-    context[method.name] = layer
+    context[method.key] = layer
     return method
 
 

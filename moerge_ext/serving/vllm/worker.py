@@ -47,10 +47,12 @@ def install(worker: Any) -> dict[str, Any] | None:
         raise ValueError(listing(CANNOT.format(settings.method), problems))
     if not found and config.parallel_config.pipeline_parallel_size == 1:
         raise RuntimeError("moerge: no layer of the model has experts, so it would be served without them")
+    methods = []
     for name, (layer, shares) in found.items():
         branches = [_branch(pool, module, share, layer, tables, device) for module, share in shares.items()]
-        take_place(layer, name, branches, config.compilation_config.static_forward_context)
-    Steps(tables).watch(worker.model_runner)
+        context = config.compilation_config.static_forward_context
+        methods.append(take_place(layer, name, branches, context))
+    Steps(tables, methods).watch(worker.model_runner)
     worker.moerge = said = {
         "experts": list(pool.names),
         "methods": [made.method.name for made in pool.methods],
