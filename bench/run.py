@@ -49,6 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="where `serve` keeps its model and experts",
     )
+    parser.add_argument("--serve-eager", action="store_true", help="`serve` without torch.compile")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results files")
     return parser.parse_args(argv)
 
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             problems += model.run(size, recorder, device, settings)
         elif suite == "serve":
             concurrent = serve.CONCURRENT[:1] if args.tiny else serve.CONCURRENT
-            problems += serve.run(recorder, args.serve_folder, settings.rounds, concurrent)
+            problems += serve.run(recorder, args.serve_folder, settings.rounds, concurrent, args.serve_eager)
         else:
             measure = kernel_time.measure_cell if suite == "kernels" else linear.measure_undisturbed
             problems += linear.run(suite, cells_of(suite, args), recorder, ability, device, settings, measure)

@@ -121,14 +121,15 @@ class Engine:
         }
 
 
-def engines(model: Path, experts: list[str]) -> dict[str, Callable[[list[list[int]]], dict[str, Any]]]:
+def engines(model: Path, experts: list[str], eager: bool) -> dict[str, Callable[[list[list[int]]], dict[str, Any]]]:
     """{candidate: what answers prompts}."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # LoRA first: vLLM 0.32 cannot start it in a process that has another engine
-    lora = Engine(model, enable_lora=True, max_loras=EXPERTS, max_lora_rank=RANK, max_cpu_loras=EXPERTS)
-    routed = Engine(model, additional_config={"moerge": {"experts": experts, "requests": False}})
-    made = {PLAIN: Engine(model), ROUTED: routed, LORA: lora}
+    way = {"enforce_eager": eager}
+    lora = Engine(model, **way, enable_lora=True, max_loras=EXPERTS, max_lora_rank=RANK, max_cpu_loras=EXPERTS)
+    routed = Engine(model, **way, additional_config={"moerge": {"experts": experts, "requests": False}})
+    made = {PLAIN: Engine(model, **way), ROUTED: routed, LORA: lora}
     answers: dict[str, Any] = {name: engine.answer for name, engine in made.items()}
     plain_lora = answers[LORA]
     answers[LORA] = lambda prompts: plain_lora(prompts, [experts[i % EXPERTS] for i in range(len(prompts))])
@@ -174,14 +175,24 @@ def prompts_of(count: int, seed: int) -> list[list[int]]:
     return [torch.randint(3, 40000, (PROMPT,), generator=random).tolist() for _ in range(count)]
 
 
-def run(recorder: Recorder, folder: Path, rounds: int, concurrent: tuple[int, ...] = CONCURRENT) -> list[str]:
+def run(
+    recorder: Recorder, folder: Path, rounds: int, concurrent: tuple[int, ...] = CONCURRENT, eager: bool = False
+) -> list[str]:
     """Measures and records; the answers of ours that are wrong."""
     model, experts = prepare(folder)
     reference = Generate(model, experts)
-    answers = engines(model, experts)
+    answers = engines(model, experts, eager)
     problems = []
     for count in concurrent:
-        cell = {"suite": "serve", "mode": f"C={count}", "size": MODEL, "E": EXPERTS, "R": RANK, "dtype": "float32"}
+        way = "eager" if eager else "compiled"
+        cell = {
+            "suite": "serve",
+            "mode": f"C={count} {way}",
+            "size": MODEL,
+            "E": EXPERTS,
+            "R": RANK,
+            "dtype": "float32",
+        }
         asked = prompts_of(count, seed=count)
         worst = reference.worst(asked, answers[ROUTED](asked)["answers"])
         if worst > LOG_PROB:
@@ -197,7 +208,7 @@ def run(recorder: Recorder, folder: Path, rounds: int, concurrent: tuple[int, ..
                 found[GENERATE].append(reference.answer(asked[:4]) | {"requests": min(count, 4)})
         rows = rows_of(found, count)
         recorder.add(cell, [row | {"error": worst} for row in rows])
-        print(f"{count} concurrent requests, log-probabilities within {worst:.1e}")
+        print(f"{count} concurrent requests, {way}, log-probabilities within {worst:.1e}")
         for row in rows:
             print("   " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     return problems
