@@ -20,7 +20,10 @@ if not _bare():
     from .ensemble.prompts import PromptExpert
     from .ensemble.router import PromptRouter
     from .ensemble.train import train_router
+    from .evaluation.explain import TokenRouting, explain_tokens
     from .experts.bank import ExpertBank, ModuleBank, load_experts
+    from .exporting.merge import merge_experts
+    from .exporting.push import push_expert
     from .methods import METHODS, get_method
     from .models.prompt import PromptFormat
     from .native.loading import build_info
@@ -30,13 +33,14 @@ if not _bare():
     from .queries.embedder import Embedder
     from .queries.example_router import ExampleRouter
     from .queries.index import index_examples
-    from .queries.router import AskRouter, QueryRouter, similar_examples
+    from .queries.router import AskRouter, QueryRouter
+    from .queries.similar import similar_examples
     from .queries.writer import InstructionWriter
     from .routing.patch import Handle, get_handle, patch
     from .routing.routed_linear import RoutedLinear
     from .routing.trace import Trace
     from .training.activation import average_activation
-    from .training.experts import train_expert
+    from .training.experts import new_expert, train_expert
     from .training.gates import train_gates
     from .training.lorahub import lorahub
 
@@ -55,19 +59,24 @@ __all__ = [
     "PromptRouter",
     "QueryRouter",
     "RoutedLinear",
+    "TokenRouting",
     "Trace",
     "__version__",
     "average_activation",
     "build_info",
     "calibrate_threshold",
     "describe",
+    "explain_tokens",
     "get_handle",
     "get_method",
     "index_examples",
     "load_experts",
     "lorahub",
+    "merge_experts",
+    "new_expert",
     "ops",
     "patch",
+    "push_expert",
     "reference",
     "similar_examples",
     "train_expert",

@@ -87,7 +87,8 @@ def test_reference_is_torch_alone():
 
 
 @pytest.mark.parametrize(
-    "library", ["peft", "accelerate", "matplotlib", "sentence_transformers", "nevergrad", "scipy", "sklearn", "vllm"]
+    "library",
+    ["peft", "accelerate", "matplotlib", "plotly", "sentence_transformers", "nevergrad", "scipy", "sklearn", "vllm"],
 )
 def test_optional_libraries_are_imported_late(library):
     """`import moerge_ext` works without them."""

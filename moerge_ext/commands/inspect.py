@@ -7,10 +7,24 @@ import json
 from functools import cache, partial
 from pathlib import Path
 
+from ..evaluation.canvas import check_matplotlib
+from ..evaluation.heatmaps import VIEWS, draw
+from ..evaluation.inspect import Inspection, correlations, inspect
+from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
-from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .expert_options import gates_of, load_bank
+from .options import (
+    add_tasks_and_model,
+    build_routers,
+    check_file,
+    check_writer,
+    listed,
+    load,
+    read_tasks,
+    similar_of_task,
+)
 from .prompt_options import prompt_of
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
@@ -30,35 +44,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="best experts (default: the one of --results, or the one of the task's name)",
     )
     add("--results", type=Path, metavar="FILE", help="results.json of `moerge eval`: for the correlation with accuracy")
+    add(
+        "--view",
+        choices=VIEWS,
+        default="layers",
+        help="pictures: layers by kinds of linear layers, modules by experts as in PHATGOOSE's figure 3, or both "
+        "(default: %(default)s)",
+    )
+    add("--html", type=Path, metavar="FILE", help="both views as one page with zoom that opens offline (needs plotly)")
     add("--output", type=Path, metavar="DIR", default=Path("moerge-inspect"), help="where to (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
+    gates_of(args)
     check_can_write(args.output)
+    check_matplotlib()
+    if args.html is not None:
+        check_plotly()
+        check_file(args.html)
     tasks = read_tasks(args, metric="exact_match")
     methods = with_top_k(listed(args.methods), args.top_k)
     given = dict(_pair(text) for text in args.oracle)
     results = read_results(args.results) if args.results else []
 
-    from rich.console import Console
-    from rich.table import Table
-
-    from .. import load_experts
+    from ..evaluation.composition import report as composition
     from ..evaluation.evaluate import Settings
-    from ..evaluation.heatmaps import draw
-    from ..evaluation.inspect import correlations, inspect
 
-    experts = load_experts(args.experts, base=args.model)
-    runs, derived = parse_runs(methods, experts.names)
+    experts = load_bank(args)
+    runs, derived = parse_runs(methods, experts.names, args.top_k)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
     form = prompt_of(args)
-    settings = Settings(template=form.template, chat=form.chat)
+    settings = Settings(template=form.template, chat=form.chat, similar=similar_of_task(args, routers))
     best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
     found = inspect(
         model,
@@ -74,19 +96,35 @@ def run(args: argparse.Namespace) -> int:
     shares = {(row["method"], row["task"]): row["score"] for row in results}
     related = correlations(found, shares)
     rows = [record(i, shares.get((i.method, i.task))) for i in found]
+    _write(args, found, rows, related, composition(found, tasks, experts))
+    return 0
+
+
+def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], related: dict, made_of: str) -> None:
+    """inspect.json, what tasks are made of, and the pictures; the table is printed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     args.output.mkdir(parents=True, exist_ok=True)
-    report = {"experts": list(experts.names), "rows": rows, "pearson_kl_score": related}
+    report = {"experts": list(found[0].experts), "rows": rows, "pearson_kl_score": related}
     path = args.output / "inspect.json"
     write_atomically(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
+    made = args.output / "composition.md"
+    write_atomically(made, lambda file: file.write_text(made_of, encoding="utf-8"))
     table = Table(*COLUMNS)
     for row in rows:
-        table.add_row(*(_text(row[column]) for column in COLUMNS))
+        table.add_row(*(Text(_text(row[column])) for column in COLUMNS))
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     for method, value in related.items():
-        console.print(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}", highlight=False)
-    console.print("wrote " + ", ".join(map(str, [path, *draw(found, args.output)])), highlight=False, soft_wrap=True)
-    return 0
+        console.print(Text(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}"))
+    pictures, notes = draw(found, args.output, args.view)
+    written = list(map(str, [path, made, *pictures]))
+    if args.html is not None:
+        written.append(f"{args.html} ({write_page(found, args.html) / 1e6:.1f} MB)")
+    for line in (*notes, "wrote " + ", ".join(written)):
+        console.print(Text(line), soft_wrap=True)
 
 
 def _text(value: str | float | None) -> str:

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
     add("--absent", choices=("mask", "base"), default="mask", help="see `patch` (default: %(default)s)")
     add("--check", action="store_true", help="say whether the experts can be served, and start nothing")
-    add("rest", nargs="*", metavar="-- ...", help="what `vllm serve` takes, such as --port 8000 --dtype float32")
+    add("engine", nargs="*", metavar="-- ...", help="what `vllm serve` takes, such as --port 8000 --dtype float32")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(f"moerge serve: {len(args.experts)} experts can be served with {', '.join(settings.variants())}")
         return 0
-    words = command(settings, args.model, args.rest)
+    words = command(settings, args.model, args.engine)
     os.environ |= plugin_environment(os.environ)
     sys.stdout.flush()
     os.execv(words[0], words)

@@ -16,6 +16,7 @@ from ..files.examples import Example
 from ..files.meta import read_instructed_rows
 from ..files.rows import read_rows
 from ..models.prompt import PromptFormat
+from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def add_data(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
     )
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", help="such as cuda:0 or cpu (default: cuda when there is one)")
-    add("--no-progress", action="store_true", help="no progress bar")
+    add_progress(parser)
     add_prompt(parser)
 
 

@@ -30,13 +30,13 @@ from .provenance import provenance_notes
 from .ran import FirstForward
 from .routed_experts import routed_experts, ways_of
 from .routed_linear import RoutedLinear
+from .row_trace import RowTrace
 from .rows import Rows
 from .state import Affinities, RoutingState
 from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
 
-CANNOT = "cannot patch the model with method '{}'"
 # what `queries` asks, by the `source` of a method
 ROUTERS = {
     "instruction": "moerge_ext.QueryRouter(experts, embedder, ...)",
@@ -101,10 +101,11 @@ class Handle:
             raise ValueError("this handle was removed: patch the model again and use the new handle")
 
     @contextmanager
-    def record(self, *, tokens: bool = False) -> Iterator[Trace]:
+    def record(self, *, tokens: bool = False, rows: int | None = None) -> Iterator[Trace]:
         """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
 
-        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`.
+        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`. With `rows`, the number
+        of sequences of every forward inside, it is a `RowTrace`, which keeps them apart.
 
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
@@ -115,6 +116,10 @@ class Handle:
             raise ValueError("record() is already active on this model; leave that block first")
         with ExitStack() as stack:
             trace, real = Trace(self.names, tokens), RealTokens(self.model, stack, self._state)
+            if rows is not None:
+                mine = lambda trace: self._state.of_forward().trace is trace  # noqa: E731
+                trace = RowTrace(self.names, self.model, rows, mine, tokens)
+                stack.callback(trace.remove)
             stack.enter_context(self._state.block(trace=trace, tokens=real))
             yield trace
 
@@ -268,6 +273,8 @@ def patch(
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
+    if isinstance(model, ExpertBank):
+        raise ValueError("model and experts are swapped: patch(model, experts)")
     model = unwrapped(model)
     row, (routing, aggregation, settings) = configured(experts, method, backend, absent, missing, options)
     fitted, base = on_model(model, experts, row.name, routing, missing)
@@ -282,7 +289,7 @@ def patch(
     if not (problems := problems + reasons):
         problems += _device_problems(model, (*plans, *branches), backend)
     if problems:
-        raise ValueError(listing(CANNOT.format(method), problems))
+        raise ValueError(listing(_cannot(method, fitted.made_for), problems))
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
         name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
@@ -318,7 +325,7 @@ def check_patch(
         problems += reasons + row.lacks(bank)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
     if problems := problems or _device_problems(model, patched, backend):
-        raise ValueError(listing(CANNOT.format(method), problems))
+        raise ValueError(listing(_cannot(method, fitted.made_for), problems))
 
 
 def get_handle(model: nn.Module) -> Handle:
@@ -341,3 +348,7 @@ def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> 
             if not ops.has_kernels(device)
         ]
     return problems
+
+
+def _cannot(method: str, made_for: str | None) -> str:
+    return f"cannot patch the model with method '{method}'" + (f": {made_for}" if made_for else "")

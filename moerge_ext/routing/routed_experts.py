@@ -28,7 +28,7 @@ from .generation import NOT_SET
 from .layers import execution_device
 from .parameter_banks import ParameterBank, Piece, Placement, are_turned
 from .routed_linear import BACKENDS
-from .state import AMBIGUOUS, Request, RoutingState, for_graph
+from .state import RoutingState, for_graph
 from .ways import Way
 
 
@@ -112,10 +112,11 @@ class ParameterBranch(nn.Module):
     def _choose(self, kernels, x: Tensor, pairs: Pairs, copies: bool) -> tuple[Tensor, Tensor]:
         """weights and experts [S,K] of the pairs."""
         weights, experts = self.scored(kernels, x, pairs, copies, self.route_options)
-        request, of_tokens = request_of(self.state), copies and self.gates.dim() == 2
+        request, of_tokens = self.state.of_forward(), copies and self.gates.dim() == 2
         if request.trace is not None:
             real = None if request.tokens is None else request.tokens.mask(pairs.tokens)
-            request.trace.add(self.name, weights, experts, real if real is None or of_tokens else real[pairs.token])
+            real = real if real is None or of_tokens else real[pairs.token]
+            request.trace.add(self.name, weights, experts, real, pairs.tokens, None if of_tokens else pairs.token)
         return (weights[pairs.token], experts[pairs.token]) if of_tokens else (weights, experts)
 
     def scored(
@@ -130,7 +131,7 @@ class ParameterBranch(nn.Module):
 
     def _rows(self, count: int, pairs: Pairs, copies: bool) -> Tensor | None:
         """Which of `count` rows what is scored belongs to, [T] or [S] int32; None: T/count adjacent tokens per row."""
-        affinities = request_of(self.state).affinities
+        affinities = self.state.of_forward().affinities
         rows = None if affinities is None else affinities.rows
         of_tokens = None if rows is None else rows.of(self.name, pairs.tokens)
         if copies:
@@ -152,7 +153,7 @@ class ParameterBranch(nn.Module):
     def _score_bias(self, device: torch.device) -> Tensor | None:
         if not self.needs_bias:
             return None
-        bias = request_of(self.state).bias
+        bias = self.state.of_forward().bias
         if bias is None:
             raise RuntimeError(f"{self.name}: {NOT_SET}")
         return for_graph(bias).to(device)
@@ -165,17 +166,6 @@ class ParameterBranch(nn.Module):
         )
 
 
-def request_of(state: RoutingState) -> Request:
-    """What applies to the running forward, inside of a graph as well."""
-    shown = state.shown() if torch.compiler.is_compiling() else state.current()
-    return _outside_of_graphs(state) if shown is None else shown
-
-
-@torch.compiler.disable(reason=AMBIGUOUS)
-def _outside_of_graphs(state: RoutingState) -> Request:
-    return state.current()
-
-
 class RoutedExperts(nn.ModuleDict):
     """The branches of one experts module, by parameter; see `fused_experts.open_door`."""
 
@@ -185,7 +175,7 @@ class RoutedExperts(nn.ModuleDict):
 
     @property
     def running(self) -> bool:
-        return request_of(self.state).enabled
+        return self.state.of_forward().enabled
 
     def add_branch(self, parameter: str, y: Tensor, x: Tensor, pairs: Pairs, copies: bool) -> Tensor:
         return self[parameter](y, x, pairs, copies) if parameter in self else y

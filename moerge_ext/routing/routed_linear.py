@@ -16,6 +16,7 @@ from ..ops.options import BRANCH, filled
 from . import ways
 from .generation import NOT_SET
 from .layers import execution_device, linear_features
+from .outside_graphs import outside_of_graphs
 from .stand_in import StandIn
 from .state import AMBIGUOUS, IDLE, Request, RoutingState, for_graph
 from .threads import REQUESTS
@@ -150,7 +151,7 @@ class RoutedLinear(StandIn):
                 return ops.ROUTED_LINEAR(x, base.weight, base.bias, *made)[0]
         return self._add_branch(base(x, *args, **kwargs), x, request)
 
-    @torch.compiler.disable(reason=AMBIGUOUS)
+    @outside_of_graphs(AMBIGUOUS)
     def _outside_of_graphs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._eager_forward(x, *args, **kwargs)
 
@@ -227,7 +228,7 @@ class RoutedLinear(StandIn):
         y, weights, experts = kernels.routed_lora(y, tokens, *bank, **options)
         if request.trace is not None:
             real = None if request.tokens is None else request.tokens.mask(x)
-            request.trace.add(self.name, weights, experts, real)
+            request.trace.add(self.name, weights, experts, real, x)
         return y.view(base.shape)
 
     def _add_fixed(self, base: Tensor, x: Tensor, in_place: bool) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .outside_graphs import keep_outside, outside_of_graphs
 from .repeated import carry_into_checkpoints
 from .threads import REQUESTS, carry_into_threads, is_foreign_thread
 from .trace import Trace
@@ -111,6 +112,7 @@ class RoutingState:
     """The requests of one patched model; every RoutedLinear of it asks here."""
 
     def __init__(self) -> None:
+        keep_outside()
         carry_into_checkpoints()
         self.busy = False  # whether any block is open, in whatever thread or task
         self._open: list[Request] = []
@@ -216,7 +218,7 @@ class RoutingState:
             self.busy = bool(self._open)
 
 
-@torch.compiler.disable(reason=AMBIGUOUS)
+@outside_of_graphs(AMBIGUOUS)
 def _current(state: RoutingState) -> Request:
     return state.current()
 
