@@ -81,7 +81,7 @@ class Settings:
 
     def expert_names(self, base: Any) -> tuple[str, ...]:
         """The experts' names in the order of their ids; reads headers only."""
-        sources = collect_sources(self.experts, Selection(self.modules, self.rename, self.names), base)
+        sources, _ = collect_sources(self.experts, Selection(self.modules, self.rename, self.names), base)
         return tuple(source.name for source in sources)
 
 

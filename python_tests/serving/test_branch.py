@@ -8,6 +8,7 @@ import torch
 from serving_cases import NAMES, QKV, Packed, folders, layers, patched, served, tables_of, tokens
 
 from moerge_ext.serving.requests import Choice
+from moerge_ext.serving.settings import Settings
 
 METHODS = (
     "phatgoose",
@@ -141,3 +142,10 @@ def test_tables_keep_their_addresses(experts):
     tables.begin([Choice("glider_code", affinities=(1.0, 0.0, 0.0, 0.0)), Choice(None)], [3, 6])
     tables.begin([Choice("phatgoose")], [9])
     assert addresses() == before and not tables.plain
+
+
+def test_the_front_end_knows_the_experts_that_a_worker_loads(experts):
+    """By their headers, in the same order, whatever is chosen of them."""
+    for said in ({"experts": experts}, {"experts": {"x": experts[1], "y": experts[0]}, "names": ["y", "x"]}):
+        settings = Settings.parse(said)
+        assert settings.expert_names(None) == settings.load(None).names
