@@ -1,11 +1,15 @@
-# make demo | test | test-slow | bench | quality | fmt | lint | demo-assets | cuda-checked: each creates .venv first if it is not there.
+# make demo | test | test-slow | test-serve | bench | quality | fmt | lint | demo-assets | cuda-checked: each creates .venv
+# first if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/.built
+# with vLLM, whose torch and transformers are its own choice
+SERVE := .venv-serve
+SERVE_BIN := $(SERVE)/bin
 
-.PHONY: demo test test-slow bench quality fmt lint demo-assets cuda-checked build clean
+.PHONY: demo test test-slow test-serve bench quality fmt lint demo-assets cuda-checked build clean
 
 demo: build
 	$(BIN)/python -m moerge_ext demo
@@ -15,6 +19,10 @@ test: build
 
 test-slow: build
 	$(BIN)/python -m pytest -m slow
+
+# The plugin in the real vLLM, on a CPU: 1 GB of packages, then about ten minutes.
+test-serve: $(SERVE)/.built
+	$(SERVE_BIN)/python -m pytest -m slow python_tests/serving
 
 bench: build
 	$(BIN)/python bench/run.py all
@@ -67,5 +75,12 @@ $(BUILT): $(VENV)/.installed setup.py CMakeLists.txt pyproject.toml moerge_ext/_
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
 
+$(SERVE)/.built: requirements-serve.txt setup.py CMakeLists.txt pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE_BIN)/pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	$(SERVE_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	PATH="$(abspath $(SERVE_BIN)):$$PATH" $(SERVE_BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info moerge_ext/*.so
+	rm -rf $(VENV) $(SERVE) build dist *.egg-info moerge_ext/*.so

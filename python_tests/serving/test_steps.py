@@ -1,0 +1,175 @@
+"""What the plugin asks of an engine, with stand-ins for vLLM's parts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moerge_ext.serving.requests import Choice, Rules
+from moerge_ext.serving.tables import Tables
+from moerge_ext.serving.vllm import frontend, startup
+from moerge_ext.serving.vllm.plugin import _wrap
+from moerge_ext.serving.vllm.steps import CHECKED, Steps
+
+METHODS = {"phatgoose": None, "arrow": None}
+
+
+def tables() -> Tables:
+    return Tables(3, METHODS, max_requests=4, max_tokens=16, device=torch.device("cpu"))
+
+
+def scheduled(new: dict[str, Choice | None] | None = None, finished: tuple[str, ...] = ()) -> SimpleNamespace:
+    asked = {name: None if c is None else {CHECKED: c.as_dict()} for name, c in (new or {}).items()}
+    requests = [
+        SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra)) for name, extra in asked.items()
+    ]
+    return SimpleNamespace(scheduled_new_reqs=requests, finished_req_ids=set(finished))
+
+
+class FirstRunner:
+    """Of vLLM's first kind: the batch's own order of requests."""
+
+    def __init__(self, order: list[str]):
+        self.input_batch, self.calls = SimpleNamespace(req_ids=order), []
+
+    def execute_model(self, said, *rest):
+        self.calls.append("execute")
+        return self._prepare_inputs(said, self.lengths)
+
+    def _prepare_inputs(self, said, lengths):
+        self.calls.append("prepare")
+        return "inputs"
+
+
+class SecondRunner:
+    """Of the second: the order comes with the step."""
+
+    def __init__(self, order: list[str]):
+        self.order, self.calls = order, []
+
+    def execute_model(self, said):
+        state = SimpleNamespace(req_ids=self.order, num_scheduled_tokens=self.lengths)
+        return self.prepare_inputs(said, state, None, num_active_loras=0)
+
+    def prepare_inputs(self, said, state, description, num_active_loras):
+        return "inputs"
+
+
+@pytest.mark.parametrize("kind", (FirstRunner, SecondRunner))
+def test_tokens_find_their_request(kind):
+    """Requests come, are put in another order, and go; what they ask for goes with them."""
+    held, runner = tables(), kind(["b", "a"])
+    Steps(held).watch(runner)
+    runner.lengths = [2, 3]
+    assert runner.execute_model(scheduled({"a": Choice(None, weights=(1.0, 0.0, 0.5)), "b": None})) == "inputs"
+    assert held.rows(7).tolist() == [0, 0, 1, 1, 1, 4, 4] and not held.plain
+    assert held.weights[:2].tolist() == [[0, 0, 0], [1, 0, 0.5]]
+    assert held.allowed("phatgoose", None)[:, 0].tolist() == [True, False, False, False, False]
+    assert held.used == {"phatgoose": True, "arrow": False}
+    runner.lengths = [1, 1]
+    runner.execute_model(scheduled())  # it is remembered while it runs
+    assert held.weights[1].tolist() == [1, 0, 0.5]
+    runner.lengths = [1]
+    runner.execute_model(scheduled(finished=("a",)))
+    assert held.plain
+    runner.lengths = [1, 1]
+    runner.execute_model(scheduled({"a": None}))  # another of the same name
+    assert held.plain
+
+
+@pytest.mark.parametrize("kind", (FirstRunner, SecondRunner))
+def test_a_model_that_does_not_use_its_layers_is_noticed(kind, caplog):
+    """After the first step with tokens, and never again."""
+    used, idle = SimpleNamespace(ran=True, name="q"), SimpleNamespace(ran=False, name="k")
+    for methods, words in (([used, idle], "took no part in the first step: k"), ([used], None), ([idle], "")):
+        runner = kind(["a"])
+        Steps(tables(), methods).watch(runner)
+        runner.lengths = [1]
+        caplog.clear()
+        if words == "":
+            with pytest.raises(RuntimeError, match="the model answered without its layers with experts: k"):
+                runner.execute_model(scheduled())
+        else:
+            runner.execute_model(scheduled())
+            assert [words] == [record.message.partition("experts ")[2] for record in caplog.records] or words is None
+        caplog.clear()
+        runner.execute_model(scheduled())
+        assert not caplog.records
+
+
+def test_a_runner_of_another_kind_is_refused():
+    with pytest.raises(RuntimeError, match="SimpleNamespace is no model runner that this version of moerge knows"):
+        Steps(tables()).watch(SimpleNamespace(execute_model=lambda said: None))
+
+
+def processed(said, salt=None, rules=None) -> SimpleNamespace:
+    """A request as it leaves the front end."""
+    made = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=said), cache_salt=salt)
+    return frontend._read(made, rules)
+
+
+def test_the_front_end_checks_a_request_and_keys_its_cache():
+    rules = Rules(("ant", "bee"), {"phatgoose": False})
+    plain = processed({"other": 1}, "mine", rules)
+    assert plain.sampling_params.extra_args == {"other": 1} and plain.cache_salt == "mine"
+    one, two = (processed({"moerge": {"expert": name}}, "mine", rules) for name in ("ant", "bee"))
+    assert one.sampling_params.extra_args == {CHECKED: Choice(None, weights=(1.0, 0.0)).as_dict()}
+    assert one.cache_salt != two.cache_salt and one.cache_salt.endswith(":mine")
+    assert processed({"moerge": {"expert": "ant"}}, None, rules).cache_salt not in (None, one.cache_salt)
+    with pytest.raises(ValueError, match="is no argument of requests"):
+        processed({CHECKED: {"method": None}}, None, rules)
+    with pytest.raises(ValueError, match="this server has no experts"):
+        processed({"moerge": {"routing": False}}, None, None)
+
+
+def config(said) -> SimpleNamespace:
+    parallel, model = SimpleNamespace(), SimpleNamespace(runner_type="generate")
+    held = {"additional_config": said, "parallel_config": parallel, "model_config": model, "lora_config": None}
+    return SimpleNamespace(**held)
+
+
+class Executor:
+    def __init__(self, vllm_config, said):
+        self.vllm_config, self.said = vllm_config, said
+
+    def collective_rpc(self, name):
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+@pytest.mark.parametrize("said", ([], [{"layers": 4}, None], AttributeError("no moerge_status")))
+def test_no_engine_starts_with_a_worker_without_experts(said):
+    with pytest.raises(RuntimeError, match="a worker has not loaded the plugin"):
+        start(said)
+
+
+def start(said, asked={"moerge": {"experts": ["a"]}}, lora=None):  # noqa: B006
+    held = config(asked)
+    held.lora_config = lora
+    executor = object.__new__(Executor)
+    startup.check_workers(Executor.__init__, executor, held, said)
+    return executor
+
+
+def test_engines_start_with_experts_on_every_worker_or_when_none_are_asked_for():
+    assert start([{"layers": 4}, {"layers": 4}]).said and start([None], {}).said
+    with pytest.raises(RuntimeError, match="no layer of the model has experts"):
+        start([{"layers": 0}])
+    with pytest.raises(ValueError, match="--enable-lora"):
+        start([{"layers": 4}], lora=object())
+
+
+def test_places_are_taken_once():
+    """vLLM may load a plugin twice in one process."""
+
+    class Owner:
+        def name(self):
+            return "theirs"
+
+    for _ in range(2):
+        _wrap(Owner, "name", lambda theirs, self: f"ours of {theirs(self)}")
+        _wrap(Owner, "more", lambda theirs, self: theirs)
+    assert Owner().name() == "ours of theirs" and Owner().more() is None
