@@ -22,6 +22,7 @@ if not _bare():
     from .ensemble.train import train_router
     from .evaluation.explain import TokenRouting, explain_tokens
     from .experts.bank import ExpertBank, ModuleBank, load_experts
+    from .experts.routers import Routers, read_routers
     from .exporting.merge import merge_experts
     from .exporting.push import push_expert
     from .methods import METHODS, get_method
@@ -42,6 +43,7 @@ if not _bare():
     from .training.experts import train_expert
     from .training.gates import train_gates
     from .training.lorahub import lorahub
+    from .training.routers.train import train_routers
 
 __all__ = [
     "METHODS",
@@ -58,6 +60,7 @@ __all__ = [
     "PromptRouter",
     "QueryRouter",
     "RoutedLinear",
+    "Routers",
     "TokenRouting",
     "Trace",
     "__version__",
@@ -75,9 +78,11 @@ __all__ = [
     "ops",
     "patch",
     "push_expert",
+    "read_routers",
     "reference",
     "similar_examples",
     "train_expert",
     "train_gates",
     "train_router",
+    "train_routers",
 ]

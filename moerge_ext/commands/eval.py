@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods.fixed import PREFIX
-from .expert_options import gates_of, load_bank
+from .expert_options import gates_of, load_bank, routers_of, with_routers
 from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
 from .prompt_options import prompt_of
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
     gates_of(args)
+    trained = routers_of(args)
     check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
     texts = with_top_k(listed(args.methods), args.top_k)
@@ -69,22 +73,15 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .. import load_experts
-    from ..evaluation.evaluate import Settings, derive, evaluate
+    from ..evaluation.evaluate import derive, evaluate
     from ..evaluation.report import terminal, write
 
-    form = prompt_of(args)
-    settings = Settings(
-        template=form.template,
-        chat=form.chat,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        length_norm=not args.sum_log_likelihood,
-        similar=args.similar,
-    )
+    settings = settings_of(args)
     experts = load_bank(args)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names)
+    runs = with_routers(runs, trained)
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     if args.calibrate:
@@ -116,6 +113,21 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{name}: {DERIVED[name]}", highlight=False)
     console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
     return 0
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """How the model is asked."""
+    from ..evaluation.evaluate import Settings
+
+    form = prompt_of(args)
+    return Settings(
+        template=form.template,
+        chat=form.chat,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        length_norm=not args.sum_log_likelihood,
+        similar=args.similar,
+    )
 
 
 def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Task]) -> None:

@@ -185,6 +185,8 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None) -> 
     }
     if task.metric == "rank":
         header["length_norm"] = settings.length_norm
+    if (trained := run.options.get("routers")) is not None:
+        header["routers"] = identity.of_trained(trained)
     router = getattr(handle, "router", None)
     if router is not None:
         options = router.settings(run.method, handle.options)

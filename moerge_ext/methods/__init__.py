@@ -1,7 +1,7 @@
 """The routing methods: METHODS is the table, one `Method` per row; a new method is a row in a file here.
 
-A file is a family. `base.py` says what a row holds, `gating.py` and `prototypes.py` build gates. Start with `base.py`
-and `phatgoose.py`.
+A file is a family. `base.py` says what a row holds, `gating.py` and `prototypes.py` build gates, `learned.py` and
+`weighing.py` are about routers that are trained over a bank. Start with `base.py` and `phatgoose.py`.
 
 May import: experts, models, files.
 """
@@ -10,7 +10,19 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from . import arrow, average_activation, given, glider, merged, phatgoose, retrieval
+from . import (
+    arrow,
+    attention_gates,
+    average_activation,
+    given,
+    glider,
+    interpolation,
+    merged,
+    phatgoose,
+    retrieval,
+    task_vectors,
+    token_gates,
+)
 from .base import Method, Plan, Routing, Taxonomy
 from .fixed import PREFIX, fixed_expert
 
@@ -18,7 +30,10 @@ __all__ = ["METHODS", "Method", "Plan", "Routing", "Taxonomy", "get_method"]
 
 METHODS: dict[str, Method] = {
     row.name: row
-    for family in (phatgoose, arrow, average_activation, merged, glider, given, retrieval)
+    for family in (
+        *(phatgoose, arrow, average_activation, merged, glider, given, retrieval),
+        *(token_gates, attention_gates, interpolation, task_vectors),
+    )
     for row in family.ROWS
 }
 
