@@ -13,6 +13,7 @@ from ..evaluation.checks import check_fields
 from ..evaluation.tasks import Task, load_task
 from ..files.atomic import check_can_write
 from ..files.meta import read_instructed_rows
+from ..files.rows import read_rows, read_text
 from ..methods.base import HIDDEN_STATES
 from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
@@ -49,6 +50,30 @@ def add_writer(parser: argparse.ArgumentParser) -> None:
         help=f"an OpenAI-compatible server, such as http://localhost:8000/v1 (its key is read from ${KEY})",
     )
     add("--writer-timeout", type=float, default=60.0, metavar="S", help="seconds per request (default: %(default)s)")
+    add(
+        "--writer-template",
+        type=Path,
+        metavar="FILE",
+        help="what it is asked: a text with {examples}, perhaps {count} (default: the one of GLIDER's appendix A.1)",
+    )
+
+
+def add_similar(parser: argparse.ArgumentParser, *, of_task: str = "") -> None:
+    """Declare which solved examples the writer sees with a query; of_task: what is so of a command that has tasks."""
+    add = parser.add_argument
+    add(
+        "--solved",
+        type=Path,
+        metavar="FILE",
+        help="solved examples, JSON lines, of which --writer sees the most similar ones with a query",
+    )
+    add(
+        "--similar",
+        type=int,
+        metavar="N",
+        help="how many it sees: 3 is GLIDER, 0 its zero-shot variant (default: 3 with --solved, or where the experts' "
+        f"indices hold texts, else 0{of_task})",
+    )
 
 
 def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
@@ -66,6 +91,15 @@ def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
 
 def check_writer(args: argparse.Namespace) -> None:
     """ValueError for options of the writer that do not go together."""
+    if args.writer_template and not args.writer:
+        raise ValueError("--writer-template is what --writer MODEL is asked: pass that as well")
+    similar, solved = getattr(args, "similar", None), getattr(args, "solved", None)
+    if similar is not None and similar < 0:
+        raise ValueError(f"--similar must be at least 0, got {similar}")
+    if (similar or solved) and not args.writer:
+        raise ValueError("--similar and --solved are for --writer MODEL, which sees the examples: pass that as well")
+    if solved and similar == 0:
+        raise ValueError("--similar 0 shows the writer nothing: leave --solved out")
     if args.writer_url and not args.writer:
         raise ValueError("--writer-url needs --writer MODEL, the name of the model on that server")
     if args.writer_timeout <= 0:
@@ -77,11 +111,15 @@ def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWr
     check_writer(args)
     if not args.writer:
         return None
+    templates = {}
+    if args.writer_template:
+        text = read_text(args.writer_template)
+        templates = {"template": text, "query_template": text}
     if args.writer_url:
         return InstructionWriter.from_endpoint(
-            args.writer_url, args.writer, api_key=os.environ.get(KEY), timeout=args.writer_timeout
+            args.writer_url, args.writer, api_key=os.environ.get(KEY), timeout=args.writer_timeout, **templates
         )
-    return InstructionWriter.from_transformers(args.writer, device=device)
+    return InstructionWriter.from_transformers(args.writer, device=device, **templates)
 
 
 def add_hidden_layer(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +154,7 @@ def build_routers(
         routers["ask"] = AskRouter(experts, writer)
     embedder = build_embedder(args, args.device) if kinds & {"instruction", "examples"} else None
     if "instruction" in kinds:
-        routers["instruction"] = QueryRouter(experts, embedder, writer)
+        routers["instruction"] = QueryRouter(experts, embedder, writer, similar=build_similar(args, experts, embedder))
     if "examples" in kinds:
         routers["examples"] = ExampleRouter(experts, embedder)
     if HIDDEN_STATES in kinds:
@@ -130,6 +168,32 @@ def build_routers(
         form = prompt_of(args)
         routers["few-shot"] = LoraHubRouter(load()[1], form.template, chat=form.chat)
     return routers
+
+
+def build_similar(args: argparse.Namespace, experts: Any, embedder: Embedder) -> Any:
+    """What `QueryRouter(similar=)` gets from the arguments: --solved, or the experts' indices, or nothing."""
+    from ..queries.similar import SHOWN, indexed_examples, similar_examples
+
+    # a command without `add_similar` takes what the experts' indices hold
+    similar, solved = getattr(args, "similar", None), getattr(args, "solved", None)
+    if similar == 0 or not args.writer:
+        return None
+    count = similar or SHOWN
+    if solved:
+        return similar_examples(embedder, read_rows(solved), count)
+    found = indexed_examples(experts, embedder, count)
+    if found is None and similar and not hasattr(args, "tasks"):
+        raise ValueError(
+            f"--similar {similar}: there are no solved examples; pass --solved FILE, or experts that were indexed "
+            "with `moerge describe --index N --index-texts`"
+        )
+    return found
+
+
+def similar_of_task(args: argparse.Namespace, routers: dict[str, Any]) -> int:
+    """`Settings.similar`: how many examples of a task's own train.jsonl the writer sees, when it sees no others."""
+    router = routers.get("instruction")
+    return (args.similar or 0) if router is not None and router.writer is not None and router.similar is None else 0
 
 
 def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +219,7 @@ def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
+    add_similar(parser, of_task="; a number without either takes them from the task's train.jsonl")
 
 
 def check_file(path: Path) -> None:

@@ -63,8 +63,15 @@ def with_top_k(texts: Sequence[str], top_k: int | str | None) -> list[str]:
     return made
 
 
-def parse_runs(texts: Sequence[str], names: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """(runs, derived baselines) of `--methods`; derived ones bring `expert:<name>` runs of every expert with them."""
+def parse_runs(
+    texts: Sequence[str], names: Sequence[str], top_k: int | str | None = None
+) -> tuple[list[Run], list[str]]:
+    """(runs, derived baselines) of `--methods`; derived ones bring `expert:<name>` runs of every expert with them.
+
+    top_k: of `--top-k`, which is too large for fewer experts also where it is a method's own; that one would take all.
+    """
+    if isinstance(top_k, int) and top_k > len(names):
+        raise ValueError(f"top_k={top_k} is more than the number of experts, E={len(names)}")
     runs: dict[str, Run] = {}
     derived = [text for text in texts if text in DERIVED]
     wanted = [text for text in texts if text not in DERIVED]

@@ -14,6 +14,7 @@ from . import (
     arrow,
     attention_gates,
     average_activation,
+    domain_gates,
     given,
     glider,
     interpolation,
@@ -32,7 +33,7 @@ METHODS: dict[str, Method] = {
     row.name: row
     for family in (
         *(phatgoose, arrow, average_activation, merged, glider, given, retrieval),
-        *(token_gates, attention_gates, interpolation, task_vectors),
+        *(token_gates, attention_gates, interpolation, task_vectors, domain_gates),
     )
     for row in family.ROWS
 }

@@ -35,9 +35,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import Method, Taxonomy, is_integer
+from .base import Method, is_integer
 from .learned import Learned, learned_plan
 from .retrieval import MINILM
+from .survey import SURVEY
 from .weighing import Place, Weigher, draw
 
 START = 0.02
@@ -141,13 +142,7 @@ RAMOLE = Method(
     name="ramole",
     summary="3 experts by the query's text, weighed by a trained LoRA that attends to their outputs",
     paper="Retrieval-Augmented Mixture of LoRA Experts for Uploadable Machine Learning, arXiv 2406.16989",
-    taxonomy=Taxonomy(
-        expert_data="Shared",
-        routing_dataset="Expert",
-        selection="Dense",
-        aggregation="Parameter",
-        generalization="Multiple",
-    ),
+    taxonomy=SURVEY[29].taxonomy,
     plan=partial(learned_plan, method="ramole", learned=RETRIEVED),
     routing=None,
     bias=retrieved,
@@ -155,6 +150,8 @@ RAMOLE = Method(
     source="examples",
     embedder=MINILM,
     learned=RETRIEVED,
+    survey=29,
+    differs="outputs are mixed; retriever by examples of the experts; the scale 1/sqrt(O) is our reading",
 )
 
 FUSED = Learned(weigher=Fusion, kept=("value_decay",), check=check_fusion, training={"steps": 1000, "lr": 5e-5})
@@ -162,13 +159,13 @@ ADAPTER_FUSION = Method(
     name="adapter_fusion",
     summary="attention over all experts' outputs, then a trained value matrix",
     paper="AdapterFusion: Non-Destructive Task Composition for Transfer Learning, arXiv 2005.00247, section 4",
-    taxonomy=Taxonomy(
-        routing_dataset="Target", selection="Dense", generalization="In-Distribution", user_dataset="Full"
-    ),
+    taxonomy=SURVEY[1].taxonomy,
     plan=partial(learned_plan, method="adapter_fusion", learned=FUSED),
     routing=None,
     options={"routers": None, "value_decay": 0.01},
     learned=FUSED,
+    survey=1,
+    differs="LoRA experts beside linear layers; no bias in key and query",
 )
 
 ROWS = (RAMOLE, ADAPTER_FUSION)

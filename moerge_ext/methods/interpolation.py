@@ -10,7 +10,7 @@ Where paper, survey and code differ, and what this row does:
 
 - The paper writes one weight per expert, the code learns them for every adapter it inserts (w = softmax(a), a = 1 at
   first) and mixes both factors apart, as here: one a per module.
-- The survey's depth is Model; by the code it is Module, and the survey's value is kept in the table.
+- The survey's depth is Model; by the code it is Module.
 - Its Fisher diagonals are of all parameters of an adapter; the order of a LoRA's rank is arbitrary, so here they are
   averaged over the rank: D numbers of A and O of B per module.
 - `nearest` is ours, 2 (its code's example interpolates two or three).
@@ -24,8 +24,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Method, Taxonomy, is_integer
+from .base import Method, is_integer
 from .learned import Learned, learned_plan
+from .survey import SURVEY
 from .weighing import Place, Weigher
 
 
@@ -61,19 +62,14 @@ PI_TUNING = Method(
     summary="the experts nearest to a task by Fisher diagonals, weights and experts trained on it",
     paper="pi-Tuning: Transferring Multimodal Foundation Models with Optimal Multi-task Interpolation, "
     "arXiv 2304.14381, section 3",
-    taxonomy=Taxonomy(
-        expert_training="Custom",
-        routing_dataset="Target",
-        input_granularity="Task",
-        depth="Model",
-        aggregation="Parameter",
-        user_dataset="Multiple",
-    ),
+    taxonomy=SURVEY[4].taxonomy,
     plan=partial(learned_plan, method="pi_tuning", learned=INTERPOLATED),
     routing=None,
     aggregation="factored",
     options={"routers": None, "target": None, "nearest": 2, "without": None},
     learned=INTERPOLATED,
+    survey=4,
+    differs="a weight per module as in the code; Fisher diagonals averaged over the rank; `nearest` is ours",
 )
 
 ROWS = (PI_TUNING,)

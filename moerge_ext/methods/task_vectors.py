@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import Method, Taxonomy, is_finite_number, is_integer
+from .base import Method, is_finite_number, is_integer
 from .learned import Learned, learned_plan
+from .survey import SURVEY
 from .weighing import Place, Weigher, draw
 
 MLP = r"(^|\.)(mlp|ffn|feed_forward|feedforward|DenseReluDense)$"
@@ -174,17 +175,13 @@ WE_MOE = Method(
     name="we_moe",
     summary="task vectors of the MLPs with factors from a network per MLP, trained by entropy without labels",
     paper="Merging Multi-Task Models via Weight-Ensembling Mixture of Experts, arXiv 2402.00433, section 4",
-    taxonomy=Taxonomy(
-        routing_dataset="Target",
-        input_granularity="Example",
-        selection="Dense",
-        aggregation="Parameter",
-        generalization="Multiple",
-    ),
+    taxonomy=SURVEY[15].taxonomy,
     plan=partial(learned_plan, method="we_moe", learned=ENSEMBLING),
     routing=None,
     options={"routers": None, "constant": 0.3, "hidden": None, "mean": False, "mlp": MLP},
     learned=ENSEMBLING,
+    survey=15,
+    differs="LoRA experts; every token has its own factors, mean=True averages over a sequence; outputs are mixed",
 )
 
 PARETO = _learned(PreferenceNetwork, "tasks", steps=1000, lr=1e-3, batch_size=4)
@@ -192,19 +189,13 @@ PWE_MOE = Method(
     name="pwe_moe",
     summary="task vectors of the MLPs with factors from your preference over the experts' tasks",
     paper="Towards Efficient Pareto Set Approximation via Mixture of Experts Based Model Fusion, arXiv 2406.09770",
-    taxonomy=Taxonomy(
-        expert_data="Shared",
-        routing_dataset="Expert",
-        input_granularity="N/A",
-        selection="Dense",
-        aggregation="Parameter",
-        generalization="In-Distribution",
-        user_dataset="Full",
-    ),
+    taxonomy=SURVEY[26].taxonomy,
     plan=partial(learned_plan, method="pwe_moe", learned=PARETO),
     routing=None,
     options={"routers": None, "constant": 0.3, "hidden": None, "preference": None, "mlp": MLP},
     learned=PARETO,
+    survey=26,
+    differs="LoRA experts; linear scalarization alone; outputs are mixed",
 )
 
 ROWS = (WE_MOE, PWE_MOE)

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import GATE_EPS, Method, Routing, Taxonomy
+from .base import GATE_EPS, Method, Routing
 from .learned import Learned, layer_of, learned_plan
+from .survey import SURVEY
 from .weighing import Place, Weigher, draw, masked_softmax
 
 START = 0.02  # deviation of the gates' first values
@@ -106,18 +107,18 @@ def layer_when_asked(path: str, options: Mapping[str, Any]) -> str | None:
     return layer_of(path) if options["per"] == "layer" else None
 
 
-TARGET = {"routing_dataset": "Target", "selection": "Dense"}
-
 FLOW = Learned(weigher=FlowGate, where=layer_of, training={"steps": 250, "lr": 1e-3, "batch_size": 4})
 LORA_FLOW = Method(
     name="lora_flow",
     summary="a trained gate per layer; softmax(G h) + b, shared by the layer's modules",
     paper="LoRA-Flow: Dynamic LoRA Fusion for Large Language Models in Generative Tasks, arXiv 2402.11455, section 3",
-    taxonomy=Taxonomy(**TARGET, user_dataset="Few-Shot"),
+    taxonomy=SURVEY[18].taxonomy,
     plan=partial(learned_plan, method="lora_flow", learned=FLOW),
     routing=None,
     options={"routers": None},
     learned=FLOW,
+    survey=18,
+    differs="b starts at 0; the code, for two LoRAs, starts it at (-0.5, 0.5)",
 )
 
 MIXED = Learned(
@@ -131,11 +132,13 @@ MOLE = Method(
     name="mole",
     summary="a trained gate per module on all experts' outputs; softmax(G e / T), balanced",
     paper="Mixture of LoRA Experts, arXiv 2404.13628, section 3",
-    taxonomy=Taxonomy(**TARGET, generalization="Multiple", user_dataset="Few-Shot"),
+    taxonomy=SURVEY[23].taxonomy,
     plan=partial(learned_plan, method="mole", learned=MIXED),
     routing=None,
     options={"routers": None, "reads": "outputs", "per": "module", "without": None},
     learned=MIXED,
+    survey=23,
+    differs="a gate value per token; the paper has one per block and sequence of fixed length",
 )
 
 METEOR = Learned(training={"steps": 1000, "lr": 1e-3})
@@ -143,16 +146,13 @@ METEORA = Method(
     name="meteora",
     summary="a trained gate per module on the experts' own data; softmax over the 2 largest of G u",
     paper="MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models, arXiv 2405.13053, section 3",
-    taxonomy=Taxonomy(
-        expert_data="Shared",
-        routing_dataset="Expert",
-        generalization="In-Distribution",
-        user_dataset="Full",
-    ),
+    taxonomy=SURVEY[25].taxonomy,
     plan=partial(learned_plan, method="meteora", learned=METEOR),
     routing=Routing(top_k=2, normalize="none", scale=1.0, weighting="softmax"),
     options={"routers": None},
     learned=METEOR,
+    survey=25,
+    differs="the gate starts smaller, and no dropout before A in training, as its code has",
 )
 
 ROWS = (LORA_FLOW, MOLE, METEORA)

@@ -97,3 +97,21 @@ def test_theta_is_asked_for_after_the_first_batch(folder, capsys, monkeypatch, b
     assert "no expert is right: pass" in error and "--embedder MODEL and --theta X" in error
     assert (f"in {batch} of the first {batch} questions" in error) == (batch == 2)
     assert (f"the answers are kept in {folder / 'router'}" in error) == (batch == 6)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "more", "said"),
+    [
+        ("task", ["--instruction", "x"], "adapter_config.json is missing"),
+        (
+            "expert",
+            ["--examples", "task/test.jsonl", "--writer", "none", "--count", "99"],
+            "expected at least 99 examples",
+        ),
+    ],
+)
+def test_describe_looks_at_adapter_and_rows_first(folder, capsys, monkeypatch, adapter, more, said):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("moerge_ext.commands.describe.build_embedder", lambda *_: pytest.fail("a model was read"))
+    assert cli.main(["describe", "--adapter", adapter, "--embedder", "none", *more]) == 2
+    assert said in capsys.readouterr().err

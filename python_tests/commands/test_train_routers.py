@@ -51,6 +51,7 @@ DATA = ("--data", "@task/train.jsonl")
         ("mole", (*DATA, "--validation", "@task/test.jsonl", "--balance", "0.1", "--option", "per=layer")),
         ("meteora", (*DATA, "--z", "0.01", "--train-experts")),
         ("adapter_fusion", DATA),
+        ("mixda", DATA),
         ("we_moe", DATA),
         ("pwe_moe", OWN),
         ("pi_tuning", (*DATA, *OWN, "--option", "target=a", "--option", "nearest=1")),

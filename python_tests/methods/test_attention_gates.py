@@ -1,4 +1,4 @@
-"""RAMoLE and AdapterFusion against their equations, computed by hand in float64."""
+"""RAMoLE, AdapterFusion and MixDA against their equations, computed by hand in float64."""
 
 from __future__ import annotations
 
@@ -90,6 +90,7 @@ def test_adapter_fusion_holds_its_value_matrix_near_the_identity(setup):
     [
         ("ramole", {"router_rank": 0}, "router_rank must be a positive integer"),
         ("ramole", {"keep": 0}, "keep must be a positive integer or None"),
+        ("mixda", {"task_rank": 0}, "task_rank must be a positive integer"),
         ("adapter_fusion", {"value_decay": -1}, "value_decay must not be negative"),
     ],
 )
@@ -97,3 +98,24 @@ def test_bad_options(setup, method, options, said):
     model, experts, _ = setup
     with pytest.raises(ValueError, match=said):
         moerge.patch(model, experts, method, **options)
+
+
+def test_mixda(setup):
+    model, experts, root = setup
+    routers = trained(model, experts, root / "mixda", "mixda", options={"hidden": 5, "task_rank": 3})
+    inputs = {}
+
+    def of(path):
+        return {name: tensor.double() for name, tensor in routers.tensors[path].items()}
+
+    def weights(path, u, h, outputs):
+        t, inputs[path] = of(path), u
+        return ((u @ t["fc1"].T + t["bias1"]).relu() @ t["fc2"].T + t["bias2"]).sigmoid()
+
+    def with_task(path, summed):
+        t = of(path)
+        return summed + inputs[path] @ t["task_A"].T @ t["task_B"].T
+
+    assert max(named["task_B"].abs().max() for named in routers.tensors.values()) > 0.05
+    wrong, change = largest_error(model, experts, routers, weights, finish=with_task)
+    assert wrong < 1e-5 and change > 0.01
