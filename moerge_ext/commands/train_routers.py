@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     check(args, options)
 
     from ..files.atomic import check_writable
+    from ..methods import get_method
     from ..training.ranks import current_ranks
+    from ..training.routers.data import check_data
     from ..training.routers.train import train_routers
 
     ranks, prompt = current_ranks(), prompt_of(args)
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         training["validation"] = my_rows(args.validation, ranks, prompt)
     check_writable(args.output)
     experts = load_bank(args)
+    check_data(get_method(args.method), experts.names, rows, own or None)
     model, tokenizer = load(args)
     if ranks.first:
         print(plan_of(max(map(len, [rows or [], *own.values()])), args, ranks=ranks.size), flush=True)

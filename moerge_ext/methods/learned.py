@@ -87,6 +87,8 @@ class Learned:
         if other := [name for name in self.kept if name in given and given[name] != decided[name]]:
             said = ", ".join(f"{name}={decided[name]!r} (asked for {given[name]!r})" for name in other)
             raise ValueError(f"method '{method}': the routers were trained with {said}; leave that out or train again")
+        if self.check is not None:
+            self.check(method, options | decided)  # a header may say anything
         return options | decided | {"routers": InUse(source)}
 
 

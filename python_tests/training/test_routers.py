@@ -145,6 +145,41 @@ def test_experts_can_be_trained_with_the_routers(setup, tmp_path):
     assert files == [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
 
 
+@pytest.mark.filterwarnings("ignore:.*use_cache.*")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(setup, reentrant, tmp_path):
+    model, _, experts = setup
+    options = {"steps": 3, "lr": 0.05, "progress": False}
+    balanced = {"method": "mole", "balance": 0.3}
+    want = [
+        moerge.train_routers(model, experts, batches(), tmp_path / f"want{i}", **options, **more).losses
+        for i, more in enumerate(({"method": "lora_flow"}, balanced))
+    ]
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    try:
+        got = moerge.train_routers(model, experts, batches(), tmp_path / "a", method="lora_flow", **options)
+        assert got.losses == pytest.approx(want[0], rel=1e-5)
+        if reentrant:
+            with pytest.raises(ValueError, match="use_reentrant': False"):
+                moerge.train_routers(model, experts, batches(), tmp_path / "b", **options, **balanced)
+        else:
+            got = moerge.train_routers(model, experts, batches(), tmp_path / "b", **options, **balanced)
+            assert got.losses == pytest.approx(want[1], rel=1e-5)
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def test_a_header_that_says_nonsense_is_refused(setup, tmp_path):
+    model, _, experts = setup
+    routers = trained(model, experts, tmp_path, "mole", steps=1)
+    routers.options["reads"] = "everything"
+    with pytest.raises(ValueError, match="reads must be 'outputs' or 'input'"):
+        moerge.patch(model, experts, "mole", routers=routers)
+    del routers.options["reads"]
+    with pytest.raises(ValueError, match="do not say reads; train them again"):
+        moerge.patch(model, experts, "mole", routers=routers)
+
+
 # ---- wrong use -------------------------------------------------------------------------------------------------------
 
 
