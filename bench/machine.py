@@ -52,10 +52,11 @@ def cpu_model() -> str:
 
 
 def machine_name(device: torch.device) -> str:
-    """Names the results file: the GPU's model, or the CPU's with its cores; never a host name."""
+    """Names the results file: the GPU's model, or the CPU's with its cores and what holds it back; no host name."""
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
-    return f"{slug(cpu_model())}-{cores()}c"
+    held = os.environ.get("MOERGE_INSTRUCTION_SET", "")
+    return f"{slug(cpu_model())}-{cores()}c" + (f"-{held}" if held else "")
 
 
 def last_level_cache(device: torch.device) -> int:

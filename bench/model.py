@@ -1,4 +1,5 @@
-"""The suite model: a Llama-shaped random model, plain, patched, and under PEFT's Arrow.
+"""The suites model and real: a Llama-shaped random model, plain, patched, and under PEFT's Arrow; and SmolLM2-135M with
+eight experts beside PEFT with one of them.
 
 Times: prefill of T tokens and one greedy token with a cache behind it, the models interleaved in one process over the
 same base weights. Memory: one process per variant. Dispatch: what a patched layer costs beyond its arithmetic.
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from .cells import DTYPES
-from .model_build import SIZES, Size, arrow_model, dispatch_layers, llama, make_bank, patched_model
+from .model_build import SIZES, arrow_model, base_model, dispatch_layers, make_bank, one_adapter_model, patched_model
 from .results import Recorder
 from .timing import PLAIN, PLAIN_AGAIN, Candidate, Clock, Settings, interleave, relative_error, summarize
 
@@ -35,32 +36,35 @@ class Variants:
     ours: nn.Module
     ours_arrow: nn.Module | None
     peft_arrow: nn.Module | None
+    peft_one: nn.Module | None
     bank_bytes: int
 
     def named(self) -> list[tuple[str, nn.Module]]:
         found = [(PLAIN, self.plain), (PLAIN_AGAIN, self.plain), ("ours", self.ours)]
-        found += [("ours_arrow", self.ours_arrow), ("peft_arrow", self.peft_arrow)]
+        found += [("ours_arrow", self.ours_arrow), ("peft_arrow", self.peft_arrow), ("peft_one", self.peft_one)]
         return [(label, model) for label, model in found if model is not None]
 
 
-def build(size: Size, dtype: torch.dtype, device: torch.device) -> Variants:
-    """All variants; they share the base weights and the bank (PEFT keeps its own layout of B)."""
-    base = llama(size, dtype, device)
+def build(name: str, dtype: torch.dtype, device: torch.device) -> Variants:
+    """The variants of a size; they share the base weights and the bank (PEFT keeps its own layout of B)."""
+    size, real = SIZES[name], name == "real"
+    base = base_model(name, dtype, device)
     bank = make_bank(base, size, dtype, device)
     return Variants(
         plain=base,
         ours=patched_model(base, bank, "phatgoose", top_k=size.top_k),
-        ours_arrow=patched_model(base, bank, "arrow_peft", top_k=size.top_k, seed=0),
-        peft_arrow=arrow_model(base, bank, size),
+        ours_arrow=None if real else patched_model(base, bank, "arrow_peft", top_k=size.top_k, seed=0),
+        peft_arrow=None if real else arrow_model(base, bank, size),
+        peft_one=one_adapter_model(base, bank, size) if real else None,
         bank_bytes=sum(m.lora_A.nbytes + m.lora_B.nbytes for m in bank.modules.values()),
     )
 
 
-def check(variants: Variants, size: Size, device: torch.device) -> str:
+def check(variants: Variants, vocabulary: int, device: torch.device) -> str:
     """Ours against the same patch on the reference backend, for a few tokens; what is wrong, or an empty string."""
     from moerge_ext import RoutedLinear
 
-    ids = torch.arange(4, 12, device=device)[None] % size.vocabulary
+    ids = torch.arange(4, 12, device=device)[None] % vocabulary
     got = variants.ours(input_ids=ids).logits
     layers = [m for m in variants.ours.modules() if isinstance(m, RoutedLinear)]
     before = [layer.backend for layer in layers]
@@ -92,11 +96,11 @@ def decode(model: nn.Module, ids: torch.Tensor) -> Callable[[int], Any]:
     return call
 
 
-def time_size(size: Size, dtype_name: str, clock: Clock, settings: Settings) -> list[dict[str, Any]]:
+def time_size(name: str, dtype_name: str, clock: Clock, settings: Settings) -> list[dict[str, Any]]:
     """Rows of prefill and decode for every variant."""
-    device = clock.device
-    variants = build(size, DTYPES[dtype_name], device)
-    wrong = check(variants, size, device)
+    size, device = SIZES[name], clock.device
+    variants = build(name, DTYPES[dtype_name], device)
+    wrong = check(variants, size.vocabulary, device)
     if wrong:
         return [{"candidate": "ours", "own": True, "status": "wrong", "note": wrong}]
     ids = torch.randint(3, size.vocabulary, (1, size.tokens), generator=torch.Generator().manual_seed(0)).to(device)
@@ -139,13 +143,15 @@ def run(size_name: str, recorder: Recorder, device: torch.device, settings: Sett
     """Measures what is not recorded yet; returns the complaints about wrong results of our own."""
     size, clock, problems = SIZES[size_name], Clock(device), []
     settings = replace(settings, rounds=min(settings.rounds, 7), candidate_seconds=4.0, main_seconds=6.0)
-    jobs: list[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]] = [
-        ({"mode": "dispatch", "D": 8, "O": 8, "E": 8, "K": 2, "R": 2}, lambda: time_dispatch(clock, settings))
-    ]
+    jobs: list[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]] = []
+    if size_name != "real":
+        dispatch = {"mode": "dispatch", "D": 8, "O": 8, "E": 8, "K": 2, "R": 2}
+        jobs.append((dispatch, lambda: time_dispatch(clock, settings)))
     for dtype in ("float32", "bfloat16"):
         facts = {"size": size_name, "dtype": dtype} | size.facts()
-        jobs.append((facts | {"mode": "time"}, lambda d=dtype: time_size(size, d, clock, settings)))
-        if dtype == "float32" or size_name == "full":  # four processes that each build the model: half a minute
+        jobs.append((facts | {"mode": "time"}, lambda d=dtype: time_size(size_name, d, clock, settings)))
+        # four processes that each build the model: half a minute
+        if size_name == "full" or (size_name != "real" and dtype == "float32"):
             jobs.append((facts | {"mode": "memory"}, lambda d=dtype: memory_rows(size_name, d, device)))
     for facts, work in jobs:
         cell = {"suite": "model"} | facts

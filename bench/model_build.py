@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import moerge_ext
 from moerge_ext import ExpertBank, ModuleBank
 
+from .real_model import real_model
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -29,6 +31,7 @@ class Size:
     experts: int = 36
     rank: int = 16
     top_k: int = 2
+    kv_heads: int | None = None  # None: as many as heads
 
     @property
     def modules(self) -> int:
@@ -37,7 +40,8 @@ class Size:
 
     @property
     def parameters(self) -> int:
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.inner) + self.vocabulary * self.hidden
+        attention = 2 * self.hidden**2 * (1 + (self.kv_heads or self.heads) / self.heads)
+        return int(self.layers * (attention + 3 * self.hidden * self.inner)) + self.vocabulary * self.hidden
 
     def facts(self) -> dict[str, Any]:
         """The fields of a row."""
@@ -58,7 +62,13 @@ SIZES = {
     "tiny": Size(32, 64, 2, 2, 64, tokens=9, experts=4, rank=2),
     "quick": Size(1024, 2816, 6, 16, 8192, tokens=512),
     "full": Size(1024, 2816, 26, 16, 32000, tokens=512),
+    "real": Size(576, 1536, 30, 9, 49152, tokens=512, experts=8, kv_heads=3),
 }
+
+
+def base_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model of a size: of random weights, or for "real" that of real_model.py."""
+    return real_model(dtype, device) if name == "real" else llama(SIZES[name], dtype, device)
 
 
 def llama(size: Size, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -70,7 +80,7 @@ def llama(size: Size, dtype: torch.dtype, device: torch.device) -> nn.Module:
         intermediate_size=size.inner,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
+        num_key_value_heads=size.kv_heads or size.heads,
         vocab_size=size.vocabulary,
         max_position_embeddings=2 * size.tokens + 16,
         tie_word_embeddings=True,
@@ -129,6 +139,14 @@ def arrow_model(model: nn.Module, bank: ExpertBank, size: Size) -> nn.Module:
     wrapped = add_adapters(sharing_copy(model), targets, size.rank, factors)
     add_arrow(wrapped, targets, size.rank, size.experts, size.top_k)
     return wrapped
+
+
+def one_adapter_model(model: nn.Module, bank: ExpertBank, size: Size) -> nn.Module:
+    """PEFT with the first expert alone, fixed."""
+    from .peft_peers import add_adapters
+
+    factors = {path: [(module.lora_A[0], module.lora_B[0].contiguous())] for path, module in bank.modules.items()}
+    return add_adapters(sharing_copy(model), rf".*\.({'|'.join(TARGETS)})", size.rank, factors)
 
 
 def dispatch_layers(device: torch.device) -> tuple[nn.Module, nn.Module]:

@@ -16,7 +16,7 @@ from .model_build import SIZES, arrow_model, llama, make_bank
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _status(field: str) -> float:
+def status(field: str) -> float:
     """MiB of a field of /proc/self/status."""
     found = re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     if found is None:
@@ -24,7 +24,7 @@ def _status(field: str) -> float:
     return int(found.group(1)) / 1024
 
 
-def _reset(device: torch.device) -> float:
+def reset(device: torch.device) -> float:
     """Forgets the peak so far; MiB in use now."""
     gc.collect()
     if device.type == "cuda":
@@ -33,13 +33,13 @@ def _reset(device: torch.device) -> float:
         return torch.cuda.memory_allocated(device) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what building left in the allocator is not the model's
     CLEAR.write_text("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def _peak(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return _status("VmHWM")
+    return status("VmHWM")
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def main(size_name: str, dtype_name: str, device_name: str, variant: str, thread
         del bank
     # one token first: libraries load and PEFT builds its prototypes on the first call
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-    built = _reset(device)
+    built = reset(device)
     ids = torch.ones(1, size.tokens, dtype=torch.long, device=device)
     cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     for _ in range(4):

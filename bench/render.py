@@ -211,7 +211,8 @@ def model(rows: list[Row], folder: Path) -> str:
                 and row.get("phase") in ("prefill", "decode")
                 and row["candidate"] != "plain_again"
             ):
-                what = f"{row['parameters'] / 1e6:.0f}M {row['dtype']}, E={row['E']}, {row['phase']}"
+                named = "SmolLM2-" if row["size"] == "real" else ""
+                what = f"{named}{row['parameters'] / 1e6:.0f}M {row['dtype']}, E={row['E']}, {row['phase']}"
                 what += f" (T={row['T']})" if row["phase"] == "prefill" else " (one token)"
                 lines.append(
                     [what, row["candidate"], f"{row['us'] / 1e3:.2f}", _ratio(row), f"{row['branch_per_module']:.0f}"]
@@ -235,6 +236,33 @@ def model(rows: list[Row], folder: Path) -> str:
             elif row.get("phase") == "dispatch" and row["candidate"] == "ours":
                 text += f"\n\nPython and dispatch per patched module (D = O = 8, T = 1): {row['branch']:.1f} µs."
         out.append(text)
+    return "\n\n".join(out) or NOTHING
+
+
+_LOADING = {
+    "load_file": "`safetensors.torch.load_file`",
+    "load_experts": "`load_experts`",
+    "patch": "`patch` (memory: with `load_experts`)",
+    "peft": "PEFT `load_adapter`",
+}
+
+
+def loading(rows: list[Row], folder: Path) -> str:
+    """Reading adapters, patching with them, and the memory of it."""
+    out = []
+    for title, mine in _machines(_suite(rows, "loading")):
+        lines = []
+        for row in mine:
+            if row["status"] != "ok":
+                lines.append([row["candidate"], f"not measured: {row['note']}", "", "", "", ""])
+                continue
+            count, seconds, peak = int(row.get("adapters", row["E"])), row["seconds"], row.get("peak_mib")
+            line = [_LOADING[row["candidate"]], str(count), f"{seconds:.2f}", f"{1e3 * seconds / count:.1f}"]
+            line += ["", ""] if peak is None else [f"{row['bank_mib']:.0f}", f"{peak / row['bank_mib']:.2f}"]
+            lines.append(line)
+        what = f"Rank {mine[0]['R']}, {mine[0]['modules']} modules, {mine[0]['dtype']}, page cache warm."
+        head = ["", "adapters", "s", "ms per adapter", "MiB of factors", "peak beyond the base / factors"]
+        out.append(f"{title}\n\n{what}\n\n{_table(head, lines)}")
     return "\n\n".join(out) or NOTHING
 
 
@@ -279,6 +307,7 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "losing": losing,
     "ops": ops,
     "model": model,
+    "loading": loading,
     "plots": plots,
     "demo": demo,
 }

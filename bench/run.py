@@ -1,4 +1,4 @@
-"""Runs the benchmarks: `python bench/run.py {linear,route,lora,kernels,model,all}`. See bench/README.md."""
+"""Runs the benchmarks: `python bench/run.py SUITE`, of SUITES or `all`. See bench/README.md."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script only
 
 import torch
 
-from bench import cells, kernel_time, linear, machine, model
+from bench import cells, kernel_time, linear, loading, machine, model
 from bench.results import FOLDER, Recorder
 from bench.timing import Settings
 
-SUITES = ("linear", "route", "lora", "kernels", "model")
+SUITES = ("linear", "route", "lora", "kernels", "model", "real", "loading")
 TINY = Settings(
     rounds=3, min_rounds=2, min_sample=1e-4, candidate_seconds=0.05, main_seconds=0.05, cell_seconds=5.0, max_copies=2
 )
@@ -100,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         if suite == "model":
             size = "tiny" if args.tiny else "full" if args.full else "quick"
             problems += model.run(size, recorder, device, settings)
+        elif suite == "real":
+            problems += model.run("real", recorder, device, settings)
+        elif suite == "loading":
+            loading.run("tiny" if args.tiny else "quick", recorder)
         else:
             measure = kernel_time.measure_cell if suite == "kernels" else linear.measure_undisturbed
             problems += linear.run(suite, cells_of(suite, args), recorder, ability, device, settings, measure)

@@ -1,6 +1,8 @@
 // The loops of the grouped low-rank branch (lora.h).
 #include "lora.h"
 
+#include <cstring>
+
 namespace moerge::cpu {
 
 LoraArgs::LoraArgs(const Check& check, const Tensor& x_in, int64_t out_features, bool wide_output, const Tensor& lora_a,
@@ -17,6 +19,13 @@ LoraArgs::LoraArgs(const Check& check, const Tensor& x_in, int64_t out_features,
     a = Factors(*packed, 0, R, D, 1, R);
     b = Factors(*packed, R * D, R, O, O, 1);
   }
+}
+
+bool LoraArgs::by_tiles(const Matrix& base, const Matrix& out) const {
+  for (DType type : {dtype_of(x), a.dtype, b.dtype, base.dtype, out.dtype})
+    if (type != DType::bf16) return false;
+  return tiles() && T * K >= kTilePairs * E && R % 16 == 0 && R <= kTileRanks && D % 32 == 0 && O % 16 == 0 &&
+         a.tall() && b.column_stride == 1 && !lora_bias && !factored;
 }
 
 void LoraArgs::set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows) {
@@ -38,7 +47,8 @@ void Pairs::sort(const LoraArgs& args, const Acc* weights, bool skip_zero) {
         if (!skip_zero || weights[slot] != 0) visit(args.ids[slot], t * K + k);
   };
   start.assign(E + 1, 0);
-  each([&](int32_t e, int64_t) { ++start[e + 1]; });
+  uses.assign(T, 0);
+  each([&](int32_t e, int64_t pair) { ++start[e + 1], ++uses[pair / K]; });
   for (int64_t e = 0; e < E; ++e) start[e + 1] += start[e];
   order.resize(start[E]);
   std::vector<int64_t> at(start.begin(), start.end() - 1);
@@ -65,16 +75,21 @@ void Shrink<Acc>::operator()(int64_t index) const {
   const Group& task = tasks[index / parts];
   const int64_t part = index % parts, count = task.end - task.begin, R = w.ranks, C = w.columns;
   const int64_t c = parts == 1 ? 0 : part * kDepth, depth = parts == 1 ? C : std::min(kDepth, C - c);
-  Acc* loaded = scratch<Acc>(0, x.dtype == dtype_as<Acc> ? 0 : count * depth);
+  const int64_t e = task.expert;
+  const bool in_place = by_tiles || x.dtype == dtype_as<Acc>;
+  Acc* loaded = scratch<Acc>(0, in_place ? 0 : count * depth);
+  const void* stored[kTaskPairs];
   const Acc* token[kTaskPairs];
   Acc* out[kTaskPairs];
   for (int64_t p = 0; p < count; ++p) {
     const int64_t pair = pairs.order[task.begin + p];
-    token[p] = row_as<Acc>(x, pair / args.K, depth, loaded + p * depth, c);
+    stored[p] = x.at(pair / args.K, c);
+    if (!by_tiles) token[p] = row_as<Acc>(x, pair / args.K, depth, loaded + p * depth, c);
     out[p] = h + (part * args.T * args.K + pair) * R;
   }
-  const int64_t e = task.expert;
-  if (w.tall()) {
+  if (by_tiles) {
+    if constexpr (std::is_same_v<Acc, float>) tiles()->shrink(count, C, R, stored, w.at(e, 0, 0), w.column_stride, out);
+  } else if (w.tall()) {
     for (int64_t p = 0; p < count; ++p) std::fill(out[p], out[p] + R, Acc(0));
     micro<Acc>(w.dtype).tall(count, depth, R, token, w.at(e, 0, c), w.column_stride, out);
   } else {
@@ -111,9 +126,9 @@ void combine(const LoraArgs& args, const Acc* weights, int64_t parts, int64_t bl
   }
 }
 
-// Columns [c, c+count) of one block of tokens, added to `sums` (rows `stride` apart).
+// Columns [c, c+count) of one block of tokens, added to `sums`.
 template <class Acc>
-void Expand<Acc>::add(int64_t block, int64_t c, int64_t count, Acc* sums, int64_t stride) const {
+void Expand<Acc>::add(int64_t block, int64_t c, int64_t count, const Rows& sums) const {
   Acc* buffer = scratch<Acc>(1, w.column_stride == 1 ? 0 : w.ranks * count + w.ranks);
   const void** rows = scratch<const void*>(2, 2 * w.ranks);
   Acc* bias_row = scratch<Acc>(3, bias ? count : 0);
@@ -129,16 +144,16 @@ void Expand<Acc>::add(int64_t block, int64_t c, int64_t count, Acc* sums, int64_
       next = rows + w.ranks;
       for (int64_t r = 0; r < w.ranks; ++r) next[r] = w.at(pairs.groups[g + 1].expert, r, c);
     }
-    add_group(group, block * args.block(), rows, dtype, bias_row, count, sums, stride, next);
+    add_group(group, block * args.block(), rows, dtype, bias_row, count, sums, next);
   }
 }
 
 template <class Acc>
 void Expand<Acc>::add_group(const Group& group, int64_t first_token, const void* const* rows, DType dtype,
-                            const Acc* bias_row, int64_t count, Acc* sums, int64_t stride,
-                            const void* const* next) const {
+                            const Acc* bias_row, int64_t count, const Rows& sums, const void* const* next) const {
   const Acc* hidden[kTaskPairs];
   const Acc* weight[kTaskPairs];
+  const Acc* from[kTaskPairs];
   Acc* to[kTaskPairs];
   for (int64_t begin = group.begin, n; begin < group.end; begin += n) {
     // a token that names this expert twice ends the batch: axpy must not see one output row twice
@@ -149,12 +164,47 @@ void Expand<Acc>::add_group(const Group& group, int64_t first_token, const void*
       last = t;
       hidden[n] = h + pair * w.ranks;
       weight[n] = weights + args.row(t) * args.K + pair % args.K;
-      to[n] = sums + (t - first_token) * stride;
+      const int64_t i = t - first_token;
+      from[n] = sums.from[i];
+      to[n] = --sums.left[i] == 0 ? sums.last[i] : sums.partial[i];
+      sums.from[i] = to[n];
     }
-    micro<Acc>(dtype).axpy(n, w.ranks, count, hidden, rows, to, begin == group.begin ? next : nullptr);
+    micro<Acc>(dtype).axpy(n, w.ranks, count, hidden, rows, from, to, begin == group.begin ? next : nullptr);
     const void* line = bias_row;
-    if (bias) micro<Acc>(dtype_as<Acc>).axpy(n, 1, count, weight, &line, to, nullptr);
+    if (bias) micro<Acc>(dtype_as<Acc>).axpy(n, 1, count, weight, &line, to, to, nullptr);
   }
+}
+
+// A task by tiles: rows of bfloat16 are read at a token's first pair and written at its last, sums between are float.
+template <class Acc>
+void Expand<Acc>::tile_block(int64_t block, int64_t c, int64_t count) const {
+  const int64_t begin = block * args.block(), tokens = std::min(args.block(), args.T - begin);
+  Acc* sums = scratch<Acc>(0, tokens * count);
+  const void** rows = scratch<const void*>(2, w.ranks);
+  TileRow* now = scratch<TileRow>(3, tokens);
+  std::vector<int32_t> left(pairs.uses.begin() + begin, pairs.uses.begin() + begin + tokens);
+  for (int64_t t = 0; t < tokens; ++t) now[t] = {base->at(begin + t, c), true};
+  for (int64_t g = pairs.first[block]; g < pairs.first[block + 1]; ++g) {
+    const Group& group = pairs.groups[g];
+    for (int64_t r = 0; r < w.ranks; ++r) rows[r] = w.at(group.expert, r, c);
+    for (int64_t from = group.begin, n; from < group.end; from += n) {
+      const Acc* hidden[kTaskPairs];
+      TileRow source[kTaskPairs], target[kTaskPairs];
+      int64_t last = -1;  // a token that names this expert twice ends the batch
+      for (n = 0; n < kTaskPairs && from + n < group.end; ++n) {
+        const int64_t pair = pairs.order[from + n], t = pair / args.K - begin;
+        if (t == last) break;
+        last = t;
+        hidden[n] = h + pair * w.ranks;
+        source[n] = now[t];
+        target[n] = --left[t] == 0 ? TileRow{out.at(begin + t, c), true} : TileRow{sums + t * count, false};
+        now[t] = target[n];
+      }
+      if constexpr (std::is_same_v<Acc, float>) tiles()->expand(n, w.ranks, count, hidden, rows, source, target);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t)  // a token without pairs is where it was
+    if (now[t].data != out.at(begin + t, c)) std::memcpy(out.at(begin + t, c), now[t].data, count * size_of(out.dtype));
 }
 
 template <class Acc>
@@ -162,20 +212,31 @@ void Expand<Acc>::operator()(int64_t task) const {
   const int64_t width = chunk(), chunks = ceil_div(w.columns, width), block = task / chunks;
   const int64_t c = task % chunks * width, count = std::min(width, w.columns - c);
   const int64_t begin = block * args.block(), tokens = std::min(args.block(), args.T - begin);
-  // few rows are summed where they are; of many, rows of 2^n bytes would meet in a few sets of the cache
-  const bool direct = out.dtype == dtype_as<Acc> && tokens <= kDirectRows;
-  Acc* sums = direct ? static_cast<Acc*>(out.at(begin, c)) : scratch<Acc>(0, tokens * count);
-  const int64_t stride = direct ? out.row_bytes / static_cast<int64_t>(sizeof(Acc)) : count;
+  if (by_tiles) return tile_block(block, c, count);
+  const bool read_there = base && base->dtype == dtype_as<Acc>, write_there = out.dtype == dtype_as<Acc>;
+  // of many rows, those of 2^n bytes would meet in a few sets of the cache
+  const bool direct = write_there && tokens <= kDirectRows;
+  Acc* own = scratch<Acc>(0, direct ? 0 : tokens * count);
+  Rows sums{scratch<const Acc*>(4, tokens), scratch<Acc*>(5, 2 * tokens), nullptr, nullptr};
+  sums.last = sums.partial + tokens;
+  std::vector<int32_t> left(pairs.uses.begin() + begin, pairs.uses.begin() + begin + tokens);
+  sums.left = left.data();
   for (int64_t t = 0; t < tokens; ++t) {
-    Acc* row = sums + t * stride;
+    Acc* result = write_there ? static_cast<Acc*>(out.at(begin + t, c)) : own + t * count;
+    sums.last[t] = result;
+    sums.partial[t] = direct ? result : own + t * count;
+    sums.from[t] = read_there ? static_cast<const Acc*>(base->at(begin + t, c)) : sums.partial[t];
     if (!base)
-      std::fill(row, row + count, Acc(0));
-    else if (base->at(begin + t, c) != row)
-      micro<Acc>(base->dtype).load(count, base->at(begin + t, c), row);
+      std::fill(sums.partial[t], sums.partial[t] + count, Acc(0));
+    else if (!read_there)
+      micro<Acc>(base->dtype).load(count, base->at(begin + t, c), sums.partial[t]);
   }
-  add(block, c, count, sums, stride);
-  for (int64_t t = 0; !direct && t < tokens; ++t)
-    micro<Acc>(out.dtype).store(count, sums + t * stride, out.at(begin + t, c));
+  add(block, c, count, sums);
+  for (int64_t t = 0; t < tokens; ++t) {
+    // a token without pairs is where it was
+    void* result = out.at(begin + t, c);
+    if (sums.from[t] != result) micro<Acc>(out.dtype).store(count, sums.from[t], result);
+  }
 }
 
 #define MOERGE_INSTANTIATE(Acc)                                      \

@@ -16,8 +16,17 @@
 //   fetching the next tile's rows of x during shrink: no difference beyond the noise, left out
 //   shrink by parts of the depth over all experts, so that a part of x stays in the second-level cache: no difference
 //   the branch first and the base product added to it (beta = 1): 8.4 against 8.4 ms
-// Not tried, for want of such a machine: dot products of AVX512-BF16 and AMX. Shrink alone multiplies bfloat16 by
-// bfloat16 (scores have float32 gates, expand a float32 h); it is 17 % of the branch at T = 256 and 1024.
+//   expand without passes of its own over the result (float32, T = 512, E = 8, beside other load): 576 -> 576 304
+//   against 334 us, 576 -> 1536 566 against 668
+// All in bfloat16, shrink and expand go by the tiles of AMX (micro_amx.h). lora_apply_, T = 512, E = 8, K = 2, R = 16,
+// two cores beside other load, us against AVX-512: 576 -> 576 326 (509), 576 -> 1536 587 (945), 1536 -> 576 410 (791).
+// The scores do not: their gates are float32.
+//
+// What a patched layer cannot do here (Sapphire Rapids, two cores, float32 2048 -> 2048, K = 2, R = 16):
+//   T = 256, E = 166: A and B of 158 experts are 41 MB, at the 25 GB/s of the plain layer's own weights 1.65 ms, and
+//   the scores 0.87 ms at the 200 GFLOP/s of its product: 1.24 of the 10.4 ms that it takes T = 1: an op that computes
+//   nothing takes 37 us once a layer has passed through the caches (torch's add_ of 8 numbers 45, its linear 23), 1.05
+//   of 680 us, before the 0.8 MB of E = 36 are read, 33 us on both cores and 60 to 80 on one
 #pragma once
 
 #include <algorithm>
@@ -32,8 +41,9 @@ constexpr int64_t kMaxBlock = 1024;  // tokens of one expand task otherwise
 constexpr int64_t kGroup = 8;        // pairs of a group that make reading the expert's rows worth it
 constexpr int64_t kTaskPairs = 48;   // pairs of one expert in one shrink task
 constexpr int64_t kChunk = 512;      // columns of one expand or outer task of kBlock tokens
-constexpr int64_t kDirectRows = 16;  // up to so many tokens, expand sums in the result itself
+constexpr int64_t kDirectRows = 16;  // up to so many tokens, expand keeps partial sums in the result itself
 constexpr int64_t kFewPairs = 4;     // up to so many pairs, shrink cuts its sum over the threads
+constexpr int64_t kTilePairs = 8;    // pairs of an expert, if all are used alike, from which on tiles are worth it
 
 struct LoraArgs : LoraPlan {
   const Check& check;
@@ -57,6 +67,9 @@ struct LoraArgs : LoraPlan {
     return tokens;
   }
 
+  // Whether the branch, added to `base`, is computed by `tiles()`.
+  bool by_tiles(const Matrix& base, const Matrix& out) const;
+
   // what the caller chose; checked, and kept alive
   void set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows);
   // what the router will choose: one row per token
@@ -77,6 +90,7 @@ struct Pairs {
   std::vector<int64_t> start;  // order[start[e]..start[e+1]) are expert e's
   std::vector<Group> groups;   // by (block, expert)
   std::vector<int64_t> first;  // first[b]: index of block b's first group
+  std::vector<int32_t> uses;   // how many of each token's pairs are among them
 
   template <class Acc>
   void sort(const LoraArgs& args, const Acc* weights, bool skip_zero);
@@ -92,6 +106,7 @@ struct Shrink {
   const Acc* weights;
   Acc* h;
   int64_t parts = 1;  // pieces of the sum, [parts,T*K,R] in h, to be added by `combine`
+  bool by_tiles = false;
 
   std::vector<Group> tasks = {};  // up to kTaskPairs pairs of one expert
 
@@ -112,6 +127,7 @@ struct Expand {
   const std::optional<Tensor>& bias;
   const Acc* weights;
   Matrix out;
+  bool by_tiles = false;
 
   // the sums of a task stay in the second-level cache: more tokens, fewer columns
   int64_t chunk() const { return kChunk * kBlock / std::max(kBlock, args.block()); }
@@ -120,9 +136,17 @@ struct Expand {
   void operator()(int64_t task) const;
 
  private:
-  void add(int64_t block, int64_t c, int64_t count, Acc* sums, int64_t stride) const;
+  // The rows of a task's tokens, of [c, c+count): pairs are added to `from`, and the sum is kept in `partial`, or in
+  // `last` once it is whole. `left` pairs are to come.
+  struct Rows {
+    const Acc** from;
+    Acc **partial, **last;
+    int32_t* left;
+  };
+  void add(int64_t block, int64_t c, int64_t count, const Rows& sums) const;
   void add_group(const Group& group, int64_t first_token, const void* const* rows, DType dtype, const Acc* bias_row,
-                 int64_t count, Acc* sums, int64_t stride, const void* const* next) const;
+                 int64_t count, const Rows& sums, const void* const* next) const;
+  void tile_block(int64_t block, int64_t c, int64_t count) const;
 };
 
 // The tokens of one block: h[pair,:] <- w * (sum of h's parts) (output), or w * the sum of that over the token's slots

@@ -47,7 +47,7 @@ void outer(const LoraArgs& args, const Pairs& pairs, const Acc* q, int64_t R, co
         row[p] = x.at(pair / args.K, c);
         for (int64_t r = 0; r < R; ++r) transposed[r * kOuterPairs + p] = q[pair * R + r];
       }
-      micro<Acc>(x.dtype).axpy(R, n, count, left, row, into, nullptr);
+      micro<Acc>(x.dtype).axpy(R, n, count, left, row, into, into, nullptr);
     }
     char* base = static_cast<char*>(out.data_ptr());
     for (int64_t r = 0; r < R; ++r)

@@ -29,6 +29,7 @@ struct Branch {
         expand{args, pairs, nullptr, args.b, &base, args.lora_bias, weights, out} {
     if (args.a.tall() && args.T * args.K <= kFewPairs) shrink.parts = std::max<int64_t>(1, ceil_div(args.D, kDepth));
     if (shrink.parts == 1 && !args.factored) shrink.weights = weights;
+    shrink.by_tiles = expand.by_tiles = std::is_same_v<Acc, float> && shrink.weights && args.by_tiles(base, out);
     shrink.h = workspace.get<Acc>(shrink.parts * args.T * args.K * args.R);
     expand.h = shrink.h;
   }

@@ -22,10 +22,10 @@ struct Micro {
   void (*store)(int64_t n, const Acc* src, void* dst);
   // out[m][n] = sum_d x[m][d] * w[n][d]
   void (*dot)(int64_t M, int64_t N, int64_t D, const Acc* const* x, const void* const* w, Acc* const* out);
-  // out[m][j] += sum_i h[m][i] * w[i][j], for few i. `next`, if not null, are I rows of the same kind that a later call
-  // will read: they are fetched meanwhile.
-  void (*axpy)(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out,
-               const void* const* next);
+  // out[m][j] = base[m][j] + sum_i h[m][i] * w[i][j], for few i; base[m] may be out[m]. `next`, if not null, are I rows
+  // of the same kind that a later call will read: they are fetched meanwhile.
+  void (*axpy)(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, const Acc* const* base,
+               Acc* const* out, const void* const* next);
   // out[m][j] += sum_d x[m][d] * w[d * stride + j], for many d and few j; stride >= J
   void (*tall)(int64_t M, int64_t D, int64_t J, const Acc* const* x, const void* w, int64_t stride, Acc* const* out);
 };
@@ -56,7 +56,29 @@ struct RowMicro {
 template <class Acc>
 const RowMicro<Acc>& row_micro();
 
-// The instruction set in use: "avx512", "avx2" or "portable".
+// One row of float, or of bfloat16.
+struct TileRow {
+  void* data;
+  bool narrow;
+};
+constexpr int64_t kTileColumns = 512, kTileRanks = 64;
+
+// The products of a branch whose tensors are all bfloat16, where a machine multiplies those by tiles. R is a multiple
+// of 16 and at most kTileRanks.
+struct Tiles {
+  // out[m][r] = sum_d x[m][d] * w[d * stride + r]; D a multiple of 32
+  void (*shrink)(int64_t M, int64_t D, int64_t R, const void* const* x, const void* w, int64_t stride,
+                 float* const* out);
+  // to[m][j] = from[m][j] + sum_r h[m][r] * w[r][j], h rounded to bfloat16; J a multiple of 16, at most kTileColumns;
+  // from[m] may be to[m]
+  void (*expand)(int64_t M, int64_t R, int64_t J, const float* const* h, const void* const* w, const TileRow* from,
+                 const TileRow* to);
+};
+
+// Null where this machine has none, or may not use them.
+const Tiles* tiles();
+
+// The instruction set in use: "amx" (avx512 and Tiles), "avx512", "avx2" or "portable".
 const char* instruction_set();
 
 }  // namespace moerge::cpu

@@ -1,3 +1,5 @@
 // The inner loops of the CPU kernels for AVX-512 (F, BW, VL, DQ); CMakeLists.txt gives the flags, dispatch.cpp chooses.
 #define MOERGE_ISA isa_avx512
 #include "micro_kernels.h"
+//
+#include "micro_amx.h"

@@ -238,10 +238,10 @@ void dot(int64_t M, int64_t N, int64_t D, const Acc* const* x, const void* const
 }
 
 template <class Acc, class T, int M, int V, int N>
-inline void axpy_tile(int64_t I, int64_t j, const Acc* const* h, const void* const* w, Acc* const* out,
-                      const void* const* next) {
+inline void axpy_tile(int64_t I, int64_t j, const Acc* const* h, const void* const* w, const Acc* const* base,
+                      Acc* const* out, const void* const* next) {
   Vec<Acc, N> sum[M][V];
-  unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE { sum[m][v] = load_vec<Acc, N>(out[m] + j + v * N); });
+  unrolled<M, V>([&](auto m, auto v) MOERGE_INLINE { sum[m][v] = load_vec<Acc, N>(base[m] + j + v * N); });
   for (int64_t i = 0; i < I; ++i) {
     Vec<Acc, N> row[V];
     const T* from = static_cast<const T*>(w[i]) + j;
@@ -253,26 +253,27 @@ inline void axpy_tile(int64_t I, int64_t j, const Acc* const* h, const void* con
 }
 
 template <class Acc, class T, int M>
-inline void axpy_rows(int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out,
-                      const void* const* next) {
+inline void axpy_rows(int64_t I, int64_t J, const Acc* const* h, const void* const* w, const Acc* const* base,
+                      Acc* const* out, const void* const* next) {
   constexpr int lanes = kWide<Acc>;
   int64_t j = 0;
-  for (; j + 2 * lanes <= J; j += 2 * lanes) axpy_tile<Acc, T, M, 2, lanes>(I, j, h, w, out, next);
-  for (; j + lanes <= J; j += lanes) axpy_tile<Acc, T, M, 1, lanes>(I, j, h, w, out, next);
+  for (; j + 2 * lanes <= J; j += 2 * lanes) axpy_tile<Acc, T, M, 2, lanes>(I, j, h, w, base, out, next);
+  for (; j + lanes <= J; j += lanes) axpy_tile<Acc, T, M, 1, lanes>(I, j, h, w, base, out, next);
   for (; j < J; ++j)
     for (int m = 0; m < M; ++m) {
-      Acc sum = out[m][j];
+      Acc sum = base[m][j];
       for (int64_t i = 0; i < I; ++i) sum += h[m][i] * static_cast<Acc>(widen(static_cast<const T*>(w[i])[j]));
       out[m][j] = sum;
     }
 }
 
 template <class Acc, class T>
-void axpy(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, Acc* const* out,
-          const void* const* next) {
+void axpy(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* const* w, const Acc* const* base,
+          Acc* const* out, const void* const* next) {
   int64_t m = 0;
   const auto rows = [&]<int Count>() {
-    for (; m + Count <= M; m += Count) axpy_rows<Acc, T, Count>(I, J, h + m, w, out + m, m == 0 ? next : nullptr);
+    for (; m + Count <= M; m += Count)
+      axpy_rows<Acc, T, Count>(I, J, h + m, w, base + m, out + m, m == 0 ? next : nullptr);
   };
   if constexpr (kRegisters == 32) rows.template operator()<8>();
   rows.template operator()<4>();

@@ -114,7 +114,7 @@ struct Backward {
       if (dz_row[e] == 0) continue;
       const Acc* h = dz_row + e;
       const void* gate = gates.at(e);
-      rows.axpy(1, 1, args.D, &h, &gate, &dx, nullptr);
+      rows.axpy(1, 1, args.D, &h, &gate, &dx, &dx, nullptr);
     }
     normalize_backward(args.normalize, args.D, stats[t], normalized, dx);
     micro<Acc>(out.dtype).store(args.D, dx, out.at(t));
@@ -139,7 +139,7 @@ struct Backward {
         for (int64_t e = 0; e < args.E; ++e) {
           const Acc* h = dz + t * args.E + e;
           Acc* sum = sums + e * count;
-          if (*h != 0) micro<Acc>(acc).axpy(1, 1, count, &h, &row, &sum, nullptr);
+          if (*h != 0) micro<Acc>(acc).axpy(1, 1, count, &h, &row, &sum, &sum, nullptr);
         }
       }
       for (int64_t e = 0; e < args.E; ++e) micro<Acc>(out.dtype).store(count, sums + e * count, out.at(e, begin));

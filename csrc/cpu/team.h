@@ -7,7 +7,7 @@
 //   for a while after a region that would have been faster so: kRestPerWait.
 // Figures (float32 2048 -> 2048, E = 36, K = 2, R = 16, two cores, AVX-512):
 //   no neighbour, layer and branch over the layer, one thread against two: T = 1 1.09, 1.13; T = 4 1.16, 1.12; T = 16
-//   1.32, 1.22; E = 166, T = 1 1218 against 1217 us
+//   1.32, 1.22; E = 166, T = 1 1.52 and 1.36, 1.31 and 1.32 (Sapphire Rapids, weights from memory, two runs)
 //   a busy process on one of the cores and other load, the branch, medians in us against always two threads: T = 1 28
 //   (160 to 4100), T = 16 520 (12000), T = 256 4300 (12000)
 // Tried: threads of our own that a call waits for only while they run a task of it. Beside a busy process as fast; with
@@ -27,7 +27,7 @@
 namespace moerge::cpu {
 
 // Multiply-adds, or numbers read from memory, from which on torch's threads are asked for help.
-constexpr int64_t kWorthThreads = 1 << 19;
+constexpr int64_t kWorthThreads = 1 << 18;
 
 // Nanoseconds without torch's threads for one that a call has lost in waiting for them: what may be lost to busy
 // neighbours in all is one part in so many.

@@ -13,6 +13,7 @@ from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods import METHODS
 from ..methods.fixed import PREFIX
+from .ensemble_options import build_answerers
 from .expert_options import gates_of, load_bank, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
@@ -37,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="",
         metavar="A,B,...",
-        help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, "
-        + ", ".join(DERIVED),
+        help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, pelmo:FILE (with "
+        "/top_k=K or /expert=NAME: the ensemble of docs/ensemble.md), " + ", ".join(DERIVED),
     )
     add("--ablation", choices=ABLATED, help="add the rows of GLIDER's ablations of this method")
     add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if one is not None:
         check_patch(model, one, ALONE.method)
     options = {"output": args.output, "progress": not args.no_progress}
-    scores = evaluate(model, tokenizer, experts, runs, tasks, settings, routers=routers, **options) if runs else []
+    given = {"routers": routers, "answerers": build_answerers(args, runs, tasks, model, tokenizer)}
+    scores = evaluate(model, tokenizer, experts, runs, tasks, settings, **given, **options) if runs else []
     scores += derive(scores, derived)
     if one is not None:
         scores += evaluate(model, tokenizer, one, [ALONE], tasks, settings, **options)

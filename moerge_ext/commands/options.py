@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..ensemble.judge import JUDGES
 from ..evaluation.checks import check_fields
 from ..evaluation.tasks import Task, load_task
 from ..files.atomic import check_can_write
-from ..files.meta import read_instructed_rows
 from ..files.rows import read_rows, read_text
 from ..methods.base import HIDDEN_STATES
 from ..methods.option_text import top_k
@@ -255,65 +253,3 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     device, tokenizer = usable_device(args.device), load_tokenizer(args.model)
     check_chat(prompt_of(args), tokenizer)
     return load_model(args.model, dtype=args.dtype, device=device), tokenizer
-
-
-def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
-    """Declare what both commands take: model, prompts, questions."""
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder or hub id of the backbone, with its tokenizer")
-    add("--prompts", required=True, type=Path, metavar="FILE", help="the prompt experts: a JSON list, see the README")
-    add("--data", required=True, type=Path, metavar="FILE", help='JSON lines {"input": question, "target": answer}')
-    add("--judge", choices=tuple(JUDGES), default="exact", help="when an answer is right (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="the first N questions (default: all)")
-    add("--max-new-tokens", type=int, default=64, help="of an answer (default: %(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; \\n is a line end; repeatable")
-    add("--batch-size", type=int, default=16, help="questions at a time (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the backbone")
-    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
-    add_progress(parser)
-    add_prompt(parser)
-    add_embedder(parser)
-
-
-def read_questions(args: argparse.Namespace) -> list[dict]:
-    """The rows, "question" being what the experts are asked; ValueError for arguments out of range."""
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    rows, form = read_instructed_rows(args.data)[: args.limit], prompt_of(args)
-    problems = form.problems(rows)
-    problems += [
-        f"row {i}: a prompt expert is asked one question, got {len(row.conversation)} messages"
-        for i, row in enumerate(rows)
-        if row.conversation is not None and len(row.conversation) > 1
-    ]
-    if problems:
-        raise ValueError(f"{args.data} cannot be asked:\n- " + "\n- ".join(problems))
-    return [{**row, "question": form.text(row)} for row in rows]
-
-
-def build_ensemble(args: argparse.Namespace) -> Any:
-    """The ensemble of --model and --prompts, without a router."""
-    from .. import load_experts, patch
-    from ..ensemble.config import read_experts
-    from ..ensemble.mixture import PromptEnsemble
-
-    experts, loras = read_experts(args.prompts, lambda: build_embedder(args, args.device))
-    model, tokenizer = load(args)
-    handle = patch(model, load_experts(loras), method="given", top_k=1) if loras else None
-    return PromptEnsemble(model, tokenizer, experts, handle=handle, chat=args.chat)
-
-
-def answering(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `answers_of`."""
-    from ..ensemble.config import read_entries
-
-    return {
-        "output": args.output,
-        "facts": {"prompts": read_entries(args.prompts), "chat": args.chat},
-        "batch_size": args.batch_size,
-        "progress": not args.no_progress,
-        "max_new_tokens": args.max_new_tokens,
-        "stop": [text.replace("\\n", "\n") for text in args.stop],
-    }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..models.end_tokens import end_tokens, target_ids
 from ..models.pretrained import context_of, is_seq2seq
-from ..models.prompt import Prompt
+from ..models.prompt import Prompt, PromptFormat
 from ..training.batches import model_device
 
 
@@ -35,6 +35,16 @@ class Answerer:
         self.ends = end_tokens(model, tokenizer)
         pad = (tokenizer.pad_token_id, *self.ends, 0)
         self.pad = next(token for token in pad if token is not None)
+
+    facts: Mapping[str, Any] = {}  # what answers depend on besides the model and the task
+
+    def ready(self) -> AbstractContextManager:
+        """A block in which it answers."""
+        return nullcontext()
+
+    def prompts(self, rows: Sequence[Mapping[str, Any]], form: PromptFormat) -> list[Prompt]:
+        """What `generate` and `log_likelihoods` take for rows of a task."""
+        return [form.prompt(row, self.tokenizer) for row in rows]
 
     def prompt_ids(self, prompt: str | Prompt) -> list[int]:
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
@@ -87,6 +97,13 @@ class Answerer:
     @torch.no_grad()
     def log_likelihoods(self, prompts: Sequence[str | Prompt], answers: Sequence[str], *, length_norm: bool) -> Tensor:
         """log p(answer | prompt) [N] float64, the sum over the answer's tokens (with its end), or their mean."""
+        tokens, real = self.token_log_likelihoods(prompts, answers)
+        total = tokens.sum(1)
+        return total / real.sum(1) if length_norm else total
+
+    @torch.no_grad()
+    def token_log_likelihoods(self, prompts: Sequence[str | Prompt], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(log p(token | prompt, tokens before) [N,T] float64, 0 behind an answer's end; which are tokens [N,T])."""
         starts, ends = [self.prompt_ids(p) for p in prompts], [self.target_ids(a) for a in answers]
         device = model_device(self.model)
         if self.meter is not None:
@@ -97,7 +114,7 @@ class Answerer:
             ids, mask = self._padded(starts, left=False)
             with self._measured():
                 logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits
-                return _of_labels(logits, labels, length_norm)
+                return _of_labels(logits, labels)
         # prompts end and answers begin in one column
         ids, mask = self._padded(starts, left=True)
         answer, answer_mask = self._padded(ends, left=False)
@@ -107,7 +124,7 @@ class Answerer:
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         with self._measured():
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-            return _of_labels(logits[:, width - 1 : -1], labels, length_norm)
+            return _of_labels(logits[:, width - 1 : -1], labels)
 
     def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows))
@@ -119,12 +136,11 @@ class Answerer:
         return ids.to(device), mask.to(device)
 
 
-def _of_labels(logits: Tensor, labels: Tensor, length_norm: bool) -> Tensor:
-    """logits [N,L,V], labels [N,L] (-100: none) -> [N] float64 on the CPU."""
+def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [N,L,V], labels [N,L] (-100: none) -> log-likelihoods [N,L] float64, 0 where none; where; on the CPU."""
     real = labels != -100
     chosen = logits.double().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-    total = (chosen * real).sum(1)
-    return (total / real.sum(1) if length_norm else total).cpu()
+    return chosen.masked_fill(~real, 0.0).cpu(), real.cpu()
 
 
 class _UntilTheEnd(StoppingCriteria):

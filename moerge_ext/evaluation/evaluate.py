@@ -75,6 +75,7 @@ def evaluate(
     settings: Settings | None = None,
     *,
     routers: Mapping[str, Any] | None = None,
+    answerers: Mapping[str, Answerer] | None = None,
     output: Path | None = None,
     progress: bool = True,
 ) -> list[Score]:
@@ -84,6 +85,7 @@ def evaluate(
         runs: from `parse_run`; all of them are checked against the model before the first answer, and so is whether
             every prompt of every task can be made and fits the model's context.
         routers: {"instruction": QueryRouter, ...} for the runs that route by the query's text.
+        answerers: {label: who answers} of runs of an ensemble, with `facts` that the answers depend on.
         output: folder of the answers, `<output>/answers/<task>/<run>.<digest>.jsonl`. What is there of the same model,
             experts, tokenizer and settings, by content, is not computed again. One evaluation at a time.
     """
@@ -94,6 +96,8 @@ def evaluate(
     if twice:
         raise ValueError(f"tasks must have distinct names; several are called {', '.join(sorted(twice))}")
     check_runs(model, experts, runs, routers)
+    if unknown := {run.label for run in runs if run.ensemble is not None} - set(answerers or ()):
+        raise ValueError(f"runs of ensembles need answerers={{label: ...}}: there is none for {', '.join(unknown)}")
     answerer = Answerer(model, tokenizer)
     check_prompts(answerer, tasks, settings.format, settings.max_new_tokens)
     check_examples(runs, routers, tasks, settings)
@@ -101,16 +105,17 @@ def evaluate(
     scores = []
     total = len(runs) * sum(len(task.rows) for task in tasks)
     with alone_in(output):
-        stored = _stored(model, tokenizer, experts, runs, tasks, settings, routers, output)
+        stored = _stored(model, tokenizer, experts, runs, tasks, settings, routers, answerers, output)
         with tqdm(total=total, unit="item", disable=not progress) as bar:
             for run in runs:
-                with patched(model, experts, run, routers) as handle:
+                asked = answerer if run.ensemble is None else answerers[run.label]
+                with patched(model, experts, run, routers) as handle, asked.ready():
                     for task in tasks:
                         mine = stored[run.label, task.name]
                         bar.set_description(f"{run.label}: {task.name}")
                         bar.update(len(mine.items))
                         show_similar(getattr(handle, "router", None), task, settings)
-                        _complete(mine, answerer, handle, task, settings, bar)
+                        _complete(mine, asked, handle, task, settings, bar)
                         scores.append(_score(label(run, handle), task, mine))
     return scores
 
@@ -123,6 +128,7 @@ def _stored(
     tasks: Sequence[Task],
     settings: Settings,
     routers: Mapping[str, Any] | None,
+    answerers: Mapping[str, Answerer] | None,
     output: Path | None,
 ) -> dict[tuple[str, str], Answers]:
     """What is there of every run on every task, {(label, task): answers}. One ValueError for all that is damaged."""
@@ -135,6 +141,7 @@ def _stored(
         for task in tasks:
             show_similar(router, task, settings)
             depends = {**_header(run, task, settings, router), **content, "experts": used}
+            depends |= answerers[run.label].facts if run.ensemble is not None else {}
             folder = output / "answers" / task.name if output is not None else None
             try:
                 found[run.label, task.name] = Answers(folder, run.label, depends)
@@ -278,7 +285,7 @@ def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: 
 def _generated(
     answerer: Answerer, handle: Handle | None, task: Task, rows: Sequence[dict], settings: Settings, limit: int
 ) -> list[dict[str, Any]]:
-    prompts = [settings.format.prompt(row, answerer.tokenizer) for row in rows]
+    prompts = answerer.prompts(rows, settings.format)
     with row_queries(handle, rows, answerer.tokenizer), recorded(answerer, handle, len(rows), settings) as shares:
         answers = answerer.generate(prompts, limit)
     right = SCORES[task.metric]
@@ -303,7 +310,7 @@ def _ranked(
             row_queries(handle, [row for row, _ in part], answerer.tokenizer),
             recorded(answerer, handle, len(part), settings) as parts,
         ):
-            prompts = [settings.format.prompt(row, answerer.tokenizer) for row, _ in part]
+            prompts = answerer.prompts([row for row, _ in part], settings.format)
             choices = [choice for _, choice in part]
             values += answerer.log_likelihoods(prompts, choices, length_norm=settings.length_norm).tolist()
         shares += parts()
@@ -311,7 +318,7 @@ def _ranked(
     for row in rows:
         scores = {choice: (next(values), next(shares)) for choice in task.choices_of(row)}
         best = max(scores, key=lambda choice: scores[choice][0])
-        item = _kept(row, settings.format.prompt(row, answerer.tokenizer).text)
+        item = _kept(row, answerer.prompts([row], settings.format)[0].text)
         item |= {"answer": best, "right": best == row["target"], **scores[best][1]}
         items.append({**item, "log_likelihoods": {choice: value for choice, (value, _) in scores.items()}})
     return items

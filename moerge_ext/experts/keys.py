@@ -10,6 +10,7 @@ _checkpoint_wrapped_module.                                 FSDP, activation che
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
@@ -46,6 +47,8 @@ def bare_pattern(pattern: str) -> str:
     return _WRAPPED.sub("", pattern)
 
 
+# experts of one model have the same keys
+@lru_cache(maxsize=1 << 14)
 def lora_key(key: str) -> LoraKey | None:
     """The parts of `key`; None when it is no LoRA weight of a linear layer."""
     match = _LORA.fullmatch(key)
@@ -53,6 +56,7 @@ def lora_key(key: str) -> LoraKey | None:
     return None if part is None else LoraKey(bare_path(match["path"]), part, match["adapter"])
 
 
+@lru_cache(maxsize=1 << 14)
 def module_of(key: str) -> str:
     """The module that a tensor of any kind belongs to, as far as its key tells."""
     return bare_path(re.split(r"\.lora_|\.(?:weight|bias)$|\.modules_to_save\.|\.base_layer\.", key, maxsplit=1)[0])

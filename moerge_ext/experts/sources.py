@@ -274,6 +274,7 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
         warnings.warn(f"load_experts: {note}", stacklevel=3)
     stacks = {path: _allocate(held, len(sources), target, device) for path, held in holders.items()}
     bad: dict[str, list[str]] = {}
+    cut_off = set()
     total = sum(module.nbytes for source in sources for module in source.modules.values())
     options = {"unit": "B", "unit_scale": True, "delay": PROGRESS_AFTER, "leave": False}
     with tqdm(total=total, desc="loading experts", **options) as bar:
@@ -284,7 +285,10 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
                     bar.update(source.modules[path].nbytes)
             except ValueError as error:  # the file changed since it was checked
                 bad.setdefault(repr(source.name), []).append(str(error))
+                cut_off.add(e)
     for e in _nonfinite_experts(stacks):
+        if e in cut_off:  # its rows were not all written
+            continue
         try:
             problems = [p for path, w in sources[e].read() for p in _value_problems(stacks[path], e, path, w)]
         except ValueError as error:
@@ -299,18 +303,20 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
         for e, module in held:
             ranks[e] = module.rank
         present = torch.tensor([rank > 0 for rank in ranks])
-        banks[path] = ModuleBank(lora_a, lora_b.transpose(1, 2), bias, present=present, ranks=ranks)
+        banks[path] = ModuleBank(lora_a.transpose(1, 2), lora_b.transpose(1, 2), bias, present=present, ranks=ranks)
     return banks
 
 
-_Stack = tuple[Tensor, Tensor, Tensor | None]  # [E,R,D], [E,R,O], [E,O]
+_Stack = tuple[Tensor, Tensor, Tensor | None]  # [E,D,R], as the kernels read it, [E,R,O], [E,O]
 
 
 def _allocate(held: Sequence[tuple[int, ModuleHeader]], num: int, dtype: torch.dtype, device) -> _Stack:
     rank = max(module.rank for _, module in held)
     first = held[0][1]
-    lora_a = torch.zeros(num, rank, first.in_features, dtype=dtype, device=device)
-    lora_b = torch.zeros(num, rank, first.out_features, dtype=dtype, device=device)
+    # without padding every number is written
+    new = torch.empty if len(held) == num and all(module.rank == rank for _, module in held) else torch.zeros
+    lora_a = new(num, first.in_features, rank, dtype=dtype, device=device)
+    lora_b = new(num, rank, first.out_features, dtype=dtype, device=device)
     bias = None
     if any(module.has_bias for _, module in held):
         bias = torch.zeros(num, first.out_features, dtype=dtype, device=device)
@@ -321,7 +327,7 @@ def _place(stack: _Stack, e: int, weights: LoraWeights) -> None:
     """Copy one module of one expert into row e."""
     lora_a, lora_b, bias = stack
     rank = weights.lora_A.shape[0]
-    lora_a[e, :rank].copy_(weights.lora_A)
+    lora_a[e, :, :rank].copy_(weights.lora_A.t())
     _put_scaled(lora_b[e, :rank], weights.lora_B.t(), weights.scaling)
     if weights.bias is not None:
         _put_scaled(bias[e], weights.bias, weights.scaling)
@@ -329,11 +335,16 @@ def _place(stack: _Stack, e: int, weights: LoraWeights) -> None:
 
 def _put_scaled(target: Tensor, values: Tensor, scaling: float) -> None:
     """target = scaling * values, formed in float32 (float64 stays float64) and cast once."""
-    wide = values if values.dtype == torch.float64 else values.float()
+    # torch multiplies 16 bits by a number in float32 and rounds once
+    wide = values if values.dtype in (torch.float64, target.dtype) else values.float()
     if wide.dtype == target.dtype and wide.device == target.device:
         torch.mul(wide, scaling, out=target)
     else:
         target.copy_(wide * scaling)
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize == 2 else None)
 
 
 def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> list[int]:
@@ -342,7 +353,7 @@ def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> list[int]:
     for stack in stacks.values():
         for tensor in stack:
             # a finite sum proves that every term is finite, without a mask as large as the stack
-            if tensor is not None and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            if tensor is not None and not torch.isfinite(_sum(tensor)):
                 flat = tensor.flatten(1)
                 found.update(e for e in range(len(flat)) if not torch.isfinite(flat[e]).all())
     return sorted(found)

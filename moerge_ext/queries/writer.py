@@ -168,6 +168,10 @@ class InstructionWriter:
         prompt = fill(template, input=text.strip(), instructions=shown, count=str(len(instructions)))
         return self._write(prompt, lambda answer: parse_choice(answer, len(instructions)))
 
+    def ask(self, prompt: str, parse: Callable[[Any], Any]) -> Any:
+        """What `parse` finds in the model's answer to any prompt; a WriterError of it is worth another attempt."""
+        return self._write(prompt, parse)
+
     def _write(self, prompt: str, parse: Callable[[Any], Any]) -> Any:
         """What `parse` finds in the model's answer to `prompt`."""
         self.asked["texts"] += 1

@@ -75,7 +75,7 @@ class RoutedLinear(StandIn):
             *zip(("lora_A", "lora_B"), _bank_laid_out(plan.lora_A, plan.lora_B, device), strict=True),
             ("lora_bias", plan.lora_bias),
             # copied: the bank's set_gates must not reach a patched model
-            ("gates", None if plan.gates is None else _laid_out(plan.gates.clone(), device)),
+            ("gates", None if plan.gates is None else _laid_out(plan.gates, device, copy=True)),
             ("mask", plan.mask),
             ("weights", weights),
             ("experts", experts),
@@ -267,9 +267,11 @@ class RoutedLinear(StandIn):
         return f"experts={n_experts}, rank={rank}, routing={self.route_options}, factored={self.factored}"
 
 
-def _laid_out(gates: Tensor, device: torch.device) -> Tensor:
+def _laid_out(gates: Tensor, device: torch.device, copy: bool = False) -> Tensor:
     """[E,D] as the kernels of the device read it fastest: the experts side by side on the CPU, else the features."""
-    return gates.t().contiguous().t() if device.type == "cpu" else gates.contiguous()
+    stored = gates.t() if device.type == "cpu" else gates
+    stored = stored.clone(memory_format=torch.contiguous_format) if copy else stored.contiguous()
+    return stored.t() if device.type == "cpu" else stored
 
 
 def _bank_laid_out(lora_A: Tensor, lora_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

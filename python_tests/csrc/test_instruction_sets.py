@@ -75,4 +75,4 @@ def test_it_computes_the_same(name):
 
 def test_an_unknown_one_is_refused():
     done = run("mmx")
-    assert done.returncode and "MOERGE_INSTRUCTION_SET must be avx512, avx2 or portable, got mmx" in done.stderr
+    assert done.returncode and "MOERGE_INSTRUCTION_SET must be amx, avx512, avx2 or portable, got mmx" in done.stderr

@@ -228,7 +228,9 @@ def test_routed_lora_is_route_then_apply(options, factored, dtype):
     assert ops.routed_lora_(**{**case, "base": base}, **options, factored=factored) is None
     assert torch.equal(base, y)
     packed = ops.pack_experts(case["lora_a"], case["lora_b"])
-    torch.testing.assert_close(ops.routed_lora(**case, **options, factored=factored, packed=packed)[0], y)
+    # a packed bank is summed in another order
+    close = {"rtol": 1e-5, "atol": 1e-5} if y.dtype == torch.float32 else {}
+    torch.testing.assert_close(ops.routed_lora(**case, **options, factored=factored, packed=packed)[0], y, **close)
     _, ids = reference.route(case["x"], case["gates"], **options)
     same_experts(experts, ids, torch.zeros(T, 7), margin=0.0)
 

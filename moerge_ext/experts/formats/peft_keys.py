@@ -14,6 +14,7 @@ from .peft_rules import show, some_of
 _TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
 # The base's own module, which modules_to_save keeps beside the trained one: in a state_dict() alone.
 _REPLACED = "original_module"
+_IGNORED = frozenset([*_TRAINING_STATE, _REPLACED])
 # (a part of a name, what it means, the field of the config that says so)
 _KINDS = (
     ("lora_magnitude_vector", "belongs to DoRA, which is not supported", "use_dora"),
@@ -57,7 +58,7 @@ def sort_keys(
     for key in taken:
         if kind := next((kind for kind in _KINDS if kind[0] in key), None):
             kinds.setdefault(kind, []).append(key)
-        elif not any(part in (*_TRAINING_STATE, _REPLACED) for part in key.split(".")):
+        elif _IGNORED.isdisjoint(key.split(".")):
             _sort(key, lora_keys.get(key), bare, found)
     for (_, meaning, said_by), keys in kinds.items():
         if said_by not in refused:

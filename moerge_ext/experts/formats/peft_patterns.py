@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from functools import lru_cache
 
 MAX_PATTERN = 1024  # characters
 MAX_DEPTH = 8  # nested groups
@@ -126,9 +127,10 @@ class ModuleNames:
         return sorted(self.names - {end for path in paths for end in _ends(path)})
 
 
-def _ends(path: str) -> list[str]:
+@lru_cache(maxsize=1 << 14)
+def _ends(path: str) -> tuple[str, ...]:
     parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    return tuple(".".join(parts[i:]) for i in range(len(parts)))
 
 
 class LayerNumbers:

@@ -1,0 +1,73 @@
+"""bfloat16 with enough tokens per expert, which machines with AMX multiply by tiles: right there as everywhere else."""
+
+import pytest
+import torch
+
+from moerge_ext import ops, reference
+
+# T, D, O, E, R, K: more than one block of tokens, chunk of columns, task of an expert, panel of ranks; odd ends of each
+SHAPES = [(300, 576, 1040, 4, 16, 2), (67, 32, 16, 3, 32, 3), (513, 288, 544, 5, 64, 1), (2048, 64, 48, 160, 16, 2)]
+
+
+def case(T, D, O, E, R, K):  # noqa: E741
+    make = torch.Generator().manual_seed(T)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=make).bfloat16()
+
+    experts = torch.rand(T, E, generator=make).argsort(1)[:, :K].int()
+    weights = torch.rand(T, K, generator=make)
+    weights[::7] = 0  # tokens without experts
+    weights[3::5, 0] = 0
+    a, b = normal(E, D, R).transpose(1, 2) * D**-0.5, normal(E, R, O).transpose(1, 2) * R**-0.5
+    return normal(T, O), normal(T, D), a.transpose(1, 2).contiguous().transpose(1, 2), b, weights, experts
+
+
+def error(y: torch.Tensor, want: torch.Tensor) -> float:
+    return ((y.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_the_reference(shape):
+    base, x, a, b, weights, experts = case(*shape)
+    want = reference.lora_apply(base.double(), x.double(), a.double(), b.double(), weights.double(), experts)
+    y = ops.lora_apply(base, x, a, b, weights, experts)
+    # every number is rounded to bfloat16 at least once; h once more
+    assert error(y, want) < 2 * error(want.bfloat16(), want) + 1e-3
+    assert torch.equal(y[::7], base[::7])
+    ops.lora_apply_(base, x, a, b, weights, experts)
+    assert torch.equal(base, y)
+
+
+def test_routed_columns_of_a_wider_tensor_on_any_number_of_threads():
+    base, x, a, b, *_ = case(*SHAPES[0])
+    gates = torch.randn(x.shape[1], a.shape[0]).t()
+    want, *_ = reference.routed_lora(base.double(), x.double(), gates.double(), a.double(), b.double())
+    plain = torch.nn.functional.linear(x, gates.bfloat16())  # torch keeps tiles of its own
+    wide = torch.full((len(base), base.shape[1] + 64), torch.nan, dtype=torch.bfloat16)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            wide[:, 32:-32] = base
+            ops.routed_lora_(wide[:, 32:-32], x, gates, a, b)
+            found.append(wide[:, 32:-32].clone())
+            assert wide[:, :32].isnan().all() and wide[:, -32:].isnan().all()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)
+    assert torch.equal(torch.nn.functional.linear(x, gates.bfloat16()), plain)
+    assert error(found[0], want) < 2 * error(want.bfloat16(), want) + 1e-3
+
+
+def test_a_token_that_names_an_expert_twice_and_numbers_that_are_none():
+    base, x, a, b, weights, experts = case(*SHAPES[0])
+    experts[:, 1] = experts[:, 0]
+    x[5] = torch.nan
+    x[8, 3] = torch.inf
+    want = reference.lora_apply(base.double(), x.double(), a.double(), b.double(), weights.double(), experts)
+    y = ops.lora_apply(base, x, a, b, weights, experts)
+    fine = torch.ones(len(x), dtype=torch.bool)
+    fine[[5, 8]] = False
+    assert error(y[fine], want[fine]) < 2 * error(want[fine].bfloat16(), want[fine]) + 1e-3
+    assert y[5].isnan().all() and not y[8].isfinite().any()
