@@ -147,24 +147,13 @@ def test_experts_can_be_trained_with_the_routers(setup, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*use_cache.*")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(setup, reentrant, tmp_path):
+def test_a_router_of_a_layer_refuses_gradient_checkpointing(setup, reentrant, tmp_path):
+    """What is computed again is the layer's forward alone, without the router that read its input."""
     model, _, experts = setup
-    options = {"steps": 3, "lr": 0.05, "progress": False}
-    balanced = {"method": "mole", "balance": 0.3}
-    want = [
-        moerge.train_routers(model, experts, batches(), tmp_path / f"want{i}", **options, **more).losses
-        for i, more in enumerate(({"method": "lora_flow"}, balanced))
-    ]
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     try:
-        got = moerge.train_routers(model, experts, batches(), tmp_path / "a", method="lora_flow", **options)
-        assert got.losses == pytest.approx(want[0], rel=1e-5)
-        if reentrant:
-            with pytest.raises(ValueError, match="use_reentrant': False"):
-                moerge.train_routers(model, experts, batches(), tmp_path / "b", **options, **balanced)
-        else:
-            got = moerge.train_routers(model, experts, batches(), tmp_path / "b", **options, **balanced)
-            assert got.losses == pytest.approx(want[1], rel=1e-5)
+        with pytest.raises(RuntimeError, match="did not run around it"):
+            moerge.train_routers(model, experts, batches(), tmp_path, method="lora_flow", steps=1, progress=False)
     finally:
         model.gradient_checkpointing_disable()
 
