@@ -24,6 +24,7 @@ if not _bare():
     from .ensemble.weighed import WeighedExperts
     from .evaluation.explain import TokenRouting, explain_tokens
     from .experts.bank import ExpertBank, ModuleBank, load_experts
+    from .experts.routers import Routers, read_routers
     from .exporting.merge import merge_experts
     from .exporting.push import push_expert
     from .methods import METHODS, get_method
@@ -48,6 +49,7 @@ if not _bare():
     from .training.experts import new_expert, train_expert
     from .training.gates import train_gates
     from .training.lorahub import lorahub
+    from .training.routers.train import train_routers
 
 __all__ = [
     "METHODS",
@@ -68,6 +70,7 @@ __all__ = [
     "PromptRouter",
     "QueryRouter",
     "RoutedLinear",
+    "Routers",
     "TokenRouting",
     "Trace",
     "WeighedExperts",
@@ -88,9 +91,11 @@ __all__ = [
     "ops",
     "patch",
     "push_expert",
+    "read_routers",
     "reference",
     "similar_examples",
     "train_expert",
     "train_gates",
     "train_router",
+    "train_routers",
 ]

@@ -14,7 +14,7 @@ from ..files.atomic import check_can_write
 from ..methods import METHODS
 from ..methods.fixed import PREFIX
 from .ensemble_options import build_answerers
-from .expert_options import gates_of, load_bank
+from .expert_options import gates_of, load_bank, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
     gates_of(args)
+    trained = routers_of(args)
     check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
     names = [*listed(args.methods), args.ablation or ""]
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names, args.top_k)
+    runs = with_routers(runs, trained)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..evaluation.runs import Run
     from ..experts.bank import ExpertBank
 
 
@@ -19,6 +21,43 @@ def add_gates(parser: Any) -> None:
         help="gates (and indexed examples) of one expert that lie elsewhere than beside it: folder, file or hub id, as "
         "`train-gates --output DIR` writes; repeatable",
     )
+
+
+def add_routers(parser: Any) -> None:
+    """Declare --routers."""
+    parser.add_argument(
+        "--routers",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="what `train-routers` wrote (file or its folder), for the methods that it was trained for",
+    )
+
+
+def routers_of(args: argparse.Namespace) -> dict[str, Any]:
+    """{method: its routers} of --routers; ValueError for files that are none, and for two of one method."""
+    from ..experts.routers import read_routers
+
+    found: dict[str, Any] = {}
+    for path in args.routers:
+        routers = read_routers(path)
+        if routers.method in found:
+            raise ValueError(f"--routers: two files are for method '{routers.method}'; evaluate them one after another")
+        found[routers.method] = routers
+    return found
+
+
+def with_routers(runs: list[Run], routers: dict[str, Any]) -> list[Run]:
+    """The runs, those of trained methods with their routers. ValueError for a run without, and a file without a run."""
+    from ..methods import get_method
+
+    trained = {run.method for run in runs if run.method is not None and get_method(run.method).learned is not None}
+    if lost := sorted(trained - routers.keys()):
+        raise ValueError(f"{', '.join(lost)} needs --routers FILE, from `moerge train-routers --method {lost[0]}`")
+    if unused := sorted(routers.keys() - trained):
+        raise ValueError(f"--routers: a file is for method {', '.join(unused)}, which is not asked for")
+    return [replace(r, options=r.options | {"routers": routers[r.method]}) if r.method in trained else r for r in runs]
 
 
 def gates_of(args: argparse.Namespace) -> dict[str, str]:

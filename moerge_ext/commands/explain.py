@@ -11,7 +11,7 @@ from typing import Any
 
 from ..methods.option_text import top_k
 from ..models.prompt import Prompt
-from .expert_options import add_gates, gates_of, load_bank
+from .expert_options import add_gates, add_routers, gates_of, load_bank
 from .generate import check_method
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_file
 from .progress import add_progress
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", help="the text; '-' reads standard input")
     add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
     add_gates(parser)
+    add_routers(parser)
     add("--method", default="phatgoose", help="a row of `moerge methods` that routes (default: %(default)s)")
     add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     method, options = check_method(args)
     gates_of(args)
     if method.routing is None:
-        raise ValueError(f"method '{method.name}' routes nothing: there is no choice of experts to explain")
+        raise ValueError(f"method '{method.name}' routes nothing by the ops: there is no choice to explain")
     for name, least in (("bands", 1), ("max_new_tokens", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")

@@ -14,7 +14,7 @@ from ..files.examples import Example
 from ..files.rows import read_prompts
 from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
-from .expert_options import add_gates, gates_of, load_bank
+from .expert_options import add_gates, add_routers, gates_of, load_bank, routers_of
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .prompt_options import add_prompt, prompt_of
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
     )
     add_gates(parser)
+    add_routers(parser)
     add(
         "--method",
         default="phatgoose",
@@ -218,6 +219,12 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
             raise ValueError("give --top-k or --option top_k=..., not both")
         options["top_k"] = None if args.top_k == ALL else args.top_k
     method = get_method(args.method)
+    if method.learned is not None or args.routers:
+        found = routers_of(args)
+        if method.learned is None or list(found) != [method.name]:
+            has = f"got one of {', '.join(found)}" if found else "got none"
+            raise ValueError(f"--routers: method '{method.name}' takes the routers trained for it, {has}")
+        options["routers"] = found[method.name]
     method.configure(**options)
     check_writer(args)
     if method.source == "few-shot":
@@ -231,7 +238,7 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
             f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
             "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"
         )
-    if args.trace and method.routing is None:
+    if args.trace and not method.routes:
         raise ValueError(f"--trace: method '{method.name}' routes nothing; leave --trace out")
     return method, options
 

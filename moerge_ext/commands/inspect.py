@@ -14,7 +14,7 @@ from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
-from .expert_options import gates_of, load_bank
+from .expert_options import gates_of, load_bank, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     experts = load_bank(args)
     runs, derived = parse_runs(methods, experts.names, args.top_k)
+    runs = with_routers(runs, routers_of(args))
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
     loaded = cache(partial(load, args))

@@ -20,6 +20,7 @@ COMMANDS = {
     "train-expert": (".train_expert", "train an expert, a LoRA on your model, from a file of examples"),
     "new-expert": (".new_expert", "an untrained expert, to be trained together with its gates (train-gates --joint)"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
+    "train-routers": (".train_routers", "train a method's routers over frozen experts"),
     "list": (".list", "adapters in folders: base, rank, modules, and what there is for routing beside each"),
     "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
     "push": (".push", "an adapter with its gates, index and description to the Hugging Face hub"),

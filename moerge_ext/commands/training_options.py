@@ -32,13 +32,13 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(function).parameters.items()}
 
 
-def add_data(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
+def add_data(parser: argparse.ArgumentParser, default: dict[str, Any], *, required: bool = True) -> None:
     """Declare the options of the data and of the machine."""
     add = parser.add_argument
     add(
         "--data",
         type=Path,
-        required=True,
+        required=required,
         metavar="FILE",
         help='JSON lines: {"input": ..., "target": ...} (the loss is on the target), {"text": ...}, or TRL\'s '
         '{"prompt": ..., "completion": ...} and {"messages": [...]} (the loss is on the last message)',

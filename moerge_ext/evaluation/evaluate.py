@@ -238,6 +238,8 @@ def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, 
     }
     if task.metric == "rank":
         header["length_norm"] = settings.length_norm
+    if (trained := run.options.get("routers")) is not None:
+        header["routers"] = identity.of_trained(trained)
     if shared(run, settings):
         header["shares"] = True
     if router is not None:
@@ -252,7 +254,7 @@ def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, 
 
 def shared(run: Run, settings: Settings) -> bool:
     """Whether the shares of the experts are kept: where they are asked for and the method routes."""
-    return settings.shares and run.method is not None and get_method(run.method).routing is not None
+    return settings.shares and run.method is not None and get_method(run.method).routes
 
 
 def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: Task, settings: Settings, bar) -> None:
@@ -332,7 +334,7 @@ def recorded(
     answerer: Answerer, handle: Handle | None, count: int, settings: Settings
 ) -> Iterator[Callable[[], list[dict]]]:
     """A block for `count` sequences; what it gives says {"shares": {expert: part}} of each, {} where none is kept."""
-    if handle is None or handle.method.routing is None or not settings.shares:
+    if handle is None or not handle.method.routes or not settings.shares:
         yield lambda: [{}] * count
         return
     with handle.record(rows=count) as trace:

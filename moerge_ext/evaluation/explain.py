@@ -139,7 +139,7 @@ def chosen_modules(
     kinds = (RoutedLinear, ParameterBranch)
     routed = {m.name: m for m in handle.model.modules() if isinstance(m, kinds) and m.route_options is not None}
     if not routed:
-        raise ValueError(f"method '{handle.method.name}' routes nothing: there is no choice of experts to explain")
+        raise ValueError(f"method '{handle.method.name}' routes nothing by the ops: there is no choice to explain")
     missing = [name for name in modules if not any(_fits(path, name) for path in routed)]
     there = {place_of(path).layer for path in routed} - {None}
     problems = [f"no routed module is called {listed(missing)}; there are {_kinds(routed)}"] if missing else []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..experts.bank import ExpertBank
+from ..experts.routers import Routers
 from ..methods.fixed import PREFIX
 
 ANSWERS = 3  # one more whenever the same model and settings give other answers than before, or keep more with them
@@ -83,6 +84,12 @@ def used_experts(method: str | None, bank: ExpertBank) -> tuple[str, ...]:
     if method is None:
         return ()
     return (method[len(PREFIX) :],) if method.startswith(PREFIX) else bank.names
+
+
+def of_trained(routers: Routers) -> str:
+    """What trained routers compute with."""
+    tensors = [(f"{path}/{name}", t) for path, named in routers.tensors.items() for name, t in named.items()]
+    return of_text([routers.method, routers.names, routers.options, of_tensors(tensors)])
 
 
 def of_router(router: Any) -> str:

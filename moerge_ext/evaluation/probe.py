@@ -44,7 +44,10 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
     kinds = (RoutedLinear, ParameterBranch)
     layers = {m.name: m for m in model.modules() if isinstance(m, kinds) and m.route_options is not None}
     if not layers:
-        raise ValueError("this model routes nothing: patch it with a method that does (not merged, not one expert)")
+        raise ValueError(
+            "this model routes nothing by the ops: patch it with a method that does (not merged, not one expert, not a "
+            "router whose weights torch computes, of which handle.record() shows the sums)"
+        )
     sums: dict[str, ModuleSums] = {}
 
     def before(layer: RoutedLinear | ParameterBranch, args: tuple) -> None:

@@ -1,7 +1,7 @@
 """The routing methods: METHODS is the table, one `Method` per row; a new method is a row in a file here.
 
-A file is a family. `base.py` says what a row holds, `gating.py` and `prototypes.py` build gates. Start with `base.py`
-and `phatgoose.py`.
+A file is a family. `base.py` says what a row holds, `gating.py` and `prototypes.py` build gates, `learned.py` and
+`weighing.py` are about routers that are trained over a bank. Start with `base.py` and `phatgoose.py`.
 
 May import: experts, models, files.
 """
@@ -12,14 +12,19 @@ from difflib import get_close_matches
 
 from . import (
     arrow,
+    attention_gates,
     average_activation,
+    domain_gates,
     given,
     glider,
+    interpolation,
     lora_retriever,
     merged,
     phatgoose,
     retrieval,
+    task_vectors,
     text_routers,
+    token_gates,
     twin,
     what_weight,
 )
@@ -30,6 +35,7 @@ __all__ = ["METHODS", "Method", "Plan", "Routing", "Taxonomy", "get_method"]
 
 FAMILIES = (
     *(phatgoose, arrow, average_activation, merged, glider, given, retrieval),
+    *(token_gates, attention_gates, interpolation, task_vectors, domain_gates),
     *(lora_retriever, text_routers, twin, what_weight),
 )
 METHODS: dict[str, Method] = {row.name: row for family in FAMILIES for row in family.ROWS}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank, ModuleBank
 
@@ -48,7 +48,8 @@ class Plan:
     """What one patched module holds: the tensors of its branch.
 
     gates [E,D] float32 and mask [E] bool: routed by `route`. gates None: every expert of the (already merged
-    or sliced) bank is applied with `weights` [E] float32.
+    or sliced) bank is applied with `weights` [E] float32, or token by token with those of `weigher`, a
+    `weighing.Weigher`.
     """
 
     lora_A: Tensor  # [E,R,D]
@@ -57,6 +58,7 @@ class Plan:
     gates: Tensor | None = None
     mask: Tensor | None = None
     weights: Tensor | None = None
+    weigher: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,14 @@ class Method:
     source: str | None = None
     per_task: bool = False  # one row of affinities for all queries of a task
     embedder: str | None = None  # the paper's; HIDDEN_STATES is required, others are a recommendation
+    learned: Any = None  # `learned.Learned`: the router that is trained over a bank; option `routers` holds it
     survey: int | None = None  # n of the survey's section 3.n (1 to 29); None for what it does not describe
     differs: str = ""  # in what the row departs from its paper, or from the survey's words; "" for nothing
+
+    @property
+    def routes(self) -> bool:
+        """Whether something is chosen or weighed while the model runs: what `handle.record` shows."""
+        return self.routing is not None or self.learned is not None
 
     @property
     def router(self) -> str | None:
@@ -126,6 +134,8 @@ class Method:
                 f"method '{self.name}': unknown option(s) {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
             )
         options = {name: overrides.get(name, default) for name, default in self.options.items()}
+        if self.learned is not None:
+            options = self.learned.opened(self.name, options, overrides)
         routing = self.routing
         if routing is not None:
             routing = replace(routing, **{k: v for k, v in overrides.items() if k in routing_names})

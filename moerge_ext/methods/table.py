@@ -34,11 +34,11 @@ SHORT = {"Out-of-Distribution": "OOD", "In-Distribution": "ID"}
 def rows() -> list[dict[str, Any]]:
     """One dict per method, in the table's order, `expert:<name>` last; all strings but for `taxonomy`.
 
-    Keys: name, summary, gates (the kind it needs, or "none"), top_k ("2", "all", "-"), weighting ("fixed" if
-    nothing is routed), aggregation ("output" or "factored": how the selected are applied), options
-    ("name=default, ..."), routing (the options of `route`, likewise), embedder (the paper's, or "-"), taxonomy (a dict
-    with the fields of `Taxonomy`), survey (n of the survey's section 3.n, or "-"), differs (from the paper or survey,
-    or "-"), paper.
+    Keys: name, summary, gates (the kind it needs, or "none"), top_k ("2", "all", "-"), weighting ("fixed" if nothing is
+    routed, "trained" if a router of its own weighs all experts), aggregation ("output" or "factored": how the selected
+    are applied), options ("name=default, ..."), routing (the options of `route`, likewise), embedder (the paper's, or
+    "-"), taxonomy (a dict with the fields of `Taxonomy`), survey (n of the survey's section 3.n, or "-"), differs (from
+    the paper or survey, or "-"), paper.
     """
     return [_row(method) for method in (*METHODS.values(), fixed_expert("<name>"))]
 
@@ -51,7 +51,7 @@ def _row(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "gates": method.gate_kind or "none",
         "top_k": top_k,
-        "weighting": "fixed" if routing is None else routing.weighting,
+        "weighting": ("trained" if method.routes else "fixed") if routing is None else routing.weighting,
         "aggregation": method.aggregation,
         "options": _listed(method.options) or "-",
         "routing": _listed(_routing(method)),

@@ -21,11 +21,11 @@ ABSENT = ("mask", "base")
 
 def with_absent(plan: Plan, module: ModuleBank) -> Plan:
     """The plan in which experts without the module compete as zero branches."""
-    if plan.gates is None or plan.mask is None:
+    if plan.mask is None or (plan.gates is None and plan.weigher is None):
         return plan
     absent = ~module.present.to(plan.mask.device)
     mask = plan.mask | absent
-    gates = plan.gates.masked_fill(absent.to(plan.gates.device)[:, None], 0.0)
+    gates = plan.gates if plan.gates is None else plan.gates.masked_fill(absent.to(plan.gates.device)[:, None], 0.0)
     return replace(plan, gates=gates, mask=None if bool(mask.all()) else mask)
 
 

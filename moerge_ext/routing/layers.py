@@ -59,6 +59,7 @@ def drop_hooks(model: nn.Module, owners: tuple[type, ...]) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), owners)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:

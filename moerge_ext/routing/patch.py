@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..experts.bank import ExpertBank
 from ..methods.base import Method
+from ..methods.weighing import Weigher
 from ..models.wrappers import unwrapped
 from .absent import alone_note
 from .few_experts import own_top_k, own_top_k_note
@@ -37,6 +38,7 @@ from .state import Affinities, RoutingState
 from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
+from .weighed_linear import layer_of, watch_blocks
 
 
 class Handle:
@@ -63,6 +65,7 @@ class Handle:
             open_door(self.model.get_submodule(owner), placed)
         self.modules, self._own_modules = tuple(routed), place_own(self._state)
         self.parameters = tuple(branch.name for placed in branches.values() for branch in placed.values())
+        watch_blocks(self.model, routed.values())
         self._watch = FirstForward(self.model, (*routed, *branches), what="layers with experts", strict=strict)
         self._doors = None if self.method.bias is None else Doors(self.model, self.method.name, self._state)
         self.model._moerge_handle = self
@@ -78,7 +81,7 @@ class Handle:
             )
         if self._watch is not None:
             self._watch.remove()
-        drop_hooks(self.model, (Rows, RealTokens))
+        drop_hooks(self.model, (Rows, RealTokens, Weigher))
         for name in wrapped:
             self.model.get_submodule(name).give_back(self.model, name)
         for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):
@@ -104,7 +107,7 @@ class Handle:
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
         self._check_alive()
-        if self.method.routing is None:
+        if not self.method.routes:
             raise ValueError(f"method '{self.method.name}' routes nothing: there is no load to record")
         if self._state.current().trace is not None:
             raise ValueError("record() is already active on this model; leave that block first")
@@ -286,7 +289,7 @@ def patch(
         raise ValueError(listing(_cannot(method, fitted.made_for), problems))
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
-        name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
+        name: layer_of(plan)(model.get_submodule(name), plan, routing, name=name, **shared)
         for name, plan in plans.items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
@@ -311,9 +314,11 @@ def check_patch(
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
     model = unwrapped(model)
-    row, (routing, _, _) = configured(experts, method, backend, absent, missing, options)
-    fitted, _ = on_model(model, experts, row.name, routing, missing)
+    row, (routing, _, settings) = configured(experts, method, backend, absent, missing, options)
+    fitted, base = on_model(model, experts, row.name, routing, missing)
     problems = fitted.problems
+    if row.learned is not None and not problems:
+        plans_of(row, base.bank(), settings, absent, problems)
     if row.lacks is not None and not fitted.placement.problems:
         bank, reasons = with_parameters(model, fitted.experts, fitted.placement)
         problems += reasons + row.lacks(bank)

@@ -205,6 +205,9 @@ def routed_experts(
                 problems.append(f"module '{path}': {reason}")
                 continue
             plans = [method.plan(experts, bank.of(j), path, settings) for j in range(len(bank))]
+            if plans[0].weigher is not None:
+                problems.append(f"module '{path}': method '{method.name}' weighs the experts of linear layers alone")
+                continue
             if absent == "base":
                 plans = [with_absent(plan, bank.of(j)) for j, plan in enumerate(plans)]
         except ValueError as error:

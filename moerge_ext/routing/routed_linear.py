@@ -37,6 +37,7 @@ class RoutedLinear(StandIn):
     `weight`, `bias`, `in_features` and `out_features` are the base layer's.
     """
 
+    unrouted = "the method routes nothing: its weights are fixed"  # why there is no `route_options`
     _float32 = ("gates", "weights")
     _kept: tuple | None = None  # (what they are made from, the op's arguments, whether base and branch may be one op)
 
@@ -210,11 +211,7 @@ class RoutedLinear(StandIn):
         """What forward does with the base layer's output in general."""
         if not request.enabled:
             return base
-        if not isinstance(base, Tensor):
-            raise TypeError(
-                f"{self.name}: {type(self.base_layer).__name__} returned a {type(base).__name__}, and experts can only "
-                "be added to the one tensor of a linear layer; leave this module out of the experts"
-            )
+        self._check_result(base)
         in_place = not against_in_place(self, request)
         if self.route_options is None:
             return self._add_fixed(base, x, in_place)
@@ -230,6 +227,13 @@ class RoutedLinear(StandIn):
             real = None if request.tokens is None else request.tokens.mask(x)
             request.trace.add(self.name, weights, experts, real, x)
         return y.view(base.shape)
+
+    def _check_result(self, base: object) -> None:
+        if not isinstance(base, Tensor):
+            raise TypeError(
+                f"{self.name}: {type(self.base_layer).__name__} returned a {type(base).__name__}, and experts can only "
+                "be added to the one tensor of a linear layer; leave this module out of the experts"
+            )
 
     def _add_fixed(self, base: Tensor, x: Tensor, in_place: bool) -> Tensor:
         """base with the experts of a method that does not route, by their fixed weights."""

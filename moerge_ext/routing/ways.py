@@ -41,14 +41,14 @@ def against_kept(layer: nn.Module, request: Request) -> list[str]:
     """Against op arguments that are made once and kept from call to call. `layer` is a RoutedLinear."""
     reasons = []
     if layer.route_options is None:
-        reasons.append("the method routes nothing: its weights are fixed")
+        reasons.append(layer.unrouted)
     if layer.backend != "native":
         reasons.append(f'backend="{layer.backend}": plain torch in place of the kernels')
     if layer.needs_bias:
         bias = request.bias
         if bias is None:
             reasons.append("the method adds affinities of the query, and none are set")
-        elif bias.device != layer.gates.device:
+        elif layer.gates is not None and bias.device != layer.gates.device:
             # a copy on the layer's device would not see what is written into it
             reasons.append(
                 f"the query's affinities are on {bias.device}, the layer on {layer._buffers['gates'].device}"

@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -42,12 +42,14 @@ def fit(
     settings: dict[str, Any],
     validation: BatchSource | None = None,
     label: str = "training",
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
 ) -> TrainingState:
     """Train `parameters` of `model` (everything else must be frozen) and leave the chosen values in them.
 
     `still` holds the rest of the model as it is; `settings` (`settings_of`) must not change between a run and its
     resumption. The caller deletes the state file (`discard_state`) once the result is safe. An interrupt (Ctrl-C)
-    keeps the steps that are done; a disk that refuses the file is warned of, and the run goes on.
+    keeps the steps that are done; a disk that refuses the file is warned of, and the run goes on. `loss` (model, batch)
+    is what is minimized and, in `.eval()` mode, measured; default: `batch_loss`.
 
     In several processes (torchrun) each computes on its own batches: a step's gradient is the mean over all of them,
     as if one process had accumulated them, and every rank ends with the same state. Rank 0 reads and writes the file.
@@ -56,6 +58,7 @@ def fit(
     no parameter, a state file of another run, or ranks that were called with different settings.
     """
     run = _Run(model, parameters, options, still, validation, label, state_file)
+    run.loss = loss or batch_loss
     run.begin(settings)
     try:
         run.go(batches)
@@ -72,6 +75,8 @@ def fit(
 
 class _Run:
     """A run of `fit`."""
+
+    loss: Callable[[nn.Module, Batch], Tensor]
 
     def __init__(
         self,
@@ -139,7 +144,7 @@ class _Run:
                 batch = next(stream)
                 # a seed of its own for every micro-batch: a resumed run drops out what the first would have
                 number = (step * options.accumulate + micro) * ranks.size + ranks.rank
-                loss += _backward(self.model, batch, options.accumulate, (options.seed << 32) + number, self.still)
+                loss += self._backward(batch, (options.seed << 32) + number)
         (loss,) = ranks.mean([loss])
         if not math.isfinite(loss):
             raise ValueError(f"the loss of step {step + 1} is {loss}: lower lr ({options.lr}) or check the data")
@@ -147,6 +152,18 @@ class _Run:
             ranks.mean_gradients(group["params"])
             group["lr"] = options.rate(step)
         return loss
+
+    def _backward(self, batch: Batch, seed: int) -> float:
+        """The loss of one micro-batch over `accumulate`, its gradients added; the frozen model is as before."""
+        while True:
+            with seeded(self.model, seed):
+                part = self.loss(self.model, batch) / self.options.accumulate
+                if self.still.settle():
+                    continue
+                if part.requires_grad:  # else what is trained did not run on this batch
+                    part.backward()
+            self.still.put_back()
+            return part.item()
 
     def _evaluate_when_due(self) -> None:
         """Evaluates before the first step, after every `eval_every` and after the last, and keeps the best values.
@@ -157,7 +174,7 @@ class _Run:
         due = state.step % options.eval_every == 0 or state.step == options.steps
         if self.validation is None or not due or state.step in state.validation:
             return
-        loss = _evaluate(self.model, self.validation, self.still, options, self.ranks)
+        loss = _evaluate(self.model, self.validation, self.still, options, self.ranks, self.loss)
         state.validation[state.step] = loss
         if state.step and loss < state.best_loss:
             state.best_loss, state.best_step = loss, state.step
@@ -219,19 +236,6 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _backward(model: nn.Module, batch: Batch, accumulate: int, seed: int, still: Frozen) -> float:
-    """The loss of one micro-batch over `accumulate`, its gradients added; the frozen model is as before."""
-    while True:
-        with seeded(model, seed):
-            part = batch_loss(model, batch) / accumulate
-            if still.settle():
-                continue
-            if part.requires_grad:  # else what is trained did not run on this batch
-                part.backward()
-        still.put_back()
-        return part.item()
-
-
 def _check_reached(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, label: str, step: int
 ) -> None:
@@ -285,7 +289,12 @@ def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _evaluate(
-    model: nn.Module, validation: BatchSource, still: Frozen, options: TrainingOptions, ranks: Ranks
+    model: nn.Module,
+    validation: BatchSource,
+    still: Frozen,
+    options: TrainingOptions,
+    ranks: Ranks,
+    loss: Callable[[nn.Module, Batch], Tensor],
 ) -> float:
     """Mean loss per label (labels of -100 do not count; batches without labels weigh the same) over all ranks,
     dropout off."""
@@ -296,7 +305,7 @@ def _evaluate(
             labels = batch.get("labels") if isinstance(batch, Mapping) else None
             count = float((labels != -100).sum()) if isinstance(labels, Tensor) else 1.0
             if count:
-                total += batch_loss(model, batch).item() * count
+                total += loss(model, batch).item() * count
                 weight += count
                 still.put_back()
     total, weight = ranks.total([total, weight])

@@ -37,7 +37,7 @@ from moerge_ext.methods.table import render, rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", [*METHODS, "expert:e2"])
+@pytest.mark.parametrize("name", [*(n for n, m in METHODS.items() if m.learned is None), "expert:e2"])
 def test_every_method_builds_a_plan(name, dtype):
     bank = both_kinds(random_bank(dtype, bias=randn(E, O, seed=9, dtype=dtype)))
     plan, routing, aggregation, _ = build(name, bank)
@@ -83,7 +83,10 @@ def test_missing_gates_are_named_with_the_mend(name):
 
 
 # under twin_merging an expert without the module is one whose update is zero there, see test_twin.py
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.routing is not None and n != "twin_merging"])
+ROUTED = [name for name, row in METHODS.items() if row.routing is not None and row.learned is None]
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTED if name != "twin_merging"])
 def test_experts_without_the_module_are_masked(name):
     kind = get_method(name).gate_kind or SIGMOID
     bank = random_bank(kind=kind, present=[1, 0, 1, 1, 0], has_gate=[True, False, True, True, False])
@@ -164,7 +167,7 @@ def test_plans_do_not_change_the_bank():
     bank = both_kinds(random_bank(bias=randn(E, O, seed=9)))
     module = bank.modules[MODULE]
     before = [t.clone() for t in (module.lora_A, module.lora_B, module.lora_bias, module.gates[SIGMOID])]
-    for name in [*METHODS, "expert:e1"]:
+    for name in [*(name for name, method in METHODS.items() if method.learned is None), "expert:e1"]:
         build(name, bank)
     for old, new in zip(before, (module.lora_A, module.lora_B, module.lora_bias, module.gates[SIGMOID]), strict=True):
         assert torch.equal(old, new)

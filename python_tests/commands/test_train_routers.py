@@ -1,0 +1,119 @@
+"""`moerge train-routers`, and the commands that take what it wrote."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from builders import make_tokenizer
+from gate_builders import (
+    llama,
+    make_adapter,
+    one_thread,  # noqa: F401 (used by being here)
+)
+
+from moerge_ext.commands.main import main
+from moerge_ext.experts.routers import ROUTERS_FILE, read_routers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("train_routers")
+    model = llama()
+    model.save_pretrained(root / "model")
+    make_tokenizer(root / "model")
+    for i, name in enumerate("ab"):
+        make_adapter(model, root / name, scale=0.3 + 0.1 * i)
+    task = root / "task"
+    task.mkdir()
+    rows = [{"input": f"copy {c}:", "target": c * 2} for c in "abcdefgh"]
+    for split in ("train", "test"):
+        (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task / "meta.json").write_text(json.dumps({"task": "copy", "split": "train", "metric": "exact_match"}))
+    return root
+
+
+def call(root, *words) -> int:
+    return main([str(root / word[1:]) if str(word).startswith("@") else str(word) for word in words])
+
+
+COMMON = ("@model", "--experts", "@a", "@b", "--device", "cpu", "--no-progress", "--steps", "2", "--batch-size", "4")
+OWN = ("--expert-data", "a={0}/task/train.jsonl", "--expert-data", "b={0}/task/test.jsonl")
+DATA = ("--data", "@task/train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("lora_flow", DATA),
+        ("mole", (*DATA, "--validation", "@task/test.jsonl", "--balance", "0.1", "--option", "per=layer")),
+        ("meteora", (*DATA, "--z", "0.01", "--train-experts")),
+        ("adapter_fusion", DATA),
+        ("mixda", DATA),
+        ("we_moe", DATA),
+        ("pwe_moe", OWN),
+        ("pi_tuning", (*DATA, *OWN, "--option", "target=a", "--option", "nearest=1")),
+    ],
+)
+def test_train_evaluate_and_generate(root, method, more, capsys):
+    more = [word.format(root) for word in more]
+    assert call(root, "train-routers", *COMMON, "--method", method, "--output", f"@out-{method}", *more) == 0
+    out = capsys.readouterr().out
+    assert "2 steps of up to 4" in out and f"--methods {method} --routers" in out
+    file = root / f"out-{method}" / ROUTERS_FILE
+    assert read_routers(file).method == method
+    model = ("--model", "@model", "--experts", "@a", "@b")
+    evaluated = ("eval", *model, "--tasks", "@task", "--limit", "2", "--no-progress", "--output", f"@eval-{method}")
+    assert call(root, *evaluated, "--methods", f"{method},base", "--routers", file) == 0
+    out = capsys.readouterr().out
+    assert method in out and "stored answers reused" not in out
+    assert call(root, *evaluated, "--methods", method, "--routers", file.parent) == 0
+    assert "2 stored answers reused" in capsys.readouterr().out
+    assert call(root, *evaluated, "--methods", method) == 2
+    assert f"{method} needs --routers FILE" in capsys.readouterr().err
+    generated = ("generate", "copy a:", *model, "--method", method, "--max-new-tokens", "2", "--trace")
+    assert call(root, *generated, "--routers", file) == 0
+    assert "share of the routing weight" in capsys.readouterr().out
+
+
+def test_other_routers_give_other_answers(root, capsys):
+    """The stored answers of one file are not those of another."""
+    for seed in ("1", "2"):
+        out = ("--output", f"@seed{seed}", "--seed", seed, "--lr", "0.1")
+        assert call(root, "train-routers", *COMMON, "--method", "lora_flow", *DATA, *out) == 0
+    capsys.readouterr()
+    words = ("eval", "--model", "@model", "--experts", "@a", "@b", "--tasks", "@task", "--limit", "2", "--no-progress")
+    for seed in ("1", "2"):
+        words_of = (*words, "--output", "@seeds", "--methods", "lora_flow", "--routers", f"@seed{seed}")
+        assert call(root, *words_of) == 0
+        assert "reused" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--method", "mole", *DATA, "--option", "reads=x"), "reads must be"),
+        (("--method", "mole"), "pass data"),
+        (("--method", "pwe_moe", *DATA), "pass expert_data"),
+        (("--method", "mole", *DATA, "--option", "routers=x"), "this command makes them"),
+        (("--method", "mole", *DATA, "--expert-data", "a"), "--expert-data takes NAME=FILE"),
+        (("--method", "mole", *DATA, "--dropout", "1.5"), "dropout must be in"),
+    ],
+)
+def test_wrong_use(root, words, said, capsys):
+    assert call(root, "train-routers", *COMMON, "--output", "@bad", *words) == 2
+    assert said in capsys.readouterr().err
+    assert not (root / "bad" / ROUTERS_FILE).exists()
+
+
+def test_a_file_of_another_method(root, capsys):
+    words = ("--model", "@model", "--experts", "@a", "@b", "--tasks", "@task", "--no-progress", "--output", "@e")
+    assert call(root, "train-routers", *COMMON, "--method", "meteora", *DATA, "--output", "@m") == 0
+    assert call(root, "eval", *words, "--methods", "arrow", "--routers", "@m") == 2
+    assert "for method meteora, which is not asked for" in capsys.readouterr().err
+    assert call(root, "eval", *words, "--methods", "meteora", "--routers", "@m", f"@m/{ROUTERS_FILE}") == 2
+    assert "two files are for method 'meteora'" in capsys.readouterr().err
+    assert call(root, "generate", "x", *words[:5], "--method", "mole", "--routers", "@m") == 2
+    assert "takes the routers trained for it, got one of meteora" in capsys.readouterr().err
