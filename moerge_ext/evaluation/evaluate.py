@@ -347,7 +347,7 @@ def recorded(
 
 
 def _reads_solved_rows(name: str) -> bool:
-    """Whether a method decides for a task by solved rows of its train.jsonl, and not by inputs of the evaluated file."""
+    """Whether a method decides for a task by solved rows of its train.jsonl, not by inputs of the evaluated file."""
     method = get_method(name)
     return method.per_task and "queries" not in method.options
 
