@@ -161,7 +161,7 @@ def check_examples(
         router = None if run.method is None else router_of(run, routers)
         if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
             needed[run.label] = settings.similar
-        elif router is not None and get_method(run.method).per_task and router.source != "examples":
+        elif router is not None and _reads_solved_rows(run.method):
             needed[run.label] = 1
     problems = []
     for task in tasks if needed else ():
@@ -346,6 +346,12 @@ def recorded(
             ]
         finally:
             answerer.trace = None
+
+
+def _reads_solved_rows(name: str) -> bool:
+    """Whether a method decides for a task by solved rows of its train.jsonl, not by inputs of the evaluated file."""
+    method = get_method(name)
+    return method.per_task and "queries" not in method.options
 
 
 def show_similar(router: Any, task: Task, settings: Settings) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .base import Method, Routing, is_finite_number, is_integer
@@ -28,15 +29,15 @@ FROZEN = "a logistic regression over a frozen embedder"
 Check = Callable[[Mapping[str, Any]], list[str]]
 
 
-def _checked(name: str, check: Check) -> Callable[[Routing, Mapping[str, Any]], Routing]:
+def checked(routing: Routing, options: Mapping[str, Any], *, method: str, check: Check) -> Routing:
     """`Method.finish`: ValueError listing what `check` finds wrong with the options."""
+    if problems := check(options):
+        raise ValueError(f"method '{method}': " + "; ".join(problems))
+    return routing
 
-    def finish(routing: Routing, options: Mapping[str, Any]) -> Routing:
-        if problems := check(options):
-            raise ValueError(f"method '{name}': " + "; ".join(problems))
-        return routing
 
-    return finish
+def _no_problems(options: Mapping[str, Any]) -> list[str]:
+    return []
 
 
 def _benchmark_problems(options: Mapping[str, Any]) -> list[str]:
@@ -85,7 +86,7 @@ def _row(
         plan=ungated_plan,
         routing=replace(WEIGHTS, top_k=1),
         bias=as_given,
-        finish=_checked(name, check),
+        finish=partial(checked, method=name, check=check),
         source=source,
         survey=survey,
         differs=differs,
@@ -130,7 +131,7 @@ ROWS = (
         "zooter",
         f"{FROZEN}, where the paper fine-tunes mDeBERTa-v3-base; LoRA experts of one model; tasks are the tags where "
         "there are none",
-        lambda options: [],
+        _no_problems,
     ),
     _row(
         "routoo",
