@@ -103,6 +103,24 @@ def random_experts(
     return folders
 
 
+def ia3_expert(
+    model: nn.Module, folder: str | Path, seed: int = 0, outputs=("k_proj", "v_proj"), inputs=("down_proj",)
+):
+    """Write a random (IA)3 adapter with gates for `model` as PEFT does, and return its folder."""
+    random, folder = torch.Generator().manual_seed(seed), Path(folder)
+    folder.mkdir(parents=True)
+    tensors, gates = {}, {}
+    for path, d, o in linear_sizes(model, (*outputs, *inputs)):
+        shape = (1, d) if path.endswith(tuple(inputs)) else (o, 1)
+        tensors[f"base_model.model.{path}.ia3_l"] = 1 + 0.5 * torch.randn(shape, generator=random)
+        gates[path] = torch.randn(d, generator=random)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "IA3", "target_modules": [*outputs, *inputs], "feedforward_modules": [*inputs]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    write_gates(folder, gates, kind="sigmoid-gate", base_model="tiny")
+    return folder
+
+
 def _build(model_class: type, config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

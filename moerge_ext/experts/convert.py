@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..files.atomic import write_atomically
 from .formats import inspect_adapter
-from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterHeader, into_memory
+from .formats.adapter import Adapter, AdapterHeader, LoraWeights
+from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, into_memory
 from .hub import find_adapter
 from .keys import PREFIX
 
@@ -57,10 +58,14 @@ def _saved(header: AdapterHeader) -> dict[str, Tensor]:
 
 
 def _tensors(adapter: Adapter, header: AdapterHeader) -> dict[str, Tensor]:
-    """The LoRA under PEFT's names, that of a stacked parameter (`target_parameters`) whole, as its file has it."""
+    """The LoRA under PEFT's names, that of a stacked parameter (`target_parameters`) whole, as its file has it; what is
+    no LoRA as it is stored."""
     tensors = {}
     with header.open() as stored:
         for path, lora in adapter.modules.items():
+            if not isinstance(lora, LoraWeights):
+                tensors |= {key: stored.read(key).contiguous() for key in header.keys[path].values()}
+                continue
             parts = {"A": lora.lora_A, "B": lora.lora_B, "bias": lora.bias}
             piece = header.modules[path].slice
             if piece is not None:

@@ -18,9 +18,12 @@ from tqdm.auto import tqdm
 from ..files.listing import grouped
 from ..files.safefile import AdapterError
 from ..models.wrappers import unwrapped
+from .branches import Rows, stacked_branches
 from .claims import BaseClaims
 from .formats import inspect_adapter
-from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, nonfinite_problems
+from .formats.adapter import LoraWeights, ModuleHeader, ModuleWeights
+from .formats.layer_sizes import fill_sizes
+from .formats.peft import GateSet, common_dtype, nonfinite_problems
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
 from .memory import memory_problem, padding_note
@@ -46,7 +49,7 @@ class Source(Protocol):
     notes: list[str]
     claims: BaseClaims
 
-    def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
+    def read(self) -> Iterator[tuple[str, ModuleWeights]]: ...
 
 
 def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[Source]:
@@ -73,7 +76,7 @@ def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[
     if not sources and not bad:
         raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
     sources, unnamed = selection.rename(sources, complete=not bad)
-    bad |= unnamed | _misfits(sources)
+    bad |= unnamed | {repr(name): said for name, said in fill_sizes(sources, base).items()} | _misfits(sources)
     if bad:
         # all are refused now, so what reading them would find belongs to the list
         for source in tqdm(sources, "looking for NaN", delay=PROGRESS_AFTER, leave=False):
@@ -86,7 +89,7 @@ def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[
 def _stored_problems(source: Source) -> list[str]:
     """NaN and inf in the file of one expert."""
     try:
-        return [p for path, w in source.read() for p in nonfinite_problems(path, w.lora_A, w.lora_B, w.bias)]
+        return [p for path, w in source.read() for p in nonfinite_problems(path, w)]
     except ValueError as error:
         return [str(error)]
 
@@ -147,7 +150,10 @@ def _misfits(sources: Sequence[Source]) -> dict[str, list[str]]:
     """{expert: what is wrong}, one line each, for experts whose modules have another D or O than most experts'."""
     differing: dict[int, list[str]] = {}
     agreeing: dict[int, set[int]] = {}
-    for path, holders in _by_module(sources).items():
+    for path, every in _by_module(sources).items():
+        holders = [(e, m) for e, m in every if m.in_features and m.out_features]
+        if not holders:
+            continue
         shapes = Counter((m.out_features, m.in_features) for _, m in holders)
         (usual, count), *_ = shapes.most_common()
         for e, module in holders:
@@ -232,6 +238,7 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
     if note := padding_note(names, holders, target):
         warnings.warn(f"load_experts: {note}", stacklevel=3)
     stacks = {path: _allocate(held, len(sources), target, device) for path, held in holders.items()}
+    others: dict[str, Rows] = {path: {} for path in holders}
     bad: dict[str, list[str]] = {}
     total = sum(module.nbytes for source in sources for module in source.modules.values())
     options = {"unit": "B", "unit_scale": True, "delay": PROGRESS_AFTER, "leave": False}
@@ -239,27 +246,34 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
         for e, source in enumerate(sources):
             try:
                 for path, weights in source.read():
-                    _place(stacks[path], e, weights)
+                    if isinstance(weights, LoraWeights):
+                        _place(stacks[path], e, weights)
+                    else:
+                        others[path][e] = weights.copy()
                     bar.update(source.modules[path].nbytes)
             except ValueError as error:  # the file changed since it was checked
                 bad.setdefault(repr(source.name), []).append(str(error))
-    for e in _nonfinite_experts(stacks):
+    for e in sorted(_nonfinite_experts(stacks) | {e for rows in others.values() for e in rows}):
         try:
             problems = [p for path, w in sources[e].read() for p in _value_problems(stacks[path], e, path, w)]
         except ValueError as error:
             problems = [str(error)]
-        bad.setdefault(repr(sources[e].name), []).extend(problems)
+        if problems:
+            bad.setdefault(repr(sources[e].name), []).extend(problems)
     if bad:
         raise _refusal(bad, len(sources))
-    banks = {}
-    for path, held in holders.items():
-        lora_a, lora_b, bias = stacks[path]
-        ranks = [0] * len(sources)
-        for e, module in held:
-            ranks[e] = module.rank
-        present = torch.tensor([rank > 0 for rank in ranks])
-        banks[path] = ModuleBank(lora_a, lora_b.transpose(1, 2), bias, present=present, ranks=ranks)
-    return banks
+    return {path: _bank(held, stacks[path], others[path], len(sources), device) for path, held in holders.items()}
+
+
+def _bank(
+    held: Sequence[tuple[int, ModuleHeader]], stack: _Stack, others: Rows, num: int, device: torch.device
+) -> ModuleBank:
+    lora_a, lora_b, bias = stack
+    ranks, present = [0] * num, torch.zeros(num, dtype=torch.bool)
+    for e, module in held:
+        ranks[e], present[e] = module.rank, True
+    branches = stacked_branches(others, num, device)
+    return ModuleBank(lora_a, lora_b.transpose(1, 2), bias, present=present, ranks=ranks, branches=branches)
 
 
 _Stack = tuple[Tensor, Tensor, Tensor | None]  # [E,R,D], [E,R,O], [E,O]
@@ -295,7 +309,7 @@ def _put_scaled(target: Tensor, values: Tensor, scaling: float) -> None:
         target.copy_(wide * scaling)
 
 
-def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> list[int]:
+def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> set[int]:
     """Ids of experts with NaN or inf anywhere."""
     found: set[int] = set()
     for stack in stacks.values():
@@ -304,14 +318,18 @@ def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> list[int]:
             if tensor is not None and not torch.isfinite(tensor.sum(dtype=torch.float64)):
                 flat = tensor.flatten(1)
                 found.update(e for e in range(len(flat)) if not torch.isfinite(flat[e]).all())
-    return sorted(found)
+    return found
 
 
-def _value_problems(stack: _Stack, e: int, path: str, weights: LoraWeights) -> list[str]:
+def _value_problems(stack: _Stack, e: int, path: str, weights: ModuleWeights) -> list[str]:
     """What is wrong with the values of one module of one expert: as stored, or once scaled and cast."""
-    problems = nonfinite_problems(path, weights.lora_A, weights.lora_B, weights.bias)
-    if problems:
-        return problems
+    problems = nonfinite_problems(path, weights)
+    if problems or not isinstance(weights, LoraWeights):
+        return problems or [
+            f"{path}: {part} does not fit float32"
+            for part, tensor in weights.parts().items()
+            if not torch.isfinite(tensor.float()).all()
+        ]
     hint = "; pass dtype=torch.float32" if stack[0].dtype == torch.float16 else ""
     return [
         f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into lora_B and bias){hint}"

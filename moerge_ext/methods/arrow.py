@@ -93,6 +93,7 @@ def _row(name: str, summary: str, paper: str, *, top_k: int, aggregation: str = 
         paper=paper,
         taxonomy=replace(TAXONOMY, aggregation=merged),
         plan=arrow_plan,
+        lora_only=True,
         routing=Routing(top_k=top_k, normalize="none", absolute=True, scale=None, weighting="softmax"),
         aggregation=aggregation,
         options=defaults | options,

@@ -30,6 +30,7 @@ from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
 from .provenance import provenance_notes
 from .ran import FirstForward
+from .routed_branches import against_branches, left_out, routed_layer
 from .routed_experts import routed_experts, ways_of
 from .routed_linear import BACKENDS, RoutedLinear
 from .rows import Rows
@@ -287,7 +288,7 @@ def patch(
         raise ValueError(_listing(method, problems))
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
-        name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
+        name: routed_layer(model.get_submodule(name), plan, routing, name=name, **shared)
         for name, plan in plans.items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
@@ -305,6 +306,9 @@ def _plans(
 ) -> dict[str, Plan]:
     """What each layer will hold; adds to `problems` why one cannot be had."""
     plans = {}
+    if refused := against_branches(row, experts.modules):
+        problems += refused
+        return plans
     for name, bank in experts.modules.items():
         try:
             plan = row.plan(experts, bank, name, settings)
@@ -312,6 +316,8 @@ def _plans(
             problems.append(str(error))
         else:
             plans[name] = plan if absent == "mask" else with_absent(plan, bank)
+            if plan.gates is not None and bank.branches.keys() != plan.branches.keys():
+                problems.append(left_out(row, name, bank))
     return plans
 
 
@@ -333,6 +339,7 @@ def check_patch(
     if row.lacks is not None and not fitted.placement.problems:
         bank, reasons = with_parameters(model, fitted.experts, fitted.placement)
         problems += reasons + row.lacks(bank)
+    problems += against_branches(row, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
     if problems := problems or _device_problems(model, patched, backend):
         raise ValueError(_listing(method, problems))

@@ -2,6 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors (whole or in parts)      peft.py
     the same, peft_type ADALORA                                             adalora.py
+    the same, peft_type IA3                                                 ia3.py
     adapter_config.json, adapters.safetensors                               mlx.py, MLX-LM
     <file>.gguf, or a folder with one and no config                         gguf.py, llama.cpp
 
@@ -19,7 +20,9 @@ from typing import Any
 
 from ...files.safefile import AdapterError
 from ...files.shards import has_weights
-from . import foreign, gguf, mlx, peft, pickled
+from . import foreign, gguf, ia3, mlx, peft, pickled
+from .adapter import Adapter, AdapterHeader
+from .layer_sizes import fill_sizes
 
 __all__ = ["inspect_adapter", "read_adapter"]
 
@@ -31,7 +34,7 @@ def inspect_adapter(
     *,
     keep: Callable[[str], bool] | None = None,
     allow_pickle: bool = False,
-) -> peft.AdapterHeader:
+) -> AdapterHeader:
     """Check an adapter of any format without reading its tensors.
 
     base: the base model, its config or the folder of either, for formats that need to know it (GGUF). keep: which
@@ -39,7 +42,8 @@ def inspect_adapter(
     see `pickled.py` first.
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
-    agreement with the config, and of the gates beside it.
+    agreement with the config, and of the gates beside it. Widths of layers that an (IA)3 does not hold are 0, see
+    `layer_sizes.py`.
     """
     found = peft.resolve(name, path)
     folder = found if found.is_dir() else None
@@ -56,12 +60,19 @@ def inspect_adapter(
             view = peft.view_peft(folder)
     except (ValueError, OSError) as error:
         raise AdapterError([str(error)], peft.heading(name, found)) from None
+    if folder is not None and (view.config or {}).get("peft_type") == ia3.KIND:
+        headers = peft.read_headers(view, view.problems)
+        said = {"heading": peft.heading(name, found), "file": peft.WEIGHTS_FILE}
+        return ia3.inspect_ia3(name, folder, view, headers, keep, **said)
     return peft.inspect_view(name, found, folder, view, keep)
 
 
-def read_adapter(name: str, path: str | os.PathLike, base: Any = None) -> peft.Adapter:
+def read_adapter(name: str, path: str | os.PathLike, base: Any = None) -> Adapter:
     """`inspect_adapter`, with the tensors in memory: as stored, unscaled. Raises AdapterError with every problem."""
-    return peft.into_memory(inspect_adapter(name, path, base))
+    header = inspect_adapter(name, path, base)
+    if unknown := fill_sizes([header], base):
+        raise AdapterError(unknown[name], peft.heading(name, header.folder))
+    return peft.into_memory(header)
 
 
 def _is_mlx(folder: Path) -> bool:

@@ -30,9 +30,7 @@ _CONVERTIBLE = frozenset(
 _NO_LAYER = frozenset(
     ["ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 )
-_CHANGES_WEIGHTS = frozenset(
-    ["BOFT", "HIRA", "HRA", "IA3", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"]
-)
+_CHANGES_WEIGHTS = frozenset(["BOFT", "HIRA", "HRA", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"])
 MAX_SCANNED = 1000  # entries of a folder
 _CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (torch.load, weights only)"
 
@@ -48,6 +46,8 @@ def what_kind(kind: object) -> str:
         )
     if kind in _NO_LAYER:
         return f"; {kind} trains tokens or activations and adds to no layer"
+    if kind == "IA3":
+        return "; an (IA)3 is read from its folder: save_pretrained(FOLDER) of the live model first"
     if kind in _CHANGES_WEIGHTS:
         return f"; {kind} multiplies the base's weights, which a routed sum of experts cannot do"
     return ""
