@@ -22,6 +22,8 @@ if not _bare():
     from .ensemble.train import train_router
     from .evaluation.explain import TokenRouting, explain_tokens
     from .experts.bank import ExpertBank, ModuleBank, load_experts
+    from .exporting.merge import merge_experts
+    from .exporting.push import push_expert
     from .methods import METHODS, get_method
     from .models.prompt import PromptFormat
     from .native.loading import build_info
@@ -69,8 +71,10 @@ __all__ = [
     "index_examples",
     "load_experts",
     "lorahub",
+    "merge_experts",
     "ops",
     "patch",
+    "push_expert",
     "reference",
     "similar_examples",
     "train_expert",

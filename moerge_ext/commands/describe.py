@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..experts.formats import inspect_adapter
+from ..experts.hub import find_adapter, output_folder
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows
 from ..queries.describe import EXAMPLES, describe
@@ -17,7 +19,7 @@ from .options import add_embedder, add_writer, build_embedder, build_writer, che
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add = parser.add_argument
-    add("--adapter", type=Path, required=True, metavar="DIR", help="the expert's PEFT LoRA folder")
+    add("--adapter", required=True, metavar="DIR", help="the expert's LoRA folder, or with --output its hub id")
     add("--examples", type=Path, metavar="FILE", help='JSON lines {"input": ..., "target": ...} of its training data')
     add("--instruction", metavar="TEXT", help="the task in one sentence, instead of --examples and --writer")
     add("--index", type=int, metavar="N", help="embed up to N of --examples, for the retrieval methods (1000)")
@@ -40,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     check_writer(args)
     describing = args.instruction is not None or bool(args.writer)
     check(args, describing)
-    if args.output is not None or args.adapter.is_dir():
-        check_can_write(args.output or args.adapter)
+    inspect_adapter(*find_adapter(args.adapter))
+    check_can_write(output_folder(args.adapter, args.output))
     rows = read_rows(args.examples, text=True) if args.examples is not None else []
     embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
     if describing:
@@ -57,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"instruction: {made.instruction}\nwrote {made.path}")
     if args.index is not None:
-        print(f"wrote {index_examples(args.adapter, rows, embedder, samples=args.index, seed=args.seed)}")
+        drawn = {"samples": args.index, "seed": args.seed}
+        print(f"wrote {index_examples(args.adapter, rows, embedder, output_dir=args.output, **drawn)}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..native.health import examine
+from .expert_options import add_gates, gates_of, load_bank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--experts", nargs="+", action="extend", default=[], metavar="DIR", help="with --model: PEFT folders or hub ids"
     )
+    add_gates(parser)
     add("--method", default="arrow", help="with --model (default: %(default)s, which needs no gates)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
@@ -23,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 when all fits, 1 otherwise. ValueError for arguments that do not go together."""
     if bool(args.model) != bool(args.experts):
         raise ValueError("--model and --experts go together: the layers that experts name are those that are explained")
+    gates_of(args)
     report = examine()
     width = max(len(name) for name, _ in report.lines)
     for name, value in report.lines:
@@ -40,11 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
 def ways(args: argparse.Namespace) -> str:
     """Which way every kind of layer takes. By module: `moerge doctor` alone imports nothing of all this."""
-    from ..experts.bank import load_experts
     from ..models.pretrained import load_model, usable_device
     from ..routing.patch import patch
 
-    experts = load_experts(args.experts, base=args.model)
+    experts = load_bank(args)
     model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
     options = {"top_k": min(4, len(experts))} if args.method == "arrow" else {}
     return str(patch(model, experts, args.method, **options).explain())

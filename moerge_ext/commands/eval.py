@@ -11,6 +11,7 @@ from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, wit
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods.fixed import PREFIX
+from .expert_options import gates_of, load_bank
 from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
 from .prompt_options import prompt_of
 
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
+    gates_of(args)
     check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
     texts = with_top_k(listed(args.methods), args.top_k)
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         length_norm=not args.sum_log_likelihood,
         similar=args.similar,
     )
-    experts = load_experts(args.experts, base=args.model)
+    experts = load_bank(args)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names)

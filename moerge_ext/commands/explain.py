@@ -11,6 +11,7 @@ from typing import Any
 
 from ..methods.option_text import top_k
 from ..models.prompt import Prompt
+from .expert_options import add_gates, gates_of, load_bank
 from .generate import check_method
 from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_file
 from .progress import add_progress
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="folder or hub id of the base model, with its tokenizer")
     add("prompt", metavar="PROMPT", help="the text; '-' reads standard input")
     add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_gates(parser)
     add("--method", default="phatgoose", help="a row of `moerge methods` that routes (default: %(default)s)")
     add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status; ValueError and OSError for what the user can mend."""
     method, options = check_method(args)
+    gates_of(args)
     if method.routing is None:
         raise ValueError(f"method '{method.name}' routes nothing: there is no choice of experts to explain")
     for name, least in (("bands", 1), ("max_new_tokens", 0)):
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         check_file(args.html)
 
-    from .. import load_experts, patch
+    from .. import patch
     from ..evaluation.explain import explain_tokens
     from ..experts.prompt_notes import warn_of_other_prompts
     from ..models.pretrained import load_config, load_model, load_tokenizer, usable_device
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     asked = form.prompt(row, tokenizer)
     check_length(asked, tokenizer, load_config(args.model), args.max_new_tokens)
-    experts = load_experts(args.experts, base=args.model)
+    experts = load_bank(args)
     warn_of_other_prompts(experts, [form])
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **options)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
+from .expert_options import add_gates, gates_of, load_bank
 from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
 from .prompt_options import add_prompt, prompt_of
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
     )
+    add_gates(parser)
     add(
         "--method",
         default="phatgoose",
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     # all that can be refused is refused before the model is read
     method, options = check_method(args)
     check_decoding(args)
+    gates_of(args)
 
     from ..models.pretrained import is_seq2seq, load_config, load_model, load_tokenizer, usable_device
     from ..models.prompt import encode
@@ -73,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
 
     from transformers import TextStreamer
 
-    from .. import load_experts, patch
+    from .. import patch
     from ..experts.prompt_notes import warn_of_other_prompts
 
-    experts = load_experts(args.experts, base=args.model)
+    experts = load_bank(args)
     warn_of_other_prompts(experts, [form])
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **options)

@@ -14,6 +14,7 @@ from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
+from .expert_options import gates_of, load_bank
 from .options import add_tasks_and_model, build_routers, check_file, check_writer, listed, load, read_tasks
 from .prompt_options import prompt_of
 
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     check_writer(args)
+    gates_of(args)
     check_can_write(args.output)
     check_matplotlib()
     if args.html is not None:
@@ -58,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
     given = dict(_pair(text) for text in args.oracle)
     results = read_results(args.results) if args.results else []
 
-    from .. import load_experts
     from ..evaluation.evaluate import Settings
 
-    experts = load_experts(args.experts, base=args.model)
+    experts = load_bank(args)
     runs, derived = parse_runs(methods, experts.names)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")

@@ -18,6 +18,7 @@ from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
 from ..queries.hidden import GENERIC, base_name
 from ..queries.writer import InstructionWriter
+from .expert_options import add_gates
 from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
 
@@ -136,6 +137,7 @@ def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
     add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_gates(parser)
     add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")
     add("--split", default="test", help="which <split>.jsonl of the tasks (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="the first N rows of every task (default: all)")

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = _defaults()
     add = parser.add_argument
     add("model", help="folder (or hub id) of the base model, with its tokenizer")
-    add("adapter", type=Path, help="the expert's PEFT LoRA folder")
+    add("adapter", help="the expert's LoRA folder, or with --output its hub id (user/repo[/sub][@rev])")
     add(
         "--kind",
         choices=(SIGMOID_GATE, AVERAGE_ACTIVATION),
@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
     check(args, training)
 
+    from ..experts.formats import inspect_adapter
+    from ..experts.hub import find_adapter, output_folder
     from ..files.atomic import check_writable
     from ..training.activation import average_activation
     from ..training.gates import train_gates
@@ -68,8 +70,10 @@ def run(args: argparse.Namespace) -> int:
     rows = my_rows(args.data, ranks, prompt)
     if "validation" in training:
         training["validation"] = my_rows(training["validation"], ranks, prompt)
-    if args.output is not None or args.adapter.is_dir():
-        check_writable(args.output or args.adapter)
+    name, folder = find_adapter(args.adapter)
+    inspect_adapter(name, folder, args.model)
+    target = output_folder(args.adapter, args.output)
+    check_writable(target)
     model, tokenizer = load(args)
     common = {"tokenizer": tokenizer, "max_length": args.max_length, "prompt": prompt}
     common |= {"batch_size": args.batch_size, "output_dir": args.output, "progress": not args.no_progress}
@@ -77,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         path = average_activation(model, args.adapter, rows, **common)
         if ranks.first:
             print(f"wrote {path}")
+            say_where(name, folder, target)
         return 0
     if ranks.first:
         print(plan_of(len(rows), batch_size=args.batch_size, ranks=ranks.size, **training), flush=True)
@@ -84,7 +89,15 @@ def run(args: argparse.Namespace) -> int:
         result = train_gates(model, args.adapter, rows, **training, **common)
     if ranks.first:
         tell(result)
+        if not hasattr(args, "joint"):
+            say_where(name, folder, target)
     return 0
+
+
+def say_where(name: str, folder: Path, target: Path) -> None:
+    """How gates that do not lie beside their adapter are used."""
+    if target.resolve() != folder.resolve():
+        print(f"they are not beside the adapter: use them with --gates {name}={target}")
 
 
 def check(args: argparse.Namespace, training: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..files.listing import grouped, listed
 from ..files.safefile import FLOATS
 from .claims import BaseClaims
-from .formats.peft import GateSet, write_gates
+from .formats.peft import GateSet
+from .gate_files import Gates, save_gates
 from .idle import idle_notes
 from .kinds import SIGMOID_GATE
 from .module_bank import ModuleBank
@@ -29,7 +30,8 @@ class ExpertBank:
     """E experts over one base model.
 
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
-    they all name, or None; folders: where each came from, or None; global_vectors: {kind: {expert name: [any]
+    they all name, or None; folders: where each came from, or None; sidecars: {expert name: the other folder or file
+    that its gates are from}; global_vectors: {kind: {expert name: [any]
     float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
     parameter_gates: those of stacked parameters, whose LoRA lies in one module per base expert.
     claims: {expert name: what it says of the base}, checked by `patch`;
@@ -50,12 +52,14 @@ class ExpertBank:
         claims: Mapping[str, BaseClaims] | None = None,
         stored_paths: Sequence[Mapping[str, str]] | None = None,
         bases: Sequence[tuple[str | None, str | None]] | None = None,
+        sidecars: Mapping[str, Path] | None = None,
     ):
         self.names = tuple(names)
         self.modules = dict(modules)
         self.base_model = base_model
         self.folders = tuple(folders) if folders is not None else (None,) * len(self.names)
         self.global_vectors = {kind: dict(vectors) for kind, vectors in (global_vectors or {}).items()}
+        self.sidecars = dict(sidecars or {})
         self.claims = dict(claims or {})
         self.global_metadata = {kind: dict(facts) for kind, facts in (global_metadata or {}).items()}
         self.parameter_gates = parameter_gates or ParameterGates()
@@ -111,6 +115,10 @@ class ExpertBank:
         """Bytes of all stacked tensors, padding and gates included."""
         return sum(module.nbytes for module in self.modules.values())
 
+    def places(self, name: str) -> list[Path]:
+        """Where what routing needs of one expert may lie: the folder or file of `load_experts(gates=...)`, its own."""
+        return [place for place in (self.sidecars.get(name), self.folders[self.index(name)]) if place is not None]
+
     def index(self, name: str) -> int:
         """The id of an expert; KeyError lists the names there are."""
         try:
@@ -157,6 +165,7 @@ class ExpertBank:
             claims=self.claims,
             stored_paths=stored_paths,
             bases=self.bases,
+            sidecars=self.sidecars,
         )
 
     def set_gates(
@@ -231,51 +240,12 @@ class ExpertBank:
         folders: None writes each expert's gates into the folder it was loaded from; {name: folder} writes
         only those experts; one path is the expert's folder when the bank has one expert, and otherwise the
         parent of one folder per expert, named after it and made when missing. `gates` ({name: {module: [D]}})
-        are set first. Raises ValueError naming every expert that cannot be written, before anything is
-        written.
+        are set first. Raises ValueError naming every expert that cannot be written (its adapter is of the hub's
+        cache), before anything is written.
         """
         for name, rows in (gates or {}).items():
             self.set_gates(name, rows, kind)
-        targets, problems = self._gate_folders(folders), []
-        for name, folder in targets.items():
-            if folder is None:
-                problems.append(f"expert {name!r} was not loaded from a folder; pass folders={{name: folder}}")
-            if not self.get_gates(name, kind) and name not in self.global_vectors.get(kind, {}):
-                problems.append(f"expert {name!r} has no gates of kind {kind!r}")
-        if problems:
-            raise ValueError("save_gates: " + "; ".join(problems))
-        written = []
-        for name, folder in targets.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            vector = self.global_vectors.get(kind, {}).get(name)
-            stored = self.stored_paths[self.names.index(name)]
-            rows = {stored.get(path, path): gate for path, gate in self.get_gates(name, kind).items()}
-            written.append(
-                write_gates(
-                    folder,
-                    rows,
-                    kind=kind,
-                    base_model=self.base_model,
-                    global_vector=vector,
-                    metadata={**self.global_metadata.get(kind, {}).get(name, {}), **(metadata or {})},
-                )
-            )
-        return written
-
-    def _gate_folders(
-        self, folders: str | os.PathLike | Mapping[str, str | os.PathLike] | None
-    ) -> dict[str, Path | None]:
-        if folders is None:
-            return dict(zip(self.names, self.folders, strict=True))
-        if isinstance(folders, Mapping):
-            return {self.names[self._id(name, "save_gates")]: Path(folder) for name, folder in folders.items()}
-        parent = Path(folders)
-        if len(self) == 1:
-            return {self.names[0]: parent}
-        unusable = [name for name in self.names if name in (".", "..") or Path(name).name != name]
-        if unusable:
-            raise ValueError(f"save_gates: {unusable} cannot be folder names; pass folders={{name: folder}}")
-        return {name: parent / name for name in self.names}
+        return save_gates(self, folders, kind, metadata)
 
     def _id(self, expert: str | int, caller: str) -> int:
         if expert in self.names:
@@ -295,6 +265,7 @@ def load_experts(
     names: Iterable[str] | None = None,
     modules: Modules = None,
     rename: Rename = None,
+    gates: Gates = None,
 ) -> ExpertBank:
     """Load LoRA adapters (PEFT, MLX-LM, llama.cpp's GGUF; see `experts.formats`) as one bank of experts.
 
@@ -314,15 +285,19 @@ def load_experts(
     rename: what the modules are called here: {old: new}, where `old` is any run of whole parts of a path
     ("model.layers", "query", a whole path; "" is the start of every path), or a function of the path. `patch` knows
     the renamings of transformers by itself.
+    gates: {expert name: folder, file or hub id} of gates (and indexed examples) that lie elsewhere than beside the
+    adapter; they take the place of its own of the same kind. They must be those of this adapter: their headers note
+    which one they were made for.
 
     Raises ValueError listing every problem of every expert, what does not fit into memory, or why the device cannot be
     used; then nothing was loaded. Warns once, naming the experts, of configs that speak of modules which are not in
-    their files, of experts that change nothing, and of adapters of a live model that may be no experts.
+    their files, of experts that change nothing, of adapters of a live model that may be no experts, and of gates beside
+    an adapter whose weights have changed since.
     """
     selection = Selection(modules, rename, names)
     _check_dtype(dtype)
     device = _usable_device("cpu" if device is None else device, "load_experts")
-    sources = collect_sources(paths, selection, base)
+    sources, places = collect_sources(paths, selection, base, gates)
     stacked = stack_modules(sources, dtype, device)
     parameter_gates = _place_gates(sources, stacked)
     notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
@@ -345,6 +320,7 @@ def load_experts(
         claims={source.name: source.claims for source in sources},
         stored_paths=[getattr(source, "stored_paths", {}) for source in sources],
         bases=[(source.base_model, getattr(source, "config", {}).get("revision")) for source in sources],
+        sidecars=places,
     )
 
 

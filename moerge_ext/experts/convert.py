@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.atomic import write_atomically
+from ..files.atomic import check_new_folder, write_atomically
 from .formats import inspect_adapter
 from .formats.adapter import Adapter, AdapterHeader, LoraWeights
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, into_memory
@@ -34,9 +34,7 @@ def convert_adapter(
     Raises ValueError (AdapterError with every problem) before anything is written.
     """
     name, path = find_adapter(source)
-    target = Path(output)
-    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already: name a folder that is empty or not there yet")
+    target = check_new_folder(output)
     header = inspect_adapter(name, path, base, allow_pickle=allow_pickle)
     adapter = into_memory(header)
     tensors = _tensors(adapter, header) | _saved(header)

@@ -56,6 +56,8 @@ def read_gates(
     problems: list[str] = []
     for name in sorted(path.name for path in folder.glob("moerge_gates*.safetensors")):
         try:
+            if _SIDECAR.fullmatch(name) is None:
+                raise ValueError(f"{name}: expected {GATES_FILE} or moerge_gates.<kind>.safetensors")
             gates = _read_sidecar(folder, name, modules, keep)
         except AdapterError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
@@ -71,15 +73,29 @@ def read_gates(
     return found
 
 
+def read_gates_file(
+    file: str | os.PathLike,
+    modules: Mapping[str, int] | None = None,
+    keep: Callable[[str], bool] | None = None,
+) -> dict[str, GateSet]:
+    """`read_gates` of one file, whatever its name is."""
+    file = Path(file).resolve()
+    try:
+        gates = _read_sidecar(file.parent, file.name, modules, keep)
+    except AdapterError as error:
+        raise AdapterError(error.problems, f"the gates in {file} cannot be used") from None
+    except (ValueError, OSError) as error:
+        raise AdapterError([str(error)], f"the gates in {file} cannot be used") from None
+    return {gates.kind: gates}
+
+
 def _read_sidecar(
     folder: Path, name: str, modules: Mapping[str, int] | None, keep: Callable[[str], bool] | None
 ) -> GateSet:
     match = _SIDECAR.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name}: expected {GATES_FILE} or moerge_gates.<kind>.safetensors")
     with open_tensors(file_inside(folder, name)) as handle:
         metadata = dict(handle.metadata() or {})
-        problems = _metadata_problems(metadata, match["kind"])
+        problems = _metadata_problems(metadata, match["kind"] if match else None)
         headers = read_headers(handle)
         if keep is not None:
             headers = {key: header for key, header in headers.items() if key == GLOBAL_KEY or keep(key)}

@@ -12,9 +12,11 @@ import os
 import re
 from pathlib import Path
 
-from ..files.safefile import file_inside
+from ..files.safefile import file_inside, in_hub_cache
 from .formats import mlx
+from .formats.foreign import what_model
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE
+from .manifest import MANIFEST_FILE
 
 ALLOWED_FILES = (
     CONFIG_FILE,
@@ -23,6 +25,7 @@ ALLOWED_FILES = (
     mlx.WEIGHTS_FILE,
     "moerge_gates*.safetensors",
     "moerge_examples*.safetensors",
+    MANIFEST_FILE,
 )
 GGUF = ".gguf"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
@@ -36,6 +39,40 @@ def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
     the last part of the path or id, without the revision. Raises ValueError when nothing is found, with the
     reason.
     """
+    name, folder = _found(source)
+    no_adapter = folder.is_dir() and not (folder / CONFIG_FILE).exists()
+    if no_adapter and (hub := _hub_id(source)) is not None and (model := _model_there(*hub)) is not None:
+        raise ValueError(f"hub repository {source}: {model}")
+    return name, folder
+
+
+def find_files(source: str | os.PathLike) -> Path:
+    """The same of what lies beside adapters (gates, indexed examples): a folder or file."""
+    return _found(source)[1]
+
+
+def output_folder(source: str | os.PathLike, output: str | os.PathLike | None) -> Path:
+    """Where to write what is made for an adapter: `output`, or the adapter's own folder.
+
+    ValueError for an adapter of the hub, or one that is a file without a folder of its own, and no `output`.
+    """
+    if output is not None:
+        return Path(output)
+    folder = None if _hub_id(source) is not None else _found(source)[1]
+    if folder is None or in_hub_cache(folder):
+        raise ValueError(
+            f"{os.fspath(source)} is an adapter of the hub, whose cache is not written to: say where to write "
+            "(output_dir, --output DIR), and name it to load_experts(..., gates={name: DIR}) or --gates NAME=DIR"
+        )
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file without a folder of its own: say where to write (output_dir, --output DIR), or "
+            "`moerge convert` it first"
+        )
+    return folder
+
+
+def _found(source: str | os.PathLike) -> tuple[str, Path]:
     try:
         text = os.fspath(source)
         if isinstance(text, bytes):
@@ -48,14 +85,21 @@ def find_adapter(source: str | os.PathLike) -> tuple[str, Path]:
         raise ValueError(f"an expert must be a path or a hub id, got {type(source).__name__}") from None
     except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, no home folder
         raise ValueError(f"{str(source)[:200]!r} is not a usable path") from None
-    match = _HUB_ID.fullmatch(text) if isinstance(source, str) else None
-    if match is None or ".." in text:
+    if (hub := _hub_id(source)) is None:
         raise ValueError(
             f"there is no local folder {text!r}, and it is no hub id (user/repo, user/repo/subfolder, each with "
             "@revision or without): check the path"
         )
-    folder = _snapshot(match["repo"], match["sub"].strip("/"), match["revision"])
-    return (match["repo"] + match["sub"]).rsplit("/", 1)[-1].removesuffix(GGUF), folder
+    repo, subfolder, _ = hub
+    return f"{repo}/{subfolder}".rstrip("/").rsplit("/", 1)[-1].removesuffix(GGUF), _snapshot(*hub)
+
+
+def _hub_id(source: object) -> tuple[str, str, str | None] | None:
+    """(repository, subfolder, revision) of a hub id; None for a path that is there, and for anything else."""
+    match = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if match is None or ".." in source or Path(source).expanduser().exists():
+        return None
+    return match["repo"], match["sub"].strip("/"), match["revision"]
 
 
 def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
@@ -79,3 +123,14 @@ def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
     if not folder.is_dir():
         raise ValueError(f"hub repository {repo} has no adapter in folder {subfolder!r} (revision {root.name})")
     return folder
+
+
+def _model_there(repo: str, subfolder: str, revision: str | None) -> str | None:
+    """What to say of a model's repository, where an adapter was looked for and not found."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        config = hf_hub_download(repo, "config.json", subfolder=subfolder or None, revision=revision)
+    except Exception:  # as in `_snapshot`; there is none, and the adapter's reader says what is missing
+        return None
+    return what_model(Path(config).parent)

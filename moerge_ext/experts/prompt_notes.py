@@ -21,9 +21,10 @@ def note_of_prompt(prompt: PromptFormat | None) -> dict[str, str]:
 
 
 def noted_prompts(folder: Path) -> dict[str, PromptFormat]:
-    """{file name: the format noted in it} of an expert's folder; empty where nobody noted one."""
+    """{file name: the format noted in it} of an expert's folder, or one file; empty where nobody noted one."""
     found = {}
-    for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
+    files = [folder] if folder.is_file() else sorted(path for pattern in _FILES for path in folder.glob(pattern))
+    for path in files:
         try:
             with open_tensors(path) as opened:
                 text = (opened.metadata() or {}).get(PROMPT_KEY)
@@ -38,8 +39,10 @@ def warn_of_other_prompts(experts: ExpertBank, asked: Iterable[PromptFormat | No
     """Warn of experts, or gates, that were trained with another prompt format than those they are asked with."""
     asked = {form for form in asked if form is not None}
     others: dict[PromptFormat, list[str]] = {}
-    for name, folder in zip(experts.names, experts.folders, strict=True):
-        noted = noted_prompts(folder) if folder is not None and asked else {}
+    for name in experts.names:
+        noted: dict[str, PromptFormat] = {}
+        for place in reversed(experts.places(name) if asked else []):  # gates from elsewhere replace those beside it
+            noted |= noted_prompts(place)
         for form in dict.fromkeys(noted.values()):
             if asked != {form}:
                 files = [file for file, other in noted.items() if other == form]

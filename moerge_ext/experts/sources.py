@@ -7,7 +7,8 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from .formats import inspect_adapter
 from .formats.adapter import LoraWeights, ModuleHeader, ModuleWeights
 from .formats.layer_sizes import fill_sizes
 from .formats.peft import GateSet, common_dtype, nonfinite_problems
+from .gate_files import Gates, gate_places, stale_note, with_gates
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
 from .memory import memory_problem, padding_note
@@ -52,8 +54,12 @@ class Source(Protocol):
     def read(self) -> Iterator[tuple[str, ModuleWeights]]: ...
 
 
-def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[Source]:
-    """Find and check every expert, alone and beside the others. ValueError lists all problems of all of them."""
+def collect_sources(
+    paths: Any, selection: Selection, base: Any = None, gates: Gates = None
+) -> tuple[list[Source], dict[str, Path]]:
+    """(every expert, checked alone and beside the others; where `gates` of which lie). ValueError lists all problems
+    of all of them.
+    """
     bad: dict[str, list[str]] = {}
     if isinstance(paths, nn.Module):
         paths = unwrapped(paths)
@@ -75,6 +81,10 @@ def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[
                 bad[f"{name!r} ({folder})"] = error.problems
     if not sources and not bad:
         raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
+    fill_sizes(sources, base)
+    places = gate_places(gates, [source.name for source in sources], complete=not bad)
+    model = paths if isinstance(paths, nn.Module) else None
+    sources = _with_gates(sources, places, selection, partial(_whole, model, base), bad)
     sources, unnamed = selection.rename(sources, complete=not bad)
     bad |= unnamed | {repr(name): said for name, said in fill_sizes(sources, base).items()} | _misfits(sources)
     if bad:
@@ -83,7 +93,41 @@ def collect_sources(paths: Any, selection: Selection, base: Any = None) -> list[
             bad.setdefault(repr(source.name), []).extend(_stored_problems(source))
         raise _refusal({name: problems for name, problems in bad.items() if problems}, total)
     _check_padding(sources)
-    return sources
+    return sources, places
+
+
+def _whole(model: nn.Module | None, base: Any, source: Source) -> Source:
+    """The source with all its modules, whatever was selected. AdapterError when the rest of it is not right."""
+    if model is None:
+        header = inspect_adapter(source.name, source.path, base)
+        fill_sizes([header], base)
+        return header
+    found, bad = live_adapters(model, Selection(names=[source.name]))
+    if bad:
+        raise AdapterError([problem for problems in bad.values() for problem in problems])
+    return found[0]
+
+
+def _with_gates(
+    sources: list[Source],
+    places: Mapping[str, Path],
+    selection: Selection,
+    whole: Callable[[Source], Source],
+    bad: dict[str, list[str]],
+) -> list[Source]:
+    """The sources with gates from elsewhere; those that cannot be used go to `bad`. Stale gates are noted."""
+    found = []
+    for source in sources:
+        all_of_it = (lambda source=source: source) if selection.keeps is None else partial(whole, source)
+        try:
+            if source.name in places:
+                source = with_gates(source, places[source.name], selection.keeps, all_of_it)
+            if note := stale_note(source, all_of_it):
+                source.notes.append(note)
+            found.append(source)
+        except AdapterError as error:
+            bad.setdefault(repr(source.name), []).extend(error.problems)
+    return found
 
 
 def _stored_problems(source: Source) -> list[str]:
@@ -160,16 +204,16 @@ def _misfits(sources: Sequence[Source]) -> dict[str, list[str]]:
             shape = (module.out_features, module.in_features)
             if shape != usual:
                 differing.setdefault(e, []).append(
-                    f"{path}: made for a layer [O={shape[0]}, D={shape[1]}], {count} other expert(s) for "
+                    f"{path} is for a layer [O={shape[0]}, D={shape[1]}], in {count} other expert(s) for "
                     f"[O={usual[0]}, D={usual[1]}]"
                 )
                 agreeing.setdefault(e, set()).update(o for o, m in holders if (m.out_features, m.in_features) == usual)
     bad = {}
     for e, said in differing.items():
         more = f"; {len(said)} of its {len(sources[e].modules)} modules differ" if len(said) > 1 else ""
-        theirs = sorted({sources[o].base_model or "not named" for o in agreeing[e]})
-        bases = f" (its base model: {sources[e].base_model or 'not named'}; theirs: {', '.join(theirs)})"
-        bad[repr(sources[e].name)] = [said[0] + more + bases]
+        theirs = sorted({sources[o].base_model or "one they do not name" for o in agreeing[e]})
+        bases = f"made for {sources[e].base_model or 'a model it does not name'}, they for {', '.join(theirs)}: "
+        bad[repr(sources[e].name)] = [bases + said[0] + more]
     return bad
 
 

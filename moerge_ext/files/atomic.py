@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,41 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
     except BaseException as error:
         _remove(temporary)
         if (refused := disk_error(error, path)) is not None:
+            raise refused from error
+        raise
+
+
+def check_new_folder(folder: str | os.PathLike) -> Path:
+    """The path of a folder to be written as a whole; ValueError when there is something, OSError when it cannot be."""
+    target = Path(folder)
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already: name a folder that is empty or not there yet")
+    check_can_write(target)
+    if target.exists():  # it is exchanged as a whole
+        check_can_write(target.absolute().parent)
+    return target
+
+
+def write_folder_atomically(folder: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Makes `folder` (not there yet, or empty) of what `write(temporary)` puts into an empty folder beside it, so that
+    it is seen whole or not at all. Errors are those of `write_atomically`.
+    """
+    folder = Path(folder).absolute()
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if (refused := disk_error(error, folder)) is not None:
             raise refused from error
         raise
 

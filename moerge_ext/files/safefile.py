@@ -85,6 +85,11 @@ def _hub_blobs(folder: Path) -> Path | None:
     return None
 
 
+def in_hub_cache(path: Path) -> bool:
+    """Whether a folder or file is one of the Hugging Face cache, which only its library may change."""
+    return _hub_blobs(path.resolve()) is not None or _hub_blobs(path.absolute()) is not None
+
+
 @contextmanager
 def open_tensors(path: Path):
     """`safe_open` on the CPU; every way in which the file can be broken becomes a ValueError."""

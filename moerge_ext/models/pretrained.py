@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ import torch
 from ..files.gguffile import read_gguf
 
 GGUF = ".gguf"
+ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+NO_SUCH_FILE = "does not appear to have a file"  # transformers of a repository that is there
 # transformers' model classes take seconds to import, and `moerge --help` needs none: imported in the functions
 
 
@@ -37,13 +40,36 @@ def location(path: str) -> tuple[str, dict[str, str]]:
     adapter in place of a model.
     """
     file = Path(path)
+    if (file / ADAPTER_CONFIG).is_file() and not (file / MODEL_CONFIG).is_file():
+        raise ValueError(_swapped(path, file / ADAPTER_CONFIG))
     if file.suffix != GGUF or not file.is_file():
         return path, {}
     if _is_adapter(file):
-        raise ValueError(f"{path!r} is an adapter, not a model: it belongs to the experts")
+        raise ValueError(_swapped(path))
     if find_spec("gguf") is None:
         raise ImportError(f"{path!r} is a GGUF file: transformers reads it with gguf, pip install 'moerge_ext[gguf]'")
     return str(file.parent), {"gguf_file": file.name}
+
+
+def _swapped(path: str, config: Path | None = None) -> str:
+    """What to say of an adapter in place of a model; `config` is its adapter_config.json."""
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config else None
+    except (OSError, ValueError, KeyError, TypeError):  # whoever loads it as an expert says what is wrong with it
+        base = None
+    made = f", made for {base!r}" if isinstance(base, str) and base else ""
+    return f"{path!r} is an adapter{made}, not a model: it belongs to the experts. Were model and adapter swapped?"
+
+
+def _swapped_on_hub(path: str) -> str | None:
+    """The same for a hub id, once no model was found there."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        found = None if Path(path).exists() else find_adapter_config_file(path)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else _swapped(path, Path(found))
 
 
 def _is_adapter(file: Path) -> bool:
@@ -129,6 +155,8 @@ def named(path: str, what: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if (other := _no_text_model(path)) is not None:
             raise ValueError(other) from error
+        if NO_SUCH_FILE in str(error) and (swapped := _swapped_on_hub(path)) is not None:
+            raise ValueError(swapped) from error
         reason = str(error).strip().partition("\n")[0]
         if Path(path).is_dir():
             raise ValueError(f"folder {path!r} holds no {what} that transformers can load ({reason})") from error

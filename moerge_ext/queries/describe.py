@@ -10,8 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..experts.fingerprint import note_of_file
 from ..experts.formats import inspect_adapter
 from ..experts.formats.peft import write_gates
+from ..experts.hub import find_adapter, output_folder
 from ..experts.kinds import INSTRUCTION
 from .embedder import Embedder
 from .writer import Example, InstructionWriter
@@ -47,19 +49,14 @@ def describe(
     the adapter's folder (or `output_dir`), with the instruction, the writer and the embedder in the metadata.
 
     Args:
-        adapter: the expert's PEFT folder; it stays untouched.
+        adapter: the expert's folder, which stays untouched, or with `output_dir` its hub id.
         examples: {"input", "target"} rows of its training data, `count` of which are drawn with `seed`.
         instruction: the sentence itself, instead of `examples` and `writer`.
 
     Raises ValueError for a folder that is no adapter, too few examples, and whatever writer and embedder refuse
     (EndpointError for an endpoint that fails); nothing is written then.
     """
-    folder = Path(adapter)
-    header = inspect_adapter(folder.name, folder)
-    if header.folder is None and output_dir is None:
-        raise ValueError(
-            f"{folder} is a file without a folder of its own: pass output_dir, or `moerge convert` it first"
-        )
+    header, target = inspect_adapter(*find_adapter(adapter)), output_folder(adapter, output_dir)
     facts = {"embedder": embedder.name}
     if instruction is not None:
         if writer is not None:
@@ -74,7 +71,6 @@ def describe(
         instruction = writer.task(chosen)
         facts |= {"writer": writer.name, "examples": str(count), "seed": str(seed)}
     vector = embedder([instruction])[0]
-    target = header.folder if output_dir is None else Path(output_dir)
     target.mkdir(parents=True, exist_ok=True)
     path = write_gates(
         target,
@@ -82,7 +78,7 @@ def describe(
         kind=INSTRUCTION,
         base_model=header.base_model,
         global_vector=vector,
-        metadata={"instruction": instruction, **facts},
+        metadata={"instruction": instruction, **facts, **note_of_file(header)},
     )
     return Description(path, instruction, vector)
 

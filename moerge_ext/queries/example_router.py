@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..experts.bank import ExpertBank
 from ..files.safefile import AdapterError
 from .embedder import Embedder
-from .index import read_index
+from .index import index_file, read_index
 from .router import Router
 from .vectors import unit
 
@@ -29,11 +30,9 @@ class ExampleRouter(Router):
         self._mixtures: dict[int | None, tuple[Any, Tensor]] = {}  # by `samples`
         self.indices: list[Tensor] = []  # per expert [M,G], unit length
         problems = []
-        for name, folder in zip(experts.names, experts.folders, strict=True):
+        for name in experts.names:
             try:
-                if folder is None:
-                    raise AdapterError(["it was not loaded from a folder, so it has no index"])
-                self.indices.append(read_index(folder, embedder.name).vectors)
+                self.indices.append(read_index(_index_folder(experts, name, embedder.name), embedder.name).vectors)
             except AdapterError as error:
                 problems += [f"'{name}': {problem}" for problem in error.problems]
         if not problems and len({index.shape[1] for index in self.indices}) > 1:
@@ -87,3 +86,11 @@ def _similarity(queries: Tensor, index: Tensor, neighbours: int | str) -> Tensor
     if neighbours == "all":
         return cosines.mean(1)
     return cosines.topk(min(neighbours, len(index)), 1).values.mean(1)
+
+
+def _index_folder(experts: ExpertBank, name: str, embedder: str) -> Path:
+    """The first of an expert's folders that has an index of this embedder, or else the one where it is missed."""
+    folders = [place for place in experts.places(name) if place.is_dir()]
+    if not folders:
+        raise AdapterError(["it was not loaded from a folder, so it has no index"])
+    return next((folder for folder in folders if (folder / index_file(embedder)).exists()), folders[-1])

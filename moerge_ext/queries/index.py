@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..experts.fingerprint import note_of_file
 from ..experts.formats import inspect_adapter
+from ..experts.hub import find_adapter, output_folder
 from ..files.atomic import write_atomically
 from ..files.safefile import FLOATS, AdapterError, file_inside, open_tensors, read_headers, read_tensor
 from .embedder import Embedder
@@ -40,22 +42,23 @@ def index_examples(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
+    output_dir: str | os.PathLike | None = None,
 ) -> Path:
-    """Embed the inputs of up to `samples` random rows of an expert's training data and store them beside its adapter.
+    """Embed the inputs of up to `samples` random rows of an expert's training data and store them beside its adapter,
+    or in `output_dir` (which `load_experts(gates={name: DIR})` is then told).
 
     Returns the file. ValueError for a folder that is no adapter, no examples, or what the embedder refuses; nothing is
     written then.
     """
-    folder = Path(adapter)
-    if inspect_adapter(folder.name, folder).folder is None:
-        raise ValueError(f"{folder} is a file without a folder of its own: `moerge convert` it first")
+    header, folder = inspect_adapter(*find_adapter(adapter)), output_folder(adapter, output_dir)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if not examples:
         raise ValueError("no examples: an index needs at least one row with an input")
     chosen = random.Random(seed).sample(list(examples), min(samples, len(examples)))
     vectors = unit(embedder([row.get("input", row.get("text", "")) for row in chosen]))
-    metadata = {"format": FORMAT, "version": "1", "embedder": embedder.name, "seed": str(seed)}
+    metadata = {"format": FORMAT, "version": "1", "embedder": embedder.name, "seed": str(seed), **note_of_file(header)}
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / index_file(embedder.name)
     write_atomically(path, lambda file: save_file({KEY: vectors.contiguous()}, file, metadata))
     return path

@@ -17,6 +17,7 @@ from .base_model import BaseCheck
 from .layers import linear_features
 from .naming import ModelPaths, Naming
 from .parameter_banks import Placement, place
+from .provenance import made_for
 from .refusals import layer_problems
 from .routed_experts import RoutedExperts
 from .routed_linear import RoutedLinear
@@ -29,13 +30,15 @@ LEAVE_OUT = 'patch(..., missing="drop") leaves such modules out, load_experts(..
 class Fitted:
     """A bank whose module paths are the model's. `notes` are to be said when the patch succeeds.
 
-    placement: where the modules are that belong to fused experts, which the bank has not.
+    placement: where the modules are that belong to fused experts, which the bank has not. made_for: which model the
+    experts were made for and which this is, when their modules do not fit it.
     """
 
     experts: ExpertBank
     placement: Placement = field(default_factory=Placement)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    made_for: str | None = None
 
 
 def on_model(
@@ -54,13 +57,17 @@ def on_model(
             f"none of the experts' modules is in {type(model).__name__} ({some}): load_experts(..., "
             "rename={old: new}) if they are there"
         )
-    fitted.problems += placement.problems + _start_problems(experts, placement)
+    fitted.problems += placement.problems
+    misfits = _size_problems(model, fitted.experts)
+    if fitted.problems or misfits:
+        fitted.made_for = made_for(model, experts.names, experts.bases)
+    fitted.problems += _start_problems(experts, placement)
     fitted.notes += placement.notes
     base = BaseCheck(model, fitted.experts, method)
     if not experts.modules:
         fitted.problems.append("the experts have no LoRA module")
     fitted.problems[:0] = _count_problems(experts, routing)
-    fitted.problems += _layer_problems(model, fitted.experts) + base.problems
+    fitted.problems += misfits + layer_problems(model, fitted.experts.modules) + base.problems
     return fitted, base
 
 
@@ -211,8 +218,8 @@ def _count_problems(experts: ExpertBank, routing: Routing | None) -> list[str]:
     ]
 
 
-def _layer_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
-    """What keeps the experts' modules from fitting the layers of their names."""
+def _size_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
+    """Where the layers of the experts' names are not theirs."""
     problems = []
     layers = dict(model.named_modules(remove_duplicate=False))
     seen: dict[int, str] = {}
@@ -232,4 +239,4 @@ def _layer_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
             )
         if seen.setdefault(id(layer), name) != name:
             problems.append(f"modules '{seen[id(layer)]}' and '{name}' are one shared layer; it cannot be routed twice")
-    return problems + layer_problems(model, experts.modules)
+    return problems

@@ -271,6 +271,8 @@ def patch(
     Raises:
         ValueError that lists everything wrong, with names and both shapes; the model is then untouched.
     """
+    if isinstance(model, ExpertBank):
+        raise ValueError("model and experts are swapped: patch(model, experts)")
     model = unwrapped(model)
     row, (routing, aggregation, settings) = _configured(experts, method, backend, absent, missing, options)
     fitted, base = on_model(model, experts, row.name, routing, missing)
@@ -285,7 +287,7 @@ def patch(
     if not (problems := problems + reasons):
         problems += _device_problems(model, (*plans, *branches), backend)
     if problems:
-        raise ValueError(_listing(method, problems))
+        raise ValueError(_listing(method, problems, fitted.made_for))
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
         name: routed_layer(model.get_submodule(name), plan, routing, name=name, **shared)
@@ -342,7 +344,7 @@ def check_patch(
     problems += against_branches(row, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
     if problems := problems or _device_problems(model, patched, backend):
-        raise ValueError(_listing(method, problems))
+        raise ValueError(_listing(method, problems, fitted.made_for))
 
 
 def _configured(
@@ -383,7 +385,7 @@ def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> 
     return problems
 
 
-def _listing(method: str, problems: list[str]) -> str:
+def _listing(method: str, problems: list[str], made_for: str | None) -> str:
     modules: dict[str, list[str]] = {}  # one line for what is wrong in the same way in many modules
     for problem in problems:
         name, said = re.fullmatch(r"(module '[^']*')?(.*)", problem, re.DOTALL).groups()
@@ -392,4 +394,5 @@ def _listing(method: str, problems: list[str]) -> str:
     shown = lines[:_SHOWN]
     if len(lines) > _SHOWN:
         shown.append(f"... and {len(lines) - _SHOWN} more")
-    return f"cannot patch the model with method '{method}':\n" + "\n".join(f"  - {p}" for p in shown)
+    head = f"cannot patch the model with method '{method}'" + (f": {made_for}" if made_for else "")
+    return f"{head}:\n" + "\n".join(f"  - {p}" for p in shown)

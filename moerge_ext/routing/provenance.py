@@ -43,6 +43,20 @@ def other_base_note(
     return f"the experts were trained on another model, if the names tell the truth: {said}; this one is '{own}'{at}"
 
 
+def made_for(model: nn.Module, names: Sequence[str], bases: Sequence[tuple[str | None, str | None]]) -> str:
+    """Which model the experts were made for and which this one is, for the first line of what does not fit."""
+    own = getattr(getattr(model, "config", None), "_name_or_path", None)
+    kind = type(model).__name__
+    this = f"'{os.fspath(own)}' ({kind})" if isinstance(own, (str, os.PathLike)) and os.fspath(own) else f"a {kind}"
+    groups: dict[str, list[str]] = {}
+    for name, (base, _) in zip(names, bases, strict=True):
+        groups.setdefault(f"'{base}'" if base else "a model they do not name", []).append(repr(name))
+    said = [
+        f"{listed(who, 'experts')} {'was' if len(who) == 1 else 'were'} made for {base}" for base, who in groups.items()
+    ]
+    return f"{'; '.join(said)}; this model is {this}"
+
+
 def _short_name(name: str) -> str:
     """The last part of an id or path: one model lies under many paths, and in the hub's cache."""
     cached = _SNAPSHOT.search(name + "/")

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..experts.fingerprint import note_of_adapter
 from ..experts.formats.peft import write_gates
 from ..experts.gates import gates_file
+from ..experts.hub import output_folder
 from ..experts.kinds import AVERAGE_ACTIVATION
 from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable
@@ -49,7 +51,7 @@ def average_activation(
 
     The expert's LoRA is applied in every module, so these are the expert's own activations; dropout is off.
     Sums are float64, the result is float32, kind "average-activation". Returns the file written (in
-    `output_dir`, default `adapter_folder`). The model is as before afterwards.
+    `output_dir`, default `adapter_folder`, which may be a hub id with `output_dir`). The model is as before afterwards.
 
     Padding does not count: in a decoder-only model or an encoder the tokens where `attention_mask` is 0; in
     the decoder of an encoder-decoder those where `decoder_attention_mask` is 0 or, without one, where
@@ -69,9 +71,8 @@ def average_activation(
         model, batches, None, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
     )
     source = BatchSource(prepared.data, name="batches", collate_fn=prepared.collate_fn, batch_size=batch_size)
-    ranks = current_ranks()
+    ranks, target = current_ranks(), output_folder(adapter_folder, output_dir)
     with gated_model(model, adapter_folder, gate=False) as gated:
-        target = Path(output_dir) if output_dir is not None else gated.folder
         with ranks.together():
             check_writable(target)
             means, count = _sums(gated, source, progress=progress and ranks.first)
@@ -120,7 +121,11 @@ def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], facts: dict
         {path: (mean.total / mean.count).float().cpu() for path, mean in means.items()},
         kind=AVERAGE_ACTIVATION,
         base_model=gated.adapter.base_model,
-        metadata={**facts, "tokens": str(max(mean.count for mean in means.values()))},
+        metadata={
+            **facts,
+            **note_of_adapter(gated.adapter.name, gated.adapter.modules),
+            "tokens": str(max(mean.count for mean in means.values())),
+        },
     )
 
 

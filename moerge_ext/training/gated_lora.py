@@ -18,14 +18,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..experts.fingerprint import note_of_adapter, with_tensors
 from ..experts.formats import read_adapter
 from ..experts.formats.adapter import Adapter, ModuleWeights, ScaleWeights
 from ..experts.formats.peft import write_gates
 from ..experts.gates import gates_file
+from ..experts.hub import find_adapter
 from ..experts.kinds import SIGMOID_GATE
 from ..experts.prompt_notes import PROMPT_KEY
 from ..files.atomic import write_atomically
 from ..files.listing import grouped, listed
+from ..files.safefile import in_hub_cache
 from ..models.wrappers import trainable_inside
 from ..routing.base_model import saved_problems
 from ..routing.base_start import init_problems, on_base
@@ -34,7 +37,7 @@ from ..routing.fused_experts import close_door, open_door
 from ..routing.layers import execution_device, linear_features
 from ..routing.naming import ModelPaths
 from ..routing.parameter_banks import Placement, place
-from ..routing.provenance import other_base_note
+from ..routing.provenance import made_for, other_base_note
 from ..routing.ran import FirstForward
 from ..routing.refusals import no_effect, parallel_problems
 from .checkpointing import gradients_pass_checkpoints
@@ -76,8 +79,8 @@ class GatedModel:
 
     @property
     def folder(self) -> Path:
-        if self.adapter.folder is None:
-            raise ValueError(f"adapter {self.adapter.name!r} is a file without a folder of its own: say where to write")
+        if self.adapter.folder is None or in_hub_cache(self.adapter.folder):
+            raise ValueError(f"adapter {self.adapter.name!r} has no folder that can be written to: say where to write")
         return self.adapter.folder
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -143,6 +146,7 @@ class GatedModel:
             return gates_file(target, SIGMOID_GATE)
         warn_of_left_out(self.adapter.name, left_out, len(self.layers))
         facts = {key: str(value) for key, value in (metadata or {}).items()}
+        facts |= note_of_adapter(self.adapter.name, with_tensors(self.adapter.modules, lora or {}))
         target.mkdir(parents=True, exist_ok=True)
         if lora is not None:
             self._write_adapter(target, lora, {key: text for key, text in facts.items() if key == PROMPT_KEY})
@@ -184,7 +188,7 @@ class GatedModel:
 def gated_model(
     model: nn.Module, adapter_folder: str | Path, *, gate: bool = True, joint: bool = False
 ) -> Iterator[GatedModel]:
-    """Put `model` into gate training with the adapter in `adapter_folder`, for the length of a `with` block.
+    """Put `model` into gate training with the adapter in `adapter_folder` (or hub id), for a `with` block.
 
     Inside the block every module that the adapter names is a `GatedLoRA` (`GatedScale` of an (IA)3), every parameter
     of the model is frozen and only the gates (with `joint=True` also A and B) require a gradient; norms with running
@@ -202,9 +206,9 @@ def gated_model(
     Errors: ValueError listing every module of the adapter that is missing in the model, is no linear layer,
     is already wrapped, or has other sizes (both shapes). Nothing is wrapped then.
     """
-    folder = Path(adapter_folder)
+    name, folder = find_adapter(adapter_folder)
     model = trainable_inside(model)
-    adapter = read_adapter(folder.name, folder, model)
+    adapter = read_adapter(name, folder, model)
     placement = place(model, adapter.modules)
     linears = replace(adapter, modules=placement.linears)
     places = _places(model, linears)
@@ -300,9 +304,10 @@ def _matching_layers(
     problems += parallel_problems(model)
     problems += [f"{path}: {why}" for path, why in no_effect(model, places.values()).items()]
     if problems:
+        made = made_for(model, [adapter.name], [(adapter.base_model, None)])
         raise ValueError(
-            f"adapter '{adapter.name}' does not fit {type(model).__name__} (pass the base model the adapter "
-            "was trained on, without a PEFT wrapper):\n- " + "\n- ".join(grouped(problems))
+            f"the adapter does not fit: {made} (pass the base model the adapter was trained on, without a PEFT "
+            "wrapper):\n- " + "\n- ".join(grouped(problems))
         )
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..experts.gates import gates_file
+from ..experts.hub import output_folder
 from ..experts.kinds import SIGMOID_GATE
 from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable
@@ -59,7 +60,7 @@ def train_gates(
 
     model           the base the adapter was trained on; `model(**batch).loss` is minimized. It is as before afterwards,
                     also after an exception; autocast, checkpointing and dropout are as the caller set them
-    adapter_folder  a PEFT LoRA folder, and where the gates go without `output_dir`
+    adapter_folder  a LoRA folder (or file, or hub id, which need `output_dir`), where the gates go without it
     data            an iterable of ready batches (dicts of tensors), begun again when it ends; with `tokenizer` rows of
                     text; with `collate_fn` a list or Dataset of features. The latter two are cut into batches of
                     `batch_size` and, under `shuffle`, shuffled every epoch from `seed`
@@ -89,7 +90,7 @@ def train_gates(
         model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
     )
     sources, note = prepared.sources(batch_size, shuffle, seed), note_of_prompt(prepared.prompt)
-    return _train(model, Path(adapter_folder), target, sources, options, joint, note)
+    return _train(model, adapter_folder, target, sources, options, joint, note)
 
 
 def _target(adapter_folder: str | Path, output_dir: str | Path | None, joint: bool) -> Path:
@@ -98,12 +99,12 @@ def _target(adapter_folder: str | Path, output_dir: str | Path | None, joint: bo
         raise ValueError(
             "joint=True changes the adapter's weights: pass output_dir (adapter_folder itself to overwrite it)"
         )
-    return Path(output_dir or adapter_folder)
+    return output_folder(adapter_folder, output_dir)
 
 
 def _train(
     model: nn.Module,
-    folder: Path,
+    folder: str | Path,
     target: Path,
     sources: tuple[BatchSource, BatchSource | None],
     options: TrainingOptions,

@@ -7,13 +7,15 @@ import inspect
 import json
 
 import pytest
-from builders import make_tokenizer
+import torch
+from builders import make_tokenizer, write_adapter
 from gate_builders import (
     MODELS,
     make_adapter,
     one_thread,  # noqa: F401 (used by being here)
 )
 
+from moerge_ext.commands.main import main
 from moerge_ext.commands.train_gates import TRAINING, add_arguments, plan_of, run
 from moerge_ext.experts.formats.peft import read_gates
 from moerge_ext.training.gates import train_gates
@@ -133,8 +135,37 @@ def test_command_checks_its_arguments_first(words, text):
 def test_command_checks_the_device_before_the_model(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}')
+    expert = write_adapter(tmp_path / "expert", {"up": (torch.ones(2, 8), torch.ones(4, 2))}, r=2)
     with pytest.raises(ValueError, match="device 'meta' cannot be used here"):
-        command("no/such-model", "expert", "--data", data, "--device", "meta")
+        command("no/such-model", expert, "--data", data, "--device", "meta")
+
+
+def test_command_checks_the_adapter_before_the_model(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match="no local folder .*nowhere"):
+        command("no/such-model", tmp_path / "nowhere", "--data", data)
+
+
+def test_command_says_where_gates_from_elsewhere_are_used(tmp_path, capsys):
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a b"}')
+    expert = make_adapter(model, tmp_path / "expert")
+    words = (tmp_path / "model", expert, "--data", data, "--device", "cpu", "--no-progress", "--output", tmp_path / "o")
+    for more in (("--steps", 1), ("--kind", "average-activation")):
+        assert command(*words, *more) == 0
+        assert f"use them with --gates expert={tmp_path / 'o'}" in capsys.readouterr().out
+    assert not read_gates(expert) and len(read_gates(tmp_path / "o")) == 2
+    generate = ["generate", "a", "--model", tmp_path / "model", "--experts", expert, "--max-new-tokens", 1]
+    generate = [*map(str, generate), "--top-k", "1"]
+    assert main(generate) == 2 and "train-gates" in capsys.readouterr().err
+    assert main([*generate, "--gates", f"expert={tmp_path / 'o'}"]) == 0
+    assert main([*generate, "--gates", "expert"]) == 2 and "--gates takes NAME=DIR" in capsys.readouterr().err
+    assert main([*generate, "--gates", "other=x"]) == 2 and "gates for 'other', which is" in capsys.readouterr().err
+    assert main([*generate, "--gates", "a=x", "--gates", "a=y"]) == 2 and "given twice" in capsys.readouterr().err
 
 
 def test_command_encodes_and_refuses(tmp_path):
@@ -173,6 +204,7 @@ def test_command_says_why_speech_is_for_python(tokenizer, tmp_path):
     ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **image)).save_pretrained(tmp_path / "image")
     data = tmp_path / "data.jsonl"
     data.write_text('{"input": "a", "target": "b"}')
+    expert = write_adapter(tmp_path / "expert", {"up": (torch.ones(2, 8), torch.ones(4, 2))}, r=2)
     for name, why in {
         "speech": "WhisperForConditionalGeneration, which reads input_features, not text",
         "image": "ViTForImageClassification, which reads pixel_values, not text",
@@ -180,4 +212,4 @@ def test_command_says_why_speech_is_for_python(tokenizer, tmp_path):
         if tokenizer:
             make_tokenizer(tmp_path / name)
         with pytest.raises(ValueError, match=f"{why}.*moerge_ext.train_gates"):
-            command(tmp_path / name, "expert", "--data", data, "--device", "cpu")
+            command(tmp_path / name, expert, "--data", data, "--device", "cpu")

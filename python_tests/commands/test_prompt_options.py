@@ -194,7 +194,8 @@ def test_prompts_that_do_not_fit_are_all_said_before_the_first_answer(folder, ca
 def test_training_refuses_before_the_model_is_read(folder, capsys, monkeypatch, command):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
     data = folder / "task" / "train.jsonl"
-    words = [command, folder / "model", *([folder] if command == "train-gates" else [])]
+    expert = random_experts(llama(), folder, ["expert"], ["q_proj"])["expert"]
+    words = [command, folder / "model", *([expert] if command == "train-gates" else [])]
     words += ["--data", data, "--output", folder / "e", "--device", "cpu"]
     assert call(*words, "--template", "{m}") == 2
     assert "row 0, 1, 2 and 3 more: the template asks for {m}" in capsys.readouterr().err

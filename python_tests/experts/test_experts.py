@@ -105,14 +105,14 @@ def test_experts_for_different_layers(two):
     with pytest.raises(ValueError) as caught:
         load_experts([folder / name for name in "abc"])
     assert "1 of 3" in str(caught.value) and "'c'" in str(caught.value)
-    assert "[O=6, D=9], 1 other expert(s) for [O=6, D=8]; 2 of its 2 modules differ" in str(caught.value)
-    assert "(its base model: tiny; theirs: tiny)" in str(caught.value)
+    assert "[O=6, D=9], in 1 other expert(s) for [O=6, D=8]; 2 of its 2 modules differ" in str(caught.value)
+    assert "expert 'c': made for tiny, they for tiny: layers.0" in str(caught.value)
     write_adapter(folder / "d", {Q: factors(d=8, o=9)}, base_model_name_or_path="another/model")
     with pytest.raises(ValueError) as caught:  # what cannot be read and what does not fit, in one error
         load_experts([folder / name for name in "abcde"])
     said = str(caught.value)
     assert "3 of 5" in said and "expert 'd':\n  - " in said and "no local folder" in said
-    assert "(its base model: another/model; theirs: tiny)" in said
+    assert "expert 'd':\n  - made for another/model, they for tiny: " in said
 
 
 def test_nan_is_found_while_stacking(two):

@@ -116,4 +116,5 @@ def test_only_the_adapters_files_are_fetched(monkeypatch, tmp_path):
         "sub/adapters.safetensors",
         "sub/moerge_gates*.safetensors",
         "sub/moerge_examples*.safetensors",
+        "sub/moerge_manifest.json",
     ]

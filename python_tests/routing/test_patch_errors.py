@@ -104,9 +104,27 @@ def test_a_long_list_is_cut(llama, experts, monkeypatch):
     assert message.count("\n") == 6 and f"... and {len(paths) - 5} more" in message
 
 
-def test_experts_of_another_model(tmp_path, llama):
-    message = refused(llama, cases.bank("gpt2", cases.build("gpt2"), tmp_path))
-    assert "transformer.h.0.attn.c_attn" in message
+def test_experts_of_another_model(tmp_path, llama, monkeypatch):
+    """The first line says which model they were made for and which this is."""
+    monkeypatch.setattr(llama.config, "_name_or_path", "hub/llama")
+    bank = cases.bank("gpt2", cases.build("gpt2"), tmp_path)
+    for method in ("phatgoose", "merged"):
+        first, *lines = refused(llama, bank, method=method).splitlines()
+        assert first.endswith(
+            ": 'ant', 'bee', 'cat' were made for 'tiny'; this model is 'hub/llama' (LlamaForCausalLM):"
+        ), first
+        assert "transformer.h.0.attn.c_attn" in lines[0]
+
+
+def test_experts_for_other_sizes(tmp_path, llama):
+    """Also where the names fit and the shapes do not; not where the model is not what is wrong."""
+    other = builders._build(type(llama), type(llama.config)(**builders._DECODER | {"hidden_size": 64}))
+    bank = cases.bank("llama", other, tmp_path)
+    assert "'cat' were made for 'tiny'; this model is a LlamaForCausalLM:\n" in refused(llama, bank)
+    with pytest.raises(ValueError, match="made for 'tiny'; this model is a LlamaForCausalLM") as caught:
+        moerge.average_activation(llama, tmp_path / "ant", [{"input_ids": torch.ones(1, 2).long()}], progress=False)
+    assert "[out, in], the model's is" in str(caught.value)
+    assert "made for" not in refused(other, bank, top_k=9)
 
 
 def test_no_module_at_all(llama):

@@ -161,3 +161,8 @@ def test_methods_of_lora_alone_say_so(mixed):
         for call in (moerge.patch, moerge.routing.patch.check_patch):
             with pytest.raises(ValueError, match=r"\(IA\)3 experts among them, and method '" + method):
                 call(model, bank, method)
+
+
+def test_a_merge_refuses_them(mixed, tmp_path):
+    with pytest.raises(ValueError, match="experts that are no LoRA"):
+        moerge.merge_experts(mixed[1], tmp_path / "merged")

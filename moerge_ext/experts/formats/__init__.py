@@ -23,8 +23,9 @@ from ...files.shards import has_weights
 from . import foreign, gguf, ia3, mlx, peft, pickled
 from .adapter import Adapter, AdapterHeader
 from .layer_sizes import fill_sizes
+from .peft_config import read_config
 
-__all__ = ["inspect_adapter", "read_adapter"]
+__all__ = ["format_of", "inspect_adapter", "read_adapter"]
 
 
 def inspect_adapter(
@@ -54,6 +55,8 @@ def inspect_adapter(
             view = gguf.view_gguf(file, base)
         elif folder is None:
             raise ValueError(f"it is not a folder{foreign.what_file(found)}")
+        elif (model := foreign.what_model(folder)) is not None:
+            raise ValueError(model)
         elif allow_pickle and not has_weights(folder, peft.WEIGHTS_FILE):
             view = peft.view_peft(folder, lambda: pickled.open_pickle(folder))
         else:
@@ -73,6 +76,16 @@ def read_adapter(name: str, path: str | os.PathLike, base: Any = None) -> Adapte
     if unknown := fill_sizes([header], base):
         raise AdapterError(unknown[name], peft.heading(name, header.folder))
     return peft.into_memory(header)
+
+
+def format_of(path: Path) -> str:
+    """The name of the format of an adapter that `inspect_adapter` has taken."""
+    if path.is_dir() and _is_mlx(path):
+        return "MLX-LM"
+    if _gguf_of(path) is not None:
+        return "GGUF"
+    kind = read_config(path.resolve() / peft.CONFIG_FILE).get("peft_type")
+    return "PEFT" if kind == "LORA" else f"PEFT {kind}"
 
 
 def _is_mlx(folder: Path) -> bool:

@@ -115,6 +115,7 @@ class AdapterHeader:
     keys: dict[str, dict[str, str]] = field(repr=False)  # {module path: {"A" | "B" | "bias" | "scale": its key}}
     notes: list[str] = field(default_factory=list)  # what is odd about it and no reason to refuse
     claims: BaseClaims = field(default_factory=BaseClaims)
+    path: Path | None = None  # of the folder or file
 
     def read(self) -> Iterator[tuple[str, ModuleWeights]]:
         """(module path, weights) of every module. The tensors may alias the mapped file: copy what you

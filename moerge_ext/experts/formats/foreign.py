@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from pathlib import Path
 
-from ...files.safefile import open_tensors, what_it_is
+from ...files.safefile import file_inside, open_tensors, what_it_is
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin", "pytorch_model.bin")
 # PEFT's methods (0.21) that its save_as_lora approximates by a LoRA, that have no layer of their own, and that turn or
@@ -32,6 +33,7 @@ _NO_LAYER = frozenset(
 )
 _CHANGES_WEIGHTS = frozenset(["BOFT", "HIRA", "HRA", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"])
 MAX_SCANNED = 1000  # entries of a folder
+MAX_MODEL_CONFIG = 4 << 20  # bytes
 _CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (torch.load, weights only)"
 
 
@@ -51,6 +53,23 @@ def what_kind(kind: object) -> str:
     if kind in _CHANGES_WEIGHTS:
         return f"; {kind} multiplies the base's weights, which a routed sum of experts cannot do"
     return ""
+
+
+def what_model(folder: Path) -> str | None:
+    """The reason to refuse a model's folder in place of an adapter's; None for anything else."""
+    if os.path.lexists(folder / "adapter_config.json"):
+        return None
+    try:
+        with open(file_inside(folder.resolve(), "config.json"), "rb") as opened:
+            config = json.loads(opened.read(MAX_MODEL_CONFIG).decode("utf-8"))
+        kind, architectures = config.get("model_type"), config.get("architectures")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    if not isinstance(kind, str):
+        return None
+    known = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
+    name = architectures[0] if known else kind
+    return f"it is a model ({name[:80]}), not an adapter: experts are put on it. Were model and adapter swapped?"
 
 
 def what_else(folder: Path) -> str:

@@ -68,7 +68,7 @@ def inspect_ia3(
     notes = view.notes + (rules.notes({path: Alpha(1.0) for path in modules}, saved) if keep is None else [])
     stored = {path: {"scale": key} for key, path in keys.items()}
     return AdapterHeader(
-        name, folder, rules.base_model, config, modules, gates, dict(headers), view.open, stored, notes, claims
+        name, folder, rules.base_model, config, modules, gates, dict(headers), view.open, stored, notes, claims, folder
     )
 
 

@@ -28,6 +28,7 @@ from .peft_config import check_config, read_config, refused_fields
 from .peft_keys import SortedKeys, sort_keys
 from .peft_parameters import StackedLora, stacked_notes, take_stacked
 from .peft_rules import Alpha, LoraRules, show
+from .peft_shapes import shape_problems
 from .view import AdapterView, OpenTensors
 
 __all__ = [
@@ -166,7 +167,7 @@ def inspect_view(
         claims = replace(claims, targets=None)
     sources = {path: keys.keys[module.slice.stored if module.slice else path] for path, module in modules.items()}
     return AdapterHeader(
-        name, folder, rules.base_model, config, modules, gates, headers, view.open, sources, notes, claims
+        name, folder, rules.base_model, config, modules, gates, headers, view.open, sources, notes, claims, path
     )
 
 
@@ -236,7 +237,7 @@ def _check_modules(
     layers = [path for path in parts if path not in stacked]
     left_out = rules.targets.left_out(layers) if rules is not None else {}
     for path, found in parts.items():
-        reasons = _shape_problems(found)
+        reasons = shape_problems(found)
         if not reasons and rules is not None:
             alphas[path] = rules.alpha_of(path, found["A"].shape[0])
             reasons = _disagreements(path, found, rules, alphas[path])
@@ -267,34 +268,6 @@ def common_dtype(dtypes) -> torch.dtype:
     for dtype in dtypes[1:]:
         common = torch.promote_types(common, dtype)
     return common
-
-
-def _shape_problems(found: Mapping[str, TensorHeader]) -> list[str]:
-    problems = []
-    for part, label in (("A", "lora_A"), ("B", "lora_B")):
-        if part not in found:
-            problems.append(f"{label}.weight is missing")
-    for part, header in found.items():
-        label, dims, want = {
-            "A": ("lora_A", 2, "[R, D]"),
-            "B": ("lora_B", 2, "[O, R]"),
-            "bias": ("lora_B.bias", 1, "[O]"),
-        }[part]
-        if header.dtype not in FLOATS:
-            problems.append(f"{label} must be one of {', '.join(FLOATS)}, got {header.dtype}")
-        if len(header.shape) != dims:
-            hint = " (LoRA of a convolution or of an old fused layout)" if len(header.shape) > 2 else ""
-            problems.append(f"{label} must be {want}, got {list(header.shape)}{hint}")
-        elif 0 in header.shape:
-            problems.append(f"{label} has no elements, shape {list(header.shape)}")
-    if problems:
-        return problems
-    lora_a, lora_b = found["A"].shape, found["B"].shape
-    if lora_a[0] != lora_b[1]:
-        problems.append(f"ranks disagree, lora_A {list(lora_a)} [R, D] and lora_B {list(lora_b)} [O, R]")
-    if "bias" in found and found["bias"].shape[0] != lora_b[0]:
-        problems.append(f"lora_B.bias must be [O={lora_b[0]}], got {list(found['bias'].shape)}")
-    return problems
 
 
 def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRules, alpha: Alpha) -> list[str]:

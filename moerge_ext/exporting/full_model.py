@@ -1,0 +1,62 @@
+"""The base model with a merge of experts in its weights, as `save_pretrained` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..files.listing import grouped
+from ..routing.layers import shared_parameters, values_problem
+from .products import Product
+
+
+def check_can_hold(model: nn.Module, modules: Mapping[str, bool]) -> None:
+    """ValueError naming every layer whose weights cannot take a merge. modules: {path: whether it brings a bias}."""
+    problems = [] if hasattr(model, "save_pretrained") else [f"{type(model).__name__} has no save_pretrained"]
+    shared = shared_parameters(model)
+    for path, biased in modules.items():
+        if (why := _problem(model.get_submodule(path), biased)) is None and f"{path}.weight" in shared:
+            why = f"its weight is shared with {shared[f'{path}.weight']}, which would change too"
+        problems += [f"{path}: {why}"] if why else []
+    if problems:
+        raise ValueError(
+            "the merge cannot be put into the weights of this model (without --full, full=True it can be written as an "
+            "adapter):\n- " + "\n- ".join(grouped(problems))
+        )
+
+
+def _problem(layer: nn.Module, biased: bool) -> str | None:
+    if type(layer) is not nn.Linear and not _is_conv1d(layer):
+        return f"it is a {type(layer).__module__}.{type(layer).__name__}, no plain linear layer (quantized or patched)"
+    if why := values_problem(layer.weight):
+        return f"its weight cannot be changed: {why}"
+    if biased and layer.bias is None:
+        return "the experts bring an output bias, and the layer has none"
+    return None
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return type(layer) is Conv1D  # its weight is [D,O]
+
+
+def save_merged(model: nn.Module, products: Mapping[str, Product], folder: Path, tokenizer: Any) -> None:
+    """Writes the model with the products in its weights; the model itself stays as it is."""
+    state: dict[str, Tensor] = model.state_dict()
+    for path, product in products.items():
+        layer = model.get_submodule(path)
+        weight = layer.weight.detach()
+        state[f"{path}.weight"] = (
+            product.added_to(weight.T).T.contiguous() if _is_conv1d(layer) else product.added_to(weight)
+        )
+        if product.bias is not None:
+            bias = layer.bias.detach()
+            delta = product.bias.to(bias.device).double() * product.scaling
+            state[f"{path}.bias"] = (bias.double() + delta).to(bias.dtype)
+    model.save_pretrained(folder, state_dict=state)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
