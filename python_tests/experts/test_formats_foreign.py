@@ -90,11 +90,17 @@ def test_the_weights_in_place_of_their_folder(tmp_path):
         load_experts(folder / CONFIG)
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "VERA", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "X"])
+@pytest.mark.parametrize("kind", ["LOHA", "HIRA", "FOURIERFT", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "X"])
 def test_other_kinds_of_adapter(tmp_path, kind):
     folder = write_adapter(tmp_path / "expert", {Q: factors()})
     (folder / CONFIG).write_text(json.dumps(lora_config() | {"peft_type": kind}))
-    words = {"LOHA": ["save_as_lora"], "OFT": ["multiplies"], "PREFIX_TUNING": ["no layer"], "X": ["'X'"]}
+    words = {
+        "LOHA": ["--to-lora"],
+        "FOURIERFT": ["save_as_lora"],
+        "OFT": ["multiplies"],
+        "PREFIX_TUNING": ["no layer"],
+        "X": ["'X'"],
+    }
     error = refused(folder, "peft_type must be 'LORA'", kind, *words.get(kind, []))
     assert len(error.problems) == 1
     set_config(folder)
