@@ -14,6 +14,7 @@ from torch import Tensor
 from ..files.atomic import check_new_folder, write_atomically
 from .formats import inspect_adapter
 from .formats.adapter import Adapter, AdapterHeader, LoraWeights
+from .formats.bottleneck import WEIGHTS_FILE as BOTTLENECK_FILE
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, into_memory
 from .hub import find_adapter
 from .keys import PREFIX
@@ -28,7 +29,8 @@ def convert_adapter(
     """Write the adapter `source` as a PEFT folder `output`; returns it.
 
     source: a folder, GGUF file or hub id of any format that `load_experts` reads; with `allow_pickle` also a folder
-    whose weights are `adapter_model.bin`. output: a folder that is empty or not there yet. base: see `load_experts`.
+    whose weights are `adapter_model.bin` or `pytorch_adapter.bin`. Bottleneck adapters stay in the layout of the
+    library `adapters`. output: a folder that is empty or not there yet. base: see `load_experts`.
     Tensors keep their dtype (8-bit floats become bfloat16); gates and examples beside the adapter come along.
 
     Raises ValueError (AdapterError with every problem) before anything is written.
@@ -39,7 +41,8 @@ def convert_adapter(
     adapter = into_memory(header)
     tensors = _tensors(adapter, header) | _saved(header)
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
+    weights_file = BOTTLENECK_FILE if "peft_type" not in adapter.config else WEIGHTS_FILE
+    write_atomically(target / weights_file, lambda file: save_file(tensors, file, {"format": "pt"}))
     for pattern in SIDECARS if header.folder is not None else ():
         for sidecar in header.folder.glob(pattern):
             shutil.copyfile(sidecar, target / sidecar.name)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..files.atomic import write_atomically
+from ..files.atomic import check_new_folder, write_atomically
 from ..files.listing import grouped
 from ..files.safefile import file_inside
 from ..files.shards import has_weights, open_weights
@@ -83,9 +83,7 @@ def convert_to_lora(
     """
     _check_bounds(rank, max_error)
     name, folder = find_adapter(source)
-    target = Path(output)
-    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already: name a folder that is empty or not there yet")
+    target = check_new_folder(output)
     config = _checked_config(name, folder)
     kind = DORA if config["peft_type"] == "LORA" else config["peft_type"]
     loaded = not isinstance(base, nn.Module)

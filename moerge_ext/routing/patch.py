@@ -278,6 +278,7 @@ def patch(
     fitted, base = on_model(model, experts, row.name, routing, missing)
     problems = fitted.problems
     experts = fitted.experts if problems else base.bank()
+    problems += against_branches(row, model, experts.modules)
     plans = _plans(row, experts, settings, absent, problems)
     state = RoutingState()
     shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None}
@@ -308,8 +309,7 @@ def _plans(
 ) -> dict[str, Plan]:
     """What each layer will hold; adds to `problems` why one cannot be had."""
     plans = {}
-    if refused := against_branches(row, experts.modules):
-        problems += refused
+    if row.lora_only and any(bank.branches for bank in experts.modules.values()):
         return plans
     for name, bank in experts.modules.items():
         try:
@@ -341,7 +341,7 @@ def check_patch(
     if row.lacks is not None and not fitted.placement.problems:
         bank, reasons = with_parameters(model, fitted.experts, fitted.placement)
         problems += reasons + row.lacks(bank)
-    problems += against_branches(row, fitted.experts.modules)
+    problems += against_branches(row, model, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
     if problems := problems or _device_problems(model, patched, backend):
         raise ValueError(_listing(method, problems, fitted.made_for))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..experts.fingerprint import note_of_adapter, with_tensors
 from ..experts.formats import read_adapter
-from ..experts.formats.adapter import Adapter, ModuleWeights, ScaleWeights
+from ..experts.formats.adapter import Adapter, BottleneckWeights, LoraWeights, ModuleWeights, ScaleWeights
 from ..experts.formats.peft import write_gates
 from ..experts.gates import gates_file
 from ..experts.hub import find_adapter
@@ -32,6 +32,7 @@ from ..files.safefile import in_hub_cache
 from ..models.wrappers import trainable_inside
 from ..routing.base_model import saved_problems
 from ..routing.base_start import init_problems, on_base
+from ..routing.bottleneck import residual_problems
 from ..routing.fitting import renamed_note
 from ..routing.fused_experts import close_door, open_door
 from ..routing.layers import execution_device, linear_features
@@ -42,9 +43,10 @@ from ..routing.ran import FirstForward
 from ..routing.refusals import no_effect, parallel_problems
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
+from .gated_bottleneck import GatedBottleneck
 from .gated_experts import GatedParameter, gated_experts, gated_parameters
 from .gated_layer import GatedLoRA
-from .gated_scale import GatedScale, joint_problems
+from .gated_scale import GatedScale
 from .left_out import NOT_REACHED, warn_of_left_out
 from .ranks import current_ranks, whole
 
@@ -58,15 +60,15 @@ class GatedModel:
     """What `gated_model` yields: the wrapped layers and what can be done with them.
 
     `model` is the caller's model (changed in place until the context ends), `adapter` what was read,
-    `layers` one `GatedLoRA` or, of (IA)3, `GatedScale` per module path and one `GatedParameter` per stacked parameter
-    of fused experts, `still` what holds the rest of the model as it was.
+    `layers` one `GatedLoRA`, `GatedScale` or `GatedBottleneck` per module path and one `GatedParameter` per stacked
+    parameter of fused experts, `still` what holds the rest of the model as it was.
     """
 
     def __init__(
         self,
         model: nn.Module,
         adapter: Adapter,
-        layers: dict[str, GatedLoRA | GatedScale | GatedParameter],
+        layers: dict[str, GatedLoRA | GatedScale | GatedBottleneck | GatedParameter],
         still: Frozen,
         *,
         joint: bool = False,
@@ -190,7 +192,7 @@ def gated_model(
 ) -> Iterator[GatedModel]:
     """Put `model` into gate training with the adapter in `adapter_folder` (or hub id), for a `with` block.
 
-    Inside the block every module that the adapter names is a `GatedLoRA` (`GatedScale` of an (IA)3), every parameter
+    Inside the block every module that the adapter names is a `GatedLoRA` (or what its kind has), every parameter
     of the model is frozen and only the gates (with `joint=True` also A and B) require a gradient; norms with running
     statistics stay in `.eval()` mode. Afterwards the original modules, their `requires_grad` flags and training modes
     are back, also after an exception; the base's weights are never written and its buffers are bit-identical.
@@ -212,7 +214,7 @@ def gated_model(
     placement = place(model, adapter.modules)
     linears = replace(adapter, modules=placement.linears)
     places = _places(model, linears)
-    problems = _stacked_problems(adapter, placement, joint) + joint_problems(linears.modules, joint)
+    problems = _stacked_problems(adapter, placement, joint) + _other_problems(model, linears, places, joint)
     targets = _matching_layers(model, linears, places, problems)
     modules = _on_base(model, linears, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -243,9 +245,11 @@ def gated_model(
                 module.training = mode
 
 
-def _gated(base: nn.Module, weights: ModuleWeights, gate: bool, joint: bool) -> GatedLoRA | GatedScale:
+def _gated(base: nn.Module, weights: ModuleWeights, gate: bool, joint: bool) -> nn.Module:
     if isinstance(weights, ScaleWeights):
         return GatedScale(base, weights, gate=gate)
+    if isinstance(weights, BottleneckWeights):
+        return GatedBottleneck(base, weights, gate=gate)
     return GatedLoRA(base, weights, gate=gate, train_lora=joint)
 
 
@@ -274,6 +278,17 @@ def _stacked_problems(adapter: Adapter, placement: Placement, joint: bool) -> li
             "the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
     return problems
+
+
+def _other_problems(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> list[str]:
+    """What keeps gates of experts that are no LoRA from being trained."""
+    problems, after = [], []
+    for path, weights in adapter.modules.items():
+        if joint and not isinstance(weights, LoraWeights):
+            problems.append(f"{path}: joint=True trains LoRA, and this expert is none")
+        if isinstance(weights, BottleneckWeights) and weights.after_residual and path in places:
+            after.append(places[path])
+    return problems + residual_problems(model, after)
 
 
 def _matching_layers(

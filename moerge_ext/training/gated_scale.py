@@ -68,9 +68,3 @@ class GatedScale(StandIn):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters: its gate."""
         return {} if self.gate is None else {"gate": self.gate}
-
-
-def joint_problems(modules: dict[str, Any], joint: bool) -> list[str]:
-    """Why the expert itself cannot be trained together with its gates."""
-    found = [path for path, weights in modules.items() if isinstance(weights, ScaleWeights)]
-    return [f"{path}: joint=True trains LoRA, and this is an (IA)3" for path in found] if joint else []

@@ -3,6 +3,7 @@
     adapter_config.json, adapter_model.safetensors (whole or in parts)      peft.py
     the same, peft_type ADALORA                                             adalora.py
     the same, peft_type IA3                                                 ia3.py
+    adapter_config.json, adapter.safetensors                                bottleneck.py, the library adapters
     adapter_config.json, adapters.safetensors                               mlx.py, MLX-LM
     <file>.gguf, or a folder with one and no config                         gguf.py, llama.cpp
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from ...files.safefile import AdapterError
 from ...files.shards import has_weights
-from . import foreign, gguf, ia3, mlx, peft, pickled
+from . import bottleneck, foreign, gguf, ia3, mlx, peft, pickled
 from .adapter import Adapter, AdapterHeader
 from .layer_sizes import fill_sizes
 from .peft_config import read_config
@@ -43,11 +44,15 @@ def inspect_adapter(
     see `pickled.py` first.
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
-    agreement with the config, and of the gates beside it. Widths of layers that an (IA)3 does not hold are 0, see
+    agreement with the config, and of the gates beside it. Widths of layers that the file does not hold are 0, see
     `layer_sizes.py`.
     """
     found = peft.resolve(name, path)
     folder = found if found.is_dir() else None
+    if folder is not None and bottleneck.is_bottleneck(folder):
+        return bottleneck.inspect_bottleneck(
+            name, folder, keep, heading=peft.heading(name, found), allow_pickle=allow_pickle
+        )
     try:
         if folder is not None and _is_mlx(folder):
             view = mlx.view_mlx(folder)
@@ -82,6 +87,8 @@ def format_of(path: Path) -> str:
     """The name of the format of an adapter that `inspect_adapter` has taken."""
     if path.is_dir() and _is_mlx(path):
         return "MLX-LM"
+    if path.is_dir() and bottleneck.is_bottleneck(path):
+        return "adapters"
     if _gguf_of(path) is not None:
         return "GGUF"
     kind = read_config(path.resolve() / peft.CONFIG_FILE).get("peft_type")

@@ -17,8 +17,19 @@ from ..gates import GateSet
 from .peft_parameters import Slice
 from .view import OpenTensors
 
-LORA, SCALE_IN, SCALE_OUT = "lora", "scale_in", "scale_out"  # the kinds of modules
-PARTS = {"lora_A": "lora_A", "lora_B": "lora_B", "bias": "lora_B.bias", "scale": "ia3_l"}  # field: its name in files
+LORA, SCALE_IN, SCALE_OUT, BOTTLENECK = "lora", "scale_in", "scale_out", "bottleneck"  # the kinds of modules
+# field: its name in files
+PARTS = {
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "bias": "lora_B.bias",
+    "scale": "ia3_l",
+    "down": "adapter_down.weight",
+    "down_bias": "adapter_down.bias",
+    "up": "adapter_up.weight",
+    "up_bias": "adapter_up.bias",
+    "factor": "scaling",
+}
 
 
 class ModuleWeights(Protocol):
@@ -70,6 +81,25 @@ class ScaleWeights(_Weights):
 
 
 @dataclass(frozen=True)
+class BottleneckWeights(_Weights):
+    """One bottleneck adapter: y = h + factor * (up f(down z + down_bias) + up_bias), h = W x + b.
+
+    f: `activation`. z is h, or, `after_residual`, h with the residual of its block added
+    (and normalized, where the block has a norm there).
+    """
+
+    down: Tensor  # [M,O]
+    down_bias: Tensor  # [M]
+    up: Tensor  # [O,M]
+    up_bias: Tensor  # [O]
+    factor: Tensor  # [1] or [O]
+    activation: str
+    after_residual: bool
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A checked adapter with its tensors in memory."""
 
@@ -95,6 +125,9 @@ class ModuleHeader:
     nbytes: int
     slice: Slice | None = None  # of a stacked parameter's tensors
     kind: str = LORA
+    activation: str = ""  # of a bottleneck
+    after_residual: bool = False
+    factor: float = 1.0  # of a bottleneck whose file holds none
 
 
 @dataclass(frozen=True)
@@ -137,5 +170,18 @@ class AdapterHeader:
 def _weights(module: ModuleHeader, parts: dict[str, Tensor]) -> ModuleWeights:
     if module.kind == LORA:
         return LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
+    if module.kind == BOTTLENECK:
+        factor = parts.pop("factor", torch.tensor([module.factor]))
+        said = {name: getattr(module, name) for name in ("activation", "after_residual", "in_features", "out_features")}
+        return BottleneckWeights(factor=factor, **parts, **said)
     scale = parts["scale"].flatten()
     return ScaleWeights(scale, module.kind == SCALE_IN, module.in_features, module.out_features)
+
+
+def common_dtype(dtypes) -> torch.dtype:
+    """The smallest dtype that holds all of them (float16 with bfloat16 gives float32)."""
+    dtypes = list(dtypes)
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    return common

@@ -22,7 +22,7 @@ from ...files.shards import has_weights, open_weights
 from ..claims import BaseClaims, SavedTensor
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
 from . import adalora
-from .adapter import Adapter, AdapterHeader, LoraWeights, ModuleHeader, ModuleWeights
+from .adapter import Adapter, AdapterHeader, LoraWeights, ModuleHeader, ModuleWeights, common_dtype
 from .foreign import what_else
 from .peft_config import check_config, read_config, refused_fields
 from .peft_keys import SortedKeys, sort_keys
@@ -259,15 +259,6 @@ def _check_modules(
         if (header := modules.pop(path, None)) is not None:
             modules |= {name: replace(header, slice=part) for name, part in lora.modules().items()}
     return modules, alphas
-
-
-def common_dtype(dtypes) -> torch.dtype:
-    """The smallest dtype that holds all of them (float16 with bfloat16 gives float32)."""
-    dtypes = list(dtypes)
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
-    return common
 
 
 def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRules, alpha: Alpha) -> list[str]:
