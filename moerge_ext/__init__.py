@@ -33,13 +33,14 @@ if not _bare():
     from .queries.embedder import Embedder
     from .queries.example_router import ExampleRouter
     from .queries.index import index_examples
-    from .queries.router import AskRouter, QueryRouter, similar_examples
+    from .queries.router import AskRouter, QueryRouter
+    from .queries.similar import similar_examples
     from .queries.writer import InstructionWriter
     from .routing.patch import Handle, get_handle, patch
     from .routing.routed_linear import RoutedLinear
     from .routing.trace import Trace
     from .training.activation import average_activation
-    from .training.experts import train_expert
+    from .training.experts import new_expert, train_expert
     from .training.gates import train_gates
     from .training.lorahub import lorahub
 
@@ -72,6 +73,7 @@ __all__ = [
     "load_experts",
     "lorahub",
     "merge_experts",
+    "new_expert",
     "ops",
     "patch",
     "push_expert",

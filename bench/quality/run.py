@@ -33,7 +33,7 @@ from moerge_ext.queries.index import index_file  # noqa: E402
 from moerge_ext.training.encoding import collator  # noqa: E402
 
 METHODS = (
-    "base,merged,merged_factors,arrow,average_activation,phatgoose,glider,glider_code,glider_code/alpha=100,retrieval,"
+    "base,merged,merged_factors,arrow,arrow_phatgoose,average_activation,phatgoose,glider,glider_code,glider_code/alpha=100,retrieval,"
     "retrieval_task,knn,centroid,dam,token_level,adapter_soup,adapter_soup/neighbours=mixture,lorahub,oracle_dataset,"
     "best_individual"
 )

@@ -9,7 +9,7 @@ from ..experts.formats import inspect_adapter
 from ..experts.hub import find_adapter, output_folder
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows
-from ..queries.describe import EXAMPLES, describe
+from ..queries.describe import EXAMPLES, describe, draw
 from ..queries.embedder import Embedder
 from ..queries.hidden import base_name
 from ..queries.index import index_examples
@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=Path, metavar="FILE", help='JSON lines {"input": ..., "target": ...} of its training data')
     add("--instruction", metavar="TEXT", help="the task in one sentence, instead of --examples and --writer")
     add("--index", type=int, metavar="N", help="embed up to N of --examples, for the retrieval methods (1000)")
+    add(
+        "--index-texts",
+        action="store_true",
+        help="with --index: keep the examples' texts in it, for all who get the adapter; a --writer sees those like a "
+        "query (GLIDER's few-shot setting)",
+    )
     add(
         "--hidden-layer",
         type=int,
@@ -45,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     inspect_adapter(*find_adapter(args.adapter))
     check_can_write(output_folder(args.adapter, args.output))
     rows = read_rows(args.examples, text=True) if args.examples is not None else []
+    if args.writer:  # they are looked at before a model is read
+        draw(rows, args.count, args.seed)
     embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
     if describing:
         made = describe(
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"instruction: {made.instruction}\nwrote {made.path}")
     if args.index is not None:
-        drawn = {"samples": args.index, "seed": args.seed}
+        drawn = {"samples": args.index, "seed": args.seed, "texts": args.index_texts}
         print(f"wrote {index_examples(args.adapter, rows, embedder, output_dir=args.output, **drawn)}")
     return 0
 
@@ -74,6 +82,8 @@ def check(args: argparse.Namespace, describing: bool) -> None:
         raise ValueError("--instruction is used as it is: leave --writer out, and --examples unless there is --index")
     if args.index is not None and (args.index < 1 or args.examples is None):
         raise ValueError(f"--index takes the number of --examples to embed, at least 1; got {args.index}")
+    if args.index_texts and args.index is None:
+        raise ValueError("--index-texts is for --index N, which it makes keep the texts")
     if args.writer and args.examples is None:
         raise ValueError("--writer writes from examples: pass --examples FILE")
     if args.hidden_layer is not None and describing:

@@ -1,4 +1,4 @@
-"""`moerge ensemble`: PELMo's table."""
+"""`moerge ensemble`: PELMo's tables."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import argparse
 import json
 from pathlib import Path
 
-from ..ensemble.judge import JUDGES
 from ..files.atomic import check_can_write, write_atomically
-from .options import add_prompts_and_model, answering, build_ensemble, read_questions
+from .ensemble_options import (
+    add_prompts_and_model,
+    answering,
+    build_ensemble,
+    build_judges,
+    read_config,
+    read_questions,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add_prompts_and_model(parser)
     add = parser.add_argument
-    add("--router", required=True, type=Path, metavar="DIR", help="from `moerge train-router`")
+    add("--router", type=Path, metavar="DIR", help="from `moerge train-router` (default: the one that --prompts names)")
     add("--single-label-router", type=Path, metavar="DIR", help="from `moerge train-router --single-label`")
     add("--top-k", type=int, nargs="+", metavar="K", help="experts mixed (default: 1 .. 4, or as many as there are)")
     add("--output", type=Path, metavar="DIR", default=Path("moerge-ensemble"), help="(default: %(default)s)")
@@ -24,35 +30,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The table, the plot, and the best ensemble against the best expert; returns the exit status."""
     check_can_write(args.output)
-    rows = read_questions(args)
+    questions = read_questions(args)
 
     from rich.console import Console
 
-    from ..ensemble.measure import measure, plot_top_k
+    from ..ensemble.figure import plot_top_k
+    from ..ensemble.measure import ITEMS, MIXED, macro, macro_difference, measure
+    from ..ensemble.questions import warn_of_shown
     from ..ensemble.router import PromptRouter
-    from ..evaluation.metrics import paired_difference
     from ..evaluation.report import terminal, write
+    from ..evaluation.store import alone_in
 
-    router = PromptRouter.load(args.router, device=args.device)
+    config = read_config(args)
+    folder = args.router or config.router
+    if folder is None:
+        raise ValueError('a router is needed: --router DIR, or "router" in the file of --prompts')
+    router = PromptRouter.load(folder, device=args.device)
     single = PromptRouter.load(args.single_label_router, device=args.device) if args.single_label_router else None
-    ensemble = build_ensemble(args)
+    judges = build_judges(args, questions)
+    warn_of_shown(questions, [*config.experts, *config.few_shot.values()])
+    ensemble = build_ensemble(args, config)
     top_ks = args.top_k or range(1, min(4, len(ensemble.names)) + 1)
-    scores = measure(
-        ensemble,
-        [row["question"] for row in rows],
-        [row["target"] for row in rows],
-        JUDGES[args.judge],
-        router=router,
-        single_label=single,
-        top_ks=list(top_ks),
-        task=args.data.stem,
-        **answering(args),
-    )
-    paths = write(scores, args.output)
-    mixed = max((s for s in scores if s.method.startswith("top-")), key=lambda s: s.value)
-    best = max((s for s in scores if s.method in ensemble.names), key=lambda s: s.value)
-    mean, low, high = paired_difference(mixed.items, best.items)
-    facts = {"ensemble": mixed.method, "expert": best.method, "n": mixed.n, "mean": mean, "low": low, "high": high}
+    with alone_in(args.output):
+        scores = measure(
+            ensemble,
+            questions,
+            judges,
+            router=router,
+            single_label=single,
+            few_shot=config.few_shot,
+            top_ks=list(top_ks),
+            answer_after=config.answer_after,
+            **answering(args, config),
+        )
+    paths = [args.output / ITEMS, *write(scores, args.output)]
+    mixed = max((f"{MIXED}{k}" for k in top_ks), key=lambda name: macro(scores, name))
+    best = max(ensemble.names, key=lambda name: macro(scores, name))
+    mean, low, high = macro_difference(scores, mixed, best)
+    facts = {"ensemble": mixed, "expert": best, "n": len(questions), "mean": mean, "low": low, "high": high}
     paths.append(args.output / "paired.json")
     write_atomically(paths[-1], lambda file: file.write_text(json.dumps(facts) + "\n", encoding="utf-8"))
     console = Console(width=None if Console().is_terminal else 160)
@@ -62,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"no plot: {error}", highlight=False)
     console.print(terminal(scores))
     console.print(
-        f"{mixed.method} - {best.method} (the best of each, chosen on these {mixed.n} questions): "
+        f"{mixed} - {best} (the best of each by the mean over datasets, chosen on these {len(questions)} questions): "
         f"{100 * mean:+.1f} points, paired 95 % interval {100 * low:+.1f} to {100 * high:+.1f}",
         highlight=False,
     )

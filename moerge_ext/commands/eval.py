@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,23 @@ from typing import Any
 from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
+from ..methods import METHODS
 from ..methods.fixed import PREFIX
+from .ensemble_options import build_answerers
 from .expert_options import gates_of, load_bank
-from .options import add_tasks_and_model, build_routers, check_writer, listed, load, read_tasks
+from .options import (
+    add_tasks_and_model,
+    build_routers,
+    check_writer,
+    listed,
+    load,
+    read_tasks,
+    similar_of_task,
+)
 from .prompt_options import prompt_of
+
+ABLATED = ("glider", "glider_code")
+ALONE = Run(MULTITASK, PREFIX + MULTITASK)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,20 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="",
         metavar="A,B,...",
-        help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, "
-        + ", ".join(DERIVED),
+        help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, pelmo:FILE (with "
+        "/top_k=K or /expert=NAME: the ensemble of docs/ensemble.md), " + ", ".join(DERIVED),
     )
-    add("--ablation", choices=("glider", "glider_code"), help="add the rows of GLIDER's ablations of this method")
+    add("--ablation", choices=ABLATED, help="add the rows of GLIDER's ablations of this method")
     add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
     add("--metric", choices=METRICS, help="of all tasks (default: what their meta.json says)")
     add("--sum-log-likelihood", action="store_true", help="rank by the sum over an answer's tokens, not their mean")
     add(
-        "--similar",
-        type=int,
-        default=0,
-        metavar="N",
-        help="solved examples of the task that --writer sees with a query; 3 is GLIDER, 0 its zero-shot variant",
+        "--shares",
+        action="store_true",
+        help="keep with every answer the experts' parts of its routing weight; slower, as the router is recorded",
     )
+    add("--cost", action="store_true", help="print what the answers cost as well; results.* have it in any case")
     add("--batch-size", type=int, default=16, help="sequences per forward (default: %(default)s)")
     add("--max-new-tokens", type=int, help="of generated answers (default: the longest target of the task)")
     add(
@@ -62,72 +75,83 @@ def run(args: argparse.Namespace) -> int:
     gates_of(args)
     check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
+    names = [*listed(args.methods), args.ablation or ""]
+    rows = [METHODS.get(name.split("/")[0]) for name in names]
+    if args.calibrate and not any(row is not None and row.router == "instruction" for row in rows):
+        raise ValueError("--calibrate is for glider: add it to --methods")
+    held_in = [load_task(folder, split="validation", metric="exact_match") for folder in args.calibrate]
     texts = with_top_k(listed(args.methods), args.top_k)
     if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
 
-    from rich.console import Console
-
     from .. import load_experts
-    from ..evaluation.evaluate import Settings, derive, evaluate
-    from ..evaluation.report import terminal, write
+    from ..evaluation.evaluate import check_routers, evaluate
+    from ..evaluation.report import write
+    from ..evaluation.scores import derive
+    from ..routing.patch import check_patch
+
+    settings = settings_of(args)
+    experts = load_bank(args)
+    if args.ablation:
+        texts += ablation(args.ablation, len(experts))
+    runs, derived = parse_runs(texts, experts.names, args.top_k)
+    one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
+    loaded = cache(partial(load, args))
+    routers = build_routers(args, experts, [run.method for run in runs], loaded)
+    settings = replace(settings, similar=similar_of_task(args, routers))
+    if args.calibrate:
+        calibrate(args, routers, held_in, tasks)
+    check_routers(runs, routers)
+    model, tokenizer = loaded()
+    if one is not None:
+        check_patch(model, one, ALONE.method)
+    options = {"output": args.output, "progress": not args.no_progress}
+    given = {"routers": routers, "answerers": build_answerers(args, runs, tasks, model, tokenizer)}
+    scores = evaluate(model, tokenizer, experts, runs, tasks, settings, **given, **options) if runs else []
+    scores += derive(scores, derived)
+    if one is not None:
+        scores += evaluate(model, tokenizer, one, [ALONE], tasks, settings, **options)
+    tell(args, scores, derived, write(scores, args.output))
+    return 0
+
+
+def settings_of(args: argparse.Namespace) -> Any:
+    """The `Settings` of the arguments."""
+    from ..evaluation.evaluate import Settings
 
     form = prompt_of(args)
-    settings = Settings(
+    return Settings(
         template=form.template,
         chat=form.chat,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         length_norm=not args.sum_log_likelihood,
-        similar=args.similar,
+        shares=args.shares,
     )
-    experts = load_bank(args)
-    if args.ablation:
-        texts += ablation(args.ablation, len(experts))
-    runs, derived = parse_runs(texts, experts.names)
-    loaded = cache(partial(load, args))
-    routers = build_routers(args, experts, [run.method for run in runs], loaded)
-    if args.calibrate:
-        calibrate(args, routers, tasks)
-    model, tokenizer = loaded()
-    scores = evaluate(
-        model,
-        tokenizer,
-        experts,
-        runs,
-        tasks,
-        settings,
-        routers=routers,
-        output=args.output,
-        progress=not args.no_progress,
-    )
-    scores += derive(scores, derived)
-    if args.multitask:
-        one = load_experts({MULTITASK: args.multitask}, base=args.model)
-        alone = [Run(MULTITASK, PREFIX + MULTITASK)]
-        options = {"output": args.output, "progress": not args.no_progress}
-        scores += evaluate(model, tokenizer, one, alone, tasks, settings, **options)
-    paths = write(scores, args.output)
+
+
+def tell(args: argparse.Namespace, scores: list[Any], derived: list[str], paths: list[Path]) -> None:
+    """Print the tables, and what one must know to read them."""
+    from rich.console import Console
+
+    from ..evaluation.report import terminal, terminal_costs
+
     console = Console(width=None if Console().is_terminal else 160)
     console.print(terminal(scores))
+    if args.cost:
+        console.print(terminal_costs(scores))
     if reused := sum(score.reused for score in scores if score.method not in derived):
         console.print(f"{reused} stored answers reused (same model, experts and settings by content)", highlight=False)
     for name in derived:
         console.print(f"{name}: {DERIVED[name]}", highlight=False)
     console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
-    return 0
 
 
-def calibrate(args: argparse.Namespace, routers: dict[str, Any], tasks: list[Task]) -> None:
+def calibrate(args: argparse.Namespace, routers: dict[str, Any], known: list[Task], tasks: list[Task]) -> None:
     """Set the threshold of the instruction router from held-in tasks, and draw where it lies, with held-out `tasks`."""
     from ..queries.calibration import calibrate_threshold
 
-    if "instruction" not in routers:
-        raise ValueError("--calibrate is for glider: add it to --methods")
-    held_in = {}
-    for folder in args.calibrate:
-        task = load_task(folder, split="validation", metric="exact_match")
-        held_in[task.name] = [row["input"] for row in task.rows]
+    held_in = {task.name: [row["input"] for row in task.rows] for task in known}
     held_out = {task.name: [row["input"] for row in task.rows] for task in tasks if task.part == "heldout"}
     found = calibrate_threshold(routers["instruction"], held_in, held_out)
     print(f"threshold {found.threshold:.4f}, scores in {found.plot(args.output / 'threshold.png')}")

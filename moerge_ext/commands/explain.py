@@ -13,7 +13,7 @@ from ..methods.option_text import top_k
 from ..models.prompt import Prompt
 from .expert_options import add_gates, gates_of, load_bank
 from .generate import check_method
-from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_file
+from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_file
 from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
 
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
+    add_similar(parser)
     parser.set_defaults(trace=False)
 
 

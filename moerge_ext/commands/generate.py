@@ -1,16 +1,21 @@
-"""`moerge generate`: one prompt through a routed model, streamed."""
+"""`moerge generate`: prompts through a routed model, a single one streamed."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+from ..files.examples import Example
+from ..files.rows import read_prompts
 from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_gates, gates_of, load_bank
-from .options import add_embedder, add_hidden_layer, add_writer, build_routers, check_writer
+from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .prompt_options import add_prompt, prompt_of
 
 NEW_TOKENS = 128  # of an answer, when nobody says how many
@@ -22,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = '%(prog)s "prompt" --model DIR --experts DIR [DIR ...] [options]'
     # optional to argparse: `run` can say what became of it
     add("prompt", nargs="?", help="the text to continue, not directly after --experts; '-' reads standard input")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="many of them, in batches: a prompt in every line, or JSON lines with input, prompt or messages; '-' "
+        "reads standard input",
+    )
+    add("--json", action="store_true", help='JSON lines {"row", "prompt", "text"}, with --trace also "experts"')
+    add("--batch-size", type=int, default=16, help="of --prompts (default: %(default)s)")
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
     add(
         "--experts",
@@ -48,12 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add("--backend", choices=("native", "reference"), default="native", help="kernels or plain torch")
-    add("--trace", action="store_true", help="print afterwards which experts were used")
+    add("--trace", action="store_true", help="tell afterwards which experts were used")
     add("--instruction", metavar="TEXT", help="what {instruction} in --template stands for; {input} is the prompt")
     add_prompt(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
+    add_similar(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,44 +77,135 @@ def run(args: argparse.Namespace) -> int:
     check_decoding(args)
     gates_of(args)
 
-    from ..models.pretrained import is_seq2seq, load_config, load_model, load_tokenizer, usable_device
-    from ..models.prompt import encode
+    from ..models.pretrained import load_config, load_model, load_tokenizer, usable_device
 
     form, device = prompt_of(args), usable_device(args.device)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    row = {"input": prompt} | ({} if args.instruction is None else {"instruction": args.instruction})
-    tokenizer = load_tokenizer(args.model)
-    asked, config = form.prompt(row, tokenizer), load_config(args.model)
-    inputs = encode(tokenizer, asked, seq2seq=is_seq2seq(config)).to(device)
-    new_tokens = new_tokens_of(args.max_new_tokens, inputs["input_ids"].shape[1], config)
-
-    from transformers import TextStreamer
+    rows = rows_of(args)
+    tokenizer, config = load_tokenizer(args.model), load_config(args.model)
+    asked, longest = prompts_of(rows, form, tokenizer, config)
+    new_tokens = new_tokens_of(args.max_new_tokens, longest, config)
+    if len(rows) > 1 and new_tokens < (args.max_new_tokens or NEW_TOKENS):
+        print(
+            f"moerge generate: answers end after {new_tokens} tokens, what the longest prompt leaves", file=sys.stderr
+        )
 
     from .. import patch
     from ..experts.prompt_notes import warn_of_other_prompts
 
     experts = load_bank(args)
-    warn_of_other_prompts(experts, [form])
+    warn_of_other_prompts(experts, [form.seen_in(rows)])
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **options)
-    rows = nullcontext()
     if method.source is not None:
-        routers = build_routers(args, experts, [method.name], lambda: (model, tokenizer))
-        rows = handle.queries(prompt, routers[method.router], tokenizer=tokenizer)
+        handle.router = build_routers(args, experts, [method.name], lambda: (model, tokenizer))[method.router]
     kwargs: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
-    streamer = TextStreamer(tokenizer, skip_prompt=not is_seq2seq(model.config), skip_special_tokens=True)
-    if not args.trace:
-        with rows:
-            model.generate(**inputs, **kwargs, streamer=streamer)
-        return 0
-    with rows, handle.record() as trace:
-        model.generate(**inputs, **kwargs, streamer=streamer)
-    print("\nshare of the routing weight:")
-    for share, name in sorted(zip(trace.share().tolist(), trace.names, strict=True), reverse=True):
-        print(f"  {share:6.1%}  {name}")
+    if args.prompts is None and not args.json:
+        stream(args, handle, tokenizer, rows[0], asked[0], kwargs)
+    else:
+        answer_all(args, handle, tokenizer, rows, asked, kwargs)
     return 0
+
+
+def rows_of(args: argparse.Namespace) -> list[Example]:
+    """What is to be answered."""
+    if args.prompts is not None:
+        rows = read_prompts(None if args.prompts == "-" else Path(args.prompts))
+    else:
+        rows = [Example(input=sys.stdin.read() if args.prompt == "-" else args.prompt)]
+    if args.instruction is not None:
+        for row in rows:
+            row.setdefault("instruction", args.instruction)
+    return rows
+
+
+def prompts_of(rows: Sequence[Example], form: Any, tokenizer: Any, config: Any) -> tuple[list[Any], int]:
+    """(the prompt of every row, tokens of the longest). One ValueError for all rows that cannot be asked or do not fit
+    the model's context."""
+    from ..models.pretrained import context_of, is_seq2seq
+
+    asked, longest, problems, context = [], 0, [], context_of(config)
+    for number, row in enumerate(rows):
+        where = f"prompt {number} (from 0): " if len(rows) > 1 else ""
+        try:
+            asked.append(form.prompt(row, tokenizer))
+            length = len(asked[-1].some_ids(tokenizer, (), seq2seq=is_seq2seq(config)))
+        except ValueError as error:
+            problems.append(f"{where}{error}")
+            continue
+        if context is not None and (length > context or (length == context and not is_seq2seq(config))):
+            problems.append(
+                f"{where}the prompt has {length} tokens, and the model's context is {context}: shorten the prompt"
+            )
+        longest = max(longest, length)
+    if problems:
+        raise ValueError("\n- ".join(["the prompts cannot be asked:", *problems] if len(rows) > 1 else problems))
+    return asked, longest
+
+
+def stream(args: argparse.Namespace, handle: Any, tokenizer: Any, row: Example, asked: Any, kwargs: Any) -> None:
+    """One answer, printed as it comes."""
+    from transformers import TextStreamer
+
+    from ..models.pretrained import is_seq2seq
+    from ..models.prompt import encode
+
+    model, seq2seq = handle.model, is_seq2seq(handle.model.config)
+    inputs = encode(tokenizer, asked, seq2seq=seq2seq).to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=not seq2seq, skip_special_tokens=True)
+    queries = nullcontext() if handle.router is None else handle.queries(row["input"], tokenizer=tokenizer)
+    with queries, handle.record() if args.trace else nullcontext() as trace:
+        model.generate(**inputs, **kwargs, streamer=streamer)
+    if trace is not None:
+        tell_shares(dict(zip(trace.names, trace.share().tolist(), strict=True)))
+
+
+def answer_all(
+    args: argparse.Namespace, handle: Any, tokenizer: Any, rows: Sequence[Example], asked: Sequence[Any], kwargs: Any
+) -> None:
+    """Every answer, a batch at a time."""
+    from ..evaluation.answers import Answerer
+
+    answerer, size, texts = Answerer(handle.model, tokenizer), args.batch_size, [row["input"] for row in rows]
+    # where one choice is made for a whole task, all prompts are its
+    whole = handle.router is not None and handle.method.per_task
+    with handle.queries(texts) if whole else nullcontext():
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            count = len(asked[part])
+            each = handle.router is not None and not whole
+            queries = handle.queries(texts[part], tokenizer=tokenizer) if each else nullcontext()
+            with queries, handle.record(rows=count) if args.trace else nullcontext() as answerer.trace:
+                answers = answerer.texts(asked[part], **kwargs)
+            shares = [{}] * count if answerer.trace is None else named_shares(answerer.trace)
+            for number, prompt, answer, share in zip(
+                range(start, len(rows)), texts[part], answers, shares, strict=False
+            ):
+                tell(args, {"row": number, "prompt": prompt, "text": answer}, share)
+
+
+def named_shares(trace: Any) -> list[dict[str, float]]:
+    """{expert: its part of the routing weight} of every row."""
+    return [dict(zip(trace.names, row, strict=True)) for row in trace.row_share().tolist()]
+
+
+def tell(args: argparse.Namespace, said: dict[str, Any], shares: dict[str, float]) -> None:
+    """One answer on standard output."""
+    if args.json:
+        more = {"experts": {name: round(share, 4) for name, share in shares.items()}} if shares else {}
+        print(json.dumps({**said, **more}), flush=True)
+        return
+    print(f"[{said['row']}] {said['prompt']}\n{said['text']}", flush=True)
+    if shares:
+        tell_shares(shares)
+
+
+def tell_shares(shares: dict[str, float]) -> None:
+    """Which experts were used."""
+    print("\nshare of the routing weight:")
+    for share, name in sorted(((share, name) for name, share in shares.items()), reverse=True):
+        print(f"  {share:6.1%}  {name}")
 
 
 def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
@@ -132,12 +237,16 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
 
 
 def check_decoding(args: argparse.Namespace) -> None:
-    """ValueError for a missing prompt and for sampling options that do not fit."""
-    if args.prompt is None:
+    """ValueError for a missing prompt and for options that do not fit."""
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError(f"give one prompt or --prompts FILE, not both; got {args.prompt!r} and {args.prompts!r}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.prompt is None and args.prompts is None:
         raise ValueError(
             "no prompt: put it first, or after another option than --experts, which takes everything up to the next "
             f"option (its last one is {args.experts[-1]!r}); "
-            'such as: moerge generate "prompt" --model DIR --experts DIR DIR'
+            'such as: moerge generate "prompt" --model DIR --experts DIR DIR; many prompts: --prompts FILE'
         )
     if args.temperature is not None and not args.sample:
         raise ValueError("--temperature is for --sample")
@@ -146,15 +255,13 @@ def check_decoding(args: argparse.Namespace) -> None:
 
 
 def new_tokens_of(wanted: int | None, length: int, config: Any) -> int:
-    """Tokens to generate after a prompt of `length`; ValueError when they do not fit the model's context."""
+    """Tokens to generate after prompts of up to `length`; ValueError when they do not fit the model's context."""
     from ..models.pretrained import context_of, is_seq2seq
 
     context = context_of(config)
     if context is None:
         return wanted or NEW_TOKENS
     left = context if is_seq2seq(config) else context - length
-    if length > context or left < 1:
-        raise ValueError(f"the prompt has {length} tokens, and the model's context is {context}: shorten the prompt")
     if wanted is not None and wanted > left:
         raise ValueError(
             f"the prompt has {length} tokens, and {wanted} more do not fit the model's context of {context}: pass "

@@ -15,7 +15,16 @@ from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
 from .expert_options import gates_of, load_bank
-from .options import add_tasks_and_model, build_routers, check_file, check_writer, listed, load, read_tasks
+from .options import (
+    add_tasks_and_model,
+    build_routers,
+    check_file,
+    check_writer,
+    listed,
+    load,
+    read_tasks,
+    similar_of_task,
+)
 from .prompt_options import prompt_of
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
@@ -60,17 +69,18 @@ def run(args: argparse.Namespace) -> int:
     given = dict(_pair(text) for text in args.oracle)
     results = read_results(args.results) if args.results else []
 
+    from ..evaluation.composition import report as composition
     from ..evaluation.evaluate import Settings
 
     experts = load_bank(args)
-    runs, derived = parse_runs(methods, experts.names)
+    runs, derived = parse_runs(methods, experts.names, args.top_k)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
     form = prompt_of(args)
-    settings = Settings(template=form.template, chat=form.chat)
+    settings = Settings(template=form.template, chat=form.chat, similar=similar_of_task(args, routers))
     best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
     found = inspect(
         model,
@@ -86,12 +96,12 @@ def run(args: argparse.Namespace) -> int:
     shares = {(row["method"], row["task"]): row["score"] for row in results}
     related = correlations(found, shares)
     rows = [record(i, shares.get((i.method, i.task))) for i in found]
-    _write(args, found, rows, related)
+    _write(args, found, rows, related, composition(found, tasks, experts))
     return 0
 
 
-def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], related: dict) -> None:
-    """inspect.json and the pictures; the table is printed."""
+def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], related: dict, made_of: str) -> None:
+    """inspect.json, what tasks are made of, and the pictures; the table is printed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -100,6 +110,8 @@ def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], 
     report = {"experts": list(found[0].experts), "rows": rows, "pearson_kl_score": related}
     path = args.output / "inspect.json"
     write_atomically(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
+    made = args.output / "composition.md"
+    write_atomically(made, lambda file: file.write_text(made_of, encoding="utf-8"))
     table = Table(*COLUMNS)
     for row in rows:
         table.add_row(*(Text(_text(row[column])) for column in COLUMNS))
@@ -108,7 +120,7 @@ def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], 
     for method, value in related.items():
         console.print(Text(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}"))
     pictures, notes = draw(found, args.output, args.view)
-    written = list(map(str, [path, *pictures]))
+    written = list(map(str, [path, made, *pictures]))
     if args.html is not None:
         written.append(f"{args.html} ({write_page(found, args.html) / 1e6:.1f} MB)")
     for line in (*notes, "wrote " + ", ".join(written)):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
 from importlib import import_module
 
@@ -13,26 +16,46 @@ from .progress import bars
 COMMANDS = {
     "doctor": (".doctor", "what was built, what this machine has, whether they fit"),
     "methods": (".methods", "the routing methods, their options and their papers"),
-    "generate": (".generate", "one prompt through your model and experts"),
+    "generate": (".generate", "prompts through your model and experts"),
     "train-expert": (".train_expert", "train an expert, a LoRA on your model, from a file of examples"),
+    "new-expert": (".new_expert", "an untrained expert, to be trained together with its gates (train-gates --joint)"),
     "train-gates": (".train_gates", "train the routing gates of one expert"),
     "list": (".list", "adapters in folders: base, rank, modules, and what there is for routing beside each"),
     "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
     "push": (".push", "an adapter with its gates, index and description to the Hugging Face hub"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
+    "fetch-tasks": (
+        ".fetch_tasks",
+        "the papers' own sets (T0/P3, FLAN, BIG-bench, questions) from the hub as task folders",
+    ),
     "eval": (".eval", "methods on tasks: a table with intervals"),
+    "lm-eval": (".lm_eval", "lm-evaluation-harness, with the routed model as `--model moerge`"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
     "explain": (".explain", "a prompt, token by token: which experts spoke, at which depth"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
 }
+LOST = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+FOREIGN = ("lm-eval",)  # commands whose arguments are those of another program
 
 
 def _run(args: argparse.Namespace) -> int:
     with bars(shown=not getattr(args, "no_progress", False)):
         return import_module(COMMANDS[args.command][0], __package__).run(args)
+
+
+def _output_is_lost(error: Exception) -> bool:
+    """Whether it was standard output that could not be written, as all errors of files name the file.
+
+    What is left for it is dropped, lest Python report it again at its end.
+    """
+    if not isinstance(error, OSError) or error.filename is not None or error.errno not in LOST:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -50,12 +73,18 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; an error that the user can mend is one line (or a list) on standard error, status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv[0] if argv else "doctor").parse_args(argv)
+    root = parser(argv[0] if argv else "doctor")
+    args, args.rest = root.parse_known_args(argv)
+    if args.rest and args.command not in FOREIGN:
+        root.error(f"unrecognized arguments: {' '.join(args.rest)}")
     args.words = argv  # a command that is interrupted says how to go on
     try:
-        return _run(args)
+        status = _run(args)
+        sys.stdout.flush()
+        return status
     except (ValueError, OSError, ImportError) as error:  # ImportError: an optional library is missing
-        print(f"moerge {args.command}: {error}", file=sys.stderr)
+        what = "standard output cannot be written: " if _output_is_lost(error) else ""
+        print(f"moerge {args.command}: {what}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"moerge {args.command}: interrupted", file=sys.stderr)

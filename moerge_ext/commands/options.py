@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..ensemble.judge import JUDGES
 from ..evaluation.checks import check_fields
 from ..evaluation.tasks import Task, load_task
 from ..files.atomic import check_can_write
-from ..files.meta import read_instructed_rows
+from ..files.rows import read_rows, read_text
 from ..methods.base import HIDDEN_STATES
 from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
@@ -49,6 +48,30 @@ def add_writer(parser: argparse.ArgumentParser) -> None:
         help=f"an OpenAI-compatible server, such as http://localhost:8000/v1 (its key is read from ${KEY})",
     )
     add("--writer-timeout", type=float, default=60.0, metavar="S", help="seconds per request (default: %(default)s)")
+    add(
+        "--writer-template",
+        type=Path,
+        metavar="FILE",
+        help="what it is asked: a text with {examples}, perhaps {count} (default: the one of GLIDER's appendix A.1)",
+    )
+
+
+def add_similar(parser: argparse.ArgumentParser, *, of_task: str = "") -> None:
+    """Declare which solved examples the writer sees with a query; of_task: what is so of a command that has tasks."""
+    add = parser.add_argument
+    add(
+        "--solved",
+        type=Path,
+        metavar="FILE",
+        help="solved examples, JSON lines, of which --writer sees the most similar ones with a query",
+    )
+    add(
+        "--similar",
+        type=int,
+        metavar="N",
+        help="how many it sees: 3 is GLIDER, 0 its zero-shot variant (default: 3 with --solved, or where the experts' "
+        f"indices hold texts, else 0{of_task})",
+    )
 
 
 def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
@@ -66,6 +89,15 @@ def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
 
 def check_writer(args: argparse.Namespace) -> None:
     """ValueError for options of the writer that do not go together."""
+    if args.writer_template and not args.writer:
+        raise ValueError("--writer-template is what --writer MODEL is asked: pass that as well")
+    similar, solved = getattr(args, "similar", None), getattr(args, "solved", None)
+    if similar is not None and similar < 0:
+        raise ValueError(f"--similar must be at least 0, got {similar}")
+    if (similar or solved) and not args.writer:
+        raise ValueError("--similar and --solved are for --writer MODEL, which sees the examples: pass that as well")
+    if solved and similar == 0:
+        raise ValueError("--similar 0 shows the writer nothing: leave --solved out")
     if args.writer_url and not args.writer:
         raise ValueError("--writer-url needs --writer MODEL, the name of the model on that server")
     if args.writer_timeout <= 0:
@@ -77,11 +109,15 @@ def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWr
     check_writer(args)
     if not args.writer:
         return None
+    templates = {}
+    if args.writer_template:
+        text = read_text(args.writer_template)
+        templates = {"template": text, "query_template": text}
     if args.writer_url:
         return InstructionWriter.from_endpoint(
-            args.writer_url, args.writer, api_key=os.environ.get(KEY), timeout=args.writer_timeout
+            args.writer_url, args.writer, api_key=os.environ.get(KEY), timeout=args.writer_timeout, **templates
         )
-    return InstructionWriter.from_transformers(args.writer, device=device)
+    return InstructionWriter.from_transformers(args.writer, device=device, **templates)
 
 
 def add_hidden_layer(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +152,7 @@ def build_routers(
         routers["ask"] = AskRouter(experts, writer)
     embedder = build_embedder(args, args.device) if kinds & {"instruction", "examples"} else None
     if "instruction" in kinds:
-        routers["instruction"] = QueryRouter(experts, embedder, writer)
+        routers["instruction"] = QueryRouter(experts, embedder, writer, similar=build_similar(args, experts, embedder))
     if "examples" in kinds:
         routers["examples"] = ExampleRouter(experts, embedder)
     if HIDDEN_STATES in kinds:
@@ -130,6 +166,32 @@ def build_routers(
         form = prompt_of(args)
         routers["few-shot"] = LoraHubRouter(load()[1], form.template, chat=form.chat)
     return routers
+
+
+def build_similar(args: argparse.Namespace, experts: Any, embedder: Embedder) -> Any:
+    """What `QueryRouter(similar=)` gets from the arguments: --solved, or the experts' indices, or nothing."""
+    from ..queries.similar import SHOWN, indexed_examples, similar_examples
+
+    # a command without `add_similar` takes what the experts' indices hold
+    similar, solved = getattr(args, "similar", None), getattr(args, "solved", None)
+    if similar == 0 or not args.writer:
+        return None
+    count = similar or SHOWN
+    if solved:
+        return similar_examples(embedder, read_rows(solved), count)
+    found = indexed_examples(experts, embedder, count)
+    if found is None and similar and not hasattr(args, "tasks"):
+        raise ValueError(
+            f"--similar {similar}: there are no solved examples; pass --solved FILE, or experts that were indexed "
+            "with `moerge describe --index N --index-texts`"
+        )
+    return found
+
+
+def similar_of_task(args: argparse.Namespace, routers: dict[str, Any]) -> int:
+    """`Settings.similar`: how many examples of a task's own train.jsonl the writer sees, when it sees no others."""
+    router = routers.get("instruction")
+    return (args.similar or 0) if router is not None and router.writer is not None and router.similar is None else 0
 
 
 def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +216,7 @@ def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
+    add_similar(parser, of_task="; a number without either takes them from the task's train.jsonl")
 
 
 def check_file(path: Path) -> None:
@@ -189,65 +252,3 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     device, tokenizer = usable_device(args.device), load_tokenizer(args.model)
     check_chat(prompt_of(args), tokenizer)
     return load_model(args.model, dtype=args.dtype, device=device), tokenizer
-
-
-def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
-    """Declare what both commands take: model, prompts, questions."""
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder or hub id of the backbone, with its tokenizer")
-    add("--prompts", required=True, type=Path, metavar="FILE", help="the prompt experts: a JSON list, see the README")
-    add("--data", required=True, type=Path, metavar="FILE", help='JSON lines {"input": question, "target": answer}')
-    add("--judge", choices=tuple(JUDGES), default="exact", help="when an answer is right (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="the first N questions (default: all)")
-    add("--max-new-tokens", type=int, default=64, help="of an answer (default: %(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; \\n is a line end; repeatable")
-    add("--batch-size", type=int, default=16, help="questions at a time (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the backbone")
-    add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
-    add_progress(parser)
-    add_prompt(parser)
-    add_embedder(parser)
-
-
-def read_questions(args: argparse.Namespace) -> list[dict]:
-    """The rows, "question" being what the experts are asked; ValueError for arguments out of range."""
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    rows, form = read_instructed_rows(args.data)[: args.limit], prompt_of(args)
-    problems = form.problems(rows)
-    problems += [
-        f"row {i}: a prompt expert is asked one question, got {len(row.conversation)} messages"
-        for i, row in enumerate(rows)
-        if row.conversation is not None and len(row.conversation) > 1
-    ]
-    if problems:
-        raise ValueError(f"{args.data} cannot be asked:\n- " + "\n- ".join(problems))
-    return [{**row, "question": form.text(row)} for row in rows]
-
-
-def build_ensemble(args: argparse.Namespace) -> Any:
-    """The ensemble of --model and --prompts, without a router."""
-    from .. import load_experts, patch
-    from ..ensemble.config import read_experts
-    from ..ensemble.mixture import PromptEnsemble
-
-    experts, loras = read_experts(args.prompts, lambda: build_embedder(args, args.device))
-    model, tokenizer = load(args)
-    handle = patch(model, load_experts(loras), method="given", top_k=1) if loras else None
-    return PromptEnsemble(model, tokenizer, experts, handle=handle, chat=args.chat)
-
-
-def answering(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `answers_of`."""
-    from ..ensemble.config import read_entries
-
-    return {
-        "output": args.output,
-        "facts": {"prompts": read_entries(args.prompts), "chat": args.chat},
-        "batch_size": args.batch_size,
-        "progress": not args.no_progress,
-        "max_new_tokens": args.max_new_tokens,
-        "stop": [text.replace("\\n", "\n") for text in args.stop],
-    }

@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if problems := range_problems(args):
         raise ValueError("; ".join(problems))
     training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
-    targets = training.get("target_modules", ())
-    if len(targets) == 1:
-        training["target_modules"] = targets[0] if _is_pattern(targets[0]) else targets
+    if "target_modules" in training:
+        training["target_modules"] = targets_of(training["target_modules"])
 
     from ..files.atomic import check_writable
     from ..training.experts import train_expert
@@ -89,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
     if ranks.first:
         tell(result)
     return 0
+
+
+def targets_of(words: list[str]) -> str | list[str]:
+    """PEFT's target_modules from the words of --target-modules."""
+    return words[0] if len(words) == 1 and _is_pattern(words[0]) else words
 
 
 def _is_pattern(text: str) -> bool:

@@ -20,11 +20,12 @@ from .training_options import (
     tell,
 )
 
-PAPER_BATCH = 1024  # sequences per step in PHATGOOSE, arXiv 2402.05859, section 4
+PAPER_BATCH = 1024  # sequences per step in PHATGOOSE, arXiv 2402.05859, section 4.1
+SAMPLES = 1000  # of `average_activation`: section 4.2
 
 # what only training takes; an option that is not given is absent from the arguments, so that train_gates's own
 # defaults hold and --kind average-activation can refuse the rest
-TRAINING = ("steps", "lr", "warmup_ratio", "accumulate", "eval_every", "validation", "joint", "resume", "seed")
+TRAINING = ("steps", "lr", "warmup_ratio", "accumulate", "eval_every", "validation", "joint", "resume")
 
 
 def _defaults() -> dict[str, Any]:
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SIGMOID_GATE,
         help="train gates, or take every module's mean input (default: %(default)s)",
     )
+    add(
+        "--samples",
+        type=int,
+        metavar="N",
+        help=f"of --kind {AVERAGE_ACTIVATION}: random rows of the data (default: {SAMPLES})",
+    )
     add("--output", type=Path, metavar="DIR", help="where to write (default: the adapter's folder)")
     add_data(parser, default)
     group = parser.add_argument_group(f"training, of --kind {SIGMOID_GATE}", argument_default=argparse.SUPPRESS)
@@ -58,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError for what the user can mend."""
     training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
     check(args, training)
+    seed = {"seed": args.seed} if hasattr(args, "seed") else {}
 
     from ..experts.formats import inspect_adapter
     from ..experts.hub import find_adapter, output_folder
@@ -78,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     common = {"tokenizer": tokenizer, "max_length": args.max_length, "prompt": prompt}
     common |= {"batch_size": args.batch_size, "output_dir": args.output, "progress": not args.no_progress}
     if args.kind == AVERAGE_ACTIVATION:
-        path = average_activation(model, args.adapter, rows, **common)
+        path = average_activation(model, args.adapter, rows, samples=args.samples or SAMPLES, **seed, **common)
         if ranks.first:
             print(f"wrote {path}")
             say_where(name, folder, target)
@@ -86,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if ranks.first:
         print(plan_of(len(rows), batch_size=args.batch_size, ranks=ranks.size, **training), flush=True)
     with resumable(args):
-        result = train_gates(model, args.adapter, rows, **training, **common)
+        result = train_gates(model, args.adapter, rows, **training, **seed, **common)
     if ranks.first:
         tell(result)
         if not hasattr(args, "joint"):
@@ -108,6 +116,10 @@ def check(args: argparse.Namespace, training: dict[str, Any]) -> None:
             f"--kind {args.kind} trains nothing and takes no {given}; leave that out, or use --kind {SIGMOID_GATE}"
         )
     problems = range_problems(args)
+    if args.samples is not None and args.kind != AVERAGE_ACTIVATION:
+        problems.append(f"--samples is for --kind {AVERAGE_ACTIVATION}")
+    if args.samples is not None and args.samples < 1:
+        problems.append(f"--samples must be at least 1, got {args.samples}")
     if "joint" in training and args.output is None:
         problems.append("--joint changes the adapter's weights: pass --output DIR")
     if problems:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..ensemble.config import read_entries
-from ..ensemble.domains import domains
-from ..ensemble.judge import JUDGES
-from ..files.atomic import check_can_write
-from .options import add_prompts_and_model, answering, build_embedder, build_ensemble, read_questions
+import torch
 
-SIMILARITY = "pass --embedder MODEL and --theta X, the cosine to the gold answer above which an answer counts as right"
+from ..ensemble.config import read_parts
+from ..ensemble.questions import Question, domains, split, warn_of_shown
+from ..files.atomic import check_can_write
+from .ensemble_options import (
+    add_prompts_and_model,
+    answering,
+    build_ensemble,
+    build_judges,
+    read_config,
+    read_questions,
+)
+from .options import build_embedder
+from .prompt_options import prompt_of
+
+SIMILAR, DROP = "similar", "drop"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,51 +32,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--router", required=True, metavar="MODEL", help="encoder to fine-tune (the paper: FacebookAI/roberta-base)")
     add("--output", required=True, type=Path, metavar="DIR", help="the router, and the answers it is trained on")
-    add("--single-label", action="store_true", help='learn the "domain" of the rows, an expert\'s name, instead')
+    add("--single-label", action="store_true", help="learn the domain of the rows, an expert, instead")
     add(
-        "--theta", type=float, help="similarity above which an answer counts as right where nobody is (with --embedder)"
+        "--nobody-right",
+        choices=(SIMILAR, DROP),
+        default=SIMILAR,
+        help="where no expert is right, answers that are similar to the right one count (--embedder, --theta), or the "
+        "question is left out (default: %(default)s, the paper's)",
     )
-    add("--validation-share", type=float, default=0.1, help="of the questions, the last ones (default: %(default)s)")
+    add("--theta", type=float, help="similarity above which an answer counts as right there; it is of the --embedder")
+    add(
+        "--validation-share",
+        type=float,
+        default=0.1,
+        help="of the questions, drawn from every dataset by --seed (default: %(default)s)",
+    )
     add("--epochs", type=int, default=5, help="(default: %(default)s)")
     add("--lr", type=float, default=2e-5, help="(default: %(default)s)")
     add("--max-length", type=int, default=512, help="tokens of a question (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the training and of the validation share (default: %(default)s)")
     add("--resume", action="store_true", help="go on where a killed training stopped; answers are always kept")
 
 
 def run(args: argparse.Namespace) -> int:
     """Answers of every expert, labels, the router; returns the exit status."""
-    rows = read_questions(args)
-    if not 0 <= args.validation_share < 1:
-        raise ValueError(f"--validation-share must be in [0, 1), got {args.validation_share:g}")
-    check(args, rows)
+    check_can_write(args.output)
+    check(args)
+    questions = read_questions(args)
 
+    from ..ensemble.router import note_of
     from ..ensemble.train import check_encoder, check_training, train_router
 
     check_training(args.lr, epochs=args.epochs, max_length=args.max_length)
-    check_can_write(args.output)
     check_encoder(args.router)
-    questions = [row["question"] for row in rows]
     if args.single_label:
-        names = [entry["name"] for entry in read_entries(args.prompts)]
-        labels: Any = domains(rows, names)
+        entries = read_parts(args.prompts)["experts"]
+        names = [entry["name"] for entry in entries]
+        labels: Any = torch.tensor(domains(questions, names, by_dataset(entries)))
+        note = note_of(prompt_of(args))
     else:
-        names, labels = labels_of(args, rows)
-    held = int(len(rows) * args.validation_share)
-    cut = len(rows) - held
+        names, questions, labels, note = labels_of(args, questions)
+    rest, held = split(questions, args.validation_share, args.seed)
     result = train_router(
         args.router,
-        questions[:cut],
-        labels[:cut],
+        [questions[i].text for i in rest],
+        labels[rest],
         names,
         args.output,
-        validation=(questions[cut:], labels[cut:]) if held else None,
+        validation=([questions[i].text for i in held], labels[held]) if held else None,
         epochs=args.epochs,
         lr=args.lr,
         max_length=args.max_length,
         seed=args.seed,
         resume=args.resume,
         progress=not args.no_progress,
+        note=note,
     )
     where = "validation" if held else "training"
     for epoch in result.epochs:
@@ -74,43 +95,61 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(args: argparse.Namespace, rows: list[dict]) -> None:
-    """ValueError for what the labels need and the arguments or the rows lack, before any expert is asked."""
+def check(args: argparse.Namespace) -> None:
+    """ValueError for what the labels need and the arguments lack, before any expert is asked."""
+    if not 0 <= args.validation_share < 1:
+        raise ValueError(f"--validation-share must be in [0, 1), got {args.validation_share:g}")
     if args.theta is not None and not args.embedder:
         raise ValueError("--theta needs --embedder: it is a similarity of that model")
     if args.theta is not None and not -1 <= args.theta <= 1:
         raise ValueError(f"--theta is a cosine and must be in [-1, 1], got {args.theta:g}")
-    if args.single_label:
-        return
-    for i, row in enumerate(rows):
-        try:
-            JUDGES[args.judge](row["question"], row["target"], row["target"])
-        except ValueError as error:
-            raise ValueError(f"{args.data}, row {i} (from 0): {error}") from error
+    if args.theta is not None and (args.single_label or args.nobody_right == DROP):
+        raise ValueError("--theta is for --nobody-right similar, of the multi-label router")
+    if not args.single_label and args.nobody_right == SIMILAR and args.theta is None:
+        raise ValueError(
+            "where no expert is right, the answers nearest to the right one count: pass --embedder MODEL and --theta "
+            "X, the cosine above which one counts (it depends on the embedder and has no default), or leave these "
+            "questions out with --nobody-right drop"
+        )
 
 
-def labels_of(args: argparse.Namespace, rows: list[dict]) -> tuple[tuple[str, ...], Any]:
-    """(experts, labels [M,N]) by asking every expert every question."""
-    from ..ensemble.judge import judged, label_matrix
-    from ..ensemble.measure import answers_by_experts
+def by_dataset(entries: Sequence[dict]) -> dict[str, str]:
+    """{dataset: the expert that is made for it}."""
+    return {entry["dataset"]: entry["name"] for entry in entries if "dataset" in entry}
 
-    embedder = build_embedder(args, args.device) if args.theta is not None else None
-    questions, golds = [row["question"] for row in rows], [row["target"] for row in rows]
-    ensemble, options = build_ensemble(args), answering(args)
-    if embedder is None and args.batch_size < len(questions):
-        # the first batch shows soon what else the last answer would
-        first = questions[: args.batch_size]
-        answers = answers_by_experts(ensemble, first, **options | {"output": None, "progress": False})
-        lost = int((~judged(JUDGES[args.judge], first, answers, golds[: args.batch_size]).any(1)).sum())
-        if lost:
-            raise ValueError(f"in {lost} of the first {len(first)} questions no expert is right: {SIMILARITY}")
-    answers = answers_by_experts(ensemble, questions, **options)
-    right = judged(JUDGES[args.judge], questions, answers, golds)
+
+def labels_of(args: argparse.Namespace, questions: list[Question]) -> tuple[Any, list[Question], Any, Any]:
+    """(experts, questions, labels [M,N], how they were asked) by asking every expert every question."""
+    from ..ensemble.judge import final_answer, judged, label_matrix
+    from ..ensemble.measure import answers_by_experts, check_lengths
+    from ..ensemble.router import note_of
+    from ..evaluation.store import alone_in
+
+    judges = build_judges(args, questions)
+    config = read_config(args)
+    warn_of_shown(questions, config.experts)
+    embedder = build_embedder(args, args.device) if args.nobody_right == SIMILAR else None
+    ensemble, options = build_ensemble(args, config), answering(args, config)
+    texts, golds = [question.text for question in questions], [question.golds for question in questions]
+    check_lengths(ensemble, texts, options["max_new_tokens"])
+    with alone_in(args.output):
+        answers = answers_by_experts(ensemble, texts, **options)
+    answers = [[final_answer(answer, config.answer_after) for answer in given] for given in answers]
+    judge = [judges[question.dataset] for question in questions]
+    right = judged(judge, texts, answers, golds, progress=not args.no_progress)
     for name, share in zip(ensemble.names, right.float().mean(0).tolist(), strict=True):
-        print(f"{name}: right in {share:.1%} of {len(rows)} questions")
-    try:
-        return ensemble.names, label_matrix(right, answers, golds, ensemble.names, embedder=embedder, theta=args.theta)
-    except ValueError as error:
-        if embedder is not None:
-            raise
-        raise ValueError(f"{error}: {SIMILARITY}; the answers are kept in {args.output}") from error
+        print(f"{name}: right in {share:.1%} of {len(questions)} questions")
+    known = right.any(1).nonzero().flatten().tolist()
+    if args.nobody_right == DROP:
+        if not known:
+            raise ValueError(
+                f"no expert is right in any of the {len(questions)} questions: with --nobody-right drop none is left; "
+                f"the answers are kept in {args.output}"
+            )
+        print(f"left out, as no expert is right: {len(questions) - len(known)} of {len(questions)} questions")
+        questions, answers = [questions[i] for i in known], [answers[i] for i in known]
+        right, golds = right[known], [golds[i] for i in known]
+    else:
+        print(f"by similarity, as no expert is right: {len(questions) - len(known)} of {len(questions)} questions")
+    labels = label_matrix(right, answers, golds, ensemble.names, embedder=embedder, theta=args.theta)
+    return ensemble.names, questions, labels, note_of(prompt_of(args), config.experts)

@@ -25,7 +25,13 @@ from .evaluate import accuracies, converse, tokens_per_second
 from .tasks import Conversation, held_in, held_out
 
 ASSETS = Path(__file__).parent / "assets"
-ROUTED = {"uniform merge": "merged", "Arrow": "arrow", "PHATGOOSE": "phatgoose"}  # column: method
+# column: method; PHATGOOSE and GLIDER compare with Arrow at the two experts per token that they use themselves
+ROUTED = {
+    "uniform merge": "merged",
+    "Arrow k=4": "arrow",
+    "Arrow k=2": "arrow_phatgoose",
+    "PHATGOOSE": "phatgoose",
+}
 BEST = "best expert"
 
 Suites = dict[str, list[Conversation]]

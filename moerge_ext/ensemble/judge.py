@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..evaluation.metrics import exact_match
 from ..queries.embedder import Embedder
 from ..queries.vectors import unit
 
 Judge = Callable[[str, str, str], bool]  # (question, answer, gold) -> right?
+Golds = Sequence[str]  # the answers that are right, at least one: an entity has several names
+_WORD = re.compile(r"[^\W_]+")
+_LETTER = re.compile(r"\(?([A-Za-z])(?:[).:,]|$)")
+_BRACKETED = re.compile(r"\(([A-Za-z])\)")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -31,17 +35,71 @@ def numeric(question: str, answer: str, gold: str) -> bool:
     return mine == right
 
 
+def contains(question: str, answer: str, gold: str) -> bool:
+    """The words of the gold answer stand in the answer, one after another; case and punctuation do not count.
+
+    A stand-in for a language model that judges, where answers are whole sentences. It takes "not Paris" for Paris.
+    """
+    said, wanted = _words(answer), _words(gold)
+    if not wanted.strip():
+        raise ValueError(f"the judge 'contains' needs a word in the gold answer, got {gold[:80]!r}; use another judge")
+    return wanted in said
+
+
+def choice(question: str, answer: str, gold: str) -> bool:
+    """The letter that the answer to a multiple choice begins with ("B", "b.", "B) because"), else its first "(B)"."""
+    right, found = _LETTER.match(gold.strip()), _LETTER.match(answer.strip()) or _BRACKETED.search(answer)
+    if right is None:
+        raise ValueError(f"the judge 'choice' needs a letter as gold answer, got {gold[:80]!r}; use another judge")
+    return found is not None and found[1].upper() == right[1].upper()
+
+
+def _words(text: str) -> str:
+    """The words in lower case, a space around each."""
+    return f" {' '.join(_WORD.findall(text.casefold()))} "
+
+
 def number(text: str) -> float | None:
     """The last number in a text ("$1,200.50." -> 1200.5), or None."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
-JUDGES: dict[str, Judge] = {"exact": exact, "numeric": numeric}
+def final_answer(text: str, after: str | None) -> str:
+    """What follows the last `after` ("The answer is"), without a final full stop; all of a text that has none."""
+    if after is None or after not in text:
+        return text
+    return text.rpartition(after)[2].strip().removesuffix(".").strip()
 
 
-def judged(judge: Judge, questions: Sequence[str], answers: Sequence[Sequence[str]], golds: Sequence[str]) -> Tensor:
-    """[M,N] bool: whether expert n answered question m right; answers: M lists of N.
+JUDGES: dict[str, Judge] = {"exact": exact, "numeric": numeric, "contains": contains, "choice": choice}
+
+
+def is_right(judge: Judge, question: str, answer: str, golds: Golds) -> bool:
+    """Whether an answer is one of the right ones; a judge with a method `among` is shown them all at once.
+
+    ValueError when there is none, and when the judge says anything but True or False.
+    """
+    golds = (golds,) if isinstance(golds, str) else tuple(golds)
+    if not golds:
+        raise ValueError(f"no gold answer to {question[:80]!r}: expected at least one")
+    among = getattr(judge, "among", None)
+    said = [among(question, answer, golds)] if among else [judge(question, answer, gold) for gold in golds]
+    wrong = [value for value in said if not isinstance(value, bool)]
+    if wrong:
+        raise ValueError(f"a judge must answer True or False, got {wrong[0]!r}")
+    return any(said)
+
+
+def judged(
+    judge: Judge | Sequence[Judge],
+    questions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    golds: Sequence[str | Golds],
+    *,
+    progress: bool = False,
+) -> Tensor:
+    """[M,N] bool: whether expert n answered question m right; answers: M lists of N; judge: one, or one a question.
 
     ValueError when the lists do not fit, or the judge says anything but True or False.
     """
@@ -51,20 +109,26 @@ def judged(judge: Judge, questions: Sequence[str], answers: Sequence[Sequence[st
             f"expected as many questions as answers and golds, and equally many answers to each; got {len(questions)}, "
             f"{len(answers)}, {len(golds)}, answers per question {sorted(counts)}"
         )
-    rows: list[list[bool]] = []
-    for question, given, gold in zip(questions, answers, golds, strict=True):
-        said: list[Any] = [judge(question, answer, gold) for answer in given]
-        wrong = [value for value in said if not isinstance(value, bool)]
-        if wrong:
-            raise ValueError(f"a judge must answer True or False, got {wrong[0]!r}")
-        rows.append(said)
-    return torch.tensor(rows)
+    judges = [judge] * len(questions) if callable(judge) else judge
+    return torch.tensor(
+        [
+            [is_right(who, question, answer, gold) for answer in given]
+            for who, question, given, gold in tqdm(
+                zip(judges, questions, answers, golds, strict=True),
+                total=len(questions),
+                desc="judging",
+                unit="q",
+                leave=False,
+                disable=not progress,
+            )
+        ]
+    )
 
 
 def label_matrix(
     right: Tensor,
     answers: Sequence[Sequence[str]],
-    golds: Sequence[str],
+    golds: Sequence[str | Golds],
     names: Sequence[str],
     *,
     embedder: Embedder | None = None,
@@ -73,7 +137,8 @@ def label_matrix(
     """right [M,N] bool -> labels [M,N] bool in which every row has an expert.
 
     Rows in which nobody is right, and only those, get PELMo's fallback: answers and gold are embedded; an answer whose
-    cosine to the gold is above theta counts as right, and when there is none, the most similar one does.
+    cosine to the gold (the most similar of several) is above theta counts as right, and when there is none, the most
+    similar one does (section 2.2, eq. 1).
 
     theta depends on the embedder, so it has no default: ValueError when it (or the embedder) is needed and missing.
     Warns of experts that are never right: weak ones, which stay.
@@ -103,11 +168,12 @@ def label_matrix(
     return labels
 
 
-def _similarities(embedder: Embedder, answers: Sequence[str], gold: str) -> Tensor:
-    """[N] cosines of the answers to the gold; -1 for an empty answer, which has no embedding."""
+def _similarities(embedder: Embedder, answers: Sequence[str], golds: str | Golds) -> Tensor:
+    """[N] cosines of the answers to the nearest of the golds; -1 for an empty answer, which has no embedding."""
+    golds = (golds,) if isinstance(golds, str) else tuple(golds)
     given = [i for i, answer in enumerate(answers) if answer.strip()]
     similar = torch.full((len(answers),), -1.0)
     if given:
-        vectors = unit(embedder([gold, *(answers[i] for i in given)]))
-        similar[given] = vectors[1:] @ vectors[0]
+        vectors = unit(embedder([*golds, *(answers[i] for i in given)]))
+        similar[given] = (vectors[len(golds) :] @ vectors[: len(golds)].T).amax(1)
     return similar

@@ -15,7 +15,9 @@ from ..evaluation.answers import Answerer
 from ..models.prompt import Prompt, PromptFormat
 from ..routing.patch import Handle
 from .prompts import PromptExpert, check_experts
-from .router import PromptRouter
+from .router import PromptRouter, warn_of_other_experts
+from .sampler import Sampler
+from .template import Turns
 
 
 class MixProbabilities:
@@ -83,8 +85,11 @@ class PromptEnsemble:
         model, tokenizer: the backbone, causal or seq2seq. For experts with a `lora`, patched with method "given"
             (`handle` is its handle): each prompt then runs with its own LoRA in the same batch.
         experts: the prompt experts, in the order of the router's outputs.
-        router: a `PromptRouter`; None leaves `answer` to `select=`.
-        chat: every prompt goes, as the user's message, through the tokenizer's chat template.
+        router: a `PromptRouter`; None leaves `answer` to `select=`. A warning says when it learned from experts of the
+            same names that ask otherwise.
+        form: with `chat` every prompt is a conversation of the tokenizer's chat template, its demonstrations the
+            earlier turns. The template is how the caller makes questions of rows; `asked_with` compares it.
+        seed: of the answers that answer prompting samples; each prompt has its own stream.
     """
 
     def __init__(
@@ -95,9 +100,10 @@ class PromptEnsemble:
         router: PromptRouter | None = None,
         *,
         handle: Handle | None = None,
-        chat: bool = False,
+        form: PromptFormat | None = None,
+        seed: int = 0,
     ):
-        self.format = PromptFormat(chat=chat)
+        self.form = form or PromptFormat()
         self.names, self.experts, self.router, self.handle = check_experts(experts), tuple(experts), router, handle
         if router is not None and router.names != self.names:
             raise ValueError(
@@ -112,6 +118,9 @@ class PromptEnsemble:
         if unknown:
             raise ValueError(f"no LoRA expert named {', '.join(unknown)}; there are: {', '.join(handle.names)}")
         self.asked = Answerer(model, tokenizer)
+        self.sampler = Sampler(self._sample, seed)
+        if router is not None:
+            warn_of_other_experts(router, self.form, experts)
 
     def answer(
         self,
@@ -150,9 +159,9 @@ class PromptEnsemble:
         from transformers import LogitsProcessorList
 
         ids, weights = self._selected(questions, top_k, select)
-        ask = partial(self._ask, limit=max_new_tokens)
+        ask = partial(self.sampler, limit=max_new_tokens, stop=tuple(stop))
         prompts = [
-            self._put(self.experts[e].prompt(question, ask))
+            self.put(self.experts[e].turns(question, ask))
             for column in ids.T.tolist()
             for e, question in zip(column, questions, strict=True)
         ]
@@ -168,6 +177,37 @@ class PromptEnsemble:
                 **({"streamer": _FirstRow(streamer)} if streamer is not None else {}),
             )
         return [_cut(text, stop) for text in texts[: len(questions)]]
+
+    @torch.no_grad()
+    def log_likelihoods(
+        self,
+        questions: Sequence[str],
+        answers: Sequence[str],
+        *,
+        top_k: int = 2,
+        select: tuple[Tensor, Tensor] | None = None,
+        length_norm: bool = True,
+        max_new_tokens: int = 64,
+        stop: Sequence[str] = (),
+    ) -> Tensor:
+        """log P(answer | question) [N] float64 of the mixture: the mean over the answer's tokens (its end too), or sum.
+
+            P(x_t | x_<t) = sum_k w_k P(x_t | x_<t, E_k)          section 2.3, eq. 4, the answer's tokens given
+
+        max_new_tokens, stop: of the answers that answer prompting samples.
+        """
+        questions = list(questions)
+        ids, weights = self._selected(questions, top_k, select)
+        ask = partial(self.sampler, limit=max_new_tokens, stop=tuple(stop))
+        parts = []
+        for column in ids.T.tolist():
+            prompts = [self.put(self.experts[e].turns(q, ask)) for e, q in zip(column, questions, strict=True)]
+            with self._loras(column):
+                tokens, real = self.asked.token_log_likelihoods(prompts, answers)
+            parts.append(tokens)
+        shares = (weights.double() / weights.double().sum(1, keepdim=True)).log().T[..., None].to(real.device)
+        mixed = (torch.stack(parts) + shares).logsumexp(0).masked_fill(~real, 0.0).sum(1)
+        return mixed / real.sum(1) if length_norm else mixed
 
     def answer_by(self, name: str, questions: Sequence[str], **options: Any) -> list[str]:
         """Answers [N] of one expert alone."""
@@ -193,15 +233,16 @@ class PromptEnsemble:
             raise ValueError("weights must be finite and not negative, with a positive one for every question")
         return ids, weights
 
-    def _ask(self, prompt: str, count: int, *, limit: int) -> list[str]:
-        """`count` sampled answers to one prompt by the base model."""
+    def put(self, turns: Turns) -> Prompt:
+        """The prompt as the model is given it."""
+        return self.form.turns(turns.shots, turns.question, self.asked.tokenizer)
+
+    def _sample(self, turns: Turns, count: int, limit: int, stop: Sequence[str]) -> list[str]:
+        """`count` sampled answers to one prompt by the base model, with its own generation settings."""
         base = self.handle.affinities(torch.zeros(len(self.handle.names))) if self.handle is not None else nullcontext()
         with base:
-            return self.asked.generate([self._put(prompt)], limit, do_sample=True, num_return_sequences=count)
-
-    def _put(self, prompt: str) -> str | Prompt:
-        """The prompt as the model is given it."""
-        return self.format.around(prompt, self.asked.tokenizer) if self.format.chat else prompt
+            options = {"do_sample": True, "num_return_sequences": count, **self._stopping(stop)}
+            return [_cut(text, stop) for text in self.asked.generate([self.put(turns)], limit, **options)]
 
     def _loras(self, order: Sequence[int]):
         """A context in which row i of the batch runs with the LoRA of expert order[i]."""

@@ -2,70 +2,48 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+from .template import Row, Template, Turns
 
 DEMONSTRATIONS = 16  # of the paper, for every strategy
 PASSAGES = 10  # retrieval-augmented: what Contriever returned in the paper
 SAMPLES = 10  # answer prompting: the model's own answers
 
-Row = Mapping[str, str]
-Ask = Callable[[str, int], Sequence[str]]  # (prompt, n) -> n sampled answers of the model
+Ask = Callable[[Turns, int], Sequence[str]]  # (prompt, n) -> n sampled answers of the model
 Retriever = Callable[[str], Sequence[str]]  # question -> passages, best first
 
 
 @dataclass(frozen=True)
 class PromptExpert:
-    """One expert: `build(question, ask)` is its prompt; `lora` names the LoRA expert that answers, None the base."""
+    """One expert: `build(question, ask)` is its prompt.
+
+    lora names the LoRA expert that answers, None the base. facts: what its prompts are made of, as JSON can hold it;
+    answers and routers are kept with it, so that an expert of the same name that asks otherwise is noticed.
+    """
 
     name: str
-    build: Callable[[str, Ask | None], str]
+    build: Callable[[str, Ask | None], Turns | str]
     lora: str | None = None
     needs_samples: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def prompt(self, question: str, ask: Ask | None = None) -> str:
+    def turns(self, question: str, ask: Ask | None = None) -> Turns:
         """The prompt for one question. ValueError for an empty question, and for a strategy that lacks `ask`."""
         if not question.strip():
             raise ValueError("an empty question cannot be answered: expected some text")
         if self.needs_samples and ask is None:
             raise ValueError(f"expert '{self.name}' needs the model's own answers: use it through a PromptEnsemble")
-        return self.build(question, ask)
+        made = self.build(question, ask)
+        return Turns((), made) if isinstance(made, str) else made
 
-
-@dataclass(frozen=True)
-class Template:
-    """How a prompt is written. `question` holds {input}; `answer` {target}; `thought` {rationale} and {target}."""
-
-    question: str = "Question: {input}\nAnswer:"
-    answer: str = " {target}\n\n"
-    thought: str = " {rationale} The answer is {target}.\n\n"
-    passage: str = "Passage: {passage}\n"
-    samples: str = "Some answers, not all of them right: {answers}\n"
-
-    def ask(self, question: str) -> str:
-        return self.question.replace("{input}", question)
-
-    def solved(self, row: Row, form: str) -> str:
-        for key in ("rationale", "target"):
-            if "{" + key + "}" in form:
-                form = form.replace("{" + key + "}", row[key])
-        return self.ask(row["input"]) + form
-
-
-def _demonstrations(name: str, rows: Sequence[Row], count: int, keys: tuple[str, ...]) -> list[Row]:
-    if count < 0:
-        raise ValueError(f"expert '{name}': count must not be negative, got {count}")
-    chosen = list(rows[:count])
-    if len(chosen) < count:
-        raise ValueError(
-            f"expert '{name}': expected {count} demonstrations, got {len(chosen)}; "
-            f"pass count={len(chosen)} to use those"
-        )
-    for i, row in enumerate(chosen):
-        missing = [key for key in keys if not isinstance(row.get(key), str)]
-        if missing:
-            raise ValueError(f"expert '{name}': demonstration {i} (from 0) has no {', '.join(missing)}")
-    return chosen
+    def prompt(self, question: str, ask: Ask | None = None) -> str:
+        """The same as one text, as a model without a chat template is given it."""
+        return self.turns(question, ask).text
 
 
 def few_shot(
@@ -73,14 +51,16 @@ def few_shot(
     rows: Sequence[Row] = (),
     *,
     count: int = DEMONSTRATIONS,
+    seed: int = 0,
     template: Template | None = None,
     lora: str | None = None,
 ) -> PromptExpert:
-    """`count` solved rows {"input", "target"}, then the question: the paper's baseline. count=0 asks at once."""
+    """`count` random rows {"input", "target"}, then the question: the paper's baseline. count=0 asks at once."""
     template = template or Template()
-    chosen = _demonstrations(name, rows, count, ("input", "target"))
-    head = "".join(template.solved(row, template.answer) for row in chosen)
-    return PromptExpert(name, lambda question, ask: head + template.ask(question), lora)
+    chosen = _drawn(name, rows, count, seed, ("input", "target"))
+    shots = tuple(template.solved(row, template.answer) for row in chosen)
+    facts = _facts("few-shot", chosen, template)
+    return PromptExpert(name, lambda question, ask: Turns(shots, template.ask(question)), lora, facts=facts)
 
 
 def chain_of_thought(
@@ -88,14 +68,16 @@ def chain_of_thought(
     rows: Sequence[Row],
     *,
     count: int = DEMONSTRATIONS,
+    seed: int = 0,
     template: Template | None = None,
     lora: str | None = None,
 ) -> PromptExpert:
-    """Solved rows {"input", "rationale", "target"} that show the reasoning before the answer."""
+    """Random rows {"input", "rationale", "target"} that show the reasoning before the answer."""
     template = template or Template()
-    chosen = _demonstrations(name, rows, count, ("input", "rationale", "target"))
-    head = "".join(template.solved(row, template.thought) for row in chosen)
-    return PromptExpert(name, lambda question, ask: head + template.ask(question), lora)
+    chosen = _drawn(name, rows, count, seed, ("input", "rationale", "target"))
+    shots = tuple(template.solved(row, template.thought) for row in chosen)
+    facts = _facts("chain-of-thought", chosen, template)
+    return PromptExpert(name, lambda question, ask: Turns(shots, template.ask(question)), lora, facts=facts)
 
 
 def retrieval_augmented(
@@ -104,24 +86,37 @@ def retrieval_augmented(
     rows: Sequence[Row] = (),
     *,
     passages: int = PASSAGES,
+    demonstration_passages: int | None = None,
     count: int = DEMONSTRATIONS,
+    seed: int = 0,
     template: Template | None = None,
     lora: str | None = None,
 ) -> PromptExpert:
-    """Solved rows, then the first `passages` that `retriever` finds for the question, then the question."""
+    """Random rows with the passages that `retriever` finds for each, then the question with its own.
+
+    passages: how many, the first ones. demonstration_passages: with every row, default as many as with the question, as
+    in the paper; fewer, or 0, where the model's context is short. An attribute `identity` of the retriever is noted in
+    the expert's facts.
+    """
     template = template or Template()
-    head = "".join(
-        template.solved(row, template.answer) for row in _demonstrations(name, rows, count, ("input", "target"))
-    )
+    chosen = _drawn(name, rows, count, seed, ("input", "target"))
+    shown = _number(name, "demonstration_passages", demonstration_passages, passages)
 
-    def build(question: str, ask: Ask | None) -> str:
-        found = list(retriever(question))[:passages]
-        if not found:
+    def found(question: str, most: int) -> str:
+        texts = list(retriever(question))[:most] if most else []
+        if most and not texts:
             raise ValueError(f"expert '{name}': the retriever returned no passage for {question[:80]!r}")
-        shown = "".join(template.passage.replace("{passage}", passage) for passage in found)
-        return head + shown + template.ask(question)
+        return "".join(template.passage.replace("{passage}", text) for text in texts)
 
-    return PromptExpert(name, build, lora)
+    @cache
+    def shots() -> tuple[tuple[str, str], ...]:
+        return tuple(template.solved(row, template.answer, found(row["input"], shown)) for row in chosen)
+
+    def build(question: str, ask: Ask | None) -> Turns:
+        return Turns(shots(), template.ask(question, found(question, passages)))
+
+    facts = _facts("retrieval", chosen, template) | {"passages": [passages, shown]}
+    return PromptExpert(name, build, lora, facts=facts | {"retriever": getattr(retriever, "identity", None)})
 
 
 def answer_prompting(
@@ -129,21 +124,37 @@ def answer_prompting(
     rows: Sequence[Row] = (),
     *,
     samples: int = SAMPLES,
+    demonstration_samples: int | None = None,
     count: int = DEMONSTRATIONS,
+    seed: int = 0,
     template: Template | None = None,
     lora: str | None = None,
 ) -> PromptExpert:
-    """As few-shot, with the model's own `samples` answers to that prompt put before the question."""
+    """As few-shot, with the model's own `samples` answers to that prompt put before the question and every row.
+
+    demonstration_samples: with every row, default as many as with the question, as in the paper. For those the model
+    sees the other rows, never the row's own answer.
+    """
     template = template or Template()
-    plain = few_shot(name, rows, count=count, template=template)
-    head = plain.build("", None)[: -len(template.ask(""))]
+    chosen = _drawn(name, rows, count, seed, ("input", "target"))
+    plain = tuple(template.solved(row, template.answer) for row in chosen)
+    shown = _number(name, "demonstration_samples", demonstration_samples, samples)
 
-    def build(question: str, ask: Ask | None) -> str:
-        answers = ask(plain.build(question, None), samples)
-        shown = template.samples.replace("{answers}", "; ".join(answer.strip() for answer in answers))
-        return head + shown + template.ask(question)
+    def sampled(ask: Ask, shots: tuple[tuple[str, str], ...], question: str, most: int) -> str:
+        if not most:
+            return ""
+        answers = [answer.strip() for answer in ask(Turns(shots, template.ask(question)), most)]
+        return template.samples.replace("{answers}", "; ".join(answer for answer in answers if answer))
 
-    return PromptExpert(name, build, lora, needs_samples=True)
+    def build(question: str, ask: Ask | None) -> Turns:
+        shots = tuple(
+            template.solved(row, template.answer, sampled(ask, plain[:i] + plain[i + 1 :], row["input"], shown))
+            for i, row in enumerate(chosen)
+        )
+        return Turns(shots, template.ask(question, sampled(ask, plain, question, samples)))
+
+    facts = _facts("answer-prompting", chosen, template) | {"samples": [samples, shown]}
+    return PromptExpert(name, build, lora, needs_samples=True, facts=facts)
 
 
 def check_experts(experts: Sequence[PromptExpert]) -> tuple[str, ...]:
@@ -152,3 +163,33 @@ def check_experts(experts: Sequence[PromptExpert]) -> tuple[str, ...]:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"prompt experts need distinct names, at least one; got {list(names)}")
     return names
+
+
+def _drawn(name: str, rows: Sequence[Row], count: int, seed: int, keys: tuple[str, ...]) -> list[Row]:
+    """`count` random rows, in the order in which they were drawn, each with all keys."""
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"expert '{name}': count must be a whole number, not negative, got {count!r}")
+    if len(rows) < count:
+        raise ValueError(
+            f"expert '{name}': expected {count} demonstrations, got {len(rows)}; pass count={len(rows)} to use those"
+        )
+    for i, row in enumerate(rows if count else ()):
+        missing = [key for key in keys if not isinstance(row.get(key), str)]
+        if missing:
+            raise ValueError(f"expert '{name}': demonstration {i} (from 0) has no {', '.join(missing)}")
+    return random.Random(seed).sample(list(rows), count)
+
+
+def _number(name: str, what: str, value: int | None, default: int) -> int:
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 0 or not isinstance(default, int) or default < 1:
+        raise ValueError(
+            f"expert '{name}': expected at least 1 with the question and {what} not negative, got {default!r} and "
+            f"{value!r}"
+        )
+    return value
+
+
+def _facts(kind: str, rows: Sequence[Row], template: Template) -> dict[str, Any]:
+    shown = [{key: row[key] for key in ("input", "rationale", "target") if key in row} for row in rows]
+    return {"kind": kind, "demonstrations": shown, "template": asdict(template)}

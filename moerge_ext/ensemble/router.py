@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..evaluation.identity import of_text
+from ..files.listing import listed
+from ..models.prompt import PromptFormat
+from .prompts import PromptExpert
 
 ROUTER_FILE = "moerge_router.json"
 FORMAT = "moerge-prompt-router"
@@ -20,10 +26,22 @@ class PromptRouter:
 
         p = softmax(classifier(question)) [N];  w_e = p_e / sum of the k largest, for those k; 0 otherwise
 
-    A question is cut at `max_length` tokens.
+    A question is cut at `max_length` tokens. note: how the questions and the experts were that it learned from, as
+    `note_of` says it; None where nobody noted it.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, names: Sequence[str], *, max_length: int = 512):
+    note: Mapping[str, Any] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        names: Sequence[str],
+        *,
+        max_length: int = 512,
+        note: Mapping[str, Any] | None = None,
+    ):
+        self.note = note
         self.model, self.tokenizer, self.names, self.max_length = model.eval(), tokenizer, tuple(names), max_length
         outputs = model.config.num_labels
         if outputs != len(self.names):
@@ -38,7 +56,8 @@ class PromptRouter:
 
         facts = read_facts(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder).to(usable_device(device))
-        return cls(model, load_tokenizer(str(folder)), facts["experts"], max_length=facts["max_length"])
+        options = {"max_length": facts["max_length"], "note": facts.get("asked")}
+        return cls(model, load_tokenizer(str(folder)), facts["experts"], **options)
 
     @torch.no_grad()
     def probabilities(self, questions: Sequence[str], batch_size: int = 32) -> Tensor:
@@ -83,3 +102,27 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
         return {**facts, "max_length": int(facts["max_length"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): {way_out}") from error
+
+
+def note_of(form: PromptFormat, experts: Sequence[PromptExpert] = ()) -> dict[str, Any]:
+    """How questions are made of rows and put, and what each expert's prompts are made of (a digest of its facts)."""
+    said = {expert.name: of_text([dict(expert.facts), expert.lora]) for expert in experts if expert.facts}
+    return {"prompt": form.to_json(), "experts": said}
+
+
+def warn_of_other_experts(router: PromptRouter, form: PromptFormat, experts: Sequence[PromptExpert] = ()) -> None:
+    """Warn of a router that learned from questions put in another way, or from experts that ask otherwise."""
+    if router.note is None:
+        return
+    try:
+        learned = PromptFormat.from_json(router.note["prompt"])
+        known = dict(router.note["experts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the router's note of its training cannot be read ({error}): train it again") from error
+    lines = [f"it was trained with {learned}, and is asked with {form}"] if learned != form else []
+    now = note_of(form, experts)["experts"]
+    others = [name for name in now if name in known and now[name] != known[name]]
+    if others:
+        lines.append(f"it was trained on the answers of other prompts of {listed(others, 'experts')}")
+    if lines:
+        warnings.warn("the router may not fit: " + "; ".join(lines), stacklevel=3)

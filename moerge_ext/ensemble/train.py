@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,21 @@ def train_router(
     seed: int = 0,
     resume: bool = False,
     progress: bool = True,
+    note: Mapping[str, Any] | None = None,
 ) -> RouterResult:
     """Fine-tune a transformers sequence classifier to say which experts answer a question right.
 
-    PELMo, ICIC 2024, section 3 (there RoBERTa-base). Multi-label: the sum over the experts of the binary
-    cross-entropy with a label matrix [M,N] bool (`label_matrix` makes one). Single-label, the baseline of eq. 5: the
-    cross-entropy with one expert id per question [M], that of its domain.
+    PELMo, ICIC 2024, section 2.2 (there RoBERTa-base). Multi-label: the binary cross-entropy with a label matrix
+    [M,N] bool (`label_matrix` makes one), its mean over questions and experts; the paper names no loss, and this is
+    transformers' for `multi_label_classification`. Single-label, the baseline of section 3.3, eq. 5: the cross-entropy
+    with one expert id per question [M], that of its domain, its mean over questions.
 
     Args:
         base: folder or hub id of an encoder; the classifier's head is new.
         validation: (questions, labels) of the same kind; the epoch with the best top-1 is kept, else the last.
         resume: go on from the last finished epoch of a killed run, whose checkpoints lie in `.moerge-train-router` in
             `output_dir` and are removed on success.
+        note: of `note_of`, kept with the router and compared with how it is used.
 
     Every epoch reports its loss and top1, the share of questions whose first expert is a right one, on validation or
     (without) training questions. Errors: ValueError for labels that do not match the questions or the experts, and for
@@ -78,6 +81,7 @@ def train_router(
     options = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "progress": progress}
     history = _fit(model, tokenizer, encoded, evaluated, checkpoints, keep_best=held_out is not None, **options)
     facts = {"format": FORMAT, "experts": list(names), "objective": kind, "max_length": max_length, "base": base}
+    facts["asked"] = note
     _save(model, tokenizer, facts, target)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return RouterResult(target, history)

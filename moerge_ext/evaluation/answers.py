@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..models.end_tokens import end_tokens, target_ids
 from ..models.pretrained import context_of, is_seq2seq
-from ..models.prompt import Prompt
+from ..models.prompt import Prompt, PromptFormat
 from ..training.batches import model_device
 
 
@@ -19,7 +21,13 @@ class Answerer:
 
     Prompts, texts or what `PromptFormat` made of rows, are encoded as `moerge train-gates` encodes inputs: the
     tokenizer's own special tokens in front, none behind for a decoder.
+
+    meter: a `Meter` that is told what the answers take; trace: a `RowTrace` of as many rows as prompts, in which a row
+    counts until its answer ends.
     """
+
+    meter: Any = None
+    trace: Any = None
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
@@ -27,6 +35,16 @@ class Answerer:
         self.ends = end_tokens(model, tokenizer)
         pad = (tokenizer.pad_token_id, *self.ends, 0)
         self.pad = next(token for token in pad if token is not None)
+
+    facts: Mapping[str, Any] = {}  # what answers depend on besides the model and the task
+
+    def ready(self) -> AbstractContextManager:
+        """A block in which it answers."""
+        return nullcontext()
+
+    def prompts(self, rows: Sequence[Mapping[str, Any]], form: PromptFormat) -> list[Prompt]:
+        """What `generate` and `log_likelihoods` take for rows of a task."""
+        return [form.prompt(row, self.tokenizer) for row in rows]
 
     def prompt_ids(self, prompt: str | Prompt) -> list[int]:
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
@@ -44,45 +62,69 @@ class Answerer:
                 "inputs or the template, lower --max-new-tokens, or leave the task out"
             )
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[str | Prompt], max_new_tokens: int, **options: Any) -> list[str]:
-        """Answers [N] in one batch, greedy unless `options` (of transformers' generate) say otherwise."""
+        """Answers [N] in one batch, without white space around them; options as in `texts`."""
+        return [text.strip() for text in self.texts(prompts, max_new_tokens, **options)]
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str | Prompt], max_new_tokens: int, **options: Any) -> list[str]:
+        """What the model writes after each of N prompts in one batch, greedy unless `options` (of transformers'
+        generate) say otherwise."""
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._padded(rows, left=not self.seq2seq)
         self.check_length(ids.shape[1] + (0 if self.seq2seq else max_new_tokens))
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            **{"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options},
-        )
+        options = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options}
+        if self.trace is not None:
+            options["stopping_criteria"] = StoppingCriteriaList([_UntilTheEnd(self.ends, self.trace)])
+        with self._measured():
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options
+            ).cpu()
         start = 0 if self.seq2seq else ids.shape[1]
-        return [text.strip() for text in self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+        if self.meter is not None:
+            written = [self._length(row) for row in out[:, start + int(self.seq2seq) :].tolist()]
+            fed = written if self.seq2seq else [length - 1 for length in written]  # the last token is read by nobody
+            self.meter.add(sum(map(len, rows)) + sum(fed), sum(written))
+        return self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+
+    def _length(self, written: list[int]) -> int:
+        """Tokens of an answer, with its end and without the padding behind."""
+        return next((i for i, token in enumerate(written, 1) if token in self.ends), len(written))
+
+    def _measured(self):
+        return nullcontext() if self.meter is None else self.meter.answering()
 
     @torch.no_grad()
     def log_likelihoods(self, prompts: Sequence[str | Prompt], answers: Sequence[str], *, length_norm: bool) -> Tensor:
         """log p(answer | prompt) [N] float64, the sum over the answer's tokens (with its end), or their mean."""
+        tokens, real = self.token_log_likelihoods(prompts, answers)
+        total = tokens.sum(1)
+        return total / real.sum(1) if length_norm else total
+
+    @torch.no_grad()
+    def token_log_likelihoods(self, prompts: Sequence[str | Prompt], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(log p(token | prompt, tokens before) [N,T] float64, 0 behind an answer's end; which are tokens [N,T])."""
         starts, ends = [self.prompt_ids(p) for p in prompts], [self.target_ids(a) for a in answers]
         device = model_device(self.model)
+        if self.meter is not None:
+            self.meter.add(sum(map(len, starts)) + sum(map(len, ends)), len(starts))
         labels = nn.utils.rnn.pad_sequence([torch.tensor(e) for e in ends], batch_first=True, padding_value=-100)
         labels = labels.to(device)
         if self.seq2seq:
             ids, mask = self._padded(starts, left=False)
-            logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits
-        else:
-            # prompts end and answers begin in one column
-            ids, mask = self._padded(starts, left=True)
-            answer, answer_mask = self._padded(ends, left=False)
-            width = ids.shape[1]
-            ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, answer_mask], 1)
-            self.check_length(max(len(start) + len(end) for start, end in zip(starts, ends, strict=True)))
-            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            with self._measured():
+                logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits
+                return _of_labels(logits, labels)
+        # prompts end and answers begin in one column
+        ids, mask = self._padded(starts, left=True)
+        answer, answer_mask = self._padded(ends, left=False)
+        width = ids.shape[1]
+        ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, answer_mask], 1)
+        self.check_length(max(len(start) + len(end) for start, end in zip(starts, ends, strict=True)))
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with self._measured():
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-            logits = logits[:, width - 1 : -1]
-        real = labels != -100
-        chosen = logits.double().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-        total = (chosen * real).sum(1)
-        return total / real.sum(1) if length_norm else total
+            return _of_labels(logits[:, width - 1 : -1], labels)
 
     def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows))
@@ -92,3 +134,23 @@ class Answerer:
             ids[i, where], mask[i, where] = torch.tensor(row), 1
         device = model_device(self.model)
         return ids.to(device), mask.to(device)
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [N,L,V], labels [N,L] (-100: none) -> log-likelihoods [N,L] float64, 0 where none; where; on the CPU."""
+    real = labels != -100
+    chosen = logits.double().log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    return chosen.masked_fill(~real, 0.0).cpu(), real.cpu()
+
+
+class _UntilTheEnd(StoppingCriteria):
+    """Stops nothing; tells a trace which rows go on, after every token."""
+
+    def __init__(self, ends: Sequence[int], trace: Any):
+        self.ends, self.trace = torch.tensor(ends), trace
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        ended = torch.isin(input_ids[:, -1], self.ends.to(input_ids.device))
+        before = self.trace.live
+        self.trace.live = ~ended if before is None else before & ~ended
+        return torch.zeros_like(ended)

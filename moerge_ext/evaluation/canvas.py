@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files.atomic import write_figure
 from .palette import cut
 
 LARGEST = 2400  # pixels, each way
@@ -83,7 +84,7 @@ def draw_pages(
             page.figure.text(8 / page.width, 1 - 8 / page.height, named, fontsize=10, va="top")
             finish(page, across * wide, drawn)
             paths.append(path if number == 1 else path.with_stem(f"{path.stem}-{number}"))
-            page.figure.savefig(paths[-1], dpi=DPI)
+            write_figure(paths[-1], page.figure, DPI)
     return paths
 
 

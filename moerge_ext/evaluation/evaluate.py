@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +16,20 @@ from tqdm.auto import tqdm
 from ..experts.bank import ExpertBank
 from ..experts.prompt_notes import warn_of_other_prompts
 from ..methods import get_method
-from ..methods.fixed import PREFIX
 from ..models.prompt import INPUT, PromptFormat
 from ..queries.describe import draw
-from ..queries.router import QueryRouter, similar_examples
+from ..queries.router import QueryRouter
+from ..queries.similar import similar_examples
 from ..routing.patch import Handle, check_patch, patch
 from . import identity
 from .answers import Answerer
 from .checks import check_prompts, token_limit
-from .metrics import accuracy, exact_match, wilson
+from .cost import Meter, cost_of, since
+from .metrics import GRADED, SCORES
 from .runs import Run
+from .scores import Score
 from .store import Answers, alone_in
 from .tasks import Task
-
-
-@dataclass(frozen=True)
-class Score:
-    """`right` of `n` items; interval: the 95 % Wilson interval of the share; chance: of a guess, None if not known.
-
-    reused: how many of the answers were stored before.
-    """
-
-    method: str
-    task: str
-    part: str
-    metric: str
-    n: int
-    right: int
-    chance: float | None
-    items: tuple[bool, ...]
-    reused: int = field(default=0, compare=False)
-
-    @property
-    def value(self) -> float:
-        return self.right / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.right, self.n)
 
 
 @dataclass(frozen=True)
@@ -62,7 +39,8 @@ class Settings:
     template, chat: of `PromptFormat`; batch_size in items; max_new_tokens: None takes the longest target of the task
     plus its end; length_norm: rank classification by the mean log-likelihood per token (PHATGOOSE's code) or, when
     False, by the sum (T0); similar: solved examples, most similar to the query, that a QueryRouter's writer sees with
-    it, from the task's train.jsonl (GLIDER: 3; 0 is the zero-shot variant).
+    it, from the task's train.jsonl (GLIDER: 3; 0 leaves it at the router's own, and at the zero-shot variant if it has
+    none).
     """
 
     template: str = INPUT
@@ -72,6 +50,7 @@ class Settings:
     seed: int = 0
     similar: int = 0
     chat: bool = False
+    shares: bool = False
 
     def __post_init__(self) -> None:
         self.format  # noqa: B018 (refuses a template without a field)
@@ -96,6 +75,7 @@ def evaluate(
     settings: Settings | None = None,
     *,
     routers: Mapping[str, Any] | None = None,
+    answerers: Mapping[str, Answerer] | None = None,
     output: Path | None = None,
     progress: bool = True,
 ) -> list[Score]:
@@ -105,6 +85,7 @@ def evaluate(
         runs: from `parse_run`; all of them are checked against the model before the first answer, and so is whether
             every prompt of every task can be made and fits the model's context.
         routers: {"instruction": QueryRouter, ...} for the runs that route by the query's text.
+        answerers: {label: who answers} of runs of an ensemble, with `facts` that the answers depend on.
         output: folder of the answers, `<output>/answers/<task>/<run>.<digest>.jsonl`. What is there of the same model,
             experts, tokenizer and settings, by content, is not computed again. One evaluation at a time.
     """
@@ -115,27 +96,94 @@ def evaluate(
     if twice:
         raise ValueError(f"tasks must have distinct names; several are called {', '.join(sorted(twice))}")
     check_runs(model, experts, runs, routers)
+    if unknown := {run.label for run in runs if run.ensemble is not None} - set(answerers or ()):
+        raise ValueError(f"runs of ensembles need answerers={{label: ...}}: there is none for {', '.join(unknown)}")
     answerer = Answerer(model, tokenizer)
     check_prompts(answerer, tasks, settings.format, settings.max_new_tokens)
+    check_examples(runs, routers, tasks, settings)
     warn_of_other_prompts(experts, [settings.format.seen_in(task.rows) for task in tasks])
     scores = []
     total = len(runs) * sum(len(task.rows) for task in tasks)
+    with alone_in(output):
+        stored = _stored(model, tokenizer, experts, runs, tasks, settings, routers, answerers, output)
+        with tqdm(total=total, unit="item", disable=not progress) as bar:
+            for run in runs:
+                asked = answerer if run.ensemble is None else answerers[run.label]
+                with patched(model, experts, run, routers) as handle, asked.ready():
+                    for task in tasks:
+                        mine = stored[run.label, task.name]
+                        bar.set_description(f"{run.label}: {task.name}")
+                        bar.update(len(mine.items))
+                        show_similar(getattr(handle, "router", None), task, settings)
+                        _complete(mine, asked, handle, task, settings, bar)
+                        scores.append(_score(label(run, handle), task, mine))
+    return scores
+
+
+def _stored(
+    model: nn.Module,
+    tokenizer: Any,
+    experts: ExpertBank,
+    runs: Sequence[Run],
+    tasks: Sequence[Task],
+    settings: Settings,
+    routers: Mapping[str, Any] | None,
+    answerers: Mapping[str, Answerer] | None,
+    output: Path | None,
+) -> dict[tuple[str, str], Answers]:
+    """What is there of every run on every task, {(label, task): answers}. One ValueError for all that is damaged."""
     content = identity.of_model(model, tokenizer) if output is not None else {}
     digests = identity.of_experts(experts, experts.names) if output is not None else {}
-    with alone_in(output), tqdm(total=total, unit="item", disable=not progress) as bar:
-        for run in runs:
-            with patched(model, experts, run, routers) as handle:
-                for task in tasks:
-                    bar.set_description(f"{run.label}: {task.name}")
-                    show_similar(handle, task, settings)
-                    used = {name: digests[name] for name in identity.used_experts(run.method, experts) if digests}
-                    depends = {**_header(run, task, settings, handle), **content, "experts": used}
-                    folder = output / "answers" / task.name if output is not None else None
-                    stored = Answers(folder, run.label, depends)
-                    bar.update(len(stored.items))
-                    _complete(stored, answerer, handle, task, settings, bar)
-                    scores.append(_score(label(run, handle), task, stored))
-    return scores
+    found, problems = {}, []
+    for run in runs:
+        router = None if run.method is None else router_of(run, routers)
+        used = {name: digests[name] for name in identity.used_experts(run.method, experts) if digests}
+        for task in tasks:
+            show_similar(router, task, settings)
+            depends = {**_header(run, task, settings, router), **content, "experts": used}
+            depends |= answerers[run.label].facts if run.ensemble is not None else {}
+            folder = output / "answers" / task.name if output is not None else None
+            try:
+                found[run.label, task.name] = Answers(folder, run.label, depends)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
+
+
+def check_examples(
+    runs: Sequence[Run], routers: Mapping[str, Any] | None, tasks: Sequence[Task], settings: Settings
+) -> None:
+    """One ValueError for all tasks that lack the solved rows of train.jsonl which a run will read."""
+    needed: dict[str, int] = {}
+    for run in runs:
+        router = None if run.method is None else router_of(run, routers)
+        if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
+            needed[run.label] = settings.similar
+        elif router is not None and get_method(run.method).per_task and router.source != "examples":
+            needed[run.label] = 1
+    problems = []
+    for task in tasks if needed else ():
+        try:
+            count = len(task.examples())
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        problems += [
+            f"task {task.name}: method '{name}' reads {least} solved examples, and its train.jsonl has {count}"
+            for name, least in needed.items()
+            if count < least
+        ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_routers(runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
+    """ValueError for the first run that lacks a router, or a setting of it; needs no model."""
+    for run in runs:
+        if run.method is not None:
+            router_of(run, routers)
 
 
 def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
@@ -143,12 +191,16 @@ def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], route
     for run in runs:
         if run.method is not None:
             check_patch(model, experts, run.method, **run.options)
-            router_of(run, routers)
+    check_routers(runs, routers)
 
 
 def label(run: Run, handle: Handle | None) -> str:
     """The row's name in the table, with the variant of the router it was run with."""
-    variant = getattr(getattr(handle, "router", None), "variant", None)
+    return _label(run, getattr(handle, "router", None))
+
+
+def _label(run: Run, router: Any) -> str:
+    variant = getattr(router, "variant", None)
     return f"{run.label} ({variant})" if variant else run.label
 
 
@@ -173,9 +225,10 @@ def router_of(run: Run, routers: Mapping[str, Any] | None) -> Any:
     return router
 
 
-def _header(run: Run, task: Task, settings: Settings, handle: Handle | None) -> dict[str, Any]:
+def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, Any]:
+    """What the answers of a run depend on besides model, tokenizer and experts."""
     header = {
-        "run": label(run, handle),
+        "run": _label(run, router),
         "task": task.name,
         "metric": task.metric,
         "rows": task.digest,
@@ -185,62 +238,122 @@ def _header(run: Run, task: Task, settings: Settings, handle: Handle | None) -> 
     }
     if task.metric == "rank":
         header["length_norm"] = settings.length_norm
-    router = getattr(handle, "router", None)
+    if shared(run, settings):
+        header["shares"] = True
     if router is not None:
-        options = router.settings(run.method, handle.options)
+        method = get_method(run.method)
+        options = router.settings(run.method, method.configure(**run.options)[2])
         header |= {"options": {key: str(value) for key, value in options.items()}, "similar": settings.similar}
         header["router"] = identity.of_router(router)
-        header |= {"seed": settings.seed} if handle.method.per_task else {}
+        header |= {"seed": settings.seed} if method.per_task else {}
         header |= {part: getattr(getattr(router, part, None), "name", None) for part in ("embedder", "writer")}
     return header
 
 
+def shared(run: Run, settings: Settings) -> bool:
+    """Whether the shares of the experts are kept: where they are asked for and the method routes."""
+    return settings.shares and run.method is not None and get_method(run.method).routing is not None
+
+
 def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: Task, settings: Settings, bar) -> None:
-    if len(stored.items) == len(task.rows):
-        return
-    limit = token_limit(answerer, task, settings.max_new_tokens)
-    with task_queries(handle, task, settings):
-        while len(stored.items) < len(task.rows):
-            start = len(stored.items)
-            rows = task.rows[start : start + settings.batch_size]
-            if task.metric == "rank":
-                items = _ranked(answerer, handle, task, rows, settings)
-            else:
-                items = _generated(answerer, handle, task, rows, settings, limit)
-            stored.add(items)
-            bar.update(len(items))
+    """Ask for the answers that are not there yet, and keep them with what they cost."""
+    todo = len(task.rows) - len(stored.items)
+    limit = token_limit(answerer, task, settings.max_new_tokens) if todo else None
+    ask = partial(_ranked if task.metric == "rank" else _generated, answerer, handle, task)
+    with Meter(answerer.model, getattr(handle, "router", None)) as meter:
+        answerer.meter, begun = meter, meter.read()
+        try:
+            with task_queries(handle, task, settings) if todo else nullcontext():
+                # what decides for the whole task is paid by all of its answers alike
+                whole = since(begun, meter.read(), todo)
+                while len(stored.items) < len(task.rows):
+                    start = len(stored.items)
+                    rows = task.rows[start : start + settings.batch_size]
+                    before = meter.read()
+                    items = ask(rows, settings, limit)
+                    each = since(before, meter.read(), len(rows))
+                    cost = {name: round(value + whole[name], 6) for name, value in each.items()}
+                    stored.add([{**item, "cost": cost} for item in items])
+                    bar.update(len(items))
+        finally:
+            answerer.meter = None
+    stored.finish()
 
 
-def _generated(answerer, handle, task: Task, rows: Sequence[dict], settings: Settings, limit: int) -> list[dict]:
-    right = exact_match if task.metric == "exact_match" else accuracy
-    with row_queries(handle, rows, answerer.tokenizer):
-        answers = answerer.generate([settings.format.prompt(row, answerer.tokenizer) for row in rows], limit)
-    return [{"answer": a, "right": right(a, row["target"])} for a, row in zip(answers, rows, strict=True)]
+def _generated(
+    answerer: Answerer, handle: Handle | None, task: Task, rows: Sequence[dict], settings: Settings, limit: int
+) -> list[dict[str, Any]]:
+    prompts = answerer.prompts(rows, settings.format)
+    with row_queries(handle, rows, answerer.tokenizer), recorded(answerer, handle, len(rows), settings) as shares:
+        answers = answerer.generate(prompts, limit)
+    right = SCORES[task.metric]
+    scores = [right(answer, row["target"]) for answer, row in zip(answers, rows, strict=True)]
+    scores = [round(score, 6) if task.metric in GRADED else score for score in scores]
+    kept = [_kept(row, prompt.text) for row, prompt in zip(rows, prompts, strict=True)]
+    return [
+        {**item, "answer": answer, "right": score, **parts}
+        for item, answer, score, parts in zip(kept, answers, scores, shares(), strict=True)
+    ]
 
 
-def _ranked(answerer, handle, task: Task, rows: Sequence[dict], settings: Settings) -> list[dict[str, Any]]:
+def _ranked(
+    answerer: Answerer, handle: Handle | None, task: Task, rows: Sequence[dict], settings: Settings, _limit: None
+) -> list[dict[str, Any]]:
     """Each row's choices side by side, `batch_size` sequences at a time."""
     flat = [(row, choice) for row in rows for choice in task.choices_of(row)]
-    values = []
+    values, shares = [], []
     for start in range(0, len(flat), settings.batch_size):
         part = flat[start : start + settings.batch_size]
-        with row_queries(handle, [row for row, _ in part], answerer.tokenizer):
-            prompts = [settings.format.prompt(row, answerer.tokenizer) for row, _ in part]
+        with (
+            row_queries(handle, [row for row, _ in part], answerer.tokenizer),
+            recorded(answerer, handle, len(part), settings) as parts,
+        ):
+            prompts = answerer.prompts([row for row, _ in part], settings.format)
             choices = [choice for _, choice in part]
             values += answerer.log_likelihoods(prompts, choices, length_norm=settings.length_norm).tolist()
-    items, values = [], iter(values)
+        shares += parts()
+    items, values, shares = [], iter(values), iter(shares)
     for row in rows:
-        scores = {choice: next(values) for choice in task.choices_of(row)}
-        best = max(scores, key=scores.get)
-        items.append({"answer": best, "right": best == row["target"]})
+        scores = {choice: (next(values), next(shares)) for choice in task.choices_of(row)}
+        best = max(scores, key=lambda choice: scores[choice][0])
+        item = _kept(row, answerer.prompts([row], settings.format)[0].text)
+        item |= {"answer": best, "right": best == row["target"], **scores[best][1]}
+        items.append({**item, "log_likelihoods": {choice: value for choice, (value, _) in scores.items()}})
     return items
 
 
-def show_similar(handle: Handle | None, task: Task, settings: Settings) -> None:
-    """Let the run's QueryRouter write from solved examples of the task as well, when the settings ask for it."""
-    router = getattr(handle, "router", None)
+def _kept(row: dict, prompt: str) -> dict[str, str]:
+    """What an answer's row says of its question: the prompt as the model got it where that is not the input itself."""
+    return {"input": row["input"], **({} if prompt == row["input"] else {"prompt": prompt}), "target": row["target"]}
+
+
+@contextmanager
+def recorded(
+    answerer: Answerer, handle: Handle | None, count: int, settings: Settings
+) -> Iterator[Callable[[], list[dict]]]:
+    """A block for `count` sequences; what it gives says {"shares": {expert: part}} of each, {} where none is kept."""
+    if handle is None or handle.method.routing is None or not settings.shares:
+        yield lambda: [{}] * count
+        return
+    with handle.record(rows=count) as trace:
+        answerer.trace = trace
+        try:
+            yield lambda: [
+                {"shares": {name: round(part, 4) for name, part in zip(trace.names, row, strict=True)}}
+                for row in trace.row_share().tolist()
+            ]
+        finally:
+            answerer.trace = None
+
+
+def show_similar(router: Any, task: Task, settings: Settings) -> None:
+    """Let a QueryRouter write from solved examples of the task as well, when the settings ask for it.
+
+    They are embedded when the first query is.
+    """
     if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
-        router.similar = similar_examples(router.embedder, task.examples(), settings.similar)
+        nearest = cache(lambda: similar_examples(router.embedder, task.examples(), settings.similar))
+        router.similar = lambda query: nearest()(query)
 
 
 def task_queries(handle: Handle | None, task: Task, settings: Settings):
@@ -267,23 +380,6 @@ def row_queries(handle: Handle | None, rows: Sequence[dict], tokenizer: Any):
 
 
 def _score(name: str, task: Task, stored: Answers) -> Score:
-    items = tuple(bool(item["right"]) for item in stored.items)
-    return Score(name, task.name, task.part, task.metric, len(items), sum(items), task.chance, items, stored.reused)
-
-
-def derive(scores: Sequence[Score], baselines: Sequence[str]) -> list[Score]:
-    """The scores of `oracle_dataset` and `best_individual`, from those of every `expert:<name>`."""
-    tasks = list(dict.fromkeys(score.task for score in scores))
-    by_expert: dict[str, dict[str, Score]] = {}
-    for score in scores:
-        if score.method.startswith(PREFIX):
-            by_expert.setdefault(score.method, {})[score.task] = score
-    made = []
-    for name in baselines:
-        if name == "oracle_dataset":
-            best = [max((s[task] for s in by_expert.values()), key=lambda s: s.value) for task in tasks]
-        else:
-            means = {e: sum(s.value for s in rows.values()) / len(rows) for e, rows in by_expert.items()}
-            best = list(by_expert[max(means, key=means.get)].values())
-        made += [replace(score, method=name) for score in best]
-    return made
+    items = tuple(item["right"] for item in stored.items)
+    values = (name, task.name, task.part, task.metric, len(items), sum(items), task.chance, items)
+    return Score(*values, reused=stored.reused, cost=cost_of(stored.items))

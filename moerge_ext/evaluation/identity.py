@@ -17,7 +17,7 @@ from .._version import __version__
 from ..experts.bank import ExpertBank
 from ..methods.fixed import PREFIX
 
-ANSWERS = 2  # one more whenever the same model and settings give other answers than before
+ANSWERS = 3  # one more whenever the same model and settings give other answers than before, or keep more with them
 
 
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -15,8 +15,8 @@ from ..experts.bank import ExpertBank
 from ..experts.prompt_notes import warn_of_other_prompts
 from .answers import Answerer
 from .checks import check_prompts
-from .evaluate import Settings, check_runs, label, patched, row_queries, task_queries
-from .probe import ModuleSums, probe
+from .evaluate import Settings, check_runs, label, patched, row_queries, show_similar, task_queries
+from .probe import TINY, ModuleSums, probe
 from .runs import Run
 from .tasks import Task
 
@@ -45,11 +45,26 @@ class Inspection:
 
     @property
     def divergence(self) -> float | None:
-        """KL(oracle || routing), nats, averaged over tokens and modules; log E for uniform routing."""
+        """KL(oracle || routing), nats, as PHATGOOSE's section 4.4 has it; log E for uniform routing.
+
+        The probabilities of all tokens in all modules are averaged first, and p is their mean: -log p[oracle], as the
+        oracle always picks one.
+        """
+        if self.oracle is None:
+            return None
+        index, tokens = self.experts.index(self.oracle), sum(m.tokens for m in self.modules.values())
+        p = sum(m.distribution[index].item() for m in self.modules.values()) / tokens
+        return -math.log(max(p, TINY))
+
+    @property
+    def token_divergence(self) -> float | None:
+        """KL(oracle || routing) of every token in every module, nats, averaged: never below `divergence` (Jensen)
+        when all modules see the same tokens.
+        """
         if self.oracle is None:
             return None
         index = self.experts.index(self.oracle)
-        return _mean([m.divergence(index) for m in self.modules.values()])
+        return _mean([m.token_divergence(index) for m in self.modules.values()])
 
     @property
     def to_oracle(self) -> float | None:
@@ -99,6 +114,7 @@ def inspect(
             with patched(model, experts, run, routers) as handle:
                 for task in tasks:
                     bar.set_description(f"{run.label}: {task.name}")
+                    show_similar(handle, task, settings)
                     with task_queries(handle, task, settings), probe(model) as sums:
                         for row in task.rows:
                             with row_queries(handle, [row], tokenizer):

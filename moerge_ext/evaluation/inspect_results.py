@@ -17,6 +17,7 @@ def record(i: Any, score: float | None) -> dict[str, Any]:
         "oracle": i.oracle,
         "entropy": i.entropy,
         "kl_oracle_routing": i.divergence,
+        "kl_oracle_token_mean": i.token_divergence,
         "weight_of_oracle": i.to_oracle,
         "score": score,
         "modules": {name: (m.distribution / m.tokens).tolist() for name, m in i.modules.items()},

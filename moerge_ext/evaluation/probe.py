@@ -13,6 +13,8 @@ from ..routing.fused_experts import Pairs
 from ..routing.routed_experts import ParameterBranch
 from ..routing.routed_linear import BACKENDS, RoutedLinear
 
+TINY = torch.finfo(torch.float32).tiny  # a probability of 0 has a finite logarithm: about -87
+
 
 @dataclass
 class ModuleSums:
@@ -28,8 +30,8 @@ class ModuleSums:
     entropy: float = 0.0
     tokens: int = 0
 
-    def divergence(self, oracle: int) -> float:
-        """KL(oracle || routing) in nats, averaged over tokens: -log p_t[oracle], as the oracle always picks one."""
+    def token_divergence(self, oracle: int) -> float:
+        """KL(oracle || p_t) in nats, the mean over tokens: -log p_t[oracle], as the oracle always picks one."""
         return -self.log[oracle].item() / self.tokens
 
 
@@ -56,7 +58,7 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
         if layer.name not in sums:
             sums[layer.name] = ModuleSums(*(torch.zeros(p.shape[1], dtype=torch.float64) for _ in range(3)))
         mine = sums[layer.name]
-        log = p.clamp_min(torch.finfo(torch.float32).tiny).log()
+        log = p.clamp_min(TINY).log()
         mine.distribution += p.sum(0)
         mine.weight += applied.sum(0)
         mine.log += log.sum(0)

@@ -12,11 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..files.atomic import write_atomically
-from .evaluate import Score
+from ..files.atomic import write_atomically, write_figure
+from .cost import Cost
+from .metrics import GRADED
+from .scores import Score
 
 CHANCE = "chance"
 COLUMNS = 6  # that fit on a terminal
+EACH = ("tokens_per_second", "seconds", "passes", "embedded", "written")  # of `Cost.each`
 
 
 def grid(scores: Sequence[Score]) -> tuple[list[str], list[str], dict[tuple[str, str], Score]]:
@@ -53,8 +56,12 @@ def cells(scores: Sequence[Score]) -> list[list[str]]:
     for task in tasks:
         parts.setdefault(first[task].part, []).append(task)
     names = {"train": "held-in", "heldout": "held-out"}
-    header = ["", *(f"mean {names.get(part, part)}".strip() for part in parts)]
-    header += [f"{task} (n={first[task].n})" for task in tasks]
+    sizes = [sum(first[task].n for task in group) for group in parts.values()]
+    header = [
+        "",
+        *(f"mean {names.get(part, part)}".strip() + f" (n={n})" for part, n in zip(parts, sizes, strict=True)),
+    ]
+    header += [f"{task} ({_what(first[task])}n={first[task].n})" for task in tasks]
     rows = [header]
     chances = [mean_chance([first[t].chance for t in group]) for group in (*parts.values(), *([t] for t in tasks))]
     if any(chance is not None for chance in chances):
@@ -68,21 +75,65 @@ def cells(scores: Sequence[Score]) -> list[list[str]]:
     return rows
 
 
+def _what(score: Score) -> str:
+    """The metric of a task whose score is no share of right answers."""
+    return f"{score.metric}, " if score.metric in GRADED else ""
+
+
+def unit(scores: Sequence[Score]) -> str:
+    """What the numbers are."""
+    return "score in %" if any(score.metric in GRADED for score in scores) else "% right"
+
+
+COST = ("tokens/s", "s per answer", "passes", "embedded", "written")
+
+
+def costs(scores: Sequence[Score]) -> list[list[str]]:
+    """The costs as text: a header, one row per method over all tasks; no row for a method whose cost is not known."""
+    rows = [["cost per answer", *COST]]
+    for method in grid(scores)[0]:
+        mine = [score.cost for score in scores if score.method == method]
+        if None not in mine:
+            each = _total(mine).each()
+            counts = (f"{each[name]:.4g}" for name in ("passes", "embedded", "written"))
+            rows.append([method, f"{each['tokens_per_second']:.0f}", f"{each['seconds']:.3g}", *counts])
+    return rows
+
+
+def _total(parts: Sequence[Cost]) -> Cost:
+    return Cost(*(sum(values) for values in zip(*(vars(cost).values() for cost in parts), strict=True)))
+
+
 def share(value: float, low: float, high: float) -> str:
     """In percent: "50.0 (38-62)"."""
     return f"{100 * value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """A markdown table, in percent: score and 95 % interval of every task, mean and its interval of every part."""
-    header, *rows = cells(scores)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    """A markdown table, in percent: score and 95 % interval of every task, mean and its interval of every part.
+
+    Below it the one of the costs, where they are known.
+    """
+    tables = [cells(scores), *([costs(scores)] if len(costs(scores)) > 1 else [])]
+    texts = []
+    for header, *rows in tables:
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        texts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    return "\n".join(texts)
+
+
+def terminal_costs(scores: Sequence[Score]) -> Table:
+    """The table of the costs for rich."""
+    header, *rows = costs(scores)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def terminal(scores: Sequence[Score]) -> Table:
     """The same table for rich: tasks as rows when there are many; of many tasks and methods only the means."""
-    rows, title = cells(scores), "% right, with 95 % intervals"
+    rows, title = cells(scores), f"{unit(scores)}, with 95 % intervals"
     if len(rows[0]) > COLUMNS and len(rows) - 1 > COLUMNS:
         parts = len({score.part for score in scores})
         rows, title = [row[: 1 + parts] for row in rows], title + " (every task: results.md)"
@@ -97,7 +148,7 @@ def terminal(scores: Sequence[Score]) -> Table:
 
 
 def records(scores: Sequence[Score]) -> list[dict]:
-    """One plain dict per method and task."""
+    """One plain dict per method and task; seconds, passes, embedded and written are per answer."""
     return [
         {
             "method": s.method,
@@ -109,6 +160,7 @@ def records(scores: Sequence[Score]) -> list[dict]:
             "low": s.interval[0],
             "high": s.interval[1],
             "chance": s.chance,
+            **(dict.fromkeys(EACH) if s.cost is None else {name: round(v, 6) for name, v in s.cost.each().items()}),
         }
         for s in scores
     ]
@@ -160,9 +212,10 @@ def bars(scores: Sequence[Score], path: Path) -> Path:
             axis.axvline(100 * chance, ls=":", color="black", label=CHANCE)
             axis.legend(fontsize=8)
         title = {"train": "held-in tasks", "heldout": "held-out tasks"}.get(part, part or "tasks")
-        axis.set_title(f"{title}: mean of {len(mine)}", fontsize=10)
-        axis.set_xlabel("% right")
+        items = sum({s.task: s.n for s in scores if s.part == part}.values())
+        axis.set_title(f"{title}: mean of {len(mine)}, n={items}", fontsize=10)
+        axis.set_xlabel(unit(scores))
         axis.set_xlim(0, 100)
     axes[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure)
     return path

@@ -11,6 +11,7 @@ from ..methods.fixed import PREFIX
 from ..methods.option_text import ALL, parse_option
 
 BASE = "base"  # the model without experts
+PELMO = "pelmo:"  # an ensemble of prompts and the file that describes it
 MULTITASK = "multitask"  # one LoRA, trained on the data of all experts
 DERIVED = {
     "oracle_dataset": "the best single expert of every evaluation set, chosen on that set: it bounds whoever picks one "
@@ -24,15 +25,21 @@ ALPHAS, TOP_KS, TOP_PS = (1, 3, 10, 100, 1000, 3000), (1, 2, 3), (0.25, 0.5, 0.7
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table. `method` is None for the base."""
+    """One row of the table. `method` is None for the base, and for an ensemble, which the file `ensemble` describes."""
 
     label: str
     method: str | None
     options: dict[str, Any] = field(default_factory=dict)
+    ensemble: str | None = None
 
 
 def parse_run(text: str) -> Run:
-    """ "glider_code/alpha=10/top_k=1" -> the method with those options; "base" -> the model alone."""
+    """ "glider_code/alpha=10/top_k=1" -> the method with those options; "base" -> the model alone.
+
+    "pelmo:FILE/top_k=2" and "pelmo:FILE/expert=NAME": the ensemble of prompts that FILE describes, one of its experts.
+    """
+    if text.strip().startswith(PELMO):
+        return _ensemble_run(text.strip())
     name, *options = text.strip().split("/")
     if name == BASE:
         if options:
@@ -41,6 +48,25 @@ def parse_run(text: str) -> Run:
     given = dict(parse_option(option) for option in options)
     get_method(name).configure(**given)
     return Run(text.strip(), name, given)
+
+
+def _ensemble_run(text: str) -> Run:
+    parts = text.removeprefix(PELMO).split("/")
+    known = [part for part in parts if part.partition("=")[0] in ("top_k", "expert") and "=" in part]
+    path = "/".join(parts[: len(parts) - len(known)])
+    options = dict(part.split("=", 1) for part in known)
+    top_k = options.get("top_k", "1")
+    if (
+        not path
+        or parts[len(parts) - len(known) :] != known
+        or len(options) > 1
+        or not top_k.isdecimal()
+        or top_k == "0"
+    ):
+        raise ValueError(
+            f"expected {PELMO}FILE, {PELMO}FILE/top_k=K with K at least 1, or {PELMO}FILE/expert=NAME, got {text!r}"
+        )
+    return Run(text, None, options, path)
 
 
 def with_top_k(texts: Sequence[str], top_k: int | str | None) -> list[str]:
@@ -53,7 +79,8 @@ def with_top_k(texts: Sequence[str], top_k: int | str | None) -> list[str]:
     made, routed = [], False
     for text in texts:
         name, *options = text.split("/")
-        routing = None if name == BASE or name in DERIVED else get_method(name).routing
+        alone = name == BASE or name in DERIVED or name.startswith(PELMO)
+        routing = None if alone else get_method(name).routing
         routed |= routing is not None
         given = any(option.partition("=")[0] == "top_k" for option in options)
         same = routing is None or routing.top_k == (None if top_k == ALL else top_k)
@@ -63,8 +90,15 @@ def with_top_k(texts: Sequence[str], top_k: int | str | None) -> list[str]:
     return made
 
 
-def parse_runs(texts: Sequence[str], names: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """(runs, derived baselines) of `--methods`; derived ones bring `expert:<name>` runs of every expert with them."""
+def parse_runs(
+    texts: Sequence[str], names: Sequence[str], top_k: int | str | None = None
+) -> tuple[list[Run], list[str]]:
+    """(runs, derived baselines) of `--methods`; derived ones bring `expert:<name>` runs of every expert with them.
+
+    top_k: of `--top-k`, which is too large for fewer experts also where it is a method's own; that one would take all.
+    """
+    if isinstance(top_k, int) and top_k > len(names):
+        raise ValueError(f"top_k={top_k} is more than the number of experts, E={len(names)}")
     runs: dict[str, Run] = {}
     derived = [text for text in texts if text in DERIVED]
     wanted = [text for text in texts if text not in DERIVED]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..files.meta import META_FILE, read_instructed_rows, read_meta
 from ..files.rows import read_rows
+from .metrics import METRICS, check_metric
 
-METRICS = ("exact_match", "accuracy", "rank")
 MAX_CHOICES = 32  # distinct training targets that still count as a closed set of answers
 
 
@@ -59,7 +59,8 @@ def load_task(
     """Read `folder`/<split>.jsonl; metric and choices come from meta.json unless given.
 
     Choices: meta's "choices", else, for the metric "rank" alone, the distinct targets of train.jsonl when they are at
-    most 32 and every row's target is one of them. ValueError lists what is wrong.
+    most 32 and every row's target is one of them. ValueError lists what is wrong; ImportError for a metric whose
+    package is not installed.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -78,6 +79,10 @@ def load_task(
         raise ValueError(
             f"task {folder.name}: metric must be one of {', '.join(METRICS)}, got {metric!r}; pass --metric"
         )
+    try:
+        check_metric(metric, [row["target"] for row in rows])
+    except (ValueError, ImportError) as error:
+        raise type(error)(f"task {folder.name}: {error}") from error
     task = Task(
         name=meta.get("task", folder.name),
         rows=tuple(rows),

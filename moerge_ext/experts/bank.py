@@ -17,7 +17,7 @@ from .claims import BaseClaims
 from .formats.peft import GateSet
 from .gate_files import Gates, save_gates
 from .idle import idle_notes
-from .kinds import SIGMOID_GATE
+from .kinds import PROMPT_KEY, SIGMOID_GATE
 from .module_bank import ModuleBank
 from .parameter_gates import ParameterGates, is_stacked_parameter, parameter_gate_problems
 from .selection import Modules, Rename, Selection
@@ -32,7 +32,7 @@ class ExpertBank:
     names: the experts, in the order of their ids; modules: {module path: ModuleBank}; base_model: the model
     they all name, or None; folders: where each came from, or None; sidecars: {expert name: the other folder or file
     that its gates are from}; global_vectors: {kind: {expert name: [any]
-    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of those vectors say of them;
+    float32}}; global_metadata: {kind: {expert name: {key: text}}}, what the files of gates and vectors say of them;
     parameter_gates: those of stacked parameters, whose LoRA lies in one module per base expert.
     claims: {expert name: what it says of the base}, checked by `patch`;
     stored_paths: per expert {module path: path in its folder}, where they differ; bases: per expert the (name,
@@ -179,7 +179,6 @@ class ExpertBank:
         """Set gates of one expert in memory: {module path: [D]}. Modules that are not named keep theirs.
 
         `metadata` says of `global_vector` what its file would ("instruction", "embedder", ...).
-
         A model that was patched with this bank before keeps the gates it was patched with. Raises ValueError
         with every problem (unknown expert, unknown module, expert without LoRA there, wrong width, NaN) before
         anything is set.
@@ -210,6 +209,8 @@ class ExpertBank:
             else:
                 self.parameter_gates.set(kind, path, self.names[e], row)
         self._gated.clear()
+        if rows:  # what is noted of a prompt is of the gates before
+            self.global_metadata.get(kind, {}).get(self.names[e], {}).pop(PROMPT_KEY, None)
         if global_vector is not None:
             vector = torch.as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector
@@ -306,9 +307,9 @@ def load_experts(
     facts: dict[str, dict[str, dict[str, str]]] = {}
     for source in sources:
         for kind, gates in source.gates.items():
+            facts.setdefault(kind, {})[source.name] = dict(gates.metadata)
             if gates.global_vector is not None:
                 vectors.setdefault(kind, {})[source.name] = gates.global_vector.to(device)
-                facts.setdefault(kind, {})[source.name] = dict(gates.metadata)
     return ExpertBank(
         [source.name for source in sources],
         stacked,

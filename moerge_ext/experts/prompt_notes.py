@@ -10,8 +10,8 @@ from ..files.listing import listed
 from ..files.safefile import open_tensors
 from ..models.prompt import PromptFormat
 from .bank import ExpertBank
+from .kinds import PROMPT_KEY
 
-PROMPT_KEY = "moerge_prompt"
 _FILES = ("adapter_model.safetensors", "moerge_gates*.safetensors")
 
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -71,6 +72,11 @@ def write_folder_atomically(folder: str | os.PathLike, write: Callable[[Path], N
         if (refused := disk_error(error, folder)) is not None:
             raise refused from error
         raise
+
+
+def write_figure(path: str | os.PathLike, figure: Any, dpi: int = 110) -> None:
+    """A figure of matplotlib as PNG, in one step."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def disk_error(error: BaseException, path: str | os.PathLike) -> OSError | None:

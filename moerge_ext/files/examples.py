@@ -11,6 +11,10 @@ PAIRS = (
     '{"messages": [{"role": str, "content": str}, ...]}'
 )
 TEXTS = f'{PAIRS} or {{"text": str}}'
+ASKED = (
+    '{"input": str}, {"prompt": str}, {"prompt": list of messages} or '
+    '{"messages": [{"role": str, "content": str}, ...]}'
+)
 
 
 class Example(dict):
@@ -45,23 +49,54 @@ def as_example(row: Any, *, text: bool = False) -> Example:
     raise ValueError(f"{expected}, got keys {sorted(map(str, row))}")
 
 
-def _conversation(row: Mapping[str, Any], messages: list[Any], *, answers: int = 1) -> Example:
-    """A row of messages, the last `answers` of which are to be learned."""
+def as_prompt(row: Any) -> Example:
+    """A row that is to be answered, as an `Example` with "input"; it may have a target, as in `as_example`.
+
+    ValueError with what was expected.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected {ASKED}, got {type(row).__name__}")
+    for name in ("input", "prompt"):
+        if isinstance(row.get(name), str):
+            return Example({**row, "input": row[name]})
+    messages = next((row[name] for name in ("prompt", "messages") if isinstance(row.get(name), list)), None)
+    if messages is None:
+        raise ValueError(f"expected {ASKED}, got keys {sorted(map(str, row))}")
+    _check_messages(messages)
+    given = messages[:-1] if messages and messages[-1]["role"] == "assistant" and "messages" in row else messages
+    if not given or given[-1]["role"] == "assistant":
+        raise ValueError("the last message before the answer must not be the assistant's")
+    return _asked(row, given)
+
+
+def _check_messages(messages: list[Any]) -> None:
     for number, message in enumerate(messages):
         fine = isinstance(message, Mapping) and isinstance(message.get("content"), str)
         if not fine or message.get("role") not in ROLES:
             raise ValueError(
                 f'message {number} must be {{"role": one of {", ".join(ROLES)}, "content": str}}, got {message!r:.200}'
             )
+
+
+def _conversation(row: Mapping[str, Any], messages: list[Any], *, answers: int = 1) -> Example:
+    """A row of messages, the last `answers` of which are to be learned."""
+    _check_messages(messages)
     if answers != 1:
         raise ValueError(f"the completion must be one message of the assistant, got {answers} messages")
     roles = [message["role"] for message in messages]
     if roles[-1:] != ["assistant"]:
         raise ValueError(f"the last message must be the assistant's, which is the answer; the roles are {roles}")
-    if "user" not in roles:
-        raise ValueError(f"the messages before the answer must hold one of the user; the roles are {roles}")
     *given, answer = messages
+    example = _asked(row, given)
+    example["target"] = answer["content"]
+    return example
+
+
+def _asked(row: Mapping[str, Any], given: list[Any]) -> Example:
+    """The row of a conversation that is to be answered."""
+    if "user" not in (roles := [message["role"] for message in given]):
+        raise ValueError(f"the messages before the answer must hold one of the user; the roles are {roles}")
     asked = next(message["content"] for message in reversed(given) if message["role"] == "user")
-    example = Example({**row, "input": asked, "target": answer["content"]})
+    example = Example({**row, "input": asked})
     example.conversation = [dict(message) for message in given]
     return example

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .examples import PAIRS, TEXTS, Example, as_example
+from .examples import ASKED, PAIRS, TEXTS, Example, as_example, as_prompt
 
 MAX_LISTED = 20  # bad lines that are shown
 
@@ -18,8 +20,33 @@ def read_rows(path: Path, *, text: bool = False) -> list[Example]:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: expected JSON lines {TEXTS if text else PAIRS}")
+    return _rows(read_text(path), path, lambda row: as_example(row, text=text))
+
+
+def read_prompts(path: Path | None) -> list[Example]:
+    """What is to be answered, of a file or (None) of standard input: JSON lines in the forms of `as_prompt`, where the
+    first line is a JSON object; else every line that is not empty is a prompt. One ValueError as `read_rows`.
+    """
+    if path is not None and not path.is_file():
+        raise ValueError(f"there is no file {path}: expected a prompt in every line, or JSON lines {ASKED}")
+    text = sys.stdin.read() if path is None else read_text(path)
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    if not lines or _is_object(lines[0]):
+        return _rows(text, path or "standard input", as_prompt)
+    return [Example(input=line) for line in lines]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _rows(text: str, path: Path | str, read: Callable[[Any], Example]) -> list[Example]:
+    """Every line of JSON as `read` takes it; a text in it may hold what other systems take for line ends."""
     rows, problems = [], []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -28,7 +55,7 @@ def read_rows(path: Path, *, text: bool = False) -> list[Example]:
             problems.append(f"line {number}: not JSON ({error.msg})")
             continue
         try:
-            rows.append(as_example(row, text=text))
+            rows.append(read(row))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     if not rows and not problems:

@@ -14,12 +14,15 @@ Options of every row:
     iterations, seed of the power iteration
 
 Rows:
-    arrow            top-4, T = 1, outputs are summed; aggregation="factored" is the paper's parameter merge
+    arrow            the paper's prototypes, top-4 and T = 1, but the selected experts' outputs are summed, that is
+                     the products B A are averaged; the paper averages A and B apart: aggregation="factored"
     arrow_mttl       the authors' library: exact prototypes, T = 1, factors merged before they are applied;
                      top-4 as in its documented evaluation (its selector alone uses all experts)
     arrow_peft       PEFT's ArrowConfig: top-3, T = 1, power iteration; seed is its rng_seed (a new draw each
                      time by default there, 0 here). PEFT scores an expert with B A = 0 as 0 where we mask it.
-    arrow_phatgoose  the baseline of the PHATGOOSE authors' code: top-2, T = 10 and 1/sqrt(D). GLIDER's code
+    arrow_phatgoose  the baseline of PHATGOOSE (section 4.2) and GLIDER (5.2), top-2 so that it computes as much as they
+                     do, and of the PHATGOOSE authors' code, which has T = 10 and 1/sqrt(D): the row to compare with
+                     `phatgoose`. GLIDER's code
                      has T = 10 without 1/sqrt(D): scale_by_width=False.
 """
 
@@ -31,14 +34,14 @@ from functools import partial
 from typing import Any
 
 from ..experts.bank import ExpertBank, ModuleBank
-from .base import Method, Plan, Routing, Taxonomy, is_finite_number, is_integer
+from .base import Method, Plan, Routing, is_finite_number, is_integer
 from .gating import InverseTemperature, expert_mask
 from .prototypes import power_iteration_prototypes, svd_prototypes
+from .survey import SURVEY
 
 PAPER = "Towards Modular LLMs by Building and Reusing a Library of LoRAs, arXiv 2405.11157"
 PROTOTYPES = ("svd", "power_iteration")
-
-TAXONOMY = Taxonomy()
+OUTPUTS = "the experts' outputs are summed, the paper averages their parameters (aggregation='factored')"
 
 
 def arrow_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]) -> Plan:
@@ -78,7 +81,16 @@ def finish_arrow(routing: Routing, options: Mapping[str, Any], *, method: str) -
     return replace(routing, scale=InverseTemperature(float(temperature), options["scale_by_width"]))
 
 
-def _row(name: str, summary: str, paper: str, *, top_k: int, aggregation: str = "output", **options: Any) -> Method:
+def _row(
+    name: str,
+    summary: str,
+    paper: str,
+    *,
+    top_k: int,
+    aggregation: str = "output",
+    differs: str = "",
+    **options: Any,
+) -> Method:
     defaults = {
         "temperature": 1.0,
         "scale_by_width": False,
@@ -86,18 +98,19 @@ def _row(name: str, summary: str, paper: str, *, top_k: int, aggregation: str = 
         "iterations": 15,
         "seed": 0,
     }
-    merged = "Parameter" if aggregation == "factored" else "Output"
     return Method(
         name=name,
         summary=summary,
         paper=paper,
-        taxonomy=replace(TAXONOMY, aggregation=merged),
+        taxonomy=SURVEY[24].taxonomy,
         plan=arrow_plan,
         lora_only=True,
         routing=Routing(top_k=top_k, normalize="none", absolute=True, scale=None, weighting="softmax"),
         aggregation=aggregation,
         options=defaults | options,
         finish=partial(finish_arrow, method=name),
+        survey=24,
+        differs=differs,
     )
 
 
@@ -107,6 +120,7 @@ ROWS = (
         "p = top input direction of each LoRA, exact; |u.p|",
         f"{PAPER}, Arrow routing",
         top_k=4,
+        differs=OUTPUTS,
     ),
     _row(
         "arrow_mttl",
@@ -121,6 +135,7 @@ ROWS = (
         f"{PAPER}, as implemented in PEFT (ArrowConfig)",
         top_k=3,
         prototype="power_iteration",
+        differs=f"top 3, p estimated by power iteration; {OUTPUTS}",
     ),
     _row(
         "arrow_phatgoose",
@@ -129,5 +144,6 @@ ROWS = (
         top_k=2,
         temperature=10.0,
         scale_by_width=True,
+        differs=f"top 2, scores divided by 10 sqrt(D); {OUTPUTS}",
     ),
 )

@@ -24,7 +24,7 @@ AVERAGE_ACTIVATION = Method(
     name="average_activation",
     summary="v = mean input on the expert's data; LN(u).LN(v) / sqrt(D)",
     paper=f"{PAPER}, baseline 'Average Activation'",
-    # Custom: the contributor computes activation statistics on the expert's data and shares them.
+    # not in the survey; PHATGOOSE's fields, since statistics of the expert's data are to it a custom training
     taxonomy=TAXONOMY,
     plan=average_activation_plan,
     routing=Routing(top_k=2, normalize="standardize", scale=None, weighting="softmax"),

@@ -14,7 +14,7 @@ from .base import Method, Plan, Taxonomy
 
 PREFIX = "expert:"
 
-TAXONOMY = Taxonomy(
+TAXONOMY = Taxonomy(  # the control; not in the survey
     input_granularity="Task",  # the user names the expert
     depth="Model",
     aggregation="None",

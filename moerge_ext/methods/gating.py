@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -64,14 +65,32 @@ def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, ki
 
 
 def gates_lacking(bank: ExpertBank, *, kind: str) -> list[str]:
-    """`Method.lacks` of rows that need stored gates of `kind`."""
+    """`Method.lacks` of rows that need stored gates of `kind`; warns of experts whose gates were never trained."""
     problems = []
+    if untrained := flat_gates(bank, kind):
+        warnings.warn(
+            f"all gates of kind '{kind}' of {', '.join(untrained)} are constant, as before any training: standardized "
+            f"they score 0 for every token; {MENDS[kind]}",
+            stacklevel=2,
+        )
     for name, module_bank in bank.modules.items():
         try:
             stored_gates(bank, module_bank, name, kind)
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def flat_gates(bank: ExpertBank, kind: str) -> list[str]:
+    """The experts, quoted, that have gates of `kind` and only such whose values are all the same."""
+    some = torch.zeros(len(bank), dtype=torch.bool)
+    flat = torch.ones(len(bank), dtype=torch.bool)
+    for module in bank.modules.values():
+        if kind in module.gates and kind in module.has_gate:
+            gates, has = module.gates[kind], module.has_gate[kind].cpu()
+            some |= has
+            flat &= (gates == gates[:, :1]).all(1).cpu() | ~has
+    return [f"'{name}'" for name, alone in zip(bank.names, (some & flat).tolist(), strict=True) if alone]
 
 
 def _expert_with_folder(bank: ExpertBank, expert: int) -> str:

@@ -12,7 +12,6 @@ top_k is never read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..experts.bank import ExpertBank, ModuleBank
 from .base import Method, Plan, Routing, Taxonomy
 from .gating import expert_mask
+from .survey import SURVEY
 
 TAXONOMY = Taxonomy(
     routing_dataset="Target",
@@ -67,7 +67,7 @@ LORAHUB = Method(
     name="lorahub",
     summary="weights for a task, searched with a few of its examples",
     paper="LoraHub: Efficient Cross-Task Generalization via Dynamic LoRA Composition, arXiv 2307.13269, section 3",
-    taxonomy=replace(TAXONOMY, input_granularity="Task", aggregation="Parameter"),
+    taxonomy=SURVEY[7].taxonomy,
     plan=ungated_plan,
     routing=WEIGHTS,
     aggregation="factored",
@@ -76,6 +76,7 @@ LORAHUB = Method(
     options={"count": 20, "budget": 40, "bound": 1.5, "l1": 0.05, "optimizer": "nevergrad", "seed": 0},
     source="few-shot",
     per_task=True,
+    survey=7,
 )
 
 ROWS = (GIVEN, LORAHUB)

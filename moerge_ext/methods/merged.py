@@ -21,7 +21,7 @@ from ..experts.module_bank import kernel_copy
 from .base import Method, Plan, Taxonomy
 from .phatgoose import PAPER
 
-TAXONOMY = Taxonomy(
+TAXONOMY = Taxonomy(  # a baseline; not in the survey
     input_granularity="N/A",  # nothing depends on the input
     depth="N/A",
     selection="Dense",

@@ -13,14 +13,13 @@ from __future__ import annotations
 from functools import partial
 
 from ..experts.kinds import SIGMOID_GATE
-from .base import Method, Routing, Taxonomy
+from .base import Method, Routing
 from .gating import gates_lacking, sigmoid_gate_plan
+from .survey import SURVEY
 
 PAPER = "Learning to Route Among Specialized Experts for Zero-Shot Generalization, arXiv 2402.05859"
 
-TAXONOMY = Taxonomy(
-    expert_training="Custom",  # a gate is trained after the expert
-)
+TAXONOMY = SURVEY[16].taxonomy
 
 PHATGOOSE = Method(
     name="phatgoose",
@@ -31,6 +30,7 @@ PHATGOOSE = Method(
     routing=Routing(top_k=2, normalize="standardize", scale=None, weighting="softmax"),
     gate_kind=SIGMOID_GATE,
     lacks=partial(gates_lacking, kind=SIGMOID_GATE),
+    survey=16,
 )
 
 ROWS = (PHATGOOSE,)

@@ -19,7 +19,7 @@ s / sum(s) with negative s as 0 ("plain"). Weights are used as they are.
     centroid        any           all      "centroid"  a query         all   softmax, T = 0.1  output
     dam             hidden states all      "centroid"  a query         2     softmax, T = 0.01 factors
     token_level     MiniLM-L6     all      "centroid"  each new token  all   sqrt of softmax   factors
-    adapter_soup    mpnet-base    100      "all"       100 (mean)      5     uniform           output
+    adapter_soup    mpnet-base    100      "centroid"  100 (mean)      5     uniform           factors
     ask_llm         (none)        (none)   (none)      a query         1     1                 output
 
 Where paper, survey and code differ, and what these rows do:
@@ -37,9 +37,11 @@ Where paper, survey and code differ, and what these rows do:
 - `token_level`: the query with what was generated so far is embedded again before every `every`-th token; the paper
   finds 2 best, its code has 1. The code multiplies the largest cosine by 4 ("temperature") before a softmax, and PEFT's
   "linear" merge puts the square root of a weight on each factor: (sum sqrt(w) B)(sum sqrt(w) A).
-- `adapter_soup`: its number of adapters is a choice of its user, here 5 or as many as there are; the paper's best
-  selection is the Gaussian mixture (`neighbours="mixture"`), there over hidden states of a language model, here over
-  the index.
+- `adapter_soup`: as the survey describes it, 100 samples of each expert and of the task are averaged and the averages
+  compared; the mean over the queries of their cosines to a centroid orders the experts in the same way, as it is the
+  cosine of the averages times one number. Its number of adapters is a choice of its user, here 5 or as many as there
+  are; the paper's best selection is the Gaussian mixture (`neighbours="mixture"`), there over hidden states of a
+  language model, here over the index. Its experts are bottleneck adapters, these LoRA.
 - `ask_llm` has a language model pick the expert from their instructions (`AskRouter`).
 """
 
@@ -54,11 +56,11 @@ import torch
 from torch import Tensor
 
 from .base import HIDDEN_STATES, Method, Routing, is_finite_number, is_integer
-from .given import TAXONOMY as GIVEN_TAXONOMY
 from .given import WEIGHTS, as_given, ungated_plan
 from .phatgoose import PAPER as PHATGOOSE_PAPER
+from .survey import PAPER as SURVEY_PAPER
+from .survey import SURVEY
 
-SURVEY = "A Survey on Model MoErging, arXiv 2408.07057"
 POOLS, WEIGHTINGS = (None, "vote", "mean"), ("uniform", "softmax", "sqrt", "plain")
 MINILM, MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
 
@@ -126,26 +128,18 @@ def _row(
     summary: str,
     paper: str,
     *,
+    survey: int,
+    differs: str = "",
     embedder: str | None = None,
     aggregation: str = "output",
-    granularity: str = "Example",
     **options: Any,
 ) -> Method:
     options = DEFAULTS | options
-    taxonomy = replace(
-        GIVEN_TAXONOMY,
-        expert_data="Shared",  # embeddings of training examples leave the contributor
-        routing_dataset="Expert",
-        input_granularity="Task" if options["pool"] is not None else granularity,
-        selection="Dense" if options["keep"] is None else "Sparse",
-        aggregation="Parameter" if aggregation == "factored" else "Output",
-        user_dataset="Zero-Shot" if options["pool"] is None else "Few-Shot",
-    )
     return Method(
         name=name,
         summary=summary,
         paper=paper,
-        taxonomy=taxonomy,
+        taxonomy=SURVEY[survey].taxonomy,
         plan=ungated_plan,
         routing=WEIGHTS,
         aggregation=aggregation,
@@ -155,18 +149,21 @@ def _row(
         source="examples",
         per_task=options["pool"] is not None,
         embedder=embedder,
+        survey=survey,
+        differs=differs,
     )
 
 
 ASK_LLM = Method(
     name="ask_llm",
     summary="the expert that a language model picks from their instructions",
-    paper=f"Airoboros and LlamaIndex, in {SURVEY}",
-    taxonomy=replace(GIVEN_TAXONOMY, input_granularity="Example", selection="Sparse", user_dataset="Zero-Shot"),
+    paper=f"Airoboros and LlamaIndex, in {SURVEY_PAPER}",
+    taxonomy=SURVEY[8].taxonomy,
     plan=ungated_plan,
     routing=replace(WEIGHTS, top_k=1),
     bias=as_given,
     source="ask",
+    survey=8,
 )
 
 ROWS = (
@@ -175,6 +172,7 @@ ROWS = (
         "retrieval",
         "the expert with the example most similar to the query",
         f"{PHATGOOSE_PAPER}, section 4.2, baseline 'Retrieval'",
+        survey=8,
         embedder=MINILM,
         samples=1000,
     ),
@@ -182,16 +180,29 @@ ROWS = (
         "retrieval_task",
         "the expert that is nearest to most queries of a task",
         "Exploring the Benefits of Training Expert Language Models over Instruction Tuning, arXiv 2302.03202",
+        survey=2,
+        differs="examples are embedded without their answer choices",
         embedder=MINILM,
         samples=100,
         pool="vote",
         queries=32,
     ),
-    _row("knn", "the expert with the 50 most similar examples", f"Airoboros, in {SURVEY}", neighbours=50, samples=1000),
+    _row(
+        "knn",
+        "the expert with the 50 most similar examples",
+        f"Airoboros, in {SURVEY_PAPER}",
+        survey=8,
+        differs="mean of 50 neighbours as in Airoboros' code; the survey's nearest one is row retrieval, neighbours=1",
+        neighbours=50,
+        samples=1000,
+    ),
     _row(
         "centroid",
         "all experts by their centroids' similarity to the query",
-        f"the centroid routers (Mo'LoRA) of {SURVEY}",
+        f"the centroid routers (Mo'LoRA) of {SURVEY_PAPER}",
+        survey=6,
+        differs="centroids of the experts' own data, not of clusters of one data set; outputs are summed, where the "
+        "survey averages parameters (aggregation='factored'); the temperature is ours",
         neighbours="centroid",
         keep=None,
         weights="softmax",
@@ -200,6 +211,8 @@ ROWS = (
         "dam",
         "two experts by centroids of hidden states, A and B averaged apart",
         "DAM: Dynamic Adapter Merging for Continual Video QA Learning, arXiv 2403.08755",
+        survey=22,
+        differs="keeps 2 experts at T = 0.01 as the published script does; dense is keep=None, the code's T is 1",
         embedder=HIDDEN_STATES,
         aggregation="factored",
         neighbours="centroid",
@@ -212,8 +225,9 @@ ROWS = (
         "all experts by centroids, the growing text embedded at every token",
         "Token-Level Adaptation of LoRA Adapters for Downstream Task Generalization, arXiv 2311.10847",
         embedder=MINILM,
+        survey=11,
+        differs="weights as in the published code: the largest cosine times 4, square roots of the softmax on A and B",
         aggregation="factored",
-        granularity="Step",
         neighbours="centroid",
         keep=None,
         weights="sqrt",
@@ -225,8 +239,11 @@ ROWS = (
         "adapter_soup",
         "a uniform mix of the experts most similar to a task",
         "AdapterSoup: Weight Averaging to Improve Generalization of Pretrained Language Models, arXiv 2302.07027",
+        survey=3,
+        differs="LoRA, where the paper has bottleneck adapters; that they are 5 is our choice",
         embedder=MPNET,
-        neighbours="all",
+        aggregation="factored",
+        neighbours="centroid",
         samples=100,
         pool="mean",
         keep=5,

@@ -25,9 +25,10 @@ TAXONOMY_HEADERS = {
     "depth": "depth",
     "selection": "selec-\ntion",
     "aggregation": "aggre-\ngation",
-    "generalization": "generalization",
+    "generalization": "general-\nization",
     "user_dataset": "user\ndataset",
 }
+SHORT = {"Out-of-Distribution": "OOD", "In-Distribution": "ID"}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -36,7 +37,8 @@ def rows() -> list[dict[str, Any]]:
     Keys: name, summary, gates (the kind it needs, or "none"), top_k ("2", "all", "-"), weighting ("fixed" if
     nothing is routed), aggregation ("output" or "factored": how the selected are applied), options
     ("name=default, ..."), routing (the options of `route`, likewise), embedder (the paper's, or "-"), taxonomy (a dict
-    with the fields of `Taxonomy`), paper.
+    with the fields of `Taxonomy`), survey (n of the survey's section 3.n, or "-"), differs (from the paper or survey,
+    or "-"), paper.
     """
     return [_row(method) for method in (*METHODS.values(), fixed_expert("<name>"))]
 
@@ -55,6 +57,8 @@ def _row(method: Method) -> dict[str, Any]:
         "routing": _listed(_routing(method)),
         "embedder": method.embedder or "-",
         "taxonomy": asdict(method.taxonomy),
+        "survey": "-" if method.survey is None else str(method.survey),
+        "differs": method.differs or "-",
         "paper": method.paper,
     }
 
@@ -88,10 +92,14 @@ def render(console: Console, *, verbose: bool = False) -> None:
 
 
 def _render_details(console: Console, data: list[dict[str, Any]]) -> None:
-    console.print(f"\n[bold]Taxonomy[/bold] ({SURVEY})")
-    table = _table("method", *TAXONOMY_HEADERS.values())
+    console.print(
+        f"\n[bold]Taxonomy[/bold] ({SURVEY}; 3.n: its section, whose values these are; -: ours, in its words)"
+    )
+    console.print(", ".join(f"{short}: {value}" for value, short in SHORT.items()), highlight=False)
+    table = _table("method", "3.n", *TAXONOMY_HEADERS.values())
     for row in data:
-        table.add_row(row["name"], *(row["taxonomy"][name] for name in TAXONOMY_HEADERS))
+        values = (row["taxonomy"][name] for name in TAXONOMY_HEADERS)
+        table.add_row(row["name"], row["survey"], *(SHORT.get(value, value) for value in values))
     console.print(table)
     console.print("\n[bold]Options with their defaults (own; of the routing), embedders and papers[/bold]")
     for row in data:
@@ -99,6 +107,8 @@ def _render_details(console: Console, data: list[dict[str, Any]]) -> None:
         if row["embedder"] != "-":
             console.print(f"    embedder: {row['embedder']}", highlight=False)
         console.print(f"    {row['paper']}", highlight=False)
+        if row["differs"] != "-":
+            console.print(f"    differs: {row['differs']}", highlight=False)
 
 
 def _table(*headers: str, wraps: str | None = None) -> Table:

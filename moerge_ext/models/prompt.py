@@ -91,6 +91,15 @@ class PromptFormat:
         """A text as it is, or with `chat` as the user's message."""
         return _chat(tokenizer, [{"role": "user", "content": text}], "--chat") if self.chat else Prompt(text)
 
+    def turns(self, shots: Sequence[tuple[str, str]], text: str, tokenizer: Any) -> Prompt:
+        """Solved questions (question, answer) and then a text: in one piece, or with `chat` as a conversation."""
+        if not self.chat:
+            return Prompt("".join(part for shot in shots for part in shot) + text)
+        messages = []
+        for question, answer in shots:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
+        return _chat(tokenizer, [*messages, {"role": "user", "content": text}], "--chat")
+
     def whole(self, row: Mapping[str, Any]) -> str:
         """The text of a row {"text"}, all of which is learned; ValueError when the format cannot shape one."""
         if self.chat:

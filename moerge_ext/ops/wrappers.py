@@ -104,8 +104,8 @@ def route(x: Tensor, gates: Tensor, **options: Unpack[RouteOptions]) -> tuple[Te
 
         score_te = f(norm(x_t) . g_e) * scale + bias[row(t), e]
 
-    (PHATGOOSE, arXiv 2402.05859, eq. 3, with norm = standardize and scale = 1/sqrt(D); Arrow, arXiv 2405.11157, with
-    f = abs and norm = none; GLIDER, arXiv 2410.07172, section 4.2, adds the bias.)
+    (PHATGOOSE, arXiv 2402.05859, section 3, with norm = standardize and scale = 1/sqrt(D); Arrow, arXiv 2405.11157,
+    with f = abs and norm = none; GLIDER, arXiv 2410.07172, section 4.2, adds the bias.)
 
     Args:
         x: [T,D] inputs of the layer.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_atomically
+
+_WARNED: set[Path] = set()  # folders of which it was said that they cannot be written
 
 
 def default_folder() -> Path:
@@ -32,10 +35,19 @@ class TextCache:
             return None
 
     def put(self, value: Any, *parts: str) -> None:
-        """Keep `value`; a reader sees all of it or nothing."""
+        """Keep `value`; a reader sees all of it or nothing. Where nothing can be written a warning says so, once."""
         path = self._path(parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write_text(json.dumps({"value": value}), encoding="utf-8"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file: file.write_text(json.dumps({"value": value}), encoding="utf-8"))
+        except OSError as error:
+            if self.folder not in _WARNED:
+                _WARNED.add(self.folder)
+                warnings.warn(
+                    f"the cache {self.folder} cannot be written ({error.strerror}): nothing is kept there; "
+                    "$MOERGE_CACHE names another folder",
+                    stacklevel=2,
+                )
 
     def _path(self, parts: tuple[str, ...]) -> Path:
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files.atomic import write_figure
 from .router import QueryRouter
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """threshold; held_in and held_out: {task: max over the experts of s_glob, [N]}.
+    """threshold; held_in and held_out: {task: s_glob of its queries, [N,E]}; names: the E experts.
 
     own: {held-in task with an expert of its name: share of its queries that are most similar to that expert}; a low
     share says that the instructions are bad, before the evaluation does.
@@ -24,14 +25,24 @@ class Calibration:
     held_in: dict[str, Tensor]
     held_out: dict[str, Tensor]
     own: dict[str, float]
+    names: tuple[str, ...]
 
     def above(self) -> dict[str, float]:
         """{task: share of its queries above the threshold}."""
         scores = {**self.held_in, **self.held_out}
-        return {task: (s > self.threshold).double().mean().item() for task, s in scores.items()}
+        return {task: (s.amax(1) > self.threshold).double().mean().item() for task, s in scores.items()}
+
+    def by_expert(self) -> dict[str, dict[str, float]]:
+        """{task: {expert: its score, the mean over the task's queries}}."""
+        scores = {**self.held_in, **self.held_out}
+        return {task: dict(zip(self.names, s.mean(0).tolist(), strict=True)) for task, s in scores.items()}
 
     def plot(self, path: str | Path) -> Path:
-        """Write a PNG: the global scores of every task against the threshold (the paper's Figure 3).
+        """Write a PNG, the paper's Figure 3: the global score of every expert for every task, against the threshold.
+
+        A dot is an expert, its score the mean over the task's queries (the paper has one instruction per task, so one
+        score); the expert of the task's name is a diamond. A thin box shows the largest score of each query, which is
+        what the rule compares with the threshold.
 
         Errors: ImportError, with the install line, without matplotlib.
         """
@@ -40,25 +51,34 @@ class Calibration:
         except ImportError as error:
             raise ImportError('the plot needs matplotlib: pip install "moerge_ext[plot]"') from error
         scores = {**self.held_in, **self.held_out}
-        figure = Figure(figsize=(7, 1.2 + 0.34 * len(scores)), layout="constrained")
+        figure = Figure(figsize=(8, 1.2 + 0.34 * len(scores)), layout="constrained")
         axis = figure.subplots()
         colors = ["tab:blue"] * len(self.held_in) + ["tab:orange"] * len(self.held_out)
         boxes = axis.boxplot(
-            [s.tolist() for s in scores.values()],
+            [s.amax(1).tolist() for s in scores.values()],
             orientation="horizontal",
             tick_labels=list(scores),
             patch_artist=True,
-            widths=0.6,
+            showfliers=False,
+            widths=0.5,
         )
-        for box, color in zip(boxes["boxes"], colors, strict=True):
-            box.set_facecolor(color)
+        for row, (task, color) in enumerate(zip(scores, colors, strict=True), 1):
+            boxes["boxes"][row - 1].set(facecolor="none", edgecolor=color)
+            mean = self.by_expert()[task]
+            axis.scatter(list(mean.values()), [row] * len(mean), s=14, color=color, alpha=0.7, zorder=3)
+            if task in mean:
+                axis.scatter([mean[task]], [row], s=42, marker="D", color="none", edgecolor="black", zorder=4)
         axis.axvline(self.threshold, ls="--", color="red")
         axis.invert_yaxis()
-        axis.set_xlabel(f"largest global score of a query (threshold {self.threshold:.3f}, dashed)")
+        axis.set_xlabel(
+            f"global score (threshold {self.threshold:.3f}, dashed); dots: experts, diamond: the task's own, box: the "
+            "largest of each query",
+            fontsize=8,
+        )
         axis.set_title("blue: held-in tasks" + (", orange: held-out tasks" if self.held_out else ""), fontsize=10)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        write_figure(path, figure)
         return path
 
 
@@ -89,9 +109,8 @@ def calibrate_threshold(
         for task, s in scores.items()
         if task in router.names
     }
-    inside = {task: s.amax(1) for task, s in scores.items()}
-    outside = {task: router.affinities(texts).amax(1) for task, texts in (held_out or {}).items()}
-    limit = torch.quantile(torch.cat(list(inside.values())), 1 - keep, interpolation="lower")
+    outside = {task: router.affinities(texts) for task, texts in (held_out or {}).items()}
+    limit = torch.quantile(torch.cat([s.amax(1) for s in scores.values()]), 1 - keep, interpolation="lower")
     threshold = torch.nextafter(limit, limit - 1).item()  # the rule asks for more than the threshold
     router.threshold = threshold
-    return Calibration(threshold, inside, outside, own)
+    return Calibration(threshold, scores, outside, own, router.names)

@@ -16,7 +16,7 @@ from ..experts.formats.peft import write_gates
 from ..experts.hub import find_adapter, output_folder
 from ..experts.kinds import INSTRUCTION
 from .embedder import Embedder
-from .writer import Example, InstructionWriter
+from .writer import TEMPLATE, Example, InstructionWriter
 
 EXAMPLES = 3  # of the paper
 BY_HAND = "by hand"  # the writer of an instruction that the contributor gave
@@ -69,7 +69,9 @@ def describe(
             raise ValueError("expected a writer (a language model that writes the instruction) or instruction=...")
         chosen = draw(examples, count, seed)
         instruction = writer.task(chosen)
-        facts |= {"writer": writer.name, "examples": str(count), "seed": str(seed)}
+        template = writer.templates[0]
+        asked = "GLIDER, appendix A.1" if template == TEMPLATE else template
+        facts |= {"writer": writer.name, "examples": str(count), "seed": str(seed), "template": asked}
     vector = embedder([instruction])[0]
     target.mkdir(parents=True, exist_ok=True)
     path = write_gates(

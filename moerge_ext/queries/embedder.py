@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class Embedder:
         self.embed, self.prefix, self.cache, self.batch_size = embed, prefix, cache, batch_size
         self.name = f"{name} (prefix {prefix!r})" if prefix else name
         self.identity, self.of_base = identity or self.name, of_base
+        self.asked: Counter[str] = Counter()  # "texts": how many it was given, those of the cache too
 
     @classmethod
     def from_sentence_transformers(
@@ -149,6 +151,7 @@ class Embedder:
         empty = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
         if empty:
             raise ValueError(f"texts must not be empty; number {', '.join(map(str, empty[:5]))} (from 0) is")
+        self.asked["texts"] += len(set(texts))
         rows: dict[str, Tensor] = {}
         if self.cache is not None:
             for text in dict.fromkeys(texts):

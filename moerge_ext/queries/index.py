@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -23,16 +24,20 @@ from .vectors import unit
 from .writer import Example
 
 PREFIX, SUFFIX = "moerge_examples.", ".safetensors"
-FORMAT, KEY = "moerge-examples", "embeddings"
+FORMAT, KEY, TEXTS = "moerge-examples", "embeddings", "texts"
+ROW = ("input", "target")
 SAMPLES = 1000  # per expert: PHATGOOSE, arXiv 2402.05859, section 4.2, baseline "Retrieval"
 
 
 @dataclass(frozen=True)
 class ExampleIndex:
-    """vectors [M,G] float32 of unit length; embedder: the name of the model that made them."""
+    """vectors [M,G] float32 of unit length; embedder: the name of the model that made them; rows: the M examples
+    themselves ({"input", "target"}), None when the index does not hold their texts.
+    """
 
     vectors: Tensor
     embedder: str
+    rows: tuple[Example, ...] | None = None
 
 
 def index_examples(
@@ -42,13 +47,17 @@ def index_examples(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
+    texts: bool = False,
     output_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Embed the inputs of up to `samples` random rows of an expert's training data and store them beside its adapter,
     or in `output_dir` (which `load_experts(gates={name: DIR})` is then told).
 
-    Returns the file. ValueError for a folder that is no adapter, no examples, or what the embedder refuses; nothing is
-    written then.
+    texts: store the rows' inputs and targets as well, for all who get the adapter to read: a `QueryRouter` shows its
+    writer the ones similar to a query (GLIDER's few-shot setting).
+
+    Returns the file. ValueError for a folder that is no adapter, no examples, rows without a target for `texts`, or
+    what the embedder refuses; nothing is written then.
     """
     header, folder = inspect_adapter(*find_adapter(adapter)), output_folder(adapter, output_dir)
     if samples < 1:
@@ -56,11 +65,18 @@ def index_examples(
     if not examples:
         raise ValueError("no examples: an index needs at least one row with an input")
     chosen = random.Random(seed).sample(list(examples), min(samples, len(examples)))
+    tensors = {}
+    if texts:
+        if any(not isinstance(row.get(part), str) for row in chosen for part in ROW):
+            raise ValueError('texts=True keeps solved examples: every row needs "input" and "target"')
+        said = json.dumps([[row[part] for part in ROW] for row in chosen]).encode()
+        tensors[TEXTS] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
     vectors = unit(embedder([row.get("input", row.get("text", "")) for row in chosen]))
     metadata = {"format": FORMAT, "version": "1", "embedder": embedder.name, "seed": str(seed), **note_of_file(header)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / index_file(embedder.name)
-    write_atomically(path, lambda file: save_file({KEY: vectors.contiguous()}, file, metadata))
+    tensors[KEY] = vectors.contiguous()
+    write_atomically(path, lambda file: save_file(tensors, file, metadata))
     return path
 
 
@@ -92,6 +108,20 @@ def read_index(folder: str | os.PathLike, embedder: str) -> ExampleIndex:
                 [f"{path} was made by embedder '{metadata.get('embedder')}', the queries' is '{embedder}': index again"]
             )
         vectors = read_tensor(handle, KEY, header).to(torch.float32, copy=True)
+        said = read_tensor(handle, TEXTS, headers[TEXTS]) if TEXTS in headers else None
     if not vectors.numel() or not vectors.isfinite().all():
         raise AdapterError([f"{path} holds no vectors, or values that are not finite"])
-    return ExampleIndex(unit(vectors), embedder)
+    rows = None if said is None else _rows(said, len(vectors), path)
+    return ExampleIndex(unit(vectors), embedder, rows)
+
+
+def _rows(said: Tensor, count: int, path: Path) -> tuple[Example, ...]:
+    """The examples of an index; AdapterError when the bytes are not `count` pairs of texts."""
+    try:
+        pairs = json.loads(said.to(torch.uint8).numpy().tobytes()) if said.dtype == torch.uint8 else None
+    except (ValueError, RecursionError):
+        pairs = None
+    fine = isinstance(pairs, list) and len(pairs) == count
+    if not fine or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
+        raise AdapterError([f"{path}: its texts are not the {count} pairs of input and target that it has vectors of"])
+    return tuple(dict(zip(ROW, pair, strict=True)) for pair in pairs)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from ..experts.kinds import INSTRUCTION
 from ..methods.base import HIDDEN_STATES, Method
 from .describe import EXAMPLES
 from .embedder import Embedder
+from .similar import SimilarExamples, indexed_examples
 from .vectors import unit
 from .writer import Example, InstructionWriter
 
 PAPER_EMBEDDER = "nomic-embed-text-v1.5"  # the threshold of `glider`, 0.8, was chosen for it
 ALIKE = 0.98  # cosine of two experts' vectors above which queries hardly tell them apart
 SAME = 0.99  # cosine of one text embedded twice by one model, with room for another device or precision
-SimilarExamples = Callable[[str], Sequence[Example]]
 
 
 class Router:
@@ -74,7 +74,9 @@ class QueryRouter(Router):
             their stored instructions other vectors (`verify=False` skips that).
         writer: the language model that writes a query's instruction. None embeds the query itself, which is not the
             paper's method; see `variant`.
-        similar: query -> solved examples like it; the paper gives three. Without them the method is zero-shot.
+        similar: query -> solved examples like it, which the writer sees with the query (`similar_examples`). "indexed":
+            the paper's three, of those that the experts' indices hold with their texts, if any do. Without examples
+            (None) the method is the zero-shot variant, which is not the paper's.
         threshold: of method `glider` for this embedder; `calibrate_threshold` finds one.
     """
 
@@ -87,14 +89,21 @@ class QueryRouter(Router):
         embedder: Embedder,
         writer: InstructionWriter | None = None,
         *,
-        similar: SimilarExamples | None = None,
+        similar: SimilarExamples | Literal["indexed"] | None = "indexed",
         threshold: float | None = None,
         verify: bool = True,
     ):
-        self.names, self.embedder, self.writer = experts.names, embedder, writer
-        self.similar, self.threshold = similar, threshold
-        if similar is not None and writer is None:
+        self.names, self.embedder, self.writer, self.threshold = experts.names, embedder, writer, threshold
+        if isinstance(similar, str):
+            if similar != "indexed":
+                raise ValueError(
+                    f"similar must be a callable query -> solved examples, 'indexed' or None, got {similar!r}"
+                )
+            similar = None if writer is None else indexed_examples(experts, embedder)
+        elif similar is not None and writer is None:
             raise ValueError("similar examples are for the writer: pass a writer, or leave `similar` out")
+        self.similar = similar
+        self.templates = [] if writer is None else list(writer.templates)  # a result is another with others
         self.instructions = _check_experts(experts, embedder)
         stored = experts.global_vectors[INSTRUCTION]
         self.vectors = unit(torch.stack([stored[name].cpu() for name in self.names]))  # [E,G]
@@ -114,6 +123,15 @@ class QueryRouter(Router):
                 "the instructions, and describe the experts again by a larger --writer or with --instruction",
                 stacklevel=3,
             )
+
+    @property
+    def similar(self) -> SimilarExamples | None:
+        """The solved examples that the writer sees with a query."""
+        return self._similar
+
+    @similar.setter
+    def similar(self, similar: SimilarExamples | None) -> None:
+        self._similar, self.shown = similar, getattr(similar, "digest", "")  # what tells results apart
 
     @property
     def variant(self) -> str:
@@ -213,39 +231,24 @@ def _check_experts(experts: ExpertBank, embedder: Embedder) -> dict[str, str]:
 class AskRouter(Router):
     """A language model picks the expert from the list of their instructions (Airoboros, LlamaIndex).
 
-    writer: the model; experts: each needs the instruction that `moerge describe` stores.
+    writer: the model; experts: each needs the instruction that `moerge describe` stores; template: what the model is
+    asked, with {input}, {instructions} and perhaps {count}.
     """
 
     source = "ask"
 
-    def __init__(self, experts: ExpertBank, writer: InstructionWriter):
+    def __init__(self, experts: ExpertBank, writer: InstructionWriter, *, template: str | None = None):
         facts = experts.global_metadata.get(INSTRUCTION, {})
         missing = [name for name in experts.names if not facts.get(name, {}).get("instruction")]
         if missing:
             raise ValueError(
                 f"no instruction for {', '.join(missing)}: write it with `moerge describe --adapter DIR ...`"
             )
-        self.names, self.writer = experts.names, writer
+        self.names, self.writer, self.template = experts.names, writer, template
         self.instructions = [facts[name]["instruction"] for name in experts.names]
 
     def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
         """texts (N) -> [N,E] float32: 1 for the expert that was picked."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        picked = {text: self.writer.choose(text, self.instructions) for text in dict.fromkeys(texts)}
+        picked = {text: self.writer.choose(text, self.instructions, self.template) for text in dict.fromkeys(texts)}
         return torch.nn.functional.one_hot(torch.tensor([picked[t] for t in texts]), len(self.names)).float()
-
-
-def similar_examples(embedder: Embedder, rows: Sequence[Example], count: int = 3) -> SimilarExamples:
-    """query -> the `count` rows whose inputs are most similar to it, for `QueryRouter(similar=...)`.
-
-    A row with the query's own input is left out. ValueError for fewer than `count` rows.
-    """
-    if len(rows) < count:
-        raise ValueError(f"expected at least {count} solved examples, got {len(rows)}")
-    vectors = unit(embedder([row["input"] for row in rows]))
-
-    def nearest(query: str) -> list[Example]:
-        order = (vectors @ unit(embedder([query]))[0]).argsort(descending=True, stable=True).tolist()
-        return [rows[i] for i in order if rows[i]["input"] != query][:count]
-
-    return nearest

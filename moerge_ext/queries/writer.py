@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,12 +12,23 @@ from typing import Any
 from .cache import TextCache, model_identity, model_name
 from .endpoint import Endpoint, EndpointError
 
-# What appendix A.1 of the paper asks for, in our words: one sentence that names the skill.
-_ASK = (
-    "In one sentence, instruct somebody to do this task: name the skill it needs and the kind of answer it wants. "
-    "Do not solve it and do not repeat the examples.\nInstruction:"
+# appendix A.1 of the paper, the number of pairs left open
+TEMPLATE = (
+    "The following are {count} pairs of input-output examples from one task. Generate the task instruction in one "
+    "sentence that is most possibly used to command a language model to produce them. In the instruction, remember to "
+    "point out the skill or knowledge required for the task to guide the language model.\n{examples}"
 )
-_HEADS = ["examples of one task.", "solved inputs of one task and a new one.", "Here is an input."]
+# the same of a query alone, which the paper does not do
+QUERY_TEMPLATE = (
+    "The following is one input of a task. Generate the task instruction in one sentence that is most possibly used to "
+    "command a language model to answer it. In the instruction, remember to point out the skill or knowledge required "
+    "for the task to guide the language model.\n{examples}"
+)
+CHOICE_TEMPLATE = (
+    "Input: {input}\n\nWhich of these tasks does the input belong to?\n{instructions}\n\n"
+    "Answer with one number from 1 to {count}.\nNumber:"
+)
+COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 MAX_INSTRUCTION = 600  # characters; more is no sentence
 ECHO = 20  # characters of a text that an instruction may not hold
 Example = Mapping[str, str]
@@ -35,6 +47,11 @@ class InstructionWriter:
         cache: where instructions are kept, by the hash of model and prompt; None keeps none (a callable can change
             without its name changing).
         identity: what the cache knows the model by; default `name`.
+        template: what the model is asked, with {examples}, the pairs "- Input: ...", "- Output: ..." in lines, and
+            perhaps {count}, their number as a word. The paper's (appendix A.1) by default; its threshold of 0.8 belongs
+            to it. For a query with similar solved examples the query stands behind them as an input without output:
+            where the paper has it, it does not say.
+        query_template: the same for a query without examples, which is then all of {examples}.
         attempts, backoff: how often a failing endpoint or an unusable answer is tried, waiting `backoff` seconds
             before the second attempt and twice as long before each further one. Nothing of a failure is cached.
     """
@@ -48,6 +65,8 @@ class InstructionWriter:
         identity: str | None = None,
         attempts: int = 1,
         backoff: float = 1.0,
+        template: str = TEMPLATE,
+        query_template: str = QUERY_TEMPLATE,
     ):
         if not callable(generate):
             raise ValueError(f"generate must be a callable prompt -> text, got {type(generate).__name__}")
@@ -55,6 +74,10 @@ class InstructionWriter:
             raise ValueError(f"attempts must be at least 1, got {attempts}")
         self.generate, self.name, self.cache = generate, name, cache
         self.identity, self.attempts, self.backoff = identity or name, attempts, backoff
+        self.asked: Counter[str] = Counter()  # "texts": how many were asked for, those of the cache too
+        self.templates = template, query_template
+        for text in self.templates:
+            check_template(text)
 
     @classmethod
     def from_endpoint(
@@ -67,8 +90,12 @@ class InstructionWriter:
         attempts: int = 4,
         backoff: float = 1.0,
         cache: TextCache | None = None,
+        **templates: str,
     ) -> InstructionWriter:
-        """A writer over any OpenAI-compatible server: `base_url` such as "http://localhost:8000/v1"."""
+        """A writer over any OpenAI-compatible server: `base_url` such as "http://localhost:8000/v1".
+
+        templates: template, query_template.
+        """
         endpoint = Endpoint(base_url, model, api_key, timeout)
         return cls(
             endpoint,
@@ -77,13 +104,24 @@ class InstructionWriter:
             identity=f"{base_url} {model}",
             attempts=attempts,
             backoff=backoff,
+            **templates,
         )
 
     @classmethod
     def from_transformers(
-        cls, path: str, *, device: str = "cpu", dtype: str = "auto", max_new_tokens: int = 64, cache=None
+        cls,
+        path: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        max_new_tokens: int = 64,
+        cache: TextCache | None = None,
+        **templates: str,
     ) -> InstructionWriter:
-        """A writer over a transformers model, causal (its chat template is used when it has one) or seq2seq; greedy."""
+        """A writer over a transformers model, causal (its chat template is used when it has one) or seq2seq; greedy.
+
+        templates: template, query_template.
+        """
         from ..models.pretrained import load_model, load_tokenizer, usable_device
 
         device = usable_device(device)
@@ -91,37 +129,52 @@ class InstructionWriter:
             load_model(path, dtype=dtype, device=device), load_tokenizer(path), max_new_tokens
         )
         cache = TextCache() if cache is None else cache
-        return cls(generate, name=model_name(path), cache=cache, identity=f"{model_identity(path)} {max_new_tokens}")
+        identity = f"{model_identity(path)} {max_new_tokens}"
+        return cls(generate, name=model_name(path), cache=cache, identity=identity, **templates)
 
     def task(self, examples: Sequence[Example]) -> str:
         """The instruction of the task that `examples` ({"input", "target"}) belong to."""
         if not examples:
             raise ValueError("no examples: an instruction is written from at least one {'input', 'target'}")
         shown = [_shown(example) for example in examples]
-        prompt = "\n\n".join([f"Here are {len(examples)} {_HEADS[0]}", *shown, _ASK])
-        return self._write(prompt, partial(clean, shown=shown))
+        return self._write(self._asked(self.templates[0], shown, len(shown)), partial(self._clean, shown=shown))
 
     def query(self, text: str, examples: Sequence[Example] = ()) -> str:
         """The instruction of the task behind one query, from the query and similar solved examples if there are any."""
         if not text.strip():
             raise ValueError("an empty query has no task: expected some text")
-        solved = "".join(_shown(example) + "\n\n" for example in examples)
-        head = f"Here are {len(examples)} {_HEADS[1]}" if examples else _HEADS[2]
-        return self._write(f"{head}\n\n{solved}Input: {text.strip()}\n\n{_ASK}", clean)
+        shown = [*map(_shown, examples), f"- Input: {text.strip()}"]
+        template = self.templates[0 if examples else 1]
+        return self._write(self._asked(template, shown, len(examples)), self._clean)
 
-    def choose(self, text: str, instructions: Sequence[str]) -> int:
-        """The number (from 0) of the instruction that fits a query, as the model picks it from a list."""
+    def _asked(self, template: str, shown: Sequence[str], count: int) -> str:
+        number = COUNTS[count] if count < len(COUNTS) else str(count)
+        return fill(template, count=number, examples="\n".join(shown))
+
+    def _clean(self, answer: Any, shown: Sequence[str] = ()) -> str:
+        return clean(answer, shown, self.templates)
+
+    def choose(self, text: str, instructions: Sequence[str], template: str | None = None) -> int:
+        """The number (from 0) of the instruction that fits a query, as the model picks it from a list.
+
+        template: what it is asked, with {input}, {instructions} (numbered from 1, in lines) and perhaps {count}.
+        """
         if not text.strip():
             raise ValueError("an empty query fits no task: expected some text")
+        template = CHOICE_TEMPLATE if template is None else template
+        if "{input}" not in template or "{instructions}" not in template:
+            raise ValueError(f"a template must hold {{input}} and {{instructions}}, got {template!r:.200}")
         shown = "\n".join(f"{i}. {instruction}" for i, instruction in enumerate(instructions, 1))
-        prompt = (
-            f"Input: {text.strip()}\n\nWhich of these tasks does the input belong to?\n{shown}\n\n"
-            f"Answer with one number from 1 to {len(instructions)}.\nNumber:"
-        )
+        prompt = fill(template, input=text.strip(), instructions=shown, count=str(len(instructions)))
         return self._write(prompt, lambda answer: parse_choice(answer, len(instructions)))
+
+    def ask(self, prompt: str, parse: Callable[[Any], Any]) -> Any:
+        """What `parse` finds in the model's answer to any prompt; a WriterError of it is worth another attempt."""
+        return self._write(prompt, parse)
 
     def _write(self, prompt: str, parse: Callable[[Any], Any]) -> Any:
         """What `parse` finds in the model's answer to `prompt`."""
+        self.asked["texts"] += 1
         if self.cache is not None and (known := self.cache.get("instruction", self.identity, prompt)) is not None:
             return known
         for attempt in range(1, self.attempts + 1):
@@ -138,11 +191,22 @@ class InstructionWriter:
         return instruction
 
 
+def check_template(text: str) -> None:
+    """ValueError for a template without {examples}."""
+    if not isinstance(text, str) or "{examples}" not in text:
+        raise ValueError(f"a template must hold {{examples}}, and perhaps {{count}}, got {text!r:.200}")
+
+
+def fill(template: str, **values: str) -> str:
+    """The template with its fields replaced at once; whatever else stands in braces stays."""
+    return re.sub(rf"\{{({'|'.join(values)})\}}", lambda found: values[found[1]], template)
+
+
 def _shown(example: Example) -> str:
-    return f"Input: {example['input'].strip()}\nOutput: {example['target'].strip()}"
+    return f"- Input: {example['input'].strip()}\n- Output: {example['target'].strip()}"
 
 
-def clean(answer: Any, shown: Sequence[str] = ()) -> str:
+def clean(answer: Any, shown: Sequence[str] = (), templates: Sequence[str] = (TEMPLATE, QUERY_TEMPLATE)) -> str:
     """The sentence in a model's answer about the examples `shown`: its first line, bare of label and hidden reasoning.
 
     WriterError for what is none: not text, no two words, longer than a sentence, or an echo of the prompt.
@@ -150,14 +214,17 @@ def clean(answer: Any, shown: Sequence[str] = ()) -> str:
     if not isinstance(answer, str):
         raise WriterError(f"expected an instruction as text, got {type(answer).__name__}")
     text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    line = re.sub(r"^(the )?(task )?instruction\s*:\s*", "", line, flags=re.IGNORECASE).strip(" \"'*`")
+    label = re.compile(
+        r"^[\s#*_\"'`]*(the )?(task )?instruction[\s*_]*:", re.IGNORECASE
+    )  # perhaps in a line of its own
+    lines = (label.sub("", line).strip(" \"'*_`") for line in text.splitlines())
+    line = next((line for line in lines if line), "")
     if len(re.findall(r"[^\W\d_]{2,}", line)) < 2 or len(line) > MAX_INSTRUCTION:
         raise WriterError(
             f"expected one sentence of at most {MAX_INSTRUCTION} characters, got {answer[:120]!r}; "
             "use a larger language model, or give the instruction yourself"
         )
-    if echoes(line, shown):
+    if echoes(line, shown, templates):
         raise WriterError(
             f"expected a sentence about the task, got an echo of the prompt: {line[:120]!r}; use a larger language "
             "model, or give the instruction yourself"
@@ -165,8 +232,8 @@ def clean(answer: Any, shown: Sequence[str] = ()) -> str:
     return line
 
 
-def echoes(line: str, shown: Sequence[str] = ()) -> bool:
-    """Whether a line repeats what we asked, or what stands in some of the examples and not in all of them.
+def echoes(line: str, shown: Sequence[str], templates: Sequence[str]) -> bool:
+    """Whether a line repeats what was asked, or what stands in some of the examples and not in all of them.
 
     What all of them say can be the instruction that the task's inputs begin with.
     """
@@ -174,7 +241,8 @@ def echoes(line: str, shown: Sequence[str] = ()) -> bool:
     def bare(text: str) -> str:
         return " ".join(re.findall(r"\w+", text.lower()))
 
-    said, asked = bare(line), [bare(part) for part in _ASK.splitlines() + _HEADS]
+    said = bare(line)
+    asked = [bare(part) for text in templates for part in re.split(r"[.\n]|\{\w+\}", text) if bare(part)]
     if any(said in part or (len(part) >= ECHO and part in said) for part in asked):
         return True
     examples = [bare(text) for text in shown]

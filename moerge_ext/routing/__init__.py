@@ -6,10 +6,10 @@ The layer: `layers.py` says what counts as a linear layer, `fitting.py` which la
 in the model, `ways.py` decides how it is computed; `fused_experts.py` and `routed_experts.py` are for the experts of a
 mixture. The request: `state.py` holds what the handle's blocks set, `threads.py` carries it into threads begun inside,
 `repeated.py` into what gradient checkpointing repeats, `rows.py` says which row a token belongs to, `generation.py`
-stands before `generate`, `growing.py` follows text that gets longer, `trace.py` says what the router did and
-`tokens.py` which tokens count. What keeps a branch from counting is refused before anything is touched (`refusals.py`,
-with `callers.py` on how a model's code uses its layers and `peft_layers.py` on adapters that are there already), or
-named after the first forward (`ran.py`).
+stands before `generate`, `growing.py` follows text that gets longer, `trace.py` says what the router did,
+`row_trace.py` for each sequence, and `tokens.py` which tokens count. What keeps a branch from counting is refused
+before anything is touched (`refusals.py`, with `callers.py` on how a model's code uses its layers and `peft_layers.py`
+on adapters that are there already), or named after the first forward (`ran.py`).
 
 May import: ops, methods, experts, models, files, native.
 """

@@ -33,6 +33,7 @@ from .ran import FirstForward
 from .routed_branches import against_branches, left_out, routed_layer
 from .routed_experts import routed_experts, ways_of
 from .routed_linear import BACKENDS, RoutedLinear
+from .row_trace import RowTrace
 from .rows import Rows
 from .state import Affinities, RoutingState
 from .tokens import RealTokens
@@ -104,10 +105,11 @@ class Handle:
             raise ValueError("this handle was removed: patch the model again and use the new handle")
 
     @contextmanager
-    def record(self, *, tokens: bool = False) -> Iterator[Trace]:
+    def record(self, *, tokens: bool = False, rows: int | None = None) -> Iterator[Trace]:
         """Collects what the router does inside the block; `tokens=True` keeps every token's weights and ids too.
 
-        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`.
+        Tokens that the model's `attention_mask` leaves out (padding) do not count; see `Trace`. With `rows`, the number
+        of sequences of every forward inside, it is a `RowTrace`, which keeps them apart.
 
         ValueError for a method that routes nothing (merged, one fixed expert), or when recording is on already.
         """
@@ -118,6 +120,10 @@ class Handle:
             raise ValueError("record() is already active on this model; leave that block first")
         with ExitStack() as stack:
             trace, real = Trace(self.names, tokens), RealTokens(self.model, stack, self._state)
+            if rows is not None:
+                mine = lambda trace: self._state.of_forward().trace is trace  # noqa: E731
+                trace = RowTrace(self.names, self.model, rows, mine, tokens)
+                stack.callback(trace.remove)
             stack.enter_context(self._state.block(trace=trace, tokens=real))
             yield trace
 

@@ -115,7 +115,8 @@ class ParameterBranch(nn.Module):
         request, of_tokens = self.state.of_forward(), copies and self.gates.dim() == 2
         if request.trace is not None:
             real = None if request.tokens is None else request.tokens.mask(pairs.tokens)
-            request.trace.add(self.name, weights, experts, real if real is None or of_tokens else real[pairs.token])
+            real = real if real is None or of_tokens else real[pairs.token]
+            request.trace.add(self.name, weights, experts, real, pairs.tokens, None if of_tokens else pairs.token)
         return (weights[pairs.token], experts[pairs.token]) if of_tokens else (weights, experts)
 
     def scored(

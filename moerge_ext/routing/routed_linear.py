@@ -228,7 +228,7 @@ class RoutedLinear(StandIn):
         y, weights, experts = kernels.routed_lora(y, tokens, *bank, **options)
         if request.trace is not None:
             real = None if request.tokens is None else request.tokens.mask(x)
-            request.trace.add(self.name, weights, experts, real)
+            request.trace.add(self.name, weights, experts, real, x)
         return y.view(base.shape)
 
     def _add_fixed(self, base: Tensor, x: Tensor, in_place: bool) -> Tensor:

@@ -29,19 +29,31 @@ class Trace:
         self._weight: dict[str, Tensor] = {}
         self._count: dict[str, Tensor] = {}
 
-    def add(self, module: str, weights: Tensor, experts: Tensor, real: Tensor | None = None) -> None:
+    def add(
+        self,
+        module: str,
+        weights: Tensor,
+        experts: Tensor,
+        real: Tensor | None = None,
+        x: Tensor | None = None,
+        token: Tensor | None = None,
+    ) -> None:
         """Counts one call of `module`: weights [T,K] and experts [T,K] of the tokens where `real` [T] is True (None: of
-        all); slots of weight 0 do not count."""
+        all); slots of weight 0 do not count.
+
+        x: the input [..., D] that the tokens lie in, and token: [T] which of its tokens each line is of (None: all, in
+        order); for a trace that asks.
+        """
         # inside backward only a checkpoint's recomputation runs a forward
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         if torch.compiler.is_compiling():
-            self._add(module, weights.detach(), experts.detach(), real)
+            self._add(module, weights.detach(), experts.detach(), real, x, token)
         else:
             with _ADDING:  # threads begun inside of one block add to one trace
-                self._add(module, weights.detach(), experts.detach(), real)
+                self._add(module, weights.detach(), experts.detach(), real, x, token)
 
-    def _add(self, module: str, weights: Tensor, experts: Tensor, real: Tensor | None) -> None:
+    def _add(self, module: str, weights: Tensor, experts: Tensor, real: Tensor | None, *_where: Tensor | None) -> None:
         if module not in self._weight:
             # a tensor made in inference mode could not be added to outside of it
             with torch.inference_mode(False):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from .left_out import warn_of_left_out
 from .random_state import seeded
 from .ranks import Ranks, current_ranks
 
+SAMPLES = 1000  # of an expert's data: PHATGOOSE, arXiv 2402.05859, section 4.2, baseline "Average Activation"
+
 
 def average_activation(
     model: nn.Module,
@@ -41,13 +44,15 @@ def average_activation(
     prompt: PromptFormat | None = None,
     collate_fn: Collate | None = None,
     batch_size: int = 8,
+    samples: int | None = SAMPLES,
+    seed: int = 0,
     output_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Write, for every LoRA module of an expert, the mean of its input u [D] over the tokens of `batches`.
 
         g = (1 / T) sum_t u_t       the baseline "Average Activation" of PHATGOOSE, arXiv 2402.05859,
-        section 4
+        section 4.2
 
     The expert's LoRA is applied in every module, so these are the expert's own activations; dropout is off.
     Sums are float64, the result is float32, kind "average-activation". Returns the file written (in
@@ -60,18 +65,28 @@ def average_activation(
     input has other leading sizes than the mask (a pooler's [N, D]) counts every row, as everything does without a mask.
 
     `batches` is one pass of ready batches, of rows of text with `tokenizer` and `prompt`, or with `collate_fn` of a
-    list or Dataset of features, as in `train_gates`.
+    list or Dataset of features, as in `train_gates`. Of rows and features `samples` are drawn at random with `seed`, if
+    there are more: the paper's 1000, the same that `index_examples` draws for its baseline "Retrieval"; None takes all.
+    Of ready batches all are taken: draw before you make them.
     A module that saw no token gets no gate: a warning names these, and `patch` masks the expert there. Under torchrun
-    every rank must call this, each with its own part of the data; rank 0 writes the mean over all.
+    every rank must call this, each with its own part of the data, of which it draws its part of `samples`; rank 0
+    writes the mean over all.
 
-    Errors: ValueError for an adapter that does not fit the model, no batches, sums that are not finite, or when no
-    module saw a token.
+    Errors: ValueError for samples below 1, an adapter that does not fit the model, no batches, sums that are not
+    finite, or when no module saw a token.
     """
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples must be at least 1, or None for all, got {samples}")
+    ranks = current_ranks()
+    facts = {}
+    if tokenizer is not None or collate_fn is not None:
+        batches = drawn(batches, samples, seed, ranks.size)
+        facts = {"samples": str(int(ranks.total([float(len(batches))])[0])), "seed": str(seed)}
     prepared = prepare(
         model, batches, None, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
     )
     source = BatchSource(prepared.data, name="batches", collate_fn=prepared.collate_fn, batch_size=batch_size)
-    ranks, target = current_ranks(), output_folder(adapter_folder, output_dir)
+    target = output_folder(adapter_folder, output_dir)
     with gated_model(model, adapter_folder, gate=False) as gated:
         with ranks.together():
             check_writable(target)
@@ -88,8 +103,18 @@ def average_activation(
             raise ValueError("no average activation for:\n- " + "\n- ".join(grouped(problems)))
         with ranks.together():
             if ranks.first:
-                _write(target, gated, seen, {"batches": str(int(count)), **note_of_prompt(prepared.prompt)})
+                _write(target, gated, seen, {"batches": str(int(count)), **facts, **note_of_prompt(prepared.prompt)})
     return gates_file(target, AVERAGE_ACTIVATION)
+
+
+def drawn(data: Any, samples: int | None, seed: int, parts: int = 1) -> Sequence[Any]:
+    """`samples` different rows of `data`, or this process's share of them when there are `parts`; all if fewer."""
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        data = list(data)
+    count = None if samples is None else -(-samples // parts)
+    if count is None or len(data) <= count:
+        return data
+    return [data[i] for i in random.Random(seed).sample(range(len(data)), count)]
 
 
 def _sums(gated: GatedModel, source: BatchSource, *, progress: bool) -> tuple[dict[str, _Mean], int]:

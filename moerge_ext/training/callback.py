@@ -24,7 +24,7 @@ class Gates(Protocol):
 
 class GateTrainerCallback(TrainerCallback):
     """Keeps the gates with the lowest `metric` of the Trainer's evaluations and writes them when training
-    ends.
+    ends; an evaluation before the first step does not compete.
 
     Without an evaluation the last gates are kept. `save=False` only puts the best gates back into the model.
     With a Trainer's own AdamW, set `weight_decay=0` and `lr_scheduler_type="constant_with_warmup"` to train
@@ -51,7 +51,7 @@ class GateTrainerCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         value = (metrics or {}).get(self.metric)
-        if value is not None and value < self.best_value:
+        if value is not None and state.global_step and value < self.best_value:
             self.best_value, self.best_step, self._best = value, state.global_step, self.gated.snapshot()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from .batches import Batch, BatchSource, Collate, as_source
 
 IGNORED = -100  # the label that no loss counts
 UNCUT = 2**62  # tokens
-MAX_LENGTH = 512  # tokens per sequence, of PHATGOOSE, arXiv 2402.05859, section 4
+MAX_LENGTH = 512  # tokens per sequence, of PHATGOOSE, arXiv 2402.05859, section 4.1
 
 
 @dataclass
@@ -62,6 +62,15 @@ class Encoder:
     def ends(self) -> tuple[int, ...]:
         """What ends an answer; asked once, as it may warn."""
         return end_tokens(self.model, self.tokenizer)
+
+    def warn_of_cut(self, total: int) -> None:
+        """Says how many of all rows were longer, once."""
+        if self.cut:
+            warnings.warn(
+                f"{self.cut} of {total} rows are longer than {self.length} tokens: the beginning of their input, or "
+                "the end of their target, is cut off",
+                stacklevel=5,
+            )
 
     @property
     def length(self) -> int:
@@ -124,13 +133,7 @@ def prepare(
     encoder = Encoder(unwrapped(model), tokenizer, max_length, prompt)
     features = encoder.features(data)
     held_out = None if validation is None else encoder.features(validation, "validation")
-    if encoder.cut:
-        total = len(features) + len(held_out or ())
-        warnings.warn(
-            f"{encoder.cut} of {total} rows are longer than {encoder.length} tokens: the beginning of their input, or "
-            "the end of their target, is cut off",
-            stacklevel=4,
-        )
+    encoder.warn_of_cut(len(features) + len(held_out or ()))
     digest = hashlib.sha256(json.dumps([features, held_out]).encode()).hexdigest()
     return Prepared(features, held_out, collator(tokenizer), digest, prompt.seen_in(data))
 

@@ -65,9 +65,12 @@ def train_expert(
     """Train a PEFT LoRA of `rank` on `model` and save it in `output_dir` (adapter_config.json,
     adapter_model.safetensors).
 
-    The defaults are PHATGOOSE's (arXiv 2402.05859, section 4): rank 16 on every linear layer except the
-    output head, 1000 steps of AdamW at 5e-3, and a LoRA scale of alpha / rank = 1 / rank, for which that
-    rate is made (alpha = rank, PEFT users' habit, is better off with a smaller rate).
+    The defaults are PHATGOOSE's. Its section 4.1 (arXiv 2402.05859): rank 16 on every linear layer, 1000 steps of
+    AdamW at 5e-3, a warmup of 0.06. Its authors' code, of which the paper says nothing: a LoRA scale of 1 / rank (the
+    text has plain B A u; GLIDER, arXiv 2410.07172, section 4.1: alpha / rank, alpha usually 1), no weight decay, a
+    constant rate after the warmup, no LoRA on the output head. That rate is made for that scale (alpha = rank, PEFT
+    users' habit, is better off with a smaller one). The paper's batch is 1024 sequences: accumulate=128 with batches
+    of 8.
 
     `model(**batch).loss` is minimized, whatever the batch holds: text, speech (`input_features`), images. The base is
     left as in `train_gates`, and under torchrun the ranks share the work as there.
@@ -142,8 +145,11 @@ def new_expert(
     target_modules: str | list[str] = "all-linear",
     seed: int = 0,
 ) -> Path:
-    """Save an untrained LoRA (B = 0) as a PEFT folder: where `train_gates(joint=True)` starts from
-    scratch."""
+    """Save an untrained LoRA (B = 0) as a PEFT folder: where `train_gates(joint=True)` starts from scratch.
+
+    PHATGOOSE, arXiv 2402.05859, appendix A, trains expert and gates together in this way and finds it worse than one
+    after the other. rank, alpha, target_modules as in `train_expert`; returns the folder. ValueError as there.
+    """
     with _peft_model(trainable_inside(model), rank, alpha, target_modules, seed) as peft_model:
         _save_atomically(peft_model, Path(output_dir))
     return Path(output_dir)

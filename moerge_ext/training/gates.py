@@ -68,9 +68,11 @@ def train_gates(
                     "completion"} and {"messages"} (loss on the completion, on the last message), cut at `max_length`
     prompt          how the inputs of rows are put, noted with what is written; default: as they are
     accumulate      batches per step; its gradient is the mean of theirs, and of all ranks' under torchrun
-    validation      the same kind of data: the gates with the lowest loss per label are kept, of those before the first
-                    step, after every `eval_every` steps and after the last; without it the last ones are
-    joint           train A and B too (PHATGOOSE, appendix A) and write a whole expert into `output_dir`
+    validation      the same kind of data: the gates with the lowest loss per label are kept, of those after every
+                    `eval_every` steps and after the last (PHATGOOSE, 4.1: every 100); without it the last ones are. The
+                    loss before the first step is measured; gates of zero do not compete
+    joint           train A and B too (PHATGOOSE, appendix A) and write a whole expert into `output_dir`; from scratch
+                    when the adapter is a `new_expert`
     checkpoint_dir  of the run's state, written every `checkpoint_every` steps and on Ctrl-C, removed on success;
                     default: `.moerge-train-gates` in the output folder
     resume          go on from that state, if any, as if there had been no break, given the same batches in the same

@@ -63,6 +63,7 @@ def fit(
         run.keep_interrupted(interrupt)
         raise
     if run.state.best:
+        run.warn_of_no_gain()
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(run.state.best[name])
@@ -147,14 +148,17 @@ class _Run:
         return loss
 
     def _evaluate_when_due(self) -> None:
-        """Evaluates before the first step, after every `eval_every` and after the last, and keeps the best values."""
+        """Evaluates before the first step, after every `eval_every` and after the last, and keeps the best values.
+
+        What was not trained does not compete: gates of zero standardize to zero and would score 0 for every token.
+        """
         state, options = self.state, self.options
         due = state.step % options.eval_every == 0 or state.step == options.steps
         if self.validation is None or not due or state.step in state.validation:
             return
         loss = _evaluate(self.model, self.validation, self.still, options, self.ranks)
         state.validation[state.step] = loss
-        if loss < state.best_loss:
+        if state.step and loss < state.best_loss:
             state.best_loss, state.best_step = loss, state.step
             state.best = {name: p.detach().clone() for name, p in self.parameters.items()}
 
@@ -170,6 +174,16 @@ class _Run:
             warnings.warn(
                 f"{self.label}: the state after step {self.state.step} is not kept ({error}); the run goes on, and "
                 f"{kept_text(self.state, self.path)}",
+                stacklevel=4,
+            )
+
+    def warn_of_no_gain(self) -> None:
+        """The best step may still be worse than no training at all."""
+        start, state = self.state.validation.get(0, math.inf), self.state
+        if state.best_loss >= start and self.ranks.first:
+            warnings.warn(
+                f"{self.label}: validation loss {state.best_loss:.4f} at the best step, {state.best_step}, was "
+                f"{start:.4f} before the first: lower lr ({self.options.lr}), or check that the data are alike",
                 stacklevel=4,
             )
 

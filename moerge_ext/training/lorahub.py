@@ -138,6 +138,7 @@ class LoraHubRouter:
         """Solved examples {"input", "target"} of one task -> weights [1,E], by `handle.options`."""
         encoder = Encoder(handle.model, self.tokenizer, self.max_length, PromptFormat(self.template, self.chat))
         features = encoder.features(examples, "the task's examples")
+        encoder.warn_of_cut(len(features))
         found = _search(handle, [collator(self.tokenizer)(features)], progress=False, **handle.options)
         return found.weights[None]
 

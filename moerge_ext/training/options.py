@@ -20,12 +20,14 @@ class TrainingOptions:
 
     steps           optimizer steps
     lr              AdamW's rate: lr * min(1, (i + 1) / W) at step i = 0, 1, ..., with W = ceil(warmup_ratio
-                    * steps)
+                    * steps); the code of PHATGOOSE is a step behind, min(1, i / int(warmup_ratio * steps)): its
+                    first step has rate 0
     accumulate      micro-batches per step; the gradient is the mean of theirs, whatever their number of
                     tokens
     weight_decay    AdamW's, decoupled
     eval_every      with validation data: evaluate before the first step, after every `eval_every` steps and
-                    after the last, and keep the parameters with the lowest loss (of equals the earliest)
+                    after the last, and keep the parameters with the lowest loss (of equals the earliest) of those
+                    that were trained: before the first step they are measured, and do not compete
     seed            of dropout, and of the shuffle where this library does the batching
     checkpoint_dir  where the state file lies while training; None writes none
     checkpoint_every  steps between two state files

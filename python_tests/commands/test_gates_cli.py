@@ -56,7 +56,8 @@ def test_command(name, tmp_path, capsys):
     )
     training = ("--accumulate", 1, "--steps", 3, "--validation", data)
     assert command(*common, *training) == 0
-    assert command(*common, "--kind", "average-activation", "--max-length", 6) == 0
+    assert command(*common, "--kind", "average-activation", "--max-length", 6, "--samples", 3, "--seed", 1) == 0
+    assert read_gates(folder)["average-activation"].metadata["samples"] == "3"
     assert read_gates(folder).keys() == {"sigmoid-gate", "average-activation"}
     out = capsys.readouterr().out
     examples = len(rows)
@@ -73,7 +74,6 @@ GIVEN = {
     "--validation": "missing.jsonl",
     "--joint": None,
     "--resume": None,
-    "--seed": "0",
 }
 
 
@@ -85,6 +85,14 @@ def test_average_activation_refuses_the_options_of_training(options):
     text = str(caught.value)
     assert "--kind average-activation" in text and "--kind sigmoid-gate" in text
     assert [option for option in GIVEN if option in text] == [option for option in GIVEN if option in options]
+
+
+def test_samples_are_for_average_activations():
+    words = ("model", "expert", "--data", "missing.jsonl")
+    with pytest.raises(ValueError, match="--samples is for --kind average-activation"):
+        command(*words, "--samples", 5)
+    with pytest.raises(ValueError, match="--samples must be at least 1, got 0"):
+        command(*words, "--kind", "average-activation", "--samples", 0)
 
 
 def test_every_training_option_is_known():

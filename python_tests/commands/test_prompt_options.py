@@ -230,15 +230,15 @@ def test_generate_takes_the_template_and_fits_the_context(folder, capsys):
 
 def test_the_prompts_of_an_ensemble(folder, capsys, monkeypatch):
     from moerge_ext.commands.ensemble import add_arguments
-    from moerge_ext.commands.options import build_ensemble, read_questions
+    from moerge_ext.commands.ensemble_options import build_ensemble, read_config, read_questions
 
     (folder / "prompts.json").write_text(json.dumps([{"name": "one", "template": {"question": "q {input}"}}]))
     words = ["--model", folder / "model", "--prompts", folder / "prompts.json", "--router", folder / "none"]
     parser = cli.argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args([*map(str, words), "--data", str(folder / "task" / "test.jsonl"), *FORM])
-    assert read_questions(args)[0]["question"] == "do copy a:=a"
-    mix, seen = build_ensemble(args), []
+    assert read_questions(args)[0].text == "do copy a:=a"
+    mix, seen = build_ensemble(args, read_config(args)), []
     real = mix.asked.generate
     mix.asked.generate = lambda prompts, *a, **o: seen.extend(prompts) or real(prompts, *a, **o)
     mix.answer_by("one", ["x"], max_new_tokens=2)

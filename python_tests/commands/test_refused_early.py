@@ -33,7 +33,7 @@ def no_model(*_args, **_kwargs):
 def router(folder, *more):
     words = ["train-router", "--model", folder / "model", "--prompts", folder / "prompts.json", "--no-progress"]
     words += ["--data", folder / "task" / "test.jsonl", "--router", folder / "model", "--output", folder / "router"]
-    return cli.main([*map(str, [*words, "--max-new-tokens", 2, *more])])
+    return cli.main([*map(str, [*words, "--max-new-tokens", 2, "--nobody-right", "drop", *more])])
 
 
 def test_outputs_that_cannot_be_written(folder, capsys, monkeypatch):
@@ -59,6 +59,10 @@ def test_outputs_that_cannot_be_written(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["--nobody-right", "similar"], "pass --embedder MODEL and --theta X"),
+        (["--judge", "llm"], "--judge llm needs --judge-model"),
+        (["--judge", "exact", "x=numeric"], "for the datasets task; got exact x=numeric"),
+        (["--theta", "0.5", "--embedder", "x"], "--theta is for --nobody-right similar"),
         (["--theta", "2", "--embedder", "x"], "--theta is a cosine and must be in [-1, 1], got 2"),
         (["--judge", "numeric"], "row 0 (from 0): the numeric judge needs a number in the gold answer, got 'a'"),
         (["--epochs", "0", "--lr", "0"], "epochs must be at least 1, got 0; lr must be in (0, 1), got 0.0"),
@@ -77,23 +81,31 @@ def test_a_router_that_cannot_be_trained(folder, capsys, monkeypatch, more, said
 def test_the_embedder_of_theta_is_loaded_before_any_answer(folder, capsys, monkeypatch):
     pytest.importorskip("accelerate")
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
-    assert router(folder, "--theta", 0.5, "--mean-pool", "--embedder", folder / "task", "--embedder-name", "x") == 2
+    more = ["--nobody-right", "similar", "--theta", 0.5, "--mean-pool"]
+    assert router(folder, *more, "--embedder", folder / "task", "--embedder-name", "x") == 2
     assert "task" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("batch", [2, 6])
-def test_theta_is_asked_for_after_the_first_batch(folder, capsys, monkeypatch, batch):
-    """Whether it is needed depends on the answers; those that were all given are kept."""
+def test_answers_are_kept_where_nobody_is_right(folder, capsys):
     pytest.importorskip("accelerate")
-    from moerge_ext.evaluation.answers import Answerer
+    assert router(folder) == 2
+    assert f"none is left; the answers are kept in {folder / 'router'}" in capsys.readouterr().err
+    assert len(list((folder / "router" / "answers").glob("*.jsonl"))) == 2
 
-    asked = []
-    answer = Answerer.generate
-    monkeypatch.setattr(Answerer, "generate", lambda self, p, *a, **o: asked.extend(p) or answer(self, p, *a, **o))
-    with pytest.warns() if batch == 6 else monkeypatch.context():
-        assert router(folder, "--batch-size", batch) == 2
-    assert len(asked) == 2 * batch
-    error = capsys.readouterr().err
-    assert "no expert is right: pass" in error and "--embedder MODEL and --theta X" in error
-    assert (f"in {batch} of the first {batch} questions" in error) == (batch == 2)
-    assert (f"the answers are kept in {folder / 'router'}" in error) == (batch == 6)
+
+@pytest.mark.parametrize(
+    ("adapter", "more", "said"),
+    [
+        ("task", ["--instruction", "x"], "adapter_config.json is missing"),
+        (
+            "expert",
+            ["--examples", "task/test.jsonl", "--writer", "none", "--count", "99"],
+            "expected at least 99 examples",
+        ),
+    ],
+)
+def test_describe_looks_at_adapter_and_rows_first(folder, capsys, monkeypatch, adapter, more, said):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("moerge_ext.commands.describe.build_embedder", lambda *_: pytest.fail("a model was read"))
+    assert cli.main(["describe", "--adapter", adapter, "--embedder", "none", *more]) == 2
+    assert said in capsys.readouterr().err

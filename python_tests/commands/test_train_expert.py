@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from builders import make_tokenizer
 from gate_builders import (
     MODELS,
@@ -107,3 +108,22 @@ def test_two_processes_share_the_rows(base):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("2 processes, each: 4 steps") == done.stdout.count("wrote ") == 1
     assert load_experts([folder]).modules
+
+
+def test_expert_and_gates_together_from_scratch(base, capsys):
+    """PHATGOOSE's appendix A by two commands, the second as the first prints it."""
+    words, folder = base
+    model, data = words[1], words[3]
+    made = ["new-expert", model, "--output", str(folder), "--rank", "2", "--target-modules", "q_proj", "v_proj"]
+    assert main(made) == 0
+    line = capsys.readouterr().out.splitlines()[-1].replace("FILE", data).split()
+    start = load_experts({"e": folder})
+    assert all(not module.lora_B.any() for module in start.modules.values()) and len(start.modules) == 4
+    assert main([*line[1:], "--device", "cpu", "--no-progress", "--steps", "3", "--batch-size", "4"]) == 0
+    trained = load_experts({"e": f"{folder}-joint"})
+    for path, module in trained.modules.items():
+        assert module.lora_B.any() and not torch.equal(module.lora_A, start.modules[path].lora_A)
+        assert module.gates["sigmoid-gate"].any()
+    assert main(made) == 2 and "holds an expert: a new one would overwrite it" in capsys.readouterr().err
+    assert main([*made[:3], f"{folder}-other", "--rank", "0"]) == 2
+    assert "--rank must be at least 1, got 0" in capsys.readouterr().err

@@ -150,6 +150,6 @@ def test_the_command(assets, tmp_path, capsys):
     assert main(["demo", "--samples", "2", "--out", str(tmp_path), "--json", str(numbers)]) == 0
     assert set(json.loads(numbers.read_text())["held_in"]["PHATGOOSE"]) == set(TASKS)
     text = capsys.readouterr().out
-    for word in ("PHATGOOSE", "uniform merge", "compositions", "tokens/s", "routing.png"):
+    for word in ("PHATGOOSE", "k=4", "k=2", "uniform merge", "compositions", "tokens/s", "routing.png"):
         assert word in text
     assert (tmp_path / "routing.png").read_bytes()[:4] == b"\x89PNG"

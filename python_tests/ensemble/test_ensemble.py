@@ -1,132 +1,21 @@
-"""PELMo: prompts, judges, labels, the router's weights, and mixed decoding."""
+"""PELMo: mixed decoding, its prompts put to the model, and the router's weights."""
 
 from __future__ import annotations
-
-import json
 
 import builders
 import patch_cases as cases
 import pytest
 import torch
-from query_cases import fake_embedder, wide_tokenizer
+from query_cases import wide_tokenizer
 
 import moerge_ext as moerge
-from moerge_ext.ensemble.config import nearest_passages, read_experts
-from moerge_ext.ensemble.judge import exact, judged, label_matrix, numeric
 from moerge_ext.ensemble.mixture import PromptEnsemble
-from moerge_ext.ensemble.prompts import Template, answer_prompting, chain_of_thought, few_shot, retrieval_augmented
-from moerge_ext.ensemble.router import PromptRouter, select
+from moerge_ext.ensemble.prompts import Template, answer_prompting, few_shot
+from moerge_ext.ensemble.router import PromptRouter, note_of, select
+from moerge_ext.models.prompt import PromptFormat
 
-ROWS = [{"input": f"q{i}", "target": f"a{i}", "rationale": f"because {i}."} for i in range(20)]
+ROWS = [{"input": f"q{i}", "target": f"a{i}"} for i in range(20)]
 SHORT = Template(question="{input}:", answer="{target}.")
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_four_strategies():
-    plain = few_shot("plain", ROWS).prompt("new")
-    assert plain.count("Question:") == 17 and plain.endswith("Question: q15\nAnswer: a15\n\nQuestion: new\nAnswer:")
-    thought = chain_of_thought("cot", ROWS, count=1).prompt("new")
-    assert thought == "Question: q0\nAnswer: because 0. The answer is a0.\n\nQuestion: new\nAnswer:"
-    found = retrieval_augmented("rag", lambda q: [f"{q} {i}" for i in range(12)], ROWS, count=1).prompt("new")
-    assert found.count("Passage: ") == 10 and found.endswith("Passage: new 9\nQuestion: new\nAnswer:")
-    asked = []
-    own = answer_prompting("own", ROWS, count=1, samples=3)
-    text = own.prompt("new", lambda prompt, n: asked.append((prompt, n)) or ["x ", "y", "x"])
-    assert asked == [(few_shot("p", ROWS, count=1).prompt("new"), 3)]
-    assert text.endswith("a0\n\nSome answers, not all of them right: x; y; x\nQuestion: new\nAnswer:")
-    assert few_shot("bare", count=0, template=SHORT).prompt("new") == "new:"
-
-
-def test_prompts_explain_what_is_missing():
-    for make, text in (
-        (lambda: few_shot("a", ROWS[:3]), "expected 16 demonstrations, got 3; pass count=3"),
-        (lambda: few_shot("a", ROWS, count=-1), "count must not be negative"),
-        (lambda: chain_of_thought("a", [{"input": "", "target": ""}], count=1), "demonstration 0 .* has no rationale"),
-        (lambda: few_shot("a", count=0).prompt(" "), "empty question"),
-        (lambda: answer_prompting("a", count=0).prompt("q"), "needs the model's own answers"),
-        (lambda: retrieval_augmented("a", lambda q: [], count=0).prompt("q"), "the retriever returned no passage"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            make()
-
-
-def test_experts_from_a_file(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    (tmp_path / "texts.txt").write_text("flying bees\n\ndigging ants\n")
-    entries = [
-        {"name": "plain", "demonstrations": "rows.jsonl", "template": {"question": "{input}?"}},
-        {"name": "cot", "kind": "chain-of-thought", "demonstrations": "rows.jsonl", "count": 2},
-        {"name": "rag", "kind": "retrieval", "passages": "texts.txt", "passage_count": 1},
-        {"name": "own", "kind": "answer-prompting"},
-        {"name": "tuned", "lora": "adapters/sql"},
-    ]
-    (tmp_path / "experts.json").write_text(json.dumps(entries))
-    experts, loras = read_experts(tmp_path / "experts.json", fake_embedder)
-    assert [e.name for e in experts] == ["plain", "cot", "rag", "own", "tuned"] and experts[-1].lora == "sql"
-    assert loras == {"sql": tmp_path / "adapters" / "sql"}
-    assert experts[0].prompt("new").count("?") == 17 and "Passage: digging ants\nQ" in experts[2].prompt("digging")
-    bad = [
-        {"name": "a", "kind": "x"},
-        {"name": "b", "oops": 1},
-        {"name": "c", "template": {"x": ""}},
-    ]
-    (tmp_path / "experts.json").write_text(json.dumps([*bad, {"name": "d", "kind": "retrieval"}]))
-    with pytest.raises(ValueError) as caught:
-        read_experts(tmp_path / "experts.json", fake_embedder)
-    for text in ("kind must be one of", "unknown key(s) oops", "template takes", '"passages"'):
-        assert text in str(caught.value)
-    for content, text in (
-        ('[{"name": "a"}, {"kind": "few-shot"}]', r'expected a "name" for every expert; number 1 \(from 0\) has none'),
-        ("{oops", "is not JSON"),
-        ('{"name": "a"}', "must hold a list of objects"),
-        ('[{"name": "a", "kind": "retrieval", "passages": "nosuch.txt"}]', "there is no file .*nosuch.txt"),
-    ):
-        (tmp_path / "experts.json").write_text(content)
-        with pytest.raises(ValueError, match=text):
-            read_experts(tmp_path / "experts.json", fake_embedder)
-    with pytest.raises(ValueError, match="there is no file .*nosuch.json: expected a list of prompt experts"):
-        read_experts(tmp_path / "nosuch.json", fake_embedder)
-    with pytest.raises(ValueError, match="no passages"):
-        nearest_passages(fake_embedder(), [])
-
-
-# ---- judges and labels -----------------------------------------------------------------------------------------------
-
-
-def test_judges():
-    assert exact("q", " a ", "a") and not exact("q", "a b", "a")
-    assert (
-        numeric("q", "so 3 + 4 = 1,007.", "#### 1007")
-        and not numeric("q", "no idea", "7")
-        and numeric("q", "-2", "-2.0")
-    )
-    with pytest.raises(ValueError, match="needs a number in the gold answer"):
-        numeric("q", "7", "seven")
-    matrix = judged(exact, ["q", "r"], [["a", "b"], ["c", "c"]], ["a", "c"])
-    assert matrix.tolist() == [[True, False], [True, True]]
-    with pytest.raises(ValueError, match=r"answers per question \[1, 2\]"):
-        judged(exact, ["q", "r"], [["a", "b"], ["c"]], ["a", "c"])
-    with pytest.raises(ValueError, match="must answer True or False, got 'yes'"):
-        judged(lambda *_: "yes", ["q"], [["a"]], ["a"])
-
-
-def test_fallback_is_for_rows_where_nobody_is_right_and_only_those():
-    right = torch.tensor([[True, False, False], [False] * 3, [False] * 3])
-    answers = [["gold", "gold gold", "x"], ["red", "red blue", "x"], ["x", "", "gold x y z"]]
-    golds = ["gold", "red green", "gold"]
-    with pytest.warns(UserWarning, match="never right on these questions: two, three"):
-        labels = label_matrix(right, answers, golds, ("one", "two", "three"), embedder=fake_embedder(), theta=0.49)
-    assert labels.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
-    assert right.sum() == 1
-    for options, text in (({}, "in 2 of 3 questions .* pass an embedder and theta"), ({"theta": 2.0}, r"in \[-1, 1\]")):
-        with pytest.raises(ValueError, match=text), pytest.warns(UserWarning):
-            label_matrix(right, answers, golds, "abc", embedder=fake_embedder() if options else None, **options)
-    full = torch.ones(3, 3, dtype=torch.bool)
-    assert label_matrix(full, answers, golds, "abc").equal(full)
-    with pytest.raises(ValueError, match=r"labels must be \[M=3, N=2\], got \[3, 3\]"):
-        label_matrix(full, answers, golds, "ab")
 
 
 def test_selection_is_top_k_of_the_softmax_renormalized():
@@ -136,9 +25,6 @@ def test_selection_is_top_k_of_the_softmax_renormalized():
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"between 1 and the number of experts, 3; got {k}"):
             select(torch.ones(1, 3) / 3, k)
-
-
-# ---- mixed decoding --------------------------------------------------------------------------------------------------
 
 
 def ensemble(family, folder, **options):
@@ -241,7 +127,7 @@ def test_answer_prompting_asks_the_model(tmp_path):
     real = mix.asked.generate
     mix.asked.generate = lambda prompts, *a, **o: seen.append(prompts) or real(prompts, *a, **o)
     assert len(mix.answer_by("own", ["abc"], max_new_tokens=4)) == 1
-    assert seen[0] == ["abc:"] and "Some answers" in seen[1][0]
+    assert [p.text for p in seen[0]] == ["abc:"] and "Some answers" in seen[1][0].text
 
 
 def test_ensembles_explain(tmp_path):
@@ -267,3 +153,80 @@ def test_ensembles_explain(tmp_path):
         ensemble("llama", tmp_path, router=router)
     with pytest.raises(ValueError, match="3 outputs, expected one per expert: 2"):
         PromptRouter(builders.tiny_bert(), None, ("a", "b"))
+
+
+def test_samples_are_of_the_prompt_alone_and_drawn_once(tmp_path):
+    """The same answers whatever was asked before, in whatever batch, from memory, from disk, and in a new process."""
+    from moerge_ext.queries.cache import TextCache
+
+    model, tokenizer = cases.build("llama"), wide_tokenizer(tmp_path)
+    short = Template(question="{input}:", answer="{target}.", samples="={answers}=")
+    own = answer_prompting("own", ROWS, count=2, samples=3, template=short)
+
+    def asked(questions, seed=0, cache=None, stop=()):
+        mix, seen = PromptEnsemble(model, tokenizer, [own], seed=seed), []
+        if cache is not None:
+            mix.sampler.keep(cache, "model")
+        real = mix.asked.generate
+
+        def spy(prompts, *a, **o):
+            seen.append((o.get("num_return_sequences", 1), [p.text for p in prompts]))
+            return real(prompts, *a, **o)
+
+        mix.asked.generate = spy
+        torch.manual_seed(len(questions))
+        state = torch.get_rng_state()
+        mix.answer_by("own", questions, max_new_tokens=3, stop=stop)
+        mix.answer_by("own", questions, max_new_tokens=3, stop=stop)
+        assert state.equal(torch.get_rng_state()), "the caller's random numbers were used up"
+        sampled = [texts[0] for count, texts in seen if count == 3]
+        assert len(sampled) == len(set(sampled)), "a prompt was sampled twice"
+        return dict(zip(questions, [texts for count, texts in seen if count == 1][0], strict=True)), sampled
+
+    both, sampled = asked(["abc", "de"])
+    assert len(sampled) == 4  # two rows, each after the other one, and two questions
+    first = own.facts["demonstrations"][0]
+    assert sum(f"{first['input']}:{first['target']}." in text for text in sampled) == 3
+    assert not any(text.endswith(f"{first['input']}:{first['target']}.{first['input']}:") for text in sampled)
+    assert asked(["de"])[0]["de"] == both["de"] and asked(["abc"], seed=1)[0]["abc"] != both["abc"]
+    cache = TextCache(tmp_path / "samples")
+    assert asked(["abc"], cache=cache)[1] and asked(["abc"], cache=cache) == ({"abc": both["abc"]}, [])
+    samples = both["abc"].rpartition("=abc:")[0].rpartition("=")[2]
+    letter = next(character for character in samples if character not in "; ")
+    assert letter not in asked(["abc"], stop=(letter,))[0]["abc"].rpartition("=abc:")[0].rpartition("=")[2]
+
+
+def test_demonstrations_are_turns_of_the_chat_template(tmp_path):
+    tokenizer = wide_tokenizer(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}={{ m['content'] }}.{% endfor %}"
+        "{% if add_generation_prompt %}a={% endif %}"
+    )
+    model, experts = cases.build("llama"), [few_shot("one", ROWS, count=2, template=SHORT)]
+    shown = experts[0].facts["demonstrations"]
+    form = PromptFormat(chat=True)
+    mix = PromptEnsemble(model, tokenizer, experts, form=form)
+    put = mix.put(experts[0].turns("new"))
+    turns = "".join(f"u={row['input']}:.a={row['target']}.." for row in shown)
+    assert put.text == turns + "u=new:.a=" and put.special
+    assert PromptEnsemble(model, tokenizer, experts).put(experts[0].turns("new")).text == experts[0].prompt("new")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="this tokenizer has no chat template"):
+        mix.answer_by("one", "abc", max_new_tokens=2)
+
+
+def test_a_router_of_other_prompts_is_noticed(tmp_path, recwarn):
+    model, tokenizer = cases.build("llama"), wide_tokenizer(tmp_path)
+    experts = [few_shot(name, ROWS, count=2, template=SHORT) for name in ("a", "b", "c")]
+    form = PromptFormat("Q {input}", chat=True)
+    router = PromptRouter(cases.build("bert"), tokenizer, "abc", note=note_of(form, experts))
+    PromptEnsemble(model, tokenizer, experts, router, form=form)
+    assert not [w for w in recwarn.list if "router" in str(w.message)]
+    changed = [*experts[:2], few_shot("c", ROWS, count=2, seed=1, template=SHORT)]
+    with pytest.warns(UserWarning, match="the answers of other prompts of c$"):
+        PromptEnsemble(model, tokenizer, changed, router, form=form)
+    with pytest.warns(UserWarning, match=r"trained with --template 'Q {input}' --chat, and is asked with --template"):
+        PromptEnsemble(model, tokenizer, experts, router)
+    router.note = {"prompt": 3}
+    with pytest.raises(ValueError, match="note of its training cannot be read"):
+        PromptEnsemble(model, tokenizer, experts, router)

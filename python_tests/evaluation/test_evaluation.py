@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import builders
 import patch_cases as cases
@@ -16,9 +17,10 @@ import moerge_ext as moerge
 import moerge_ext.evaluation.evaluate
 from moerge_ext.commands import main as cli
 from moerge_ext.evaluation.answers import Answerer
-from moerge_ext.evaluation.evaluate import Score, Settings, derive, evaluate
+from moerge_ext.evaluation.evaluate import Settings, evaluate
 from moerge_ext.evaluation.metrics import accuracy, exact_match
-from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs, with_top_k
+from moerge_ext.evaluation.runs import parse_run, parse_runs
+from moerge_ext.evaluation.scores import Score, derive
 from moerge_ext.evaluation.tasks import load_task
 from moerge_ext.queries import calibration
 from moerge_ext.training.lorahub import LoraHubRouter
@@ -78,9 +80,10 @@ def test_tasks_know_choices_and_chance(tmp_path):
 
 
 def test_tasks_explain_what_is_wrong(tmp_path):
-    folder = make_task(tmp_path, "a", metric="rougeL")
-    with pytest.raises(ValueError, match="task a: metric must be one of .*got 'rougeL'; pass --metric"):
-        load_task(folder)
+    for metric in ("bleu", ["rougeL"], {"name": "rougeL"}):
+        folder = make_task(tmp_path / str(metric)[:3], "a", metric=metric)
+        with pytest.raises(ValueError, match="task a: metric must be one of .*got .*; pass --metric"):
+            load_task(folder)
     with pytest.raises(ValueError, match="there is no .*nowhere"):
         load_task(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"a task is a folder that holds test.jsonl, got the file .*: pass its folder"):
@@ -137,43 +140,6 @@ def test_a_prompt_beyond_the_context_is_refused(setup):
         Answerer(model, tokenizer).log_likelihoods(["a" * 120], ["b" * 10], length_norm=True)
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
-
-
-def test_runs_are_parsed_and_checked():
-    run = parse_run("glider_code/alpha=10/top_k=1")
-    assert run.method == "glider_code" and run.options == {"alpha": 10, "top_k": 1}
-    runs, derived = parse_runs(["base", "merged", "oracle_dataset"], ("a", "b"))
-    assert [r.label for r in runs] == ["base", "merged", "expert:a", "expert:b"] and derived == ["oracle_dataset"]
-    for texts, text in (
-        (["nonsense"], "unknown method 'nonsense'; expected one of"),
-        (["Phatgose"], "unknown method 'Phatgose'; did you mean 'phatgoose'[?] expected one of"),
-        (["arrow/bogus=1"], "unknown option"),
-        (["expert:c"], "no expert named 'c'; there are: a, b"),
-        (["base/top_k=1"], "takes no options"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            parse_runs(texts, ("a", "b"))
-
-
-def test_top_k_is_for_methods_that_route_and_set_none():
-    texts = ["base", "merged", "expert:a", "oracle_dataset", "arrow", "arrow/top_k=3", "phatgoose/top_p=0.5"]
-    assert with_top_k(texts, None) == texts
-    assert with_top_k(texts, 2) == [*texts[:4], "arrow/top_k=2", "arrow/top_k=3", "phatgoose/top_p=0.5"]
-    assert with_top_k(texts, 1)[-1] == "phatgoose/top_p=0.5/top_k=1"
-    assert parse_run(with_top_k(["arrow"], "all")[0]).options == {"top_k": None}
-    with pytest.raises(ValueError, match="--top-k 2: of the methods base, merged no one routes"):
-        with_top_k(["base", "merged"], 2)
-
-
-def test_ablation_is_the_papers():
-    rows = ablation("glider", 2)
-    assert len(rows) == 6 + 2 + 3 and rows[2] == "glider/gamma=0/beta=10" and rows[-1] == "glider/top_k=none/top_p=0.75"
-    assert all(parse_run(row) for row in rows + ablation("glider_code", 5))
-    with pytest.raises(ValueError, match="got 'arrow'"):
-        ablation("arrow", 2)
-
-
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +164,9 @@ def test_evaluate_goes_on_where_it_stopped(setup, tmp_path, monkeypatch):
     real = Answerer.generate
     monkeypatch.setattr(Answerer, "generate", lambda self, p, limit: asked.append(len(p)) or real(self, p, limit))
     assert evaluate(model, tokenizer, experts, runs, loaded, **options) == first
-    assert asked == [3, 1] and path.read_text() == "".join(lines)
+    assert asked == [3, 1]
+    kept = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert [line | {"cost": 0} for line in kept] == [json.loads(line) | {"cost": 0} for line in lines[1:]]
     path.write_text("".join(lines[:3]) + lines[4])
     with pytest.raises(ValueError, match="is damaged: .*delete it"):
         evaluate(model, tokenizer, experts, runs, loaded, **options)
@@ -300,9 +268,10 @@ def command(setup, tmp_path, *more):
 
 def test_eval_command(setup, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    multitask = ["--multitask", setup[3]["cat"]]
+    multitask = ["--multitask", setup[3]["cat"], "--cost", "--shares"]
     assert command(setup, tmp_path, "--methods", "base,phatgoose,oracle_dataset", *multitask) == 0
     out = capsys.readouterr().out
+    assert "cost per answer" in out and "tokens/s" in out
     assert "oracle_dataset" in out and "chosen on that set" in out and "chance" in out  # of the task by rank
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert {row["method"] for row in rows} == {
@@ -313,7 +282,7 @@ def test_eval_command(setup, tmp_path, capsys):
         "multitask",
     }
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == len(rows) == 21
-    assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in | mean held-out |")
+    assert (tmp_path / "out" / "results.md").read_text().startswith("|  | mean held-in (n=14) | mean held-out (n=7) |")
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
 
 
@@ -322,8 +291,9 @@ def test_top_k_from_the_shell(setup, tmp_path, capsys):
     more = ["--methods", "base,arrow", "--limit", 1]
     with pytest.warns(UserWarning, match="'arrow' takes the top 4 by itself; there are 3 experts, all of which"):
         assert command(setup, tmp_path, *more) == 0
-    assert command(setup, tmp_path, *more, "--top-k", 5) == 2
-    assert "top_k=5 is more than the number of experts, E=3" in capsys.readouterr().err
+    for given in (5, 4):  # also where it is the method's own
+        assert command(setup, tmp_path, *more, "--top-k", given) == 2
+        assert f"top_k={given} is more than the number of experts, E=3" in capsys.readouterr().err
     assert command(setup, tmp_path, *more, "--top-k", 2) == 0
     assert "arrow/top_k=2" in capsys.readouterr().out
 
@@ -357,7 +327,7 @@ def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     assert command(setup, tmp_path, *more) == 0
     assert "threshold" in capsys.readouterr().out and (tmp_path / "out" / "threshold.png").is_file()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert drawn["held_in"]["ant"].shape == (4,) and drawn["held_out"]["new"].shape == (2,)
+    assert drawn["held_in"]["ant"].shape == (4, 3) and drawn["held_out"]["new"].shape == (2, 3)
     labels = [row["method"] for row in rows if row["task"] == "ant"]
     assert len(labels) == 12 and "glider/gamma=0/beta=3000 (no writer)" in labels
 
@@ -375,6 +345,32 @@ def test_glider_is_zero_shot_unless_it_sees_similar_examples(setup):
         assert got.method == f"glider ({variant})" and prompts[-1].count("Output:") == similar
 
 
+def test_a_threshold_that_is_missing_is_named_before_the_model_is_read(setup, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moerge_ext.commands.options.build_embedder", lambda *_: fake_embedder())
+    monkeypatch.setattr("moerge_ext.models.pretrained.load_model", lambda *_, **__: pytest.fail("the model was read"))
+    assert command(setup, tmp_path, "--methods", "glider") == 2
+    assert "its threshold of 0.8 belongs to nomic-embed-text-v1.5" in capsys.readouterr().err
+
+
+def test_solved_examples_that_are_missing_are_named_before_the_first_answer(setup, monkeypatch):
+    _, model, tokenizer, folders, tasks = setup
+    monkeypatch.setattr(Answerer, "generate", lambda *_: pytest.fail("an answer was asked for"))
+    experts, task = moerge.load_experts(folders), load_task(tasks[0], limit=1)
+    writer = moerge.InstructionWriter(lambda prompt: "please do flying", name="spy")
+    routers = {
+        "instruction": moerge.QueryRouter(experts, fake_embedder(), writer, threshold=0.5),
+        "few-shot": LoraHubRouter(tokenizer),
+    }
+    alone = replace(task, folder=task.folder / "nowhere")
+    for text, where, settings, said in (
+        ("glider", task, Settings(similar=99), "task ant: method 'glider' reads 99 solved examples, and .* has 6"),
+        ("lorahub", alone, Settings(), "no file .*nowhere/train.jsonl"),
+    ):
+        runs = [parse_run("base"), parse_run(text)]
+        with pytest.raises(ValueError, match=said):
+            evaluate(model, tokenizer, experts, runs, [where], settings, routers=routers, progress=False)
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -385,6 +381,9 @@ def test_glider_is_zero_shot_unless_it_sees_similar_examples(setup):
         (["--methods", "base", "--calibrate", "x"], "--calibrate is for glider"),
         (["--methods", "base", "--template", "Q"], "must contain {input}"),
         (["--methods", "base", "--split", "dev"], "dev.jsonl"),
+        (["--methods", "base", "--multitask", "nowhere"], "'nowhere'"),
+        (["--methods", "base", "--similar", "3"], "--similar and --solved are for --writer MODEL"),
+        (["--methods", "glider", "--calibrate", "nowhere"], "no file nowhere/validation.jsonl"),
     ],
 )
 def test_eval_command_explains(setup, tmp_path, capsys, more, text):

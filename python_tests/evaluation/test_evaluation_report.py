@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 from test_evaluation import score
 
+from moerge_ext.evaluation.cost import Cost
 from moerge_ext.evaluation.metrics import paired_difference, wilson
-from moerge_ext.evaluation.report import bars, cells, markdown, mean, terminal, write
+from moerge_ext.evaluation.report import COST, bars, cells, markdown, mean, share, terminal, terminal_costs, write
+from moerge_ext.evaluation.report import costs as report_costs
+from moerge_ext.evaluation.scores import derive
 
 
 def test_wilson_interval():
@@ -27,7 +30,7 @@ def test_paired_difference():
 
 def test_table():
     rows = cells([score("m", "s", 9), score("m", "t", 1), score("m", "u", 5, part="heldout")])
-    assert rows[0] == ["", "mean held-in", "mean held-out", "s (n=10)", "t (n=10)", "u (n=10)"]
+    assert rows[0] == ["", "mean held-in (n=20)", "mean held-out (n=10)", "s (n=10)", "t (n=10)", "u (n=10)"]
     assert rows[1] == ["chance", "50.0", "50.0", "50.0", "50.0", "50.0"]
     assert rows[2][:2] == ["m", "50.0 (34-66)"] and rows[2][3] == "90.0 (60-98)"
     wide = [score(f"m{i}", f"t{j}", 5, part="heldout" if j else "train") for i in range(7) for j in range(7)]
@@ -56,3 +59,31 @@ def test_open_answers_have_no_chance(tmp_path):
     pytest.importorskip("matplotlib")
     assert tmp_path / "results.png" in written
     assert bars([*opened, score("m", "u", 5)], tmp_path / "mixed.png").stat().st_size > 5000
+
+
+def test_the_table_of_costs(tmp_path):
+    """Sums over tasks, one row a method; a baseline that is made of others has none."""
+    costs = [Cost(10, 2.0, 100, 20, 10, 0), Cost(30, 2.0, 300, 60, 0, 40)]
+    scores = [replace(score("m", task, 5), cost=cost) for task, cost in zip("st", costs, strict=True)]
+    scores += derive([replace(s, method="expert:a") for s in scores], ["oracle_dataset"])
+    assert report_costs(scores) == [["cost per answer", *COST], ["m", "100", "0.1", "2", "0.25", "1"]]
+    assert terminal_costs(scores).row_count == 1 and "| m | 100 | 0.1 | 2 | 0.25 | 1 |" in markdown(scores)
+    write(scores, tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows[0]["tokens_per_second"] == 50 and rows[1]["written"] == pytest.approx(40 / 30, abs=1e-5)
+    assert rows[2]["seconds"] is None and "cost" not in markdown([score("m", "s", 5)])
+
+
+def test_partly_right_answers_are_no_shares_of_right_ones():
+    mixed = [replace(score("m", "s", 0), metric="rougeL", right=2.5, items=(0.25,) * 10), score("m", "t", 5)]
+    rows = cells(mixed)
+    assert rows[0][2:] == ["s (rougeL, n=10)", "t (n=10)"] and rows[2][2] == share(0.25, *wilson(2.5, 10))
+    assert "score in %" in terminal(mixed).title and "% right" in terminal(mixed[1:]).title
+
+
+def test_a_chart_that_cannot_be_written_names_itself(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results.png").mkdir()
+    with pytest.raises(OSError, match=f"{tmp_path / 'results.png'}"):
+        bars([score("m", "s", 5)], tmp_path / "results.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.png"]

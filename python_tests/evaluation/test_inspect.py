@@ -14,8 +14,9 @@ from test_evaluation import make_task
 
 import moerge_ext as moerge
 from moerge_ext.commands import main as cli
+from moerge_ext.evaluation.composition import report, top_experts
 from moerge_ext.evaluation.inspect import Inspection, correlations, inspect, pearson
-from moerge_ext.evaluation.probe import probe
+from moerge_ext.evaluation.probe import ModuleSums, probe
 from moerge_ext.evaluation.runs import parse_run
 from moerge_ext.evaluation.tasks import load_task
 
@@ -38,7 +39,7 @@ def test_probe_sees_the_whole_softmax(tmp_path):
         torch.testing.assert_close(got.distribution, p.sum(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(got.weight, trace.load()[layer.name], rtol=1e-5, atol=1e-6)
         assert got.tokens == 9 and got.entropy == pytest.approx(-(p * p.log()).sum().item(), rel=1e-5)
-        assert got.divergence(2) == pytest.approx(-p[:, 2].log().mean().item(), rel=1e-5)
+        assert got.token_divergence(2) == pytest.approx(-p[:, 2].log().mean().item(), rel=1e-5)
     with moerge.patch(model, experts, method="merged"), pytest.raises(ValueError, match="routes nothing"):
         probe(model).__enter__()
 
@@ -60,6 +61,49 @@ def test_uniform_routing_is_log_e_from_every_oracle(tmp_path):
     assert named.oracle == "cat" and named.to_oracle == 0  # ties go to the lower ids
     with pytest.raises(ValueError, match="there is no dog among ant, bee, cat"):
         inspect(model, tokenizer, experts, [], [task], oracles={"bee": "dog"})
+
+
+def test_kl_to_the_oracle_averages_the_probabilities_first():
+    """Tokens that go to different experts: KL of the mean, not the mean of the KLs; modules by their tokens."""
+
+    def sums(*rows):
+        p = torch.tensor(rows, dtype=torch.float64)
+        return ModuleSums(p.sum(0), p.sum(0), p.log().sum(0), 0.0, len(rows))
+
+    modules = {"a": sums([0.9, 0.1], [0.1, 0.9]), "b": sums([0.2, 0.8], [0.4, 0.6], [0.4, 0.6], [0.2, 0.8])}
+    found = Inspection("m", "t", ("x", "y"), "x", modules)
+    assert found.divergence == pytest.approx(-math.log((0.9 + 0.1 + 0.2 + 0.4 + 0.4 + 0.2) / 6))
+    each = [-(math.log(0.9) + math.log(0.1)) / 2, -(math.log(0.2) + math.log(0.4)) / 2]
+    assert found.token_divergence == pytest.approx(sum(each) / 2) and found.token_divergence > found.divergence
+    never = Inspection(
+        "m", "t", ("x", "y"), "x", {"a": ModuleSums(*torch.tensor([[0.0, 1], [0, 1], [-87, 0]]), tokens=1)}
+    )
+    assert 80 < never.divergence < 90
+    # the coefficient is of that KL: with shares of 0.5, 0.25 and 0.125 it is linear in log2
+    three = [Inspection("m", str(i), ("x", "y"), "x", {"a": sums([0.5**i, 1 - 0.5**i])}) for i in (1, 2, 3)]
+    assert correlations(three, {("m", str(i)): i / 10 for i in (1, 2, 3)})["m"] == pytest.approx(1)
+
+
+def test_a_task_is_told_by_its_experts_and_their_examples(tmp_path):
+    """GLIDER's appendix B: the two experts with most of the applied weight, an example of each where there is one."""
+    experts = cases.bank("llama", cases.build("llama"), tmp_path)
+    experts.set_gates("cat", {}, "instruction-embedding", torch.ones(4), {"instruction": "Purr."})
+    tasks = [load_task(make_task(tmp_path / "tasks", name, rows=2)) for name in ("new", "bee")]
+
+    def sums(*weight):
+        weight = torch.tensor(weight, dtype=torch.float64)
+        return ModuleSums(torch.ones(3), weight, torch.ones(3), tokens=10)
+
+    modules = {"a": sums(1.0, 4.0, 5.0), "b": sums(0.0, 3.0, 7.0)}
+    found = [
+        Inspection("m", "new", experts.names, None, modules),
+        Inspection("m", "bee", experts.names, "bee", modules),
+    ]
+    assert top_experts(found[0]) == [("cat", pytest.approx(0.6)), ("bee", pytest.approx(0.35))]
+    text = report(found, tasks, experts)
+    assert "## new\n\n> Question: new x\n>\n> Answer: ab\n\n- m: cat 60.0%, bee 35.0%\n" in text
+    assert "### expert cat: Purr.\n\n### expert bee\n\n> Question: bee x\n" in text
+    assert "- m: cat 60.0%, bee 35.0% (the best expert: bee)" in text and text.count("### expert bee") == 1
 
 
 def test_correlation():
@@ -96,6 +140,10 @@ def test_inspect_command(family, tmp_path, capsys):
     parts = ("-decoder", "-encoder") if family == "t5" else ("",)
     assert pictures == [f"routing-{m}{part}.png" for m in ("arrow_top_k=2", "phatgoose") for part in parts]
     assert "Pearson" in capsys.readouterr().out
+    text = (tmp_path / "out" / "composition.md").read_text()
+    assert (
+        "## other\n\n> Question: other x\n>\n> Answer: ab\n\n- phatgoose: " in text and "(the best expert: cat)" in text
+    )
     assert cli.main([str(w) for w in [*words, "--methods", "merged"]]) == 2
     assert "routes nothing" in capsys.readouterr().err
     results.write_text("{}")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import resource
 import shutil
+from dataclasses import replace
 
 import builders
 import pytest
 import torch
+from query_cases import fake_embedder
 from safetensors.torch import load_file, save_file
 
 import moerge_ext as moerge
 from moerge_ext.evaluation import identity
+from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.evaluate import Settings, evaluate
 from moerge_ext.evaluation.inspect_results import best_experts
-from moerge_ext.evaluation.runs import parse_runs
+from moerge_ext.evaluation.runs import parse_run, parse_runs
 from moerge_ext.evaluation.store import alone_in
 from moerge_ext.evaluation.tasks import load_task
+from moerge_ext.methods import get_method
 
 
 @pytest.fixture
@@ -123,3 +129,125 @@ def test_no_oracle_where_all_experts_score_the_same():
     results = [{"method": f"expert:{expert}", "task": task, "score": score} for expert, task, score in rows]
     assert best_experts(results) == {"x": None, "y": "b"}
     assert best_experts(results[:1]) == {"x": "a"}
+
+
+def kept(output, name="task"):
+    (path,) = (output / "answers" / name).glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def test_an_answer_is_kept_with_its_question_and_its_shares(ready, tmp_path):
+    """Shares in a batch are those of each prompt alone: neither padding nor what comes after an answer's end counts."""
+    model, tokenizer, folders, _ = ready
+    rows = [{"input": text, "target": "c"} for text in ("a", "abcdefg hij", "xy")]
+    (tmp_path / "task" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(tmp_path / "task")
+    experts = moerge.load_experts(folders)
+    settings = Settings("Q: {input}", batch_size=3, max_new_tokens=9, shares=True)
+    with moerge.patch(model, experts, top_k=1):
+        ids = model.generate(**tokenizer("Q: a", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    for end in (None, int(ids[0, -2])):  # with an end that one answer has at once
+        model.generation_config.eos_token_id = end
+        out = tmp_path / f"out{end}"
+        evaluate(model, tokenizer, experts, [parse_run("phatgoose/top_k=1")], [task], settings, output=out)
+        items = kept(out)
+        assert [(i["input"], i["prompt"], i["target"]) for i in items] == [
+            (row["input"], f"Q: {row['input']}", "c") for row in rows
+        ]
+        with moerge.patch(model, experts, top_k=1) as handle:
+            for item in items:
+                with handle.record() as trace:
+                    Answerer(model, tokenizer).generate([item["prompt"]], 9)
+                assert list(item["shares"].values()) == pytest.approx(trace.share().tolist(), abs=1e-3)
+    settings = Settings(shares=True)
+    evaluate(model, tokenizer, experts, [parse_run("expert:ant")], [task], settings, output=tmp_path / "one")
+    assert "shares" not in kept(tmp_path / "one")[0], "it does not route"
+
+
+def test_large_answers_are_compressed_when_complete(ready, tmp_path, monkeypatch):
+    monkeypatch.setattr("moerge_ext.evaluation.store.LARGE", 10)
+    out = tmp_path / "out"
+    assert reused(ready, out) == 0
+    (path,) = (out / "answers" / "task").iterdir()
+    assert path.name.endswith(".jsonl.gz") and reused(ready, out) == 4
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"jsonl.gz is damaged: .*delete it"):
+        reused(ready, out)
+
+
+def test_all_that_is_damaged_is_named_before_anything_is_asked(ready, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for text in ("base", "expert:ant", "expert:bee"):
+        reused(ready, out, text)
+    paths = sorted((out / "answers" / "task").iterdir())
+    for path in paths[:2]:
+        path.write_text("oops")
+    monkeypatch.setattr(Answerer, "generate", lambda *_: pytest.fail("an answer was asked for"))
+    base, tokenizer, folders, task = ready
+    experts = moerge.load_experts(folders)
+    runs = [parse_run(text) for text in ("phatgoose", "base", "expert:ant", "expert:bee")]
+    with pytest.raises(ValueError) as refused:
+        evaluate(base, tokenizer, experts, runs, [task], Settings(max_new_tokens=2), output=out)
+    said = str(refused.value)
+    assert all(f"{path} is damaged" in said for path in paths[:2]) and str(paths[2]) not in said
+    assert sorted((out / "answers" / "task").iterdir()) == paths, "nothing was begun"
+
+
+def test_a_full_disk_names_the_file_and_keeps_what_was_there(ready, tmp_path):
+    """By a limit on the size of files, which holds for root as well."""
+    out, settings = tmp_path / "out", {"batch_size": 1}
+    reused(ready, tmp_path / "whole", **settings)
+    (whole,) = (tmp_path / "whole" / "answers" / "task").iterdir()
+    lines = whole.read_text().splitlines(keepends=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sum(map(len, lines[:3])) + 5, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"{out / 'answers' / 'task' / whole.name}"):
+            reused(ready, out, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert reused(ready, out, **settings) in (1, 2) and reused(ready, out, **settings) == 4
+
+
+def test_answers_that_cannot_be_written_are_no_error(ready, tmp_path, monkeypatch):
+    """A read-only store: what is there is used, the rest is said once."""
+    out = tmp_path / "out"
+    reused(ready, out, "base")
+
+    def refuse(path, _write):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("moerge_ext.evaluation.store.write_atomically", refuse)
+    assert reused(ready, out, "base") == 4
+    with pytest.warns(UserWarning, match="answers.task cannot be written .*: answers are not stored") as said:
+        assert reused(ready, out, "expert:ant") == 0 and reused(ready, out, "expert:ant") == 0
+    assert len(said) >= 1
+
+
+def test_costs_are_counted_and_kept(ready, tmp_path):
+    model, tokenizer, folders, task = ready
+    experts, out = moerge.load_experts(folders), tmp_path / "out"
+    settings = Settings(batch_size=3, max_new_tokens=2)
+    model.generation_config.eos_token_id = None
+    (score,) = evaluate(model, tokenizer, experts, [parse_run("base")], [task], settings, output=out)
+    each = len(tokenizer("a").input_ids)
+    assert score.cost.answers == 4 and score.cost.passes == 8 and score.cost.tokens == pytest.approx(4 * (each + 1))
+    assert score.cost.seconds > 0 and score.cost.embedded == score.cost.written == 0
+    (again,) = evaluate(model, tokenizer, experts, [parse_run("base")], [task], settings, output=out)
+    assert again.reused == 4 and again.cost == score.cost
+    ranked = load_task(task.folder, metric="exact_match")
+    ranked = replace(ranked, metric="rank", choices=tuple("abcd"))
+    (score,) = evaluate(model, tokenizer, experts, [parse_run("base")], [ranked], settings)
+    assert score.cost.passes == 16
+    for folder in folders.values():
+        moerge.index_examples(folder, [{"input": "a"}], fake_embedder())
+    router = moerge.ExampleRouter(experts, fake_embedder())
+    runs = [parse_run("centroid"), parse_run("retrieval_task/queries=2")]
+    scores = evaluate(model, tokenizer, experts, runs, [task], settings, routers={"examples": router})
+    assert [score.cost.embedded for score in scores] == pytest.approx([4, 2])
+    base = moerge.Embedder.from_hidden_states(model, tokenizer, name="tiny")
+    for folder in folders.values():
+        moerge.index_examples(folder, [{"input": "a"}], base)
+    routers = {get_method("dam").router: moerge.ExampleRouter(experts, base)}
+    (score,) = evaluate(model, tokenizer, experts, [parse_run("dam")], [task], settings, routers=routers)
+    assert score.cost.passes == 8 + 4 and score.cost.embedded == 4

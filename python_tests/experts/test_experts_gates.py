@@ -6,6 +6,8 @@ from adapter_cases import two_experts
 
 from moerge_ext.experts.bank import ExpertBank, load_experts
 from moerge_ext.experts.formats.peft import read_gates, write_gates
+from moerge_ext.experts.prompt_notes import note_of_prompt, noted_prompts
+from moerge_ext.models.prompt import PromptFormat
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
 
@@ -83,3 +85,16 @@ def test_gates_that_do_not_fit(two):
         nameless.save_gates()
     with pytest.raises(ValueError, match="cannot be folder names"):
         nameless.save_gates(folder)
+
+
+def test_saved_gates_keep_what_is_noted_of_their_prompt(two):
+    """And gates that are set anew are not said to be of that prompt."""
+    folder, _ = two
+    note = note_of_prompt(PromptFormat("Q: {input}"))
+    write_gates(folder / "a", {Q: torch.ones(8)}, kind="sigmoid-gate", metadata=note)
+    loaded = load_experts([folder / "a"])
+    loaded.save_gates(folder / "copy")
+    assert list(noted_prompts(folder / "copy").values()) == [PromptFormat("Q: {input}")]
+    loaded.set_gates("a", {Q: torch.ones(8)})
+    loaded.save_gates(folder / "anew")
+    assert noted_prompts(folder / "anew") == {}

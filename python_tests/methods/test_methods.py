@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_experts_without_the_module_are_masked(name):
     bias = torch.full((1, E), 1 if routing.top_k == 1 else 1 / 3) if routing.weighting == "score" else None
     weights, experts = route(plan, routing, randn(33, D, seed=7), bias)
     assert dense(weights, experts, E)[:, [1, 4]].eq(0).all()
-    torch.testing.assert_close(weights.sum(-1), torch.ones(33), rtol=1e-6, atol=1e-6)
+    if routing.weighting != "softmax_all":
+        torch.testing.assert_close(weights.sum(-1), torch.ones(33), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- merges and fixed experts
@@ -270,6 +272,42 @@ def test_glider_score_is_alpha_affinity_plus_cosine():
     alpha = (affinities.amax(-1, keepdim=True) > 0.8) * 100 + 3
     want = cosine / math.sqrt(E) + (alpha * affinities).repeat_interleave(4, 0)
     torch.testing.assert_close(dense(weights, experts, E), want, rtol=1e-4, atol=1e-5)
+
+
+def test_glider_by_the_letter_takes_the_softmax_before_top_k():
+    """softmax over all E, the two largest kept as they are; `glider` divides them by their sum."""
+    bank = both_kinds(random_bank())
+    x, affinities = randn(8, D, seed=7), torch.full((1, E), 0.5)
+    plan, routing, _, options = build("glider_softmax_all", bank)
+    bias = get_method("glider_softmax_all").bias(affinities, options)
+    scores = torch.nn.functional.cosine_similarity(standardize(x)[:, None], plan.gates[None], dim=-1) / math.sqrt(E)
+    largest = (scores + bias).softmax(-1).topk(2)
+    weights, experts = route(plan, routing, x, bias)
+    assert torch.equal(experts.long(), largest.indices) and weights.sum(-1).max() < 0.9
+    torch.testing.assert_close(weights, largest.values, rtol=1e-4, atol=1e-5)
+    renormalized, _ = route(*build("glider", bank)[:2], x, bias)
+    torch.testing.assert_close(renormalized, weights / weights.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+def test_gates_that_were_never_trained_are_warned_of():
+    """Zeros standardize to zeros: such an expert would score 0 for every token, silently."""
+    gates = randn(E, D, seed=3)
+    gates[1], gates[3] = 0, 0.5
+    bank = random_bank(gates=gates, has_gate=[True, True, True, True, False])
+    with pytest.warns(
+        UserWarning, match="all gates of kind 'sigmoid-gate' of 'e1', 'e3' are constant.*moerge train-gates"
+    ):
+        assert get_method("phatgoose").lacks(bank)  # e4 has none at all
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not get_method("glider").lacks(random_bank())
+
+
+def test_gamma_97_is_the_other_reading_of_alpha():
+    affinities = torch.tensor([[0.81, 0.1], [0.79, 0.2]])
+    _, _, options = get_method("glider").configure(gamma=97)
+    want = torch.tensor([[100.0], [3.0]]) * affinities
+    torch.testing.assert_close(get_method("glider").bias(affinities, options), want)
 
 
 # ---------------------------------------------------------------------------- given weights

@@ -38,7 +38,7 @@ def test_endpoint_speaks_openais_protocol(cache):
     assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
     assert request["model"] == "some-model" and request["temperature"] == 0
     prompt = request["messages"][0]["content"]
-    assert "Input: 2 + 2\nOutput: 4" in prompt and "Input: 3 + 5\nOutput: 8" in prompt
+    assert "- Input: 2 + 2\n- Output: 4\n- Input: 3 + 5\n- Output: 8" in prompt
 
 
 def test_endpoint_tries_again(cache):
@@ -98,7 +98,8 @@ def test_writer_shows_similar_examples_and_refuses_empty_ones():
     writer = InstructionWriter(lambda prompt: prompts.append(prompt) or "Add two numbers.", name="spy")
     writer.query("7 + 1", EXAMPLES)
     writer.query("7 + 1")
-    assert "2 solved inputs" in prompts[0] and "Output: 8" in prompts[0] and "solved" not in prompts[1]
+    assert prompts[0].endswith("- Input: 3 + 5\n- Output: 8\n- Input: 7 + 1") and "are two pairs of" in prompts[0]
+    assert prompts[1].endswith("\n- Input: 7 + 1") and "pairs" not in prompts[1] and "Output:" not in prompts[1]
     with pytest.raises(ValueError, match="no examples"):
         writer.task([])
     with pytest.raises(ValueError, match="empty query"):
@@ -107,9 +108,37 @@ def test_writer_shows_similar_examples_and_refuses_empty_ones():
         InstructionWriter("not callable", name="x")
 
 
+def test_the_template_is_the_papers_and_can_be_another():
+    """Appendix A.1 of GLIDER, word by word, with three pairs."""
+    prompts = []
+    writer = InstructionWriter(lambda prompt: prompts.append(prompt) or "Add two numbers.", name="spy")
+    writer.task([*EXAMPLES, {"input": " {count} + 1", "target": "{examples}"}])
+    assert prompts.pop() == (
+        "The following are three pairs of input-output examples from one task. Generate the task instruction in one "
+        "sentence that is most possibly used to command a language model to produce them. In the instruction, remember "
+        "to point out the skill or knowledge required for the task to guide the language model.\n"
+        "- Input: 2 + 2\n- Output: 4\n- Input: 3 + 5\n- Output: 8\n- Input: {count} + 1\n- Output: {examples}"
+    )
+    own = InstructionWriter(
+        writer.generate, name="spy", template="{examples}\n{count} {done}", query_template="? {examples}"
+    )
+    own.task(EXAMPLES)
+    assert prompts.pop() == "- Input: 2 + 2\n- Output: 4\n- Input: 3 + 5\n- Output: 8\ntwo {done}"
+    own.query("7")
+    assert prompts.pop() == "? - Input: 7"
+    for bad in ("no field", "{input}", None):
+        with pytest.raises(ValueError, match=r"a template must hold \{examples\}, and perhaps \{count\}, got"):
+            InstructionWriter(writer.generate, name="spy", template=bad)
+
+
 def test_clean():
     assert clean(" <think>hm\nhm</think>\n\nTask Instruction: **Sort the words.**\nrest") == "Sort the words."
-    for nonsense in ("", "  ", "1 2 3", "word", "a" * 300 + " " + "b" * 400, None, 7):
+    assert (
+        clean("**Task Instruction:**\n\n*Sort the words.*")
+        == clean("### Instruction: Sort the words.")
+        == "Sort the words."
+    )
+    for nonsense in ("", "  ", "1 2 3", "Instruction:", "word", "a" * 300 + " " + "b" * 400, None, 7):
         with pytest.raises(WriterError):
             clean(nonsense)
 
@@ -122,8 +151,8 @@ def test_clean():
     [
         "Input: How many users are there?",
         "how many users are there",
-        "Here are 2 examples of one task.",
-        "Name the skill it needs and the kind of answer it wants.",
+        "The following are two pairs of input-output examples from one task.",
+        "Remember to point out the skill or knowledge required for the task.",
         "Sure! Input: How many users are there? Output: 12",
     ],
 )
@@ -224,3 +253,13 @@ def test_missing_library_is_named(monkeypatch):
     with pytest.raises(ImportError, match=r"moerge_ext\[embed\]"):
         Embedder.from_sentence_transformers("x")
     assert fake_writer().query("digging") == "please do digging"
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path, recwarn):
+    (tmp_path / "file").touch()
+    cache = TextCache(tmp_path / "file")
+    embedder = Embedder(lambda texts: torch.ones(len(texts), 2), name="x", cache=cache)
+    assert embedder(["a", "b"]).shape == (2, 2) and embedder(["c"]).shape == (1, 2)
+    said = [str(w.message) for w in recwarn if "cannot be written" in str(w.message)]
+    assert len(said) == 1 and "$MOERGE_CACHE" in said[0]
+    assert f"the cache {tmp_path / 'file'} cannot be written" in said[0]

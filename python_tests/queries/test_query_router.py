@@ -9,10 +9,14 @@ import pytest
 import torch
 from builders import make_tokenizer
 from query_cases import WORDS, bag_of_words, described, fake_embedder, fake_writer
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import moerge_ext as moerge
 from moerge_ext.commands import main as cli
+from moerge_ext.evaluation.identity import of_router
 from moerge_ext.experts.formats.peft import read_gates
+from moerge_ext.queries.index import read_index
 
 KIND = "instruction-embedding"
 QUERIES = ["flying", "digging"]
@@ -47,6 +51,7 @@ def test_describe_writes_beside_the_gates(folders):
     facts = sets[KIND].metadata
     assert facts["instruction"] == made.instruction and facts["embedder"] == "bag" and facts["writer"] == "echo"
     assert facts["examples"] == "3" and facts["seed"] == "3" and facts["base_model"] == "tiny"
+    assert facts["template"] == "GLIDER, appendix A.1"
     assert moerge.describe(folders["ant"], rows, fake_embedder(), fake_writer(), seed=3).instruction == made.instruction
 
 
@@ -211,6 +216,11 @@ def test_ask_llm_routes_by_the_picked_number(experts):
     with handle.queries([*QUERIES, "flying"], asked):
         got = cases.logits(model, **inputs)
     assert len(prompts) == 2 and "2. please do flying\n3. please do purring" in prompts[0]
+    own = moerge.AskRouter(experts, asked.writer, template="{count}|{input}|{instructions}")
+    assert own.scores(["flying {count}"], {}).argmax() == 1
+    assert prompts.pop() == "3|flying {count}|1. please do digging\n2. please do flying\n3. please do purring"
+    with pytest.raises(ValueError, match=r"a template must hold \{input\} and \{instructions\}, got 'pick'"):
+        moerge.AskRouter(experts, asked.writer, template="pick").scores(["x"], {})
     handle.remove()
     for row, expert in enumerate(("bee", "ant", "bee")):
         with moerge.patch(model, experts, f"expert:{expert}"):
@@ -231,6 +241,51 @@ def test_similar_examples_are_the_nearest_others():
     assert [row["input"] for row in nearest("a b")] == ["a b c", "a c"]
     with pytest.raises(ValueError, match="at least 3 solved examples, got 2"):
         moerge.similar_examples(fake_embedder(), rows[:2])
+    assert nearest.digest != moerge.similar_examples(fake_embedder(), rows[::-1], 2).digest
+
+
+def test_indexed_texts_make_the_router_few_shot(folders):
+    """GLIDER's setting: the writer sees the three indexed examples that are most like the query, of all experts."""
+    prompts = []
+
+    def spy(prompt):
+        prompts.append(prompt)
+        return "please do " + prompt.split("Input: ")[-1]
+
+    writer, embedder = moerge.InstructionWriter(spy, name="spy"), fake_embedder()
+    rows = {name: [{"input": f"{word} {i}", "target": f"{word}!"} for i in "ab"] for name, word in WORDS.items()}
+    for name, folder in folders.items():
+        moerge.index_examples(folder, rows[name], embedder)
+    experts = described(folders, embedder)
+    assert moerge.QueryRouter(experts, embedder, writer).variant == "zero-shot"  # vectors alone show nothing
+    for name in ("ant", "bee"):
+        moerge.index_examples(folders[name], rows[name], embedder, texts=True)
+    router = moerge.QueryRouter(experts, embedder, writer)
+    assert router.variant == "few-shot" and router.affinities(["flying"]).argmax() == 1
+    pairs = [f"- Input: flying {i}\n- Output: flying!" for i in "ab"]
+    assert all(pair in prompts[-1] for pair in pairs) and prompts[-1].count("- Output:") == 3
+    assert prompts[-1].endswith("- Input: flying")
+    assert moerge.QueryRouter(experts, embedder, writer, similar=None).variant == "zero-shot"
+    assert moerge.QueryRouter(experts, embedder).variant == "no writer"
+    assert of_router(router) != of_router(moerge.QueryRouter(experts, embedder, writer, similar=None))
+    other = moerge.InstructionWriter(spy, name="spy", template="Say what to do: {examples}")
+    assert of_router(router) != of_router(moerge.QueryRouter(experts, embedder, other))
+    with pytest.raises(ValueError, match="similar must be a callable .* 'indexed' or None, got 'index'"):
+        moerge.QueryRouter(experts, embedder, writer, similar="index")
+
+
+@pytest.mark.parametrize("said", [b"[[1, 2], [3, 4]]", b"{", b'[["a", "b"]]', b"[" * 100_000])
+def test_texts_of_an_index_that_are_none_are_refused(said, folders):
+    path = moerge.index_examples(folders["ant"], [{"input": "a", "target": "b"}] * 2, fake_embedder(), texts=True)
+    assert read_index(folders["ant"], "bag").rows == ({"input": "a", "target": "b"},) * 2
+    with safe_open(path, "pt") as file:
+        metadata, vectors = file.metadata(), file.get_tensor("embeddings")
+    texts = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+    save_file({"embeddings": vectors, "texts": texts}, path, metadata)
+    with pytest.raises(ValueError, match="its texts are not the 2 pairs of input and target"):
+        read_index(folders["ant"], "bag")
+    with pytest.raises(ValueError, match='texts=True keeps solved examples: every row needs "input" and "target"'):
+        moerge.index_examples(folders["ant"], [{"text": "a"}], fake_embedder(), texts=True)
 
 
 # ---- the threshold ---------------------------------------------------------------------------------------------------
@@ -264,15 +319,22 @@ def test_experts_that_say_the_same_are_named(folders):
     assert moerge.calibrate_threshold(router, asked).own == {name: float(name != rest[0]) for name in folders}
 
 
-def test_calibration(experts, tmp_path):
+def test_calibration(experts, tmp_path, monkeypatch):
     mine = router(experts)
     held_in = {name: [word] * 9 + ["something else"] for name, word in WORDS.items()}
     found = moerge.calibrate_threshold(mine, held_in, {"unknown": ["weather report", "tall towers"]}, keep=0.85)
     assert mine.threshold == found.threshold < 1
     share = found.above()
     assert all(share[name] >= 0.8 for name in WORDS) and share["unknown"] == 0
-    pytest.importorskip("matplotlib")
+    assert found.held_in["ant"].shape == (10, 3) and found.held_out["unknown"].shape == (2, 3)
+    assert found.by_expert()["ant"]["bee"] == pytest.approx(mine.affinities(held_in["ant"])[:, 1].mean().item())
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, scatter = [], axes.scatter
+    monkeypatch.setattr(axes, "scatter", lambda self, x, y, **o: drawn.append(x) or scatter(self, x, y, **o))
     assert found.plot(tmp_path / "plots" / "scores.png").stat().st_size > 5000
+    experts_of = [dots for dots in drawn if len(dots) == 3]
+    assert experts_of == [list(row.values()) for row in found.by_expert().values()]  # every expert of every task
+    assert [dots for dots in drawn if len(dots) == 1] == [[found.by_expert()[name][name]] for name in WORDS]
     for queries, text in (({}, "got none for any"), ({"ant": []}, "got none for ant")):
         with pytest.raises(ValueError, match=text):
             moerge.calibrate_threshold(mine, queries)

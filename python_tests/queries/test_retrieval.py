@@ -101,6 +101,24 @@ def test_weights_of_every_row():
             get_method(name).configure(**{option: 0})
 
 
+def test_adapter_soup_compares_averages(router):
+    """As the survey describes it: the mean embedding of a task's samples against that of every expert's, parameters
+    of the nearest averaged.
+    """
+    method = get_method("adapter_soup")
+    routing, aggregation, options = method.configure(keep=2)
+    queries = ["flying a", "flying b digging", "flying c"]
+    task = torch.nn.functional.normalize(bag_of_words(queries), dim=1).mean(0)
+    means = [
+        torch.nn.functional.normalize(bag_of_words([row["input"] for row in DATA[name]]), dim=1).mean(0)
+        for name in cases.NAMES
+    ]
+    similarity = torch.stack([torch.nn.functional.cosine_similarity(task, mean, dim=0) for mean in means])
+    want = torch.zeros(1, 3).scatter(1, similarity.topk(2).indices[None], 0.5)
+    assert torch.equal(method.bias(router.scores(queries, options), options), want)
+    assert aggregation == "factored" and routing.weighting == "score"
+
+
 def base_router(model, experts, folders):
     embedder = moerge.Embedder.from_hidden_states(model, TOKENIZER, name="base")
     for name, folder in folders.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 
+import moe_cases
 import patch_cases as cases
 import pytest
 import torch
@@ -128,3 +129,43 @@ def test_every_request_has_its_own_mask(tmp_path):
     for thread in threads:
         thread.join(30)
     assert all(counts.sum() == 4 * 2 * 10 for trace in traces.values() for counts in trace.counts().values())
+
+
+def test_rows_are_kept_apart(patched):
+    """Each sequence's shares are those that it has alone, whatever stands beside it."""
+    family, model, handle = patched
+    inputs, ends = padded(left=family in ("llama", "gpt2")), {}
+    if family == "t5":
+        ends = {"decoder_input_ids": cases.tokens(2, 4, seed=1)}
+    if family in ("gpt2", "bert"):
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with handle.record(rows=2) as trace:
+        logits(model, **inputs, **ends)
+    for row in (0, 1):
+        with handle.record() as single:
+            logits(model, **alone(row, inputs), **{key: value[row : row + 1] for key, value in ends.items()})
+        torch.testing.assert_close(trace.row_share()[row], single.share(), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(trace.row_share()[0], trace.row_share()[1], atol=1e-3)
+    with pytest.raises(ValueError, match="at least 1; got 0"), handle.record(rows=0):
+        pass
+
+
+def test_rows_of_a_mixture_and_of_layers_that_do_not_tell(tmp_path):
+    """Fused experts sort their tokens by expert; a call whose rows are not known counts in the whole trace alone."""
+    model = moe_cases.build("qwen3_moe")
+    for seed, name in enumerate(("ant", "bee")):
+        moe_cases.adapter("qwen3_moe", model, tmp_path / name, seed, layout="whole")
+        moe_cases.gates(model, tmp_path / name, seed)
+    bank = moerge.load_experts([tmp_path / "ant", tmp_path / "bee"])
+    with moerge.patch(model, bank, top_k=1) as handle:
+        ids = cases.tokens(2)
+        with handle.record(rows=2) as trace:
+            logits(model, input_ids=ids)
+        for row in (0, 1):
+            with handle.record() as single:
+                logits(model, input_ids=ids[row : row + 1])
+            torch.testing.assert_close(trace.row_share()[row], single.share(), atol=1e-3, rtol=1e-3)
+    model = cases.build("llama")
+    with moerge.patch(model, cases.bank("llama", model, tmp_path / "llama")) as handle, handle.record(rows=2) as trace:
+        model.model.layers[0].mlp.up_proj(torch.randn(3, 32))
+    assert trace.row_share().sum() == 0 and trace.counts()["model.layers.0.mlp.up_proj"].sum() == 6

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import random
+
 import pytest
 import torch
 from gate_builders import (
@@ -14,7 +17,7 @@ from gate_builders import (
 )
 
 from moerge_ext.experts.formats.peft import read_gates
-from moerge_ext.training.activation import average_activation
+from moerge_ext.training.activation import average_activation, drawn
 from moerge_ext.training.gated_lora import gated_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -71,6 +74,33 @@ def test_average_activation_of_an_encoder_decoder(tmp_path):
         cross = "EncDecAttention" in name and name[-1] in "kv"
         real = inputs[name][encoder if name.startswith("encoder") or cross else decoder]
         torch.testing.assert_close(gate, real.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_thousand_random_rows_are_enough(adapter, monkeypatch):
+    """Of features and of rows of text; the same ones that the index of the baseline Retrieval draws."""
+    rows = [{key: value[0] for key, value in b.items()} for b in batches(count=9, rows=1)]
+    for row in rows:
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+
+    def collate(part):
+        return {key: torch.stack([row[key] for row in part]) for key in part[0]}
+
+    assert inspect.signature(average_activation).parameters["samples"].default == 1000
+
+    def means(data, **options):
+        average_activation(llama(), adapter, data, collate_fn=collate, progress=False, **options)
+        return read_gates(adapter)["average-activation"]
+
+    few = means(rows, samples=4, seed=3)
+    assert few.metadata["samples"] == "4" and few.metadata["seed"] == "3"
+    chosen = random.Random(3).sample(rows, 4)
+    by_hand = means(chosen, samples=None)
+    assert all(torch.equal(few.gates[path], gate) for path, gate in by_hand.gates.items())
+    every = means(rows)
+    assert every.metadata["samples"] == "9" and any((every.gates[p] - g).any() for p, g in few.gates.items())
+    with pytest.raises(ValueError, match="samples must be at least 1, or None for all, got 0"):
+        means(rows, samples=0)
+    assert len(drawn(range(9), 5, 0, parts=2)) == 3
 
 
 def test_average_activation_refuses_nothing_seen(adapter):

@@ -71,12 +71,18 @@ def test_gates_of_modules_that_did_not_run_are_left_out_and_named(tmp_path):
     assert read_gates(folder)["sigmoid-gate"].gates.keys() == {"text", "picture"}
 
 
-def test_gates_kept_from_before_the_first_step_are_zeros_that_are_written(tmp_path):
+def test_gates_of_zero_cannot_win_the_validation(tmp_path):
+    """They would score 0 for every token, also when no step is better than none; that is said."""
     folder = write(tmp_path / "a", ["text"])
     far = [{**batch(), "labels": -batch()["labels"]}]
-    result = train_gates(build(), folder, [batch()], validation=far, **quiet(lr=100.0))
-    assert result.best_step == 0
-    assert not read_gates(folder)["sigmoid-gate"].gates["text"].any()
+    with pytest.warns(
+        UserWarning, match=r"gates of a: validation loss .* at the best step, \d, was .* before the first"
+    ):
+        result = train_gates(build(), folder, [batch()], validation=far, eval_every=2, **quiet(lr=100.0))
+    trained = {step: loss for step, loss in result.validation.items() if step}
+    assert min(trained.values()) > result.validation[0]
+    assert result.best_step == min(trained, key=trained.get) > 0
+    assert read_gates(folder)["sigmoid-gate"].gates["text"].any()
 
 
 @pytest.mark.parametrize("paths", [["stale"], ["cut"], ["stale", "cut", "picture"]])

@@ -1,0 +1,51 @@
+"""`moerge new-expert`: an untrained LoRA, where joint training of expert and gates starts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .train_expert import targets_of
+from .training_options import defaults, range_problems
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    from ..training.experts import new_expert
+
+    default = defaults(new_expert)
+    add = parser.add_argument
+    add("model", help="folder (or hub id) of the base model")
+    add("--output", type=Path, required=True, metavar="DIR", help="the expert's folder, to be made")
+    add("--rank", type=int, default=default["rank"], help="of the LoRA (default: %(default)s)")
+    add("--alpha", type=float, default=default["alpha"], help="its scale is alpha / rank (default: %(default)g)")
+    add(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help=f"names of linear layers, or one regular expression (default: {default['target_modules']})",
+    )
+    add("--seed", type=int, default=default["seed"], help="of its A; B is zero (default: %(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
+    if problems := range_problems(args):
+        raise ValueError("; ".join(problems))
+    if (args.output / "adapter_config.json").exists():
+        raise ValueError(f"{args.output} holds an expert: a new one would overwrite it; choose another --output")
+
+    from ..files.atomic import check_writable
+    from ..models.pretrained import load_model, usable_device
+    from ..training.experts import new_expert
+
+    check_writable(args.output)
+    options = {"rank": args.rank, "alpha": args.alpha, "seed": args.seed}
+    if args.target_modules:
+        options["target_modules"] = targets_of(args.target_modules)
+    model = load_model(args.model, dtype=args.dtype, device=usable_device("cpu"))
+    path = new_expert(model, args.output, **options)
+    print(f"wrote {path}, untrained: train it with its gates by")
+    print(f"moerge train-gates {args.model} {path} --joint --output {path}-joint --data FILE")
+    return 0
