@@ -111,7 +111,7 @@ def ia3_expert(
     folder.mkdir(parents=True)
     tensors, gates = {}, {}
     for path, d, o in linear_sizes(model, (*outputs, *inputs)):
-        shape = (1, d) if path.endswith(tuple(inputs)) else (o, 1)
+        shape = (1, d) if inputs and path.endswith(tuple(inputs)) else (o, 1)
         tensors[f"base_model.model.{path}.ia3_l"] = 1 + 0.5 * torch.randn(shape, generator=random)
         gates[path] = torch.randn(d, generator=random)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -151,7 +151,7 @@ def _checked_config(name: str, folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind == "LORA" and config.get("use_dora") is not True:
         problems.append("it is a LoRA already: moerge convert without --to-lora")
-    elif kind != "LORA" and kind not in KINDS:
+    elif kind != "LORA" and not (isinstance(kind, str) and kind in KINDS):
         problems.append(f"peft_type must be {', '.join(sorted(KINDS))}, or LORA with use_dora, got {str(kind)[:80]!r}")
     if not has_weights(folder, WEIGHTS_FILE):
         problems.append(f"{WEIGHTS_FILE} is missing (adapter_model.bin is not opened here)")
@@ -177,10 +177,14 @@ def _deltas(
         raise ImportError("converting needs PEFT: pip install 'moerge_ext[train]'") from None
     with open_weights(folder, WEIGHTS_FILE) as stored:
         tensors = {key: stored.read(key).clone() for key in stored.headers}
-    settings = PeftConfig.from_peft_type(**{key: value for key, value in config.items() if key != "auto_mapping"})
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with torch.random.fork_rng(devices=[]):
-        adapted = get_peft_model(model, settings)
+    try:
+        settings = PeftConfig.from_peft_type(**{key: value for key, value in config.items() if key != "auto_mapping"})
+        with torch.random.fork_rng(devices=[]):
+            adapted = get_peft_model(model, settings)
+    except Exception as error:  # whatever a config that is wrong provokes in PEFT
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"adapter {name!r} cannot be put on {type(model).__name__} by PEFT: {reason}") from None
     try:
         found = set_peft_model_state_dict(adapted, tensors)
         own = {key for key, _ in adapted.named_parameters() if adapted.base_model.prefix in key}

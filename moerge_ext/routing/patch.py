@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..experts.bank import ExpertBank
 from ..files.listing import listed
 from ..methods import get_method
@@ -24,12 +23,13 @@ from .fitting import MISSING, on_model
 from .fused_experts import close_door, open_door
 from .generation import Doors
 from .growing import GrowingTexts
-from .layers import drop_hooks, execution_device
+from .layers import drop_hooks
 from .own_module import OwnModule
 from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
 from .provenance import provenance_notes
 from .ran import FirstForward
+from .refusals import device_problems
 from .routed_branches import against_branches, left_out, routed_layer
 from .routed_experts import routed_experts, ways_of
 from .routed_linear import BACKENDS, RoutedLinear
@@ -292,7 +292,7 @@ def patch(
     planned = (row, routing, settings, absent)
     branches, reasons = routed_experts(model, experts, fitted.placement, *planned, **shared)
     if not (problems := problems + reasons):
-        problems += _device_problems(model, (*plans, *branches), backend)
+        problems += device_problems(model, (*plans, *branches), backend)
     if problems:
         raise ValueError(_listing(method, problems, fitted.made_for))
     handle = Handle(model, row, experts.names, state, settings)
@@ -349,7 +349,7 @@ def check_patch(
         problems += reasons + row.lacks(bank)
     problems += against_branches(row, model, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
-    if problems := problems or _device_problems(model, patched, backend):
+    if problems := problems or device_problems(model, patched, backend):
         raise ValueError(_listing(method, problems, fitted.made_for))
 
 
@@ -375,20 +375,6 @@ def get_handle(model: nn.Module) -> Handle:
     if handle is None:
         raise ValueError("this model is not patched by moerge_ext")
     return handle
-
-
-def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> list[str]:
-    devices = {execution_device(model.get_submodule(name)).type for name in patched}
-    problems = []
-    if "meta" in devices:
-        problems.append("the model's weights are on the meta device: load them before the patch")
-    if backend == "native":
-        problems += [
-            f"this build has no kernels for '{device}'; move the model to the CPU or pass backend=\"reference\""
-            for device in sorted(devices - {"meta"})
-            if not ops.has_kernels(device)
-        ]
-    return problems
 
 
 def _listing(method: str, problems: list[str], made_for: str | None) -> str:

@@ -15,7 +15,6 @@ the layer's input.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from .peft_rules import show
 from .pickled import open_pickle
 
 WEIGHTS_FILE, PICKLE, CONFIG_FILE = "adapter.safetensors", "pytorch_adapter.bin", "adapter_config.json"
+MAX_SCALING = 1e6
 ACTIVATIONS = ("gelu", "gelu_new", "leakyrelu", "relu", "sigmoid", "silu", "swish", "tanh")
 # {model_type: {what stands before ".adapters." in a key: the block's last linear layer}}
 _BERT = {"attention.output": "attention.output.dense", "output": "output.dense"}
@@ -93,13 +93,14 @@ def inspect_bottleneck(
     except (ValueError, OSError) as error:
         raise AdapterError([str(error)], heading) from None
     problems = _config_problems(fields)
+    understood = not problems
     config = fields["config"] if isinstance(fields.get("config"), dict) else {}
     keys = _sorted_keys(headers, PLACES.get(str(fields.get("model_type")), {}), keep, problems)
     modules: dict[str, ModuleHeader] = {}
     for path, parts in keys.items():
         reasons = _shape_problems({part: headers[key] for part, key in parts.items()}, config.get("scaling"))
         problems += [f"{path}: {reason}" for reason in reasons]
-        if not reasons:
+        if not reasons and understood:
             modules[path] = _header({part: headers[key] for part, key in parts.items()}, config)
     gates = _gates(folder, modules, keep, problems)
     if problems:
@@ -124,7 +125,7 @@ def _config_problems(fields: Mapping[str, Any]) -> list[str]:
     if not isinstance(config, dict):
         return ["adapter_config.json has no group 'config', as the library adapters writes it"]
     problems = []
-    if kind not in PLACES:
+    if not isinstance(kind, str) or kind not in PLACES:
         problems.append(f"model_type must be one of {', '.join(PLACES)}, got {show(kind)}")
     if config.get("architecture") not in (None, "bottleneck") or "non_linearity" not in config:
         problems.append(f"it is no bottleneck adapter (architecture {show(config.get('architecture'))})")
@@ -139,9 +140,9 @@ def _config_problems(fields: Mapping[str, Any]) -> list[str]:
     if config.get("original_ln_before") and config.get("residual_before_ln", True) is not True:
         problems.append(f"residual_before_ln {show(config['residual_before_ln'])}: it replaces the block's output")
     scaling = config.get("scaling", 1.0)
-    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool) and math.isfinite(scaling)
+    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool) and abs(scaling) <= MAX_SCALING
     if not number and scaling not in ("learned", "channel"):
-        problems.append(f"scaling must be a finite number, 'learned' or 'channel', got {show(scaling)}")
+        problems.append(f"scaling must be a number up to {MAX_SCALING:g}, 'learned' or 'channel', got {show(scaling)}")
     return problems
 
 
@@ -221,7 +222,7 @@ def _gates(
             if path in modules:
                 problems += _width_problem(path, modules[path].in_features, len(gate))
                 modules[path] = replace(modules[path], in_features=len(gate))
-            elif not problems:
+            elif not problems and keep is None:
                 problems.append(f"{path}: a gate for a module without an adapter here")
     return found
 
