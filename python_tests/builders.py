@@ -103,6 +103,54 @@ def random_experts(
     return folders
 
 
+def ia3_expert(
+    model: nn.Module, folder: str | Path, seed: int = 0, outputs=("k_proj", "v_proj"), inputs=("down_proj",)
+):
+    """Write a random (IA)3 adapter with gates for `model` as PEFT does, and return its folder."""
+    random, folder = torch.Generator().manual_seed(seed), Path(folder)
+    folder.mkdir(parents=True)
+    tensors, gates = {}, {}
+    for path, d, o in linear_sizes(model, (*outputs, *inputs)):
+        shape = (1, d) if inputs and path.endswith(tuple(inputs)) else (o, 1)
+        tensors[f"base_model.model.{path}.ia3_l"] = 1 + 0.5 * torch.randn(shape, generator=random)
+        gates[path] = torch.randn(d, generator=random)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "IA3", "target_modules": [*outputs, *inputs], "feedforward_modules": [*inputs]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    write_gates(folder, gates, kind="sigmoid-gate", base_model="tiny")
+    return folder
+
+
+def bottleneck_expert(model: nn.Module, folder: str | Path, seed: int = 0, pfeiffer: bool = False, **config) -> Path:
+    """Write a random bottleneck adapter with gates as the library adapters does (1.3), and return its folder."""
+    random, folder = torch.Generator().manual_seed(seed), Path(folder)
+    folder.mkdir(parents=True)
+    kind, width, inner = model.config.model_type, model.config.hidden_size, 6 + seed
+    blocks = {
+        "bert": {"output": "output.dense", "attention.output": "attention.output.dense"},
+        "gpt2": {"output_adapters": "mlp.c_proj", "attention_adapters": "attn.c_proj"},
+        "llama": {"output_adapters": "mlp.down_proj", "attention_adapters": "self_attn.o_proj"},
+    }[kind]
+    ends = list(blocks.values())[: 1 if pfeiffer else 2]
+    tensors, gates = {}, {}
+    for path, d, o in linear_sizes(model, ends):
+        layer = ".".join(path.split(".")[: 1 + next(i for i, part in enumerate(path.split(".")) if part.isdigit())])
+        place = next(place for place, end in blocks.items() if path == f"{layer}.{end}")
+        start = f"{layer}.{place}.adapters.own.adapter"
+        tensors[f"{start}_down.0.weight"] = torch.randn(inner, o, generator=random) / math.sqrt(o)
+        tensors[f"{start}_down.0.bias"] = torch.randn(inner, generator=random)
+        tensors[f"{start}_up.weight"] = torch.randn(width, inner, generator=random) / math.sqrt(inner)
+        tensors[f"{start}_up.bias"] = torch.randn(width, generator=random)
+        gates[path] = torch.randn(d, generator=random)
+    save_file(tensors, folder / "adapter.safetensors", {"format": "pt"})
+    fields = {"original_ln_before": pfeiffer, "original_ln_after": True, "residual_before_ln": True, "scaling": 1.0}
+    fields |= {"non_linearity": "relu" if pfeiffer else "swish", "mh_adapter": not pfeiffer, "output_adapter": True}
+    said = {"config": fields | config, "model_type": kind, "model_name": "tiny", "hidden_size": width}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    write_gates(folder, gates, kind="sigmoid-gate", base_model="tiny")
+    return folder
+
+
 def _build(model_class: type, config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -19,6 +19,7 @@ OURS = {module for module in FILES if module.split(".")[0] == PACKAGE}
 def test_the_reader_of_imports():
     assert imports_of(PACKAGE, "import a.b\nfrom torch import nn\ndef f():\n import c") >= {"a.b", "c", "torch"}
     assert {"moerge_ext.experts.bank", "moerge_ext.methods"} <= imports_of("moerge_ext.routing.planning")
+    assert "moerge_ext.ops" in imports_of("moerge_ext.routing.refusals")
     assert "moerge_ext.methods.base" in imports_of("moerge_ext.methods.arrow")
     assert "moerge_ext.files.safefile" in reach("moerge_ext.methods.arrow")
     assert (room_of("moerge_ext.experts.formats.peft"), room_of("moerge_ext._version"), room_of("bench.run")) == (

@@ -1,4 +1,4 @@
-"""`moerge convert`: an adapter of another format as a PEFT folder."""
+"""`moerge convert`: an adapter of another format as a PEFT folder, of another kind as a LoRA."""
 
 from __future__ import annotations
 
@@ -11,17 +11,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="MLX-LM folder, GGUF file of llama.cpp, PEFT folder in parts, or a hub id of one")
     add("output", type=Path, help="the PEFT folder to write: empty, or not there yet")
-    add("--base", metavar="DIR", help="folder or hub id of the base model, whose config some GGUF files need")
+    add("--base", metavar="DIR", help="folder or hub id of the base model, for GGUF files that need it and --to-lora")
     add(
         "--allow-pickle",
         action="store_true",
         help="read adapter_model.bin (torch.load, weights only): for files of people you trust",
     )
+    add(
+        "--to-lora",
+        action="store_true",
+        help="of a LoHa, LoKr, VeRA, HiRA or DoRA adapter; exact unless a loss is allowed",
+    )
+    add(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="with --to-lora: at most this rank, the best there is in the Frobenius norm",
+    )
+    add(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="with --to-lora: the smallest ranks that lose at most this part of each module's change",
+    )
+    add("--no-progress", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status; ValueError for what the user can mend."""
     from ..experts.convert import convert_adapter
 
+    if args.to_lora:
+        return _to_lora(args)
+    if args.rank is not None or args.max_error is not None:
+        raise ValueError("--rank and --max-error go with --to-lora")
     print(convert_adapter(args.source, args.output, base=args.base, allow_pickle=args.allow_pickle))
+    return 0
+
+
+def _to_lora(args: argparse.Namespace) -> int:
+    from ..experts.to_lora import convert_to_lora
+
+    if args.base is None:
+        raise ValueError("--to-lora needs --base, the model that the adapter was trained on")
+    if args.allow_pickle:
+        raise ValueError("--to-lora opens no pickle: save the adapter as safetensors first")
+    bounds = {"rank": args.rank, "max_error": args.max_error}
+    made = convert_to_lora(args.source, args.output, args.base, **bounds, progress=not args.no_progress)
+    module, error = made.worst
+    least, most = min(made.ranks.values()), max(made.ranks.values())
+    print(made.path)
+    print(
+        f"{made.kind} of {len(made.ranks)} modules as LoRA of rank {least}-{most}; "
+        f"largest relative error {error:.2g} ({module})"
+    )
     return 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..models.end_tokens import end_tokens, target_ids
 from ..models.pretrained import context_of, is_seq2seq
@@ -75,7 +74,7 @@ class Answerer:
         self.check_length(ids.shape[1] + (0 if self.seq2seq else max_new_tokens))
         options = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options}
         if self.trace is not None:
-            options["stopping_criteria"] = StoppingCriteriaList([_UntilTheEnd(self.ends, self.trace)])
+            options["stopping_criteria"] = [_UntilTheEnd(self.ends, self.trace)]
         with self._measured():
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options
@@ -143,8 +142,8 @@ def _of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.masked_fill(~real, 0.0).cpu(), real.cpu()
 
 
-class _UntilTheEnd(StoppingCriteria):
-    """Stops nothing; tells a trace which rows go on, after every token."""
+class _UntilTheEnd:
+    """A stopping criterion of transformers' generate that stops nothing; tells a trace which rows go on."""
 
     def __init__(self, ends: Sequence[int], trace: Any):
         self.ends, self.trace = torch.tensor(ends), trace

@@ -74,6 +74,8 @@ def of_experts(bank: ExpertBank, names: Iterable[str]) -> dict[str, str]:
             tensors += [(f"{path} A", module.lora_A[e, :rank]), (f"{path} B", module.lora_B[e, :, :rank])]
             tensors += [] if module.lora_bias is None else [(f"{path} bias", module.lora_bias[e])]
             tensors += [(f"{path} {kind}", gates[e]) for kind, gates in module.gates.items()]
+            own = [branch for branch in module.branches.values() if branch.present[e]]
+            tensors += [(f"{path} {b.kind} {part}", rows[e]) for b in own for part, rows in b.tensors.items()]
         tensors += [(f"__global__ {kind}", by[name]) for kind, by in bank.global_vectors.items() if name in by]
         found[name] = of_tensors(tensors)
     return found

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..files.atomic import check_new_folder, write_atomically
 from .formats import inspect_adapter
-from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterHeader, into_memory
+from .formats.adapter import Adapter, AdapterHeader, LoraWeights
+from .formats.bottleneck import WEIGHTS_FILE as BOTTLENECK_FILE
+from .formats.peft import CONFIG_FILE, WEIGHTS_FILE, into_memory
 from .hub import find_adapter
 from .keys import PREFIX
 
@@ -27,7 +29,8 @@ def convert_adapter(
     """Write the adapter `source` as a PEFT folder `output`; returns it.
 
     source: a folder, GGUF file or hub id of any format that `load_experts` reads; with `allow_pickle` also a folder
-    whose weights are `adapter_model.bin`. output: a folder that is empty or not there yet. base: see `load_experts`.
+    whose weights are `adapter_model.bin` or `pytorch_adapter.bin`. Bottleneck adapters stay in the layout of the
+    library `adapters`. output: a folder that is empty or not there yet. base: see `load_experts`.
     Tensors keep their dtype (8-bit floats become bfloat16); gates and examples beside the adapter come along.
 
     Raises ValueError (AdapterError with every problem) before anything is written.
@@ -38,7 +41,8 @@ def convert_adapter(
     adapter = into_memory(header)
     tensors = _tensors(adapter, header) | _saved(header)
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
+    weights_file = BOTTLENECK_FILE if "peft_type" not in adapter.config else WEIGHTS_FILE
+    write_atomically(target / weights_file, lambda file: save_file(tensors, file, {"format": "pt"}))
     for pattern in SIDECARS if header.folder is not None else ():
         for sidecar in header.folder.glob(pattern):
             shutil.copyfile(sidecar, target / sidecar.name)
@@ -55,10 +59,14 @@ def _saved(header: AdapterHeader) -> dict[str, Tensor]:
 
 
 def _tensors(adapter: Adapter, header: AdapterHeader) -> dict[str, Tensor]:
-    """The LoRA under PEFT's names, that of a stacked parameter (`target_parameters`) whole, as its file has it."""
+    """The LoRA under PEFT's names, that of a stacked parameter (`target_parameters`) whole, as its file has it; what is
+    no LoRA as it is stored."""
     tensors = {}
     with header.open() as stored:
         for path, lora in adapter.modules.items():
+            if not isinstance(lora, LoraWeights):
+                tensors |= {key: stored.read(key).contiguous() for key in header.keys[path].values()}
+                continue
             parts = {"A": lora.lora_A, "B": lora.lora_B, "bias": lora.bias}
             piece = header.modules[path].slice
             if piece is not None:

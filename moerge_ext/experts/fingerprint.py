@@ -1,4 +1,4 @@
-"""By what a sidecar knows the adapter that it was made for: a digest of the LoRA, noted in its header.
+"""By what a sidecar knows the adapter that it was made for: a digest of its weights, noted in its header.
 
 Of every module the path, the shapes, the scaling, and the first and last values of each factor, as float32: two
 trainings differ in nearly all of them, and a type that holds the same values makes no difference.
@@ -15,32 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats.peft import LoraWeights
+from .formats.adapter import LoraWeights, ModuleWeights
 from .keys import PREFIX
 
 ADAPTER_KEY, NAME_KEY = "adapter", "adapter_name"
 SAMPLE = 512  # values of either end
 
 
-def fingerprint(modules: Iterable[tuple[str, LoraWeights]]) -> str:
-    """The digest of (module path, LoRA) pairs in any order."""
+def fingerprint(modules: Iterable[tuple[str, ModuleWeights]]) -> str:
+    """The digest of (module path, weights) pairs in any order."""
     parts = []
-    for path, lora in modules:
-        digest = hashlib.sha256(f"{path} {lora.scaling!r}".encode())
-        for tensor in (lora.lora_A, lora.lora_B, lora.bias):
-            if tensor is not None:
-                digest.update(f" {list(tensor.shape)}".encode())
-                digest.update(_ends(tensor).numpy().tobytes())
+    for path, weights in modules:
+        said = repr(weights.scaling) if isinstance(weights, LoraWeights) else " ".join(weights.parts())
+        digest = hashlib.sha256(f"{path} {said}".encode())
+        for tensor in weights.parts().values():
+            digest.update(f" {list(tensor.shape)}".encode())
+            digest.update(_ends(tensor).numpy().tobytes())
         parts.append(digest.digest())
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()[:32]
 
 
-def note_of_adapter(name: str, modules: Mapping[str, LoraWeights]) -> dict[str, str]:
+def note_of_adapter(name: str, modules: Mapping[str, ModuleWeights]) -> dict[str, str]:
     """The entries of a sidecar's header."""
     return {ADAPTER_KEY: fingerprint(modules.items()), NAME_KEY: name}
 
 
-def with_tensors(modules: Mapping[str, LoraWeights], tensors: Mapping[str, Tensor]) -> dict[str, LoraWeights]:
+def with_tensors(modules: Mapping[str, ModuleWeights], tensors: Mapping[str, Tensor]) -> dict[str, ModuleWeights]:
     """The modules with those of `tensors` ({PEFT's key: tensor}) that are theirs."""
     found = {}
     for path, old in modules.items():

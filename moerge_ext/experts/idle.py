@@ -24,9 +24,9 @@ def idle_notes(names: Sequence[str], modules: Mapping[str, ModuleBank]) -> list[
             total = int(present[:, e].sum())
             first = next(path for path, flag in zip(modules, idle[:, e].tolist(), strict=True) if flag)
             where = "" if count == total else f", such as {first}"
-            notes.append(
-                f"expert {names[e]!r} changes nothing in {count} of {total} modules (lora_B lora_A is 0{where})"
-            )
+            kinds = [branch.kind for branch in modules[first].branches.values() if branch.present[e]]
+            why = "its vector is 1" if kinds else "lora_B lora_A is 0"
+            notes.append(f"expert {names[e]!r} changes nothing in {count} of {total} modules ({why}{where})")
     return notes
 
 
@@ -35,7 +35,10 @@ def _idle(module: ModuleBank) -> Tensor:
     works = _any(module.lora_A.transpose(1, 2)) & _any(module.lora_B.transpose(1, 2))
     if module.lora_bias is not None:
         works |= _any(module.lora_bias)
-    return ~works.cpu()
+    works = works.cpu()
+    for branch in module.branches.values():
+        works |= branch.works()
+    return ~works
 
 
 def _any(stacked: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .branches import Branches, covered
+
 
 def kernel_copy(factors: Tensor) -> Tensor:
     """A copy of lora_A [E,R,D] or lora_B [E,O,R] as the CPU kernels read it: the middle axis is the contiguous one."""
@@ -32,6 +34,7 @@ class ModuleBank:
     present [E] bool on the CPU: False where an expert has no LoRA here (its rows are zeros); ranks: true rank
     per expert, 0 where absent.
     gates: {kind: [E,D] float32}, as stored, zeros where missing; has_gate: {kind: [E] bool} on the CPU.
+    branches: {kind: `Branch`} of the experts that are no LoRA here, whose rank is 0; R is 0 where none is.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class ModuleBank:
         ranks: Sequence[int] | None = None,
         gates: Mapping[str, Tensor] | None = None,
         has_gate: Mapping[str, Tensor] | None = None,
+        branches: Branches | None = None,
     ):
         problems = []
         if lora_A.ndim != 3 or lora_B.ndim != 3:
@@ -54,9 +58,13 @@ class ModuleBank:
             problems.append(f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} differ in E or R")
         elif lora_bias is not None and tuple(lora_bias.shape) != tuple(lora_B.shape[:2]):
             problems.append(f"lora_bias must be [E, O] = {list(lora_B.shape[:2])}, got {list(lora_bias.shape)}")
+        num_experts, rank = lora_A.shape[0], lora_A.shape[1] if lora_A.ndim > 1 else 0
+        if present is not None and ranks is not None and not problems:
+            known = torch.tensor([r > 0 for r in ranks], dtype=torch.bool) | covered(branches or {}, num_experts)
+            if lost := (present.cpu() & ~known).nonzero().flatten().tolist():
+                problems.append(f"experts {lost} are present and have neither a LoRA nor a branch")
         if problems:
             raise ValueError("ModuleBank: " + "; ".join(problems))
-        num_experts, rank = lora_A.shape[:2]
         self._lora_A = lora_A.transpose(1, 2).contiguous()
         self._lora_B = lora_B.transpose(1, 2).contiguous()
         self.lora_bias = None if lora_bias is None else lora_bias.contiguous()
@@ -64,6 +72,7 @@ class ModuleBank:
         self.ranks = (rank,) * num_experts if ranks is None else tuple(ranks)
         self.gates = dict(gates or {})
         self.has_gate = {kind: flags.cpu() for kind, flags in (has_gate or {}).items()}
+        self.branches = dict(branches or {})
         for kind in self.gates:
             self.has_gate.setdefault(kind, self.present.clone())
 
@@ -102,7 +111,7 @@ class ModuleBank:
 
     @property
     def nbytes(self) -> int:
-        tensors = [self._lora_A, self._lora_B, *self.gates.values()]
+        tensors = [self._lora_A, self._lora_B, *self.gates.values(), *self.branches.values()]
         return sum(tensor.nbytes for tensor in tensors) + (self.lora_bias.nbytes if self.lora_bias is not None else 0)
 
     def __repr__(self) -> str:
@@ -124,6 +133,7 @@ class ModuleBank:
             ranks=self.ranks,
             gates={kind: gates.to(device, copy=True) for kind, gates in self.gates.items()},
             has_gate={kind: flags.clone() for kind, flags in self.has_gate.items()},
+            branches={kind: branch.to(device) for kind, branch in self.branches.items()},
         )
 
     def set_gate(self, kind: str, expert: int, gate: Tensor) -> None:
@@ -145,4 +155,7 @@ class ModuleBank:
         flags = torch.isfinite(self._lora_A).all(2).all(1) & torch.isfinite(self._lora_B).all(2).all(1)
         if self.lora_bias is not None:
             flags &= torch.isfinite(self.lora_bias).all(1)
-        return flags.cpu()
+        flags = flags.cpu()
+        for branch in self.branches.values():
+            flags &= branch.finite()
+        return flags

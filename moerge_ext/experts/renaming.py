@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .bank import ExpertBank
+from .branches import joined as branches_of
 from .module_bank import ModuleBank
 
 
@@ -64,7 +65,10 @@ def _joined(path: str, parts: Sequence[tuple[ModuleBank, list[int]]]) -> ModuleB
         present[rows] = True
         for e in rows:
             ranks[e] = part.ranks[e]
-    joined = ModuleBank(lora_a.transpose(1, 2), lora_b.transpose(1, 2), bias, present=present, ranks=ranks)
+    branches = branches_of((part.branches, rows) for part, rows in parts)
+    joined = ModuleBank(
+        lora_a.transpose(1, 2), lora_b.transpose(1, 2), bias, present=present, ranks=ranks, branches=branches
+    )
     for part, rows in parts:
         _copy_gates(joined, part, rows)
     return joined

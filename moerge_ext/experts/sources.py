@@ -19,9 +19,12 @@ from tqdm.auto import tqdm
 from ..files.listing import grouped
 from ..files.safefile import AdapterError
 from ..models.wrappers import unwrapped
+from .branches import Rows, stacked_branches
 from .claims import BaseClaims
 from .formats import inspect_adapter
-from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype, nonfinite_problems
+from .formats.adapter import LoraWeights, ModuleHeader, ModuleWeights
+from .formats.layer_sizes import fill_sizes
+from .formats.peft import GateSet, common_dtype, nonfinite_problems
 from .gate_files import Gates, gate_places, stale_note, with_gates
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
@@ -48,7 +51,7 @@ class Source(Protocol):
     notes: list[str]
     claims: BaseClaims
 
-    def read(self) -> Iterator[tuple[str, LoraWeights]]: ...
+    def read(self) -> Iterator[tuple[str, ModuleWeights]]: ...
 
 
 def collect_sources(
@@ -78,11 +81,12 @@ def collect_sources(
                 bad[f"{name!r} ({folder})"] = error.problems
     if not sources and not bad:
         raise ValueError("load_experts: no experts were given; expected paths, {name: path} or a PeftModel")
+    fill_sizes(sources, base)
     places = gate_places(gates, [source.name for source in sources], complete=not bad)
     model = paths if isinstance(paths, nn.Module) else None
     sources = _with_gates(sources, places, selection, partial(_whole, model, base), bad)
     sources, unnamed = selection.rename(sources, complete=not bad)
-    bad |= unnamed | _misfits(sources)
+    bad |= unnamed | {repr(name): said for name, said in fill_sizes(sources, base).items()} | _misfits(sources)
     if bad:
         # all are refused now, so what reading them would find belongs to the list
         for source in tqdm(sources, "looking for NaN", delay=PROGRESS_AFTER, leave=False):
@@ -95,7 +99,9 @@ def collect_sources(
 def _whole(model: nn.Module | None, base: Any, source: Source) -> Source:
     """The source with all its modules, whatever was selected. AdapterError when the rest of it is not right."""
     if model is None:
-        return inspect_adapter(source.name, source.path, base)
+        header = inspect_adapter(source.name, source.path, base)
+        fill_sizes([header], base)
+        return header
     found, bad = live_adapters(model, Selection(names=[source.name]))
     if bad:
         raise AdapterError([problem for problems in bad.values() for problem in problems])
@@ -127,7 +133,7 @@ def _with_gates(
 def _stored_problems(source: Source) -> list[str]:
     """NaN and inf in the file of one expert."""
     try:
-        return [p for path, w in source.read() for p in nonfinite_problems(path, w.lora_A, w.lora_B, w.bias)]
+        return [p for path, w in source.read() for p in nonfinite_problems(path, w)]
     except ValueError as error:
         return [str(error)]
 
@@ -188,7 +194,10 @@ def _misfits(sources: Sequence[Source]) -> dict[str, list[str]]:
     """{expert: what is wrong}, one line each, for experts whose modules have another D or O than most experts'."""
     differing: dict[int, list[str]] = {}
     agreeing: dict[int, set[int]] = {}
-    for path, holders in _by_module(sources).items():
+    for path, every in _by_module(sources).items():
+        holders = [(e, m) for e, m in every if m.in_features and m.out_features]
+        if not holders:
+            continue
         shapes = Counter((m.out_features, m.in_features) for _, m in holders)
         (usual, count), *_ = shapes.most_common()
         for e, module in holders:
@@ -273,6 +282,7 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
     if note := padding_note(names, holders, target):
         warnings.warn(f"load_experts: {note}", stacklevel=3)
     stacks = {path: _allocate(held, len(sources), target, device) for path, held in holders.items()}
+    others: dict[str, Rows] = {path: {} for path in holders}
     bad: dict[str, list[str]] = {}
     cut_off = set()
     total = sum(module.nbytes for source in sources for module in source.modules.values())
@@ -281,30 +291,37 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
         for e, source in enumerate(sources):
             try:
                 for path, weights in source.read():
-                    _place(stacks[path], e, weights)
+                    if isinstance(weights, LoraWeights):
+                        _place(stacks[path], e, weights)
+                    else:
+                        others[path][e] = weights.copy()
                     bar.update(source.modules[path].nbytes)
             except ValueError as error:  # the file changed since it was checked
                 bad.setdefault(repr(source.name), []).append(str(error))
                 cut_off.add(e)
-    for e in _nonfinite_experts(stacks):
-        if e in cut_off:  # its rows were not all written
-            continue
+    suspects = _nonfinite_experts(stacks) | {e for rows in others.values() for e in rows}
+    for e in sorted(suspects - cut_off):  # the rows of those cut off were not all written
         try:
             problems = [p for path, w in sources[e].read() for p in _value_problems(stacks[path], e, path, w)]
         except ValueError as error:
             problems = [str(error)]
-        bad.setdefault(repr(sources[e].name), []).extend(problems)
+        if problems:
+            bad.setdefault(repr(sources[e].name), []).extend(problems)
     if bad:
         raise _refusal(bad, len(sources))
-    banks = {}
-    for path, held in holders.items():
-        lora_a, lora_b, bias = stacks[path]
-        ranks = [0] * len(sources)
-        for e, module in held:
-            ranks[e] = module.rank
-        present = torch.tensor([rank > 0 for rank in ranks])
-        banks[path] = ModuleBank(lora_a.transpose(1, 2), lora_b.transpose(1, 2), bias, present=present, ranks=ranks)
-    return banks
+    return {path: _bank(held, stacks[path], others[path], len(sources), device) for path, held in holders.items()}
+
+
+def _bank(
+    held: Sequence[tuple[int, ModuleHeader]], stack: _Stack, others: Rows, num: int, device: torch.device
+) -> ModuleBank:
+    lora_a, lora_b, bias = stack
+    ranks, present = [0] * num, [False] * num
+    for e, module in held:
+        ranks[e], present[e] = module.rank, True
+    branches = stacked_branches(others, num, device)
+    a, b = lora_a.transpose(1, 2), lora_b.transpose(1, 2)
+    return ModuleBank(a, b, bias, present=torch.tensor(present), ranks=ranks, branches=branches)
 
 
 _Stack = tuple[Tensor, Tensor, Tensor | None]  # [E,D,R], as the kernels read it, [E,R,O], [E,O]
@@ -347,7 +364,7 @@ def _sum(tensor: Tensor) -> Tensor:
     return tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize == 2 else None)
 
 
-def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> list[int]:
+def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> set[int]:
     """Ids of experts with NaN or inf anywhere."""
     found: set[int] = set()
     for stack in stacks.values():
@@ -356,14 +373,18 @@ def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> list[int]:
             if tensor is not None and not torch.isfinite(_sum(tensor)):
                 flat = tensor.flatten(1)
                 found.update(e for e in range(len(flat)) if not torch.isfinite(flat[e]).all())
-    return sorted(found)
+    return found
 
 
-def _value_problems(stack: _Stack, e: int, path: str, weights: LoraWeights) -> list[str]:
+def _value_problems(stack: _Stack, e: int, path: str, weights: ModuleWeights) -> list[str]:
     """What is wrong with the values of one module of one expert: as stored, or once scaled and cast."""
-    problems = nonfinite_problems(path, weights.lora_A, weights.lora_B, weights.bias)
-    if problems:
-        return problems
+    problems = nonfinite_problems(path, weights)
+    if problems or not isinstance(weights, LoraWeights):
+        return problems or [
+            f"{path}: {part} does not fit float32"
+            for part, tensor in weights.parts().items()
+            if not torch.isfinite(tensor.float()).all()
+        ]
     hint = "; pass dtype=torch.float32" if stack[0].dtype == torch.float16 else ""
     return [
         f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into lora_B and bias){hint}"

@@ -130,6 +130,8 @@ def check_arguments(
             each = torch.tensor([float(weights[name]) for name in experts.names], dtype=torch.float64)
             if not each.any():
                 problems.append("all weights are 0: nothing would be left")
+    if others := [path for path, module in experts.modules.items() if module.branches]:
+        problems.append(f"{listed(others, 'modules')} have experts that are no LoRA, of which no LoRA can be made")
     if not has_model:
         problems += _needs_model(experts)
     if problems:

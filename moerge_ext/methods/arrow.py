@@ -104,6 +104,7 @@ def _row(
         paper=paper,
         taxonomy=SURVEY[24].taxonomy,
         plan=arrow_plan,
+        lora_only=True,
         routing=Routing(top_k=top_k, normalize="none", absolute=True, scale=None, weighting="softmax"),
         aggregation=aggregation,
         options=defaults | options,

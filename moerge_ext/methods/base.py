@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank, ModuleBank
+from ..experts.branches import Branches
 
 HIDDEN_STATES = "the base model's hidden states"  # `Embedder.from_hidden_states`
 GATE_EPS = 1e-5  # the epsilon of `route`'s standardization, used on gates as well
@@ -49,7 +50,8 @@ class Plan:
 
     gates [E,D] float32 and mask [E] bool: routed by `route`. gates None: every expert of the (already merged
     or sliced) bank is applied with `weights` [E] float32, or token by token with those of `weigher`, a
-    `weighing.Weigher`.
+    `weighing.Weigher`. branches: of the experts that are no LoRA here, which only a row that is `lora_only` leaves
+    out.
     """
 
     lora_A: Tensor  # [E,R,D]
@@ -59,6 +61,7 @@ class Plan:
     mask: Tensor | None = None
     weights: Tensor | None = None
     weigher: nn.Module | None = None
+    branches: Branches = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Method:
     # "few-shot" (solved examples of the task, LoraHub)
     source: str | None = None
     per_task: bool = False  # one row of affinities for all queries of a task
+    lora_only: bool = False  # computed from the factors of LoRA: no other kind of expert can take part
     embedder: str | None = None  # the paper's; HIDDEN_STATES is required, others are a recommendation
     learned: Any = None  # `learned.Learned`: the router that is trained over a bank; option `routers` holds it
     survey: int | None = None  # n of the survey's section 3.n (1 to 29); None for what it does not describe

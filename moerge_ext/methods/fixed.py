@@ -34,7 +34,8 @@ def fixed_plan(
         raise ValueError(missing[0])
     index = bank.names.index(expert)
     present = bool(module_bank.present[index])
-    rank = max(1, module_bank.ranks[index]) if present else 1
+    own = module_bank.branches
+    rank = max(0 if own else 1, module_bank.ranks[index])
     rows = slice(index, index + 1)
     bias = module_bank.lora_bias
     return Plan(
@@ -42,6 +43,7 @@ def fixed_plan(
         lora_B=kernel_copy(module_bank.lora_B[rows, :, :rank]),
         lora_bias=None if bias is None else bias[rows].clone(),
         weights=torch.full((1,), float(present), device=module_bank.device),
+        branches={kind: branch.take([index]) for kind, branch in own.items() if branch.present[index]},
     )
 
 

@@ -57,7 +57,7 @@ def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, ki
     if missing:
         who = ", ".join(_expert_with_folder(bank, e) for e in missing)
         raise ValueError(
-            f"module '{module_name}': expected a gate of kind '{kind}' for every expert with a LoRA here, "
+            f"module '{module_name}': expected a gate of kind '{kind}' for every expert that is here, "
             f"missing for {len(missing)} of {int(module_bank.present.sum())}: {who}; {MENDS[kind]}; "
             "or choose a method that needs no gates, such as arrow"
         )
@@ -118,6 +118,7 @@ def gate_plan(
         lora_bias=module_bank.lora_bias,
         gates=normalize_gates(gates, options.get("gate_norm", "standardize")).contiguous(),
         mask=expert_mask(has_gate, module_bank.device),
+        branches=module_bank.branches,
     )
 
 

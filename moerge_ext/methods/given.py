@@ -44,6 +44,7 @@ def ungated_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, op
         lora_bias=module_bank.lora_bias,
         gates=torch.zeros(shape, device=module_bank.device),
         mask=expert_mask(module_bank.present, module_bank.device),
+        branches=module_bank.branches,
     )
 
 

@@ -75,6 +75,7 @@ ROWS = (
         paper=f"{PAPER}, baseline 'Merged Experts' and appendix C",
         taxonomy=TAXONOMY,
         plan=merged_plan,
+        lora_only=True,
         routing=None,
     ),
     Method(
@@ -83,6 +84,7 @@ ROWS = (
         paper=f"{PAPER}, appendix C",
         taxonomy=TAXONOMY,
         plan=merged_factors_plan,
+        lora_only=True,
         routing=None,
     ),
 )

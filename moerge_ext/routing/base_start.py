@@ -99,6 +99,5 @@ def _less_start(module: ModuleBank, layer: nn.Module, held: list[tuple[int, str,
         lora_a[e, rows] = a.to(lora_a)
         lora_b[e, :, rows] = -b.to(lora_b)
     bias = None if module.lora_bias is None else module.lora_bias.to(dtype)
-    return ModuleBank(
-        lora_a, lora_b, bias, present=module.present, ranks=ranks, gates=module.gates, has_gate=module.has_gate
-    )
+    kept = {name: getattr(module, name) for name in ("present", "gates", "has_gate", "branches")}
+    return ModuleBank(lora_a, lora_b, bias, ranks=ranks, **kept)

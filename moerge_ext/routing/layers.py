@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features D, out_features O) of anything that acts as a linear layer, else None.
-
-    nn.Linear and what quantizers make of it carry in_features and out_features; transformers' Conv1D carries nx and nf.
-    """
-    for d, o in (("in_features", "out_features"), ("nx", "nf")):
-        if isinstance(getattr(module, d, None), int) and isinstance(getattr(module, o, None), int):
-            return getattr(module, d), getattr(module, o)
-    return None
+from ..models.linear import linear_features as linear_features
 
 
 def execution_device(layer: nn.Module) -> torch.device:

@@ -84,6 +84,8 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
             conversion = _Conversion(model) if conversion is None else conversion
             targets[key] = _target(path, *key, layers, conversion, twins)
         target = targets[key]
+        if target is not None and (getattr(factors, "branches", None) or not hasattr(factors, "lora_A")):
+            target = "it is a part of fused experts, where only LoRA is routed: load_experts(..., modules=...)"
         if target is None:
             found.linears[path] = factors
         elif isinstance(target, str):

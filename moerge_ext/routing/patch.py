@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..experts.bank import ExpertBank
 from ..methods.base import Method
 from ..methods.weighing import Weigher
@@ -22,13 +21,15 @@ from .fitting import on_model
 from .fused_experts import close_door, open_door
 from .generation import Doors
 from .growing import GrowingTexts
-from .layers import drop_hooks, execution_device
+from .layers import drop_hooks
 from .own_module import OwnModule
 from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
 from .planning import configured, listing, plans_of
 from .provenance import provenance_notes
 from .ran import FirstForward
+from .refusals import device_problems
+from .routed_branches import against_branches
 from .routed_experts import routed_experts, ways_of
 from .routed_linear import RoutedLinear
 from .router_kinds import ROUTERS
@@ -277,6 +278,7 @@ def patch(
     fitted, base = on_model(model, experts, row.name, routing, missing)
     problems = fitted.problems
     experts = fitted.experts if problems else base.bank()
+    problems += against_branches(row, model, experts.modules)
     plans = plans_of(row, experts, settings, absent, problems)
     state = RoutingState()
     shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None}
@@ -284,7 +286,7 @@ def patch(
     planned = (row, routing, settings, absent)
     branches, reasons = routed_experts(model, experts, fitted.placement, *planned, **shared)
     if not (problems := problems + reasons):
-        problems += _device_problems(model, (*plans, *branches), backend)
+        problems += device_problems(model, (*plans, *branches), backend)
     if problems:
         raise ValueError(listing(_cannot(method, fitted.made_for), problems))
     handle = Handle(model, row, experts.names, state, settings)
@@ -322,8 +324,9 @@ def check_patch(
     if row.lacks is not None and not fitted.placement.problems:
         bank, reasons = with_parameters(model, fitted.experts, fitted.placement)
         problems += reasons + row.lacks(bank)
+    problems += against_branches(row, model, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
-    if problems := problems or _device_problems(model, patched, backend):
+    if problems := problems or device_problems(model, patched, backend):
         raise ValueError(listing(_cannot(method, fitted.made_for), problems))
 
 
@@ -333,20 +336,6 @@ def get_handle(model: nn.Module) -> Handle:
     if handle is None:
         raise ValueError("this model is not patched by moerge_ext")
     return handle
-
-
-def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> list[str]:
-    devices = {execution_device(model.get_submodule(name)).type for name in patched}
-    problems = []
-    if "meta" in devices:
-        problems.append("the model's weights are on the meta device: load them before the patch")
-    if backend == "native":
-        problems += [
-            f"this build has no kernels for '{device}'; move the model to the CPU or pass backend=\"reference\""
-            for device in sorted(devices - {"meta"})
-            if not ops.has_kernels(device)
-        ]
-    return problems
 
 
 def _cannot(method: str, made_for: str | None) -> str:

@@ -12,6 +12,7 @@ from ..methods.base import Method, Plan, Routing
 from .absent import ABSENT, with_absent
 from .few_experts import own_top_k
 from .fitting import MISSING
+from .routed_branches import left_out
 from .routed_linear import BACKENDS
 
 _SHOWN = 20  # problems listed in full before the rest is only counted
@@ -38,6 +39,8 @@ def plans_of(
 ) -> dict[str, Plan]:
     """What each layer will hold; adds to `problems` why one cannot be had."""
     plans = {}
+    if row.lora_only and any(bank.branches for bank in experts.modules.values()):
+        return plans
     for name, bank in experts.modules.items():
         try:
             plan = row.plan(experts, bank, name, settings)
@@ -45,6 +48,9 @@ def plans_of(
             problems.append(str(error))
         else:
             plans[name] = plan if absent == "mask" else with_absent(plan, bank)
+            routed = plan.gates is not None or plan.weigher is not None
+            if routed and bank.branches.keys() != plan.branches.keys():
+                problems.append(left_out(row, name, bank))
     return plans
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .callers import asks_for_peft, home, use_of
-from .layers import holder, linear_features
+from .layers import execution_device, holder, linear_features
 from .peft_layers import peft_layers, wrapper_problem
 
 _UNSLOTH = "unsloth"  # its `generate` computes with the layers' weights, also where its `forward` calls the layers
@@ -141,3 +142,18 @@ def _sharding_problem(layers: dict[str, nn.Module], name: str) -> str | None:
         f"its weight is a DTensor, {', '.join(map(str, weight.placements))} over {weight.device_mesh.size()} "
         "processes (tensor parallel), and a router needs all features: share the model out by FSDP2 (fully_shard)"
     )
+
+
+def device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> list[str]:
+    """Why the layers of these paths cannot be computed where they are."""
+    devices = {execution_device(model.get_submodule(name)).type for name in patched}
+    problems = []
+    if "meta" in devices:
+        problems.append("the model's weights are on the meta device: load them before the patch")
+    if backend == "native":
+        problems += [
+            f"this build has no kernels for '{device}'; move the model to the CPU or pass backend=\"reference\""
+            for device in sorted(devices - {"meta"})
+            if not ops.has_kernels(device)
+        ]
+    return problems

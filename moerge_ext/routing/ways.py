@@ -158,6 +158,8 @@ class Explanation(tuple):
 def way_of(layer: nn.Module, x: Tensor) -> tuple[str, list[tuple[str, list[str]]]]:
     """(the way that `layer` takes for the input x [..., D] at present, the reasons against every faster one)."""
     base, request = layer.base_layer, layer.state.current()
+    if why := getattr(type(layer), "why_apart", None):
+        return APART, [(IN_PLACE, [why])]
     kept = against_kept(layer, request)
     short = kept + against_short(base, x, request)
     weight = getattr(base, "weight", None)
@@ -189,7 +191,7 @@ def explain(layers: Iterable[nn.Module], *, grad: bool = False) -> Explanation:
 
 def _kernels(layer: nn.Module, x: Tensor) -> tuple[tuple[int, tuple[str, ...]], ...]:
     """What the ops say of their kernels for one token of a layer and for many."""
-    if layer.route_options is None or layer.backend != "native":
+    if layer.route_options is None or layer.backend != "native" or hasattr(type(layer), "why_apart"):
         return ()
     options = layer.route_options | {name: getattr(layer, name) for name in ("mask", "lora_bias", "factored")}
     found = []

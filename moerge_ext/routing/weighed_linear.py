@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..methods.base import Plan, Routing
 from .layers import execution_device
+from .routed_branches import RoutedBranches
 from .routed_linear import BACKENDS, RoutedLinear
 from .state import Request
 from .ways import against_in_place
@@ -71,7 +72,9 @@ class WeighedLinear(RoutedLinear):
 
 def layer_of(plan: Plan) -> type[RoutedLinear]:
     """The class of layer that a plan needs."""
-    return RoutedLinear if plan.weigher is None else WeighedLinear
+    if plan.weigher is not None:
+        return WeighedLinear
+    return RoutedBranches if plan.branches or not plan.lora_A.shape[1] else RoutedLinear
 
 
 def watch_blocks(model: nn.Module, layers: Iterable[RoutedLinear]) -> None:

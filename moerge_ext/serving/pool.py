@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..experts.bank import ExpertBank
+from ..files.listing import listed
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from ..routing.absent import alone_note
@@ -112,11 +114,22 @@ def _method(
     plans = {}
     if not problems:
         plans = plans_of(row, base.bank(), kept, settings.absent, problems)
+        problems += _unserved_plans(plans)
     if problems:
         raise ValueError(listing(CANNOT.format(name), problems))
     notes = [*fitted.notes, alone_note(plans, experts.names, routing)]
     made = Planned(row, routing, aggregation == "factored", kept, plans)
     return made, [note for note in notes if note]
+
+
+def _unserved_plans(plans: Mapping[str, Plan]) -> list[str]:
+    """Why layers that are planned cannot be served."""
+    problems = []
+    if others := [path for path, plan in plans.items() if plan.branches]:
+        problems.append(f"{listed(others, 'modules')}: experts that are no LoRA are not served yet")
+    if weighed := [path for path, plan in plans.items() if plan.weigher is not None]:
+        problems.append(f"{listed(weighed, 'modules')}: routers that no option of the ops is are not served yet")
+    return problems
 
 
 def _unserved(row: Method, options: dict[str, Any]) -> list[str]:

@@ -22,11 +22,11 @@ from ..files.atomic import check_writable
 from ..files.listing import grouped
 from ..models.prompt import PromptFormat
 from ..routing.fused_experts import Pairs
+from ..routing.layers import execution_device
 from ..routing.tokens import RealTokens
 from .batches import BatchSource, Collate, run_model
 from .encoding import MAX_LENGTH, prepare
-from .gated_experts import GatedParameter
-from .gated_lora import GatedLoRA, GatedModel, gated_model
+from .gated_lora import GatedModel, gated_model
 from .left_out import warn_of_left_out
 from .random_state import seeded
 from .ranks import Ranks, current_ranks
@@ -157,9 +157,9 @@ def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], facts: dict
 class _Mean:
     """Adds up one module's inputs."""
 
-    def __init__(self, layer: GatedLoRA | GatedParameter, tokens: RealTokens) -> None:
+    def __init__(self, layer: nn.Module, tokens: RealTokens) -> None:
         self.tokens = tokens
-        self.total = torch.zeros(layer.lora_A.shape[-1], dtype=torch.float64, device=layer.lora_A.device)
+        self.total = torch.zeros(layer.width, dtype=torch.float64, device=execution_device(layer))
         self.count = 0
 
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...]) -> None:

@@ -33,8 +33,8 @@ class GatedParameter(nn.Module):
         factors = {"lora_A": bank.lora_A, "lora_B": bank.lora_B, "lora_bias": bank.lora_bias}
         for name, value in factors.items():
             self.register_buffer(name, None if value is None else value[:, 0].to(device), persistent=False)
-        width = self.lora_A.shape[-1]
-        self.gate = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device)) if gate else None
+        self.width = self.lora_A.shape[-1]
+        self.gate = nn.Parameter(torch.zeros(self.width, dtype=torch.float32, device=device)) if gate else None
         self.ran = False  # whether a token came through while gradients were on
 
     def forward(self, scored: Tensor, pairs: Pairs, y: Tensor, x: Tensor) -> Tensor:

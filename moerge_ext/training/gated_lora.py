@@ -1,9 +1,7 @@
-"""One expert's LoRA behind a learned gate, put into a model for as long as the gates are trained.
+"""One expert behind learned gates, put into a model for as long as the gates are trained.
 
-    y_t = W u_t + s B A u_t * sigmoid(v . u_t)                PHATGOOSE, arXiv 2402.05859, section 3
-
-`GatedLoRA` is that layer; `gated_model` places one at every module the adapter names and takes all of them
-out again, whatever happens in between.
+`gated_model` places a `GatedLoRA` (`gated_layer.py`) at every module the adapter names and takes all of them out
+again, whatever happens in between.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from torch import Tensor, nn
 
 from ..experts.fingerprint import note_of_adapter, with_tensors
 from ..experts.formats import read_adapter
-from ..experts.formats.peft import Adapter, LoraWeights, write_gates
+from ..experts.formats.adapter import Adapter, BottleneckWeights, LoraWeights, ModuleWeights, ScaleWeights
+from ..experts.formats.peft import write_gates
 from ..experts.gates import gates_file
 from ..experts.hub import find_adapter
 from ..experts.kinds import SIGMOID_GATE
@@ -33,6 +32,7 @@ from ..files.safefile import in_hub_cache
 from ..models.wrappers import trainable_inside
 from ..routing.base_model import saved_problems
 from ..routing.base_start import init_problems, on_base
+from ..routing.bottleneck import residual_problems
 from ..routing.fitting import renamed_note
 from ..routing.fused_experts import close_door, open_door
 from ..routing.layers import execution_device, linear_features
@@ -41,101 +41,34 @@ from ..routing.parameter_banks import Placement, place
 from ..routing.provenance import made_for, other_base_note
 from ..routing.ran import FirstForward
 from ..routing.refusals import no_effect, parallel_problems
-from ..routing.stand_in import StandIn
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
+from .gated_bottleneck import GatedBottleneck
 from .gated_experts import GatedParameter, gated_experts, gated_parameters
+from .gated_layer import GatedLoRA
+from .gated_scale import GatedScale
 from .left_out import NOT_REACHED, warn_of_left_out
 from .ranks import current_ranks, whole
 
 if TYPE_CHECKING:
     from .callback import GateTrainerCallback
 
-_NAMES = ("lora_A", "lora_B", "lora_bias", "gate")
 _PEFT_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
-
-
-class GatedLoRA(StandIn):
-    """A linear layer with one LoRA expert and, optionally, its gate.
-
-        y[..., O] = base_layer(u[..., D]) + s (B A u + b) * sigmoid(v . u)
-
-    The second term is computed in float32 (float64 for a float64 u) outside of autocast and rounded once to
-    the base output's dtype. The gate v [D] is a float32 parameter that starts at zero, so that every token
-    begins with half the LoRA. `gate=False` leaves the sigmoid out (the plain LoRA). A [R, D], B [O, R] and
-    b [O] are constants unless `train_lora=True`.
-
-    Attributes of the base layer (`weight`, `bias`, `in_features`, ...) can be read through this one.
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, lora: LoraWeights, *, gate: bool = True, train_lora: bool = False
-    ) -> None:
-        super().__init__(base_layer)
-        self.scaling = float(lora.scaling)
-        device = execution_device(base_layer)
-        factors = {"lora_A": lora.lora_A, "lora_B": lora.lora_B, "lora_bias": lora.bias}
-        for name, value in factors.items():
-            if value is not None:
-                # a copy: what the adapter holds must stay as it was read, also when training writes here
-                value = value.detach().to(device, _compute_dtype(value.dtype), copy=True)
-            if train_lora and value is not None:
-                self.register_parameter(name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value, persistent=False)
-        zeros = torch.zeros(lora.lora_A.shape[1], dtype=torch.float32, device=device)
-        self.gate = nn.Parameter(zeros) if gate else None
-        self.ran = False  # whether a token came through while gradients were on
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # private names (accelerate's hooks) belong to the module that carries them
-            if name == "base_layer" or name in _NAMES or name.startswith("_"):
-                raise
-            return getattr(self.base_layer, name)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
-        if x.numel() == 0:  # an expert of a mixture that got no token: it has nothing to learn from
-            return y
-        if torch.is_grad_enabled():
-            self.ran = True
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = _compute_dtype(x.dtype)
-            u = x.to(dtype)
-            h = u @ self.lora_A.to(dtype).T * self.scaling
-            strength = None if self.gate is None else torch.sigmoid(u @ self.gate.to(dtype)).unsqueeze(-1)
-            if strength is not None:
-                # on the R columns of A u rather than on the O of B A u: the same product, and less to keep
-                # for backward
-                h = h * strength
-            delta = h @ self.lora_B.to(dtype).T
-            if self.lora_bias is not None:
-                bias = self.lora_bias.to(dtype) * self.scaling
-                delta = delta + (bias if strength is None else bias * strength)
-        return y + delta.to(y.dtype)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The layer's own parameters: "gate" and, when trained, "lora_A", "lora_B", "lora_bias"."""
-        values = {name: getattr(self, name) for name in _NAMES}
-        return {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
 
 
 class GatedModel:
     """What `gated_model` yields: the wrapped layers and what can be done with them.
 
     `model` is the caller's model (changed in place until the context ends), `adapter` what was read,
-    `layers` one `GatedLoRA` per module path and one `GatedParameter` per stacked parameter of fused experts, `still`
-    what holds the rest of the model as it was.
+    `layers` one `GatedLoRA`, `GatedScale` or `GatedBottleneck` per module path and one `GatedParameter` per stacked
+    parameter of fused experts, `still` what holds the rest of the model as it was.
     """
 
     def __init__(
         self,
         model: nn.Module,
         adapter: Adapter,
-        layers: dict[str, GatedLoRA | GatedParameter],
+        layers: dict[str, GatedLoRA | GatedScale | GatedBottleneck | GatedParameter],
         still: Frozen,
         *,
         joint: bool = False,
@@ -259,10 +192,10 @@ def gated_model(
 ) -> Iterator[GatedModel]:
     """Put `model` into gate training with the adapter in `adapter_folder` (or hub id), for a `with` block.
 
-    Inside the block every module that the adapter names is a `GatedLoRA`, every parameter of the model is
-    frozen and only the gates (with `joint=True` also A and B) require a gradient; norms with running statistics stay
-    in `.eval()` mode. Afterwards the original modules, their `requires_grad` flags and training modes are back, also
-    after an exception; the base's weights are never written and its buffers are bit-identical.
+    Inside the block every module that the adapter names is a `GatedLoRA` (or what its kind has), every parameter
+    of the model is frozen and only the gates (with `joint=True` also A and B) require a gradient; norms with running
+    statistics stay in `.eval()` mode. Afterwards the original modules, their `requires_grad` flags and training modes
+    are back, also after an exception; the base's weights are never written and its buffers are bit-identical.
 
     The model is the base model, not a `PeftModel`; `torch.compile` and DistributedDataParallel are looked through.
     What `save_pretrained` or a Trainer's checkpoint writes inside the block is the model under its own names, and
@@ -281,11 +214,12 @@ def gated_model(
     placement = place(model, adapter.modules)
     linears = replace(adapter, modules=placement.linears)
     places = _places(model, linears)
-    targets = _matching_layers(model, linears, places, _stacked_problems(adapter, placement, joint))
+    problems = _stacked_problems(adapter, placement, joint) + _other_problems(model, linears, places, joint)
+    targets = _matching_layers(model, linears, places, problems)
     modules = _on_base(model, linears, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {path: GatedLoRA(base, modules[path], gate=gate, train_lora=joint) for path, base in targets.items()}
+    layers = {path: _gated(base, modules[path], gate, joint) for path, base in targets.items()}
     branches = gated_experts(model, placement, gate=gate)
     with frozen(model) as still, gradients_pass_checkpoints(model):
         try:
@@ -311,9 +245,17 @@ def gated_model(
                 module.training = mode
 
 
+def _gated(base: nn.Module, weights: ModuleWeights, gate: bool, joint: bool) -> nn.Module:
+    if isinstance(weights, ScaleWeights):
+        return GatedScale(base, weights, gate=gate)
+    if isinstance(weights, BottleneckWeights):
+        return GatedBottleneck(base, weights, gate=gate)
+    return GatedLoRA(base, weights, gate=gate, train_lora=joint)
+
+
 def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     """{module path of the adapter: path in the model}, as `patch` finds them; gates are kept under the former."""
-    sizes = {path: (lora.lora_A.shape[1], lora.lora_B.shape[0]) for path, lora in adapter.modules.items()}
+    sizes = {path: (weights.in_features, weights.out_features) for path, weights in adapter.modules.items()}
     naming = ModelPaths(model).naming(sizes)
     base = other_base_note(model, [adapter.name], [(adapter.base_model, adapter.config.get("revision"))])
     for note in filter(None, (renamed_note([adapter.name], [naming]), base)):
@@ -338,12 +280,23 @@ def _stacked_problems(adapter: Adapter, placement: Placement, joint: bool) -> li
     return problems
 
 
+def _other_problems(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> list[str]:
+    """What keeps gates of experts that are no LoRA from being trained."""
+    problems, after = [], []
+    for path, weights in adapter.modules.items():
+        if joint and not isinstance(weights, LoraWeights):
+            problems.append(f"{path}: joint=True trains LoRA, and this expert is none")
+        if isinstance(weights, BottleneckWeights) and weights.after_residual and path in places:
+            after.append(places[path])
+    return problems + residual_problems(model, after)
+
+
 def _matching_layers(
     model: nn.Module, adapter: Adapter, places: dict[str, str], problems: list[str]
 ) -> dict[str, nn.Module]:
     """The model's layer for every module of the adapter; one ValueError with `problems` and all that does not fit."""
     found: dict[str, nn.Module] = {}
-    for path, lora in adapter.modules.items():
+    for path, weights in adapter.modules.items():
         if path not in places:
             problems.append(f"{path}: the model has no such module")
             continue
@@ -352,7 +305,7 @@ def _matching_layers(
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
         features = linear_features(layer)
-        wanted = (lora.lora_A.shape[1], lora.lora_B.shape[0])
+        wanted = (weights.in_features, weights.out_features)
         if features is None:
             problems.append(f"{path}: {type(layer).__name__} is not a linear layer")
         elif features != wanted:
@@ -374,7 +327,7 @@ def _matching_layers(
     return found
 
 
-def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, LoraWeights]:
+def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, ModuleWeights]:
     """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
     claims = {adapter.name: adapter.claims.renamed(places, there=dict(model.named_modules()))}
     problems = saved_problems(model, claims) + init_problems(model, claims)
@@ -389,7 +342,3 @@ def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: 
     if init is None:
         return adapter.modules
     return {path: on_base(lora, model.get_submodule(places[path]), init) for path, lora in adapter.modules.items()}
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -161,11 +161,10 @@ def _metadata(state: TrainingState, options: TrainingOptions, joint: bool) -> di
 
 
 def _fingerprint(gated: GatedModel) -> str:
-    """Of the LoRA the gates are trained with: they are of no use with another."""
+    """Of the expert the gates are trained with: they are of no use with another."""
     digest = hashlib.sha256()
-    for path, lora in sorted(gated.adapter.modules.items()):
-        digest.update(f"{path} {lora.scaling!r}".encode())
-        for factor in (lora.lora_A, lora.lora_B, lora.bias):
-            if factor is not None:
-                digest.update(factor.detach().cpu().float().contiguous().numpy().tobytes())
+    for path, weights in sorted(gated.adapter.modules.items()):
+        digest.update(f"{path} {getattr(weights, 'scaling', '')!r}".encode())
+        for part in weights.parts().values():
+            digest.update(part.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

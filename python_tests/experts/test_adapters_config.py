@@ -87,7 +87,7 @@ def test_harmless_fields_are_accepted(folder, fields):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"peft_type": "IA3"}, ["peft_type", "IA3"]),
+        ({"peft_type": "OFT"}, ["peft_type", "OFT"]),
         ({"peft_type": None}, ["peft_type"]),
         ({"use_dora": True}, ["DoRA"]),
         ({"use_qalora": True}, ["QALoRA"]),
@@ -161,7 +161,7 @@ def test_refused_configs(folder, fields, words):
         (b'{"lora_alpha": NaN}', ["NaN"]),
         (b'{"lora_alpha": -Infinity}', ["Infinity"]),
         (b'{"r": 1' + b"0" * 5000 + b"}", ["not valid JSON"]),
-        (b'{"base_model_name_or_path": "\\ud800", "peft_type": "IA3"}', ["peft_type"]),
+        (b'{"base_model_name_or_path": "\\ud800", "peft_type": "OFT"}', ["peft_type"]),
         (b" " * (5 << 20), ["at most"]),
     ],
     ids=range(13),
@@ -241,7 +241,7 @@ def test_a_field_that_is_not_there(folder, gone, scaling, words):
         ({}, {f"{Q}.lora_magnitude_vector": [6], f"{UP}.lora_magnitude_vector": [12]}, "DoRA"),
         ({"kasa_config": {"beta": 1}}, {f"{Q}.lora_diag": [4], f"{UP}.lora_diag": [4]}, "KaSA"),
         ({"trainable_token_indices": [3]}, {"embed.token_adapter.trainable_tokens_delta": [1, 8]}, "token embeddings"),
-        ({"peft_type": "IA3"}, {f"{Q}.ia3_l": [6, 1], f"{UP}.ia3_l": [12, 1], "junk.lora_x": [1]}, "IA3"),
+        ({"peft_type": "OFT"}, {f"{Q}.oft_R": [6, 1], f"{UP}.oft_R": [12, 1], "junk.lora_x": [1]}, "OFT"),
         ({"r": 8}, {}, f"{UP}, {Q}: the config says rank 8 (r), the tensors have 4"),
         ({"lora_bias": True}, {}, f"{UP}, {Q}: the config says lora_bias true"),
         ({}, {f"embed.lora_embedding_{x}": [4, 9] for x in "AB"} | {"embed.base_layer.weight": [9, 4]}, "embedding"),

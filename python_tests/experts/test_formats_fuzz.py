@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 from adapter_cases import factors
-from builders import write_adapter
+from builders import bottleneck_expert, ia3_expert, tiny_llama, write_adapter
 from format_cases import ADAPTER, gguf_bytes, gguf_tensors, write_gguf, write_mlx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +42,8 @@ WRITERS = {
     "gguf": lambda folder: write_gguf(folder / "a.gguf", small(), "llama", heads=(3, 1)).parent,
     "parts": lambda folder: in_parts(write_adapter(folder, small(), r=2)),
     "pickle": lambda folder: as_pickle(write_adapter(folder, small(), r=2)),
+    "ia3": lambda folder: ia3_expert(tiny_llama(), folder, inputs=()),
+    "bottleneck": lambda folder: bottleneck_expert(tiny_llama(), folder),
 }
 
 
@@ -135,3 +137,15 @@ def test_mutated_mlx_configs(pristine, parameters, other):
 def test_mutated_indices(pristine, value):
     for index in (value, {"weight_map": value}):
         attempt(pristine, "parts", **{"model.safetensors.index.json": json.dumps(index).encode()})
+
+
+FIELDS = ["config", "model_type", "peft_type", "scaling", "non_linearity", "original_ln_before", "feedforward_modules"]
+
+
+@FEWER
+@given(st.sampled_from(["ia3", "bottleneck"]), st.sampled_from(FIELDS), JSON_VALUES)
+def test_mutated_configs_of_experts_that_are_no_lora(pristine, name, field, value):
+    config = json.loads(pristine[name][0]["adapter_config.json"])
+    inside = isinstance(config.get("config"), dict) and field in config["config"]
+    changed = config | ({"config": config["config"] | {field: value}} if inside else {field: value})
+    attempt(pristine, name, **{"adapter_config.json": json.dumps(changed).encode()})

@@ -2,6 +2,8 @@
 
     adapter_config.json, adapter_model.safetensors (whole or in parts)      peft.py
     the same, peft_type ADALORA                                             adalora.py
+    the same, peft_type IA3                                                 ia3.py
+    adapter_config.json, adapter.safetensors                                bottleneck.py, the library adapters
     adapter_config.json, adapters.safetensors                               mlx.py, MLX-LM
     <file>.gguf, or a folder with one and no config                         gguf.py, llama.cpp
 
@@ -19,7 +21,9 @@ from typing import Any
 
 from ...files.safefile import AdapterError
 from ...files.shards import has_weights
-from . import foreign, gguf, mlx, peft, pickled
+from . import bottleneck, foreign, gguf, ia3, mlx, peft, pickled
+from .adapter import Adapter, AdapterHeader
+from .layer_sizes import fill_sizes
 from .peft_config import read_config
 
 __all__ = ["format_of", "inspect_adapter", "read_adapter"]
@@ -32,7 +36,7 @@ def inspect_adapter(
     *,
     keep: Callable[[str], bool] | None = None,
     allow_pickle: bool = False,
-) -> peft.AdapterHeader:
+) -> AdapterHeader:
     """Check an adapter of any format without reading its tensors.
 
     base: the base model, its config or the folder of either, for formats that need to know it (GGUF). keep: which
@@ -40,10 +44,15 @@ def inspect_adapter(
     see `pickled.py` first.
 
     Raises AdapterError with every problem of the config, of the tensors' names, shapes and dtypes, of their
-    agreement with the config, and of the gates beside it.
+    agreement with the config, and of the gates beside it. Widths of layers that the file does not hold are 0, see
+    `layer_sizes.py`.
     """
     found = peft.resolve(name, path)
     folder = found if found.is_dir() else None
+    if folder is not None and bottleneck.is_bottleneck(folder):
+        return bottleneck.inspect_bottleneck(
+            name, folder, keep, heading=peft.heading(name, found), allow_pickle=allow_pickle
+        )
     try:
         if folder is not None and _is_mlx(folder):
             view = mlx.view_mlx(folder)
@@ -59,18 +68,27 @@ def inspect_adapter(
             view = peft.view_peft(folder)
     except (ValueError, OSError) as error:
         raise AdapterError([str(error)], peft.heading(name, found)) from None
+    if folder is not None and (view.config or {}).get("peft_type") == ia3.KIND:
+        headers = peft.read_headers(view, view.problems)
+        said = {"heading": peft.heading(name, found), "file": peft.WEIGHTS_FILE}
+        return ia3.inspect_ia3(name, folder, view, headers, keep, **said)
     return peft.inspect_view(name, found, folder, view, keep)
 
 
-def read_adapter(name: str, path: str | os.PathLike, base: Any = None) -> peft.Adapter:
+def read_adapter(name: str, path: str | os.PathLike, base: Any = None) -> Adapter:
     """`inspect_adapter`, with the tensors in memory: as stored, unscaled. Raises AdapterError with every problem."""
-    return peft.into_memory(inspect_adapter(name, path, base))
+    header = inspect_adapter(name, path, base)
+    if unknown := fill_sizes([header], base):
+        raise AdapterError(unknown[name], peft.heading(name, header.folder))
+    return peft.into_memory(header)
 
 
 def format_of(path: Path) -> str:
     """The name of the format of an adapter that `inspect_adapter` has taken."""
     if path.is_dir() and _is_mlx(path):
         return "MLX-LM"
+    if path.is_dir() and bottleneck.is_bottleneck(path):
+        return "adapters"
     if _gguf_of(path) is not None:
         return "GGUF"
     kind = read_config(path.resolve() / peft.CONFIG_FILE).get("peft_type")

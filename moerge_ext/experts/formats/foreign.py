@@ -18,22 +18,17 @@ _CONVERTIBLE = frozenset(
         "DELORA",
         "FOURIERFT",
         "GRALORA",
-        "LOHA",
-        "LOKR",
         "MISS",
         "RANDLORA",
         "TINYLORA",
         "VBLORA",
-        "VERA",
         "WAVEFT",
     ]
 )
 _NO_LAYER = frozenset(
     ["ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 )
-_CHANGES_WEIGHTS = frozenset(
-    ["BOFT", "HIRA", "HRA", "IA3", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"]
-)
+_CHANGES_WEIGHTS = frozenset(["BOFT", "HRA", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"])
 MAX_SCANNED = 1000  # entries of a folder
 MAX_MODEL_CONFIG = 4 << 20  # bytes
 _CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (torch.load, weights only)"
@@ -43,6 +38,8 @@ def what_kind(kind: object) -> str:
     """A clause for an error about PEFT's other methods: what this one is, and whether it can become a LoRA."""
     if not isinstance(kind, str):
         return ""
+    if kind in ("LOHA", "LOKR", "VERA", "HIRA"):
+        return f"; a LoRA can be made of {kind}: moerge convert FOLDER OUT --to-lora --base MODEL [--rank R]"
     if kind in _CONVERTIBLE:
         return (
             f"; {kind} adds to the weights, so PEFT can convert it: peft.save_as_lora(OUT, "
@@ -50,6 +47,8 @@ def what_kind(kind: object) -> str:
         )
     if kind in _NO_LAYER:
         return f"; {kind} trains tokens or activations and adds to no layer"
+    if kind == "IA3":
+        return "; an (IA)3 is read from its folder: save_pretrained(FOLDER) of the live model first"
     if kind in _CHANGES_WEIGHTS:
         return f"; {kind} multiplies the base's weights, which a routed sum of experts cannot do"
     return ""

@@ -10,24 +10,23 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...files.safefile import FLOATS, AdapterError, TensorHeader, file_inside
 from ...files.shards import has_weights, open_weights
 from ..claims import BaseClaims, SavedTensor
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
 from . import adalora
+from .adapter import Adapter, AdapterHeader, LoraWeights, ModuleHeader, ModuleWeights, common_dtype
 from .foreign import what_else
 from .peft_config import check_config, read_config, refused_fields
 from .peft_keys import SortedKeys, sort_keys
-from .peft_parameters import Slice, StackedLora, stacked_notes, take_stacked
+from .peft_parameters import StackedLora, stacked_notes, take_stacked
 from .peft_rules import Alpha, LoraRules, show
 from .peft_shapes import shape_problems
 from .view import AdapterView, OpenTensors
@@ -52,88 +51,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_SCANNED, MAX_NAMED = 1000, 10  # entries of a folder without a config, and adapters below it to name
 
 
-@dataclass(frozen=True)
-class LoraWeights:
-    """One module of one adapter: y += scaling * (lora_B lora_A x + bias). All tensors as stored, unscaled."""
-
-    lora_A: Tensor  # [R,D]
-    lora_B: Tensor  # [O,R]
-    scaling: float
-    bias: Tensor | None = None  # [O]
-
-    @property
-    def in_features(self) -> int:
-        return self.lora_A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.lora_B.shape[0]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A checked adapter with its tensors in memory."""
-
-    name: str
-    folder: Path | None
-    base_model: str | None
-    config: dict[str, Any]
-    modules: dict[str, LoraWeights]
-    gates: dict[str, GateSet] = field(default_factory=dict)
-    claims: BaseClaims = field(default_factory=BaseClaims)
-
-
-@dataclass(frozen=True)
-class ModuleHeader:
-    """Sizes and scaling of one module of one adapter."""
-
-    in_features: int  # D
-    out_features: int  # O
-    rank: int  # R
-    scaling: float
-    dtype: torch.dtype
-    has_bias: bool
-    nbytes: int
-    slice: Slice | None = None  # of a stacked parameter's tensors
-
-
-@dataclass(frozen=True)
-class AdapterHeader:
-    """A checked adapter whose tensors are still in its file; `read` yields them one module at a time.
-
-    folder: where gates lie and are written, or None for an adapter that is one file among others.
-    """
-
-    name: str
-    folder: Path | None
-    base_model: str | None
-    config: dict[str, Any]
-    modules: dict[str, ModuleHeader]
-    gates: dict[str, GateSet]
-    headers: dict[str, TensorHeader] = field(repr=False)
-    open: Callable[[], AbstractContextManager[OpenTensors]] = field(repr=False)
-    keys: dict[str, dict[str, str]] = field(repr=False)  # {module path: {"A" | "B" | "bias": key in the file}}
-    notes: list[str] = field(default_factory=list)  # what is odd about it and no reason to refuse
-    claims: BaseClaims = field(default_factory=BaseClaims)
-    path: Path | None = None  # of the folder or file
-
-    def read(self) -> Iterator[tuple[str, LoraWeights]]:
-        """(module path, weights) of every module. The tensors may alias the mapped file: copy what you
-        keep.
-        """
-        with self.open() as tensors:
-            for path, module in self.modules.items():
-                parts = {part: self._read(tensors, key) for part, key in self.keys[path].items()}
-                if module.slice is not None:
-                    parts = {part: module.slice.of(part, tensor) for part, tensor in parts.items()}
-                yield path, LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
-
-    def _read(self, tensors: OpenTensors, key: str) -> Tensor:
-        if tensors.headers.get(key) != self.headers[key]:
-            raise ValueError(f"{key} changed while it was being read")
-        return tensors.read(key)
-
-
 def read_adapter(name: str, folder: str | os.PathLike) -> Adapter:
     """`into_memory` of a PEFT LoRA folder (`adapter_config.json`, `adapter_model.safetensors`, gates)."""
     return into_memory(inspect_adapter(name, folder))
@@ -150,10 +67,8 @@ def into_memory(header: AdapterHeader) -> Adapter:
     modules, problems = {}, []
     try:
         for path, weights in header.read():
-            parts = [weights.lora_A, weights.lora_B, weights.bias]
-            parts = [None if part is None else part.clone() for part in parts]
-            problems += nonfinite_problems(path, *parts)
-            modules[path] = LoraWeights(parts[0], parts[1], weights.scaling, parts[2])
+            modules[path] = weights.copy()
+            problems += nonfinite_problems(path, modules[path])
     except ValueError as error:
         problems.append(str(error))
     if problems:
@@ -161,12 +76,11 @@ def into_memory(header: AdapterHeader) -> Adapter:
     return Adapter(header.name, header.folder, header.base_model, header.config, modules, header.gates, header.claims)
 
 
-def nonfinite_problems(path: str, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> list[str]:
-    parts = {"lora_A": lora_A, "lora_B": lora_B, "lora_B.bias": bias}
+def nonfinite_problems(path: str, weights: ModuleWeights) -> list[str]:
     return [
         f"{path}: {part} holds NaN or infinite values"
-        for part, tensor in parts.items()
-        if tensor is not None and not torch.isfinite(tensor).all()
+        for part, tensor in weights.parts().items()
+        if not torch.isfinite(tensor).all()
     ]
 
 
@@ -221,7 +135,7 @@ def inspect_view(
     if view.config is not None:
         rules, reasons = check_config(config)
         problems += reasons
-    headers = _read_headers(view, problems)
+    headers = read_headers(view, problems)
     refused = refused_fields(config)
     keys = sort_keys(headers, refused, keep)
     modules: dict[str, ModuleHeader] = {}
@@ -292,7 +206,7 @@ def _adapters_below(folder: Path) -> str:
     return f"; it has adapters in: {', '.join(found[:MAX_NAMED])}{more}. Pass these folders"
 
 
-def _read_headers(view: AdapterView, problems: list[str]) -> dict[str, TensorHeader]:
+def read_headers(view: AdapterView, problems: list[str]) -> dict[str, TensorHeader]:
     if view.open is None:
         return {}
     try:
@@ -345,15 +259,6 @@ def _check_modules(
         if (header := modules.pop(path, None)) is not None:
             modules |= {name: replace(header, slice=part) for name, part in lora.modules().items()}
     return modules, alphas
-
-
-def common_dtype(dtypes) -> torch.dtype:
-    """The smallest dtype that holds all of them (float16 with bfloat16 gives float32)."""
-    dtypes = list(dtypes)
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
-    return common
 
 
 def _disagreements(path: str, found: Mapping[str, TensorHeader], rules: LoraRules, alpha: Alpha) -> list[str]:

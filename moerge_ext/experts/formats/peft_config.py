@@ -71,7 +71,7 @@ _USED = frozenset(
     ]
 )
 _REFUSED = {
-    "use_dora": "DoRA rescales the whole weight, which a routed sum of experts cannot do",
+    "use_dora": "DoRA rescales the whole weight: moerge convert FOLDER OUT --to-lora --base MODEL --rank R",
     "use_qalora": "QALoRA pools the layer's input",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "alora_invocation_tokens": "aLoRA switches on at an invocation string",

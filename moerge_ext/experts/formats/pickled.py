@@ -1,4 +1,5 @@
-"""`adapter_model.bin`: PEFT's weights as a pickle of torch.save, for `moerge convert --allow-pickle` and nothing else.
+"""`adapter_model.bin` of PEFT, `pytorch_adapter.bin` of `adapters`: pickles of torch.save, for `moerge convert
+--allow-pickle` and nothing else.
 
 A pickle is a program. torch runs it with `weights_only=True`, an interpreter that knows tensors and little else;
 mistakes were found in it (CVE-2025-32434, before torch 2.6), so nothing that loads or serves experts opens one. What
@@ -33,9 +34,9 @@ class _OpenPickle:
 
 
 @contextmanager
-def open_pickle(folder: Path) -> Iterator[_OpenPickle]:
-    """The tensors of `adapter_model.bin` in a resolved folder. ValueError for anything but a dict of plain tensors."""
-    path = file_inside(folder, WEIGHTS_FILE)
+def open_pickle(folder: Path, name: str = WEIGHTS_FILE) -> Iterator[_OpenPickle]:
+    """The tensors of the file `name` in a resolved folder. ValueError for anything but a dict of plain tensors."""
+    path = file_inside(folder, name)
     _check_archive(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -1,0 +1,124 @@
+"""LoHa, LoKr, VeRA, HiRA and DoRA as LoRA: against what PEFT computes with the adapter itself."""
+
+import json
+
+import builders
+import pytest
+import torch
+from patch_cases import error, logits, tokens
+from safetensors.torch import load_file, save_file
+
+import moerge_ext as moerge
+from moerge_ext.commands.main import main
+from moerge_ext.experts.to_lora import best_product, convert_to_lora
+
+peft = pytest.importorskip("peft")
+TARGETS = ["q_proj", "down_proj"]
+KINDS = {
+    "LOHA": lambda: peft.LoHaConfig(r=2, alpha=4, target_modules=TARGETS),
+    "LOKR": lambda: peft.LoKrConfig(r=2, alpha=4, decompose_factor=4, target_modules=TARGETS),
+    "VERA": lambda: peft.VeraConfig(r=3, target_modules=["q_proj"]),
+    "HIRA": lambda: peft.HiraConfig(r=2, target_modules=TARGETS),
+    "DoRA": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=TARGETS),
+}
+
+
+def adapter(kind, folder, build=builders.tiny_llama, config=None):
+    """(the folder, PEFT's logits with it)"""
+    model = peft.get_peft_model(build(), config or KINDS[kind]())
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder, logits(model.eval(), input_ids=tokens())
+
+
+def routed(folder, model):
+    with moerge.patch(model, moerge.load_experts({"x": folder}), "expert:x"):
+        return logits(model, input_ids=tokens())
+
+
+@pytest.mark.parametrize("kind, rank", [("LOHA", 4), ("LOKR", 8), ("VERA", 3)])
+def test_what_has_a_small_rank_is_exact(kind, rank, tmp_path):
+    folder, want = adapter(kind, tmp_path / "own")
+    model = builders.tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = convert_to_lora(folder, tmp_path / "lora", model, progress=False)
+    assert made.kind == kind and set(made.ranks.values()) == {rank} and made.worst[1] < 1e-6
+    assert error(routed(made.path, model), want) < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["HIRA", "DoRA"])
+def test_what_changes_the_weight_itself_is_bounded(kind, tmp_path):
+    folder, want = adapter(kind, tmp_path / "own")
+    model = builders.tiny_llama()
+    with pytest.raises(ValueError, match="more numbers than the matrix has") as caught:
+        convert_to_lora(folder, tmp_path / "lora", model, progress=False)
+    assert "down_proj" in str(caught.value) and not (tmp_path / "lora").exists()
+    errors = []
+    for rank in (2, 8, 32):
+        made = convert_to_lora(folder, tmp_path / f"lora{rank}", model, rank=rank, progress=False)
+        errors.append((made.worst[1], error(routed(made.path, model), want)))
+    assert errors[0][0] > errors[1][0] > errors[2][0] and errors[2][0] < 1e-6 and errors[2][1] < 1e-5
+    assert errors[0][1] > errors[2][1]
+    made = convert_to_lora(folder, tmp_path / "bounded", model, max_error=0.3, progress=False)
+    assert made.worst[1] <= 0.3 and max(made.ranks.values()) < 32
+    with pytest.raises(ValueError, match="rank 1 leaves a relative error of .*, more than 0.01"):
+        convert_to_lora(folder, tmp_path / "no", model, rank=1, max_error=0.01, progress=False)
+
+
+def test_a_dora_of_conv1d(tmp_path):
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True)
+    folder, want = adapter("DoRA", tmp_path / "own", builders.tiny_gpt2, config)
+    model = builders.tiny_gpt2()
+    made = convert_to_lora(folder, tmp_path / "lora", model, rank=96, progress=False)
+    assert error(routed(made.path, model), want) < 1e-5
+
+
+def test_the_best_of_a_rank():
+    delta = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.linalg.svdvals(delta)
+    a, b, lost = best_product(delta, 3, None)
+    assert a.shape == (3, 7) and b.shape == (9, 3)
+    assert lost == pytest.approx((values[3:].norm() / values.norm()).item(), rel=1e-5)
+    a, b, lost = best_product(torch.zeros(9, 7, dtype=torch.float64), None, None)
+    assert a.shape == (1, 7) and not (b @ a).any() and lost == 0
+
+
+def test_refusals(tmp_path):
+    folder, _ = adapter("LOHA", tmp_path / "own")
+    model = builders.tiny_llama()
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    stored, said = load_file(weights), json.loads(config.read_text())
+
+    def refused(words, tensors=stored, base=model, **fields):
+        save_file(tensors, weights)
+        config.write_text(json.dumps(said | fields))
+        with pytest.raises(ValueError, match=words):
+            convert_to_lora(folder, tmp_path / "out", base, progress=False)
+        assert not (tmp_path / "out").exists()
+
+    first = next(iter(stored))
+    refused("is not in the file", {key: tensor for key, tensor in stored.items() if key != first})
+    refused("belongs to no layer", stored | {"base_model.model.other.hada_w1_a": torch.ones(1)})
+    refused("NaN or infinite", stored | {first: torch.full_like(stored[first], torch.nan)})
+    refused("modules_to_save", modules_to_save=["lm_head"])
+    refused("got 'OFT'", peft_type="OFT")
+    refused("LoRA already", peft_type="LORA")
+    with pytest.raises(ValueError, match="rank must be a positive integer.*max_error must be between"):
+        convert_to_lora(folder, tmp_path / "out", model, rank=0, max_error=2)
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="safetensors is missing"):
+        convert_to_lora(folder, tmp_path / "out", model)
+
+
+def test_the_command(tmp_path, capsys):
+    folder, _ = adapter("LOHA", tmp_path / "own")
+    builders.tiny_llama().save_pretrained(tmp_path / "base")
+    call = ["convert", str(folder), str(tmp_path / "out"), "--to-lora"]
+    assert main(call) != 0 and "needs --base" in capsys.readouterr().err
+    assert main([*call, "--base", str(tmp_path / "base"), "--rank", "2", "--no-progress"]) == 0
+    assert "LOHA of 4 modules as LoRA of rank 2-2; largest relative error 0." in capsys.readouterr().out
