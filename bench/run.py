@@ -1,4 +1,4 @@
-"""Runs the benchmarks: `python bench/run.py {linear,route,lora,kernels,model,all}`. See bench/README.md."""
+"""Runs the benchmarks: `python bench/run.py {linear,route,lora,kernels,model,serve,all}`. See bench/README.md."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script only
 
 import torch
 
-from bench import cells, kernel_time, linear, machine, model
+from bench import cells, kernel_time, linear, machine, model, serve
 from bench.results import FOLDER, Recorder
 from bench.timing import Settings
 
-SUITES = ("linear", "route", "lora", "kernels", "model")
+SUITES = ("linear", "route", "lora", "kernels", "model", "serve")
 TINY = Settings(
     rounds=3, min_rounds=2, min_sample=1e-4, candidate_seconds=0.05, main_seconds=0.05, cell_seconds=5.0, max_copies=2
 )
@@ -42,6 +42,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--call-seconds", type=float, help="do not time a candidate whose call takes longer")
     parser.add_argument("--memory", type=float, metavar="GIB", help="cap per candidate and for a cell's weights")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument(
+        "--serve-folder",
+        type=Path,
+        default=Path(".serve"),
+        metavar="DIR",
+        help="where `serve` keeps its model and experts",
+    )
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results files")
     return parser.parse_args(argv)
 
@@ -100,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         if suite == "model":
             size = "tiny" if args.tiny else "full" if args.full else "quick"
             problems += model.run(size, recorder, device, settings)
+        elif suite == "serve":
+            concurrent = serve.CONCURRENT[:1] if args.tiny else serve.CONCURRENT
+            problems += serve.run(recorder, args.serve_folder, settings.rounds, concurrent)
         else:
             measure = kernel_time.measure_cell if suite == "kernels" else linear.measure_undisturbed
             problems += linear.run(suite, cells_of(suite, args), recorder, ability, device, settings, measure)

@@ -18,7 +18,7 @@ OURS = {module for module in FILES if module.split(".")[0] == PACKAGE}
 
 def test_the_reader_of_imports():
     assert imports_of(PACKAGE, "import a.b\nfrom torch import nn\ndef f():\n import c") >= {"a.b", "c", "torch"}
-    assert {"moerge_ext.ops", "moerge_ext.experts.bank", "moerge_ext.methods"} <= imports_of("moerge_ext.routing.patch")
+    assert {"moerge_ext.experts.bank", "moerge_ext.methods"} <= imports_of("moerge_ext.routing.planning")
     assert "moerge_ext.methods.base" in imports_of("moerge_ext.methods.arrow")
     assert "moerge_ext.files.safefile" in reach("moerge_ext.methods.arrow")
     assert (room_of("moerge_ext.experts.formats.peft"), room_of("moerge_ext._version"), room_of("bench.run")) == (
@@ -87,7 +87,8 @@ def test_reference_is_torch_alone():
 
 
 @pytest.mark.parametrize(
-    "library", ["peft", "accelerate", "matplotlib", "plotly", "sentence_transformers", "nevergrad", "scipy", "sklearn"]
+    "library",
+    ["peft", "accelerate", "matplotlib", "plotly", "sentence_transformers", "nevergrad", "scipy", "sklearn", "vllm"],
 )
 def test_optional_libraries_are_imported_late(library):
     """`import moerge_ext` works without them."""

@@ -2,6 +2,6 @@
 
 `main.py` has the table of commands, `options.py` the options that several of them share.
 
-May import: demo, exporting, ensemble, evaluation, training, queries, routing, methods, experts, models, files, ops,
-native.
+May import: demo, exporting, ensemble, evaluation, serving, training, queries, routing, methods, experts, models, files,
+ops, native.
 """

@@ -28,6 +28,7 @@ COMMANDS = {
     "lm-eval": (".lm_eval", "lm-evaluation-harness, with the routed model as `--model moerge`"),
     "inspect": (".inspect", "where the tokens of tasks go: heatmaps and their distance from the oracle"),
     "explain": (".explain", "a prompt, token by token: which experts spoke, at which depth"),
+    "serve": (".serve", "your model and experts behind an OpenAI-compatible server, by vLLM"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),

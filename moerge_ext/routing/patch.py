@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,13 +13,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..experts.bank import ExpertBank
-from ..files.listing import listed
-from ..methods import get_method
-from ..methods.base import Method, Plan, Routing
+from ..methods.base import Method
 from ..models.wrappers import unwrapped
-from .absent import ABSENT, alone_note, with_absent
+from .absent import alone_note
 from .few_experts import own_top_k, own_top_k_note
-from .fitting import MISSING, on_model
+from .fitting import on_model
 from .fused_experts import close_door, open_door
 from .generation import Doors
 from .growing import GrowingTexts
@@ -28,10 +25,11 @@ from .layers import drop_hooks, execution_device
 from .own_module import OwnModule
 from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
+from .planning import configured, listing, plans_of
 from .provenance import provenance_notes
 from .ran import FirstForward
 from .routed_experts import routed_experts, ways_of
-from .routed_linear import BACKENDS, RoutedLinear
+from .routed_linear import RoutedLinear
 from .row_trace import RowTrace
 from .rows import Rows
 from .state import Affinities, RoutingState
@@ -39,7 +37,7 @@ from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
 
-_SHOWN = 20  # problems listed in full before the rest is only counted
+CANNOT = "cannot patch the model with method '{}'"
 # what `queries` asks, by the `source` of a method
 ROUTERS = {
     "instruction": "moerge_ext.QueryRouter(experts, embedder, ...)",
@@ -279,11 +277,11 @@ def patch(
     if isinstance(model, ExpertBank):
         raise ValueError("model and experts are swapped: patch(model, experts)")
     model = unwrapped(model)
-    row, (routing, aggregation, settings) = _configured(experts, method, backend, absent, missing, options)
+    row, (routing, aggregation, settings) = configured(experts, method, backend, absent, missing, options)
     fitted, base = on_model(model, experts, row.name, routing, missing)
     problems = fitted.problems
     experts = fitted.experts if problems else base.bank()
-    plans = _plans(row, experts, settings, absent, problems)
+    plans = plans_of(row, experts, settings, absent, problems)
     state = RoutingState()
     shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None}
     shared |= {"state": state, "backend": backend}
@@ -292,7 +290,7 @@ def patch(
     if not (problems := problems + reasons):
         problems += _device_problems(model, (*plans, *branches), backend)
     if problems:
-        raise ValueError(_listing(method, problems, fitted.made_for))
+        raise ValueError(listing(CANNOT.format(method), problems, fitted.made_for))
     handle = Handle(model, row, experts.names, state, settings)
     routed = {
         name: RoutedLinear(model.get_submodule(name), plan, routing, name=name, **shared)
@@ -308,21 +306,6 @@ def patch(
     return handle
 
 
-def _plans(
-    row: Method, experts: ExpertBank, settings: dict[str, Any], absent: str, problems: list[str]
-) -> dict[str, Plan]:
-    """What each layer will hold; adds to `problems` why one cannot be had."""
-    plans = {}
-    for name, bank in experts.modules.items():
-        try:
-            plan = row.plan(experts, bank, name, settings)
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            plans[name] = plan if absent == "mask" else with_absent(plan, bank)
-    return plans
-
-
 def check_patch(
     model: nn.Module,
     experts: ExpertBank,
@@ -335,7 +318,7 @@ def check_patch(
 ) -> None:
     """Raises the ValueError that `patch` would, without building what the method needs."""
     model = unwrapped(model)
-    row, (routing, _, _) = _configured(experts, method, backend, absent, missing, options)
+    row, (routing, _, _) = configured(experts, method, backend, absent, missing, options)
     fitted, _ = on_model(model, experts, row.name, routing, missing)
     problems = fitted.problems
     if row.lacks is not None and not fitted.placement.problems:
@@ -343,23 +326,7 @@ def check_patch(
         problems += reasons + row.lacks(bank)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
     if problems := problems or _device_problems(model, patched, backend):
-        raise ValueError(_listing(method, problems, fitted.made_for))
-
-
-def _configured(
-    experts: ExpertBank, method: str, backend: str, absent: str, missing: str, options: dict[str, Any]
-) -> tuple[Method, tuple[Routing | None, str, dict[str, Any]]]:
-    """(the row, what it makes of the options)."""
-    if not isinstance(experts, ExpertBank):
-        raise ValueError(f"experts must be an ExpertBank, from load_experts(...), got {type(experts).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'native' or 'reference', got {backend!r}")
-    if absent not in ABSENT:
-        raise ValueError(f"absent must be 'mask' or 'base', got {absent!r}")
-    if missing not in MISSING:
-        raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
-    row = get_method(method)
-    return row, row.configure(**options | own_top_k(row, experts, options))
+        raise ValueError(listing(CANNOT.format(method), problems, fitted.made_for))
 
 
 def get_handle(model: nn.Module) -> Handle:
@@ -382,16 +349,3 @@ def _device_problems(model: nn.Module, patched: Iterable[str], backend: str) -> 
             if not ops.has_kernels(device)
         ]
     return problems
-
-
-def _listing(method: str, problems: list[str], made_for: str | None) -> str:
-    modules: dict[str, list[str]] = {}  # one line for what is wrong in the same way in many modules
-    for problem in problems:
-        name, said = re.fullmatch(r"(module '[^']*')?(.*)", problem, re.DOTALL).groups()
-        modules.setdefault(said, []).extend([name] if name else [])
-    lines = [listed(names, "modules") + said for said, names in modules.items()]
-    shown = lines[:_SHOWN]
-    if len(lines) > _SHOWN:
-        shown.append(f"... and {len(lines) - _SHOWN} more")
-    head = f"cannot patch the model with method '{method}'" + (f": {made_for}" if made_for else "")
-    return f"{head}:\n" + "\n".join(f"  - {p}" for p in shown)

@@ -71,10 +71,10 @@ class RoutedLinear(StandIn):
         experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32)[None]
         device = execution_device(base_layer)
         for key, tensor in (
-            *zip(("lora_A", "lora_B"), _bank_laid_out(plan.lora_A, plan.lora_B, device), strict=True),
+            *zip(("lora_A", "lora_B"), bank_laid_out(plan.lora_A, plan.lora_B, device), strict=True),
             ("lora_bias", plan.lora_bias),
             # copied: the bank's set_gates must not reach a patched model
-            ("gates", None if plan.gates is None else _laid_out(plan.gates.clone(), device)),
+            ("gates", None if plan.gates is None else laid_out(plan.gates.clone(), device)),
             ("mask", plan.mask),
             ("weights", weights),
             ("experts", experts),
@@ -94,9 +94,9 @@ class RoutedLinear(StandIn):
             moved = getattr(self, key)
             if moved is not None and moved.dtype != torch.float32:
                 setattr(self, key, tensor.to(moved.device))
-        self.lora_A, self.lora_B = _bank_laid_out(self.lora_A, self.lora_B, self.lora_A.device)
+        self.lora_A, self.lora_B = bank_laid_out(self.lora_A, self.lora_B, self.lora_A.device)
         if self.gates is not None:
-            self.gates = _laid_out(self.gates, self.gates.device)
+            self.gates = laid_out(self.gates, self.gates.device)
         self.__dict__["_kept"] = None
         self._warn_of_mixed_types()
         return self
@@ -263,10 +263,10 @@ class RoutedLinear(StandIn):
         return f"experts={n_experts}, rank={rank}, routing={self.route_options}, factored={self.factored}"
 
 
-def _laid_out(gates: Tensor, device: torch.device) -> Tensor:
+def laid_out(gates: Tensor, device: torch.device) -> Tensor:
     """[E,D] as the kernels of the device read it fastest: the experts side by side on the CPU, else the features."""
     return gates.t().contiguous().t() if device.type == "cpu" else gates.contiguous()
 
 
-def _bank_laid_out(lora_A: Tensor, lora_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def bank_laid_out(lora_A: Tensor, lora_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return (lora_A, lora_B) if device.type == "cpu" else whole_vectors(lora_A, lora_B)

@@ -97,7 +97,7 @@ def test_one_line_for_each_cause(llama, experts):
 
 def test_a_long_list_is_cut(llama, experts, monkeypatch):
     """Every layer is of another wrong size: as many causes."""
-    monkeypatch.setattr("moerge_ext.routing.patch._SHOWN", 5)
+    monkeypatch.setattr("moerge_ext.routing.planning._SHOWN", 5)
     paths = [path for path, layer in llama.named_modules() if isinstance(layer, nn.Linear)]
     modules = {path: one_module("a", 100 + i, 7).modules["a"] for i, path in enumerate(paths)}
     message = refused(llama, moerge.ExpertBank(NAMES, modules))

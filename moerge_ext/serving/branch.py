@@ -1,0 +1,215 @@
+"""The experts of one module, added to a rank's share of an engine's layer.
+
+    y_t += sum_k w_tk (B_e A_e x_t + bias_e)          w, e = route(x_t), or what t's request says
+
+y [T,size] is a slice of the columns of the layer's output, written where it is. Where ranks share the input features
+(row parallel), each has x [T,D/ranks]: the scores are reduced over ranks before anything is chosen, and each adds its
+part of B A x to its part of the layer's output, which the layer's own reduction then sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..methods.base import Plan, Routing
+from ..ops.options import BRANCH, ROUTE, filled
+from ..routing.routed_linear import bank_laid_out, laid_out
+from .slices import Share
+from .tables import Tables
+
+EPS, TINY = 1e-5, 1e-12  # of the standardization and of the unit length in `route`
+Reduce = Callable[[Tensor], Tensor]  # the sum over ranks, the same bits on each
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method on one module: the plan of this rank and the options of `route` (None: weights are fixed)."""
+
+    name: str
+    plan: Plan
+    options: dict[str, Any] | None
+    factored: bool
+
+
+def route_options(routing: Routing | None, in_features: int, num_experts: int) -> dict[str, Any] | None:
+    """The options of `route` on a layer of D=`in_features`; None for a method that routes nothing."""
+    if routing is None:
+        return None
+    return {
+        "top_k": num_experts if routing.top_k is None else routing.top_k,
+        "normalize": routing.normalize,
+        "absolute": routing.absolute,
+        "scale": routing.resolved_scale(in_features, num_experts),
+        "top_p": routing.top_p,
+        "weighting": routing.weighting,
+    }
+
+
+class Branch:
+    """The experts of one module for a whole input x [T,D]."""
+
+    def __init__(self, path: str, share: Share, variants: list[Variant], tables: Tables, device: torch.device):
+        self.path, self.start, self.size, self.tables = path, share.offset, share.size, tables
+        whole = next((variant.plan for variant in variants if variant.options is not None), None)
+        self.has_experts = whole is not None  # one by one, so that requests can weigh them
+        if whole is not None:  # one bank for all methods that route
+            self.lora_A, self.lora_B = bank_laid_out(whole.lora_A.to(device), whole.lora_B.to(device), device)
+            self.lora_bias = None if whole.lora_bias is None else whole.lora_bias.to(device)
+        self.routes = [_route(self, variant, device) for variant in variants]
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Into y [T, all features of the layer], for x [T,D]."""
+        part = y if y.shape[-1] == self.size else y[..., self.start : self.start + self.size]
+        tables = self.tables
+        if tables.plain:
+            self.routes[0].add(part, x)
+            return
+        rows = tables.rows(x.shape[0])
+        for route in self.routes:
+            if tables.used[route.name]:
+                route.add_rows(part, x, rows)
+        if self.has_experts and tables.weighted:
+            options = {"lora_bias": self.lora_bias, "rows": rows}
+            ops.lora_apply_(part, x, self.lora_A, self.lora_B, tables.weights, tables.experts, **options)
+
+    def ways(self, dtype: torch.dtype) -> list[str]:
+        """Which kernels run for many tokens of a type, and why not faster ones."""
+        route = self.routes[0]
+        if isinstance(route, _Fixed):
+            return ["fixed weights: the same experts for every token"]
+        if isinstance(route, _PartlyRouted):
+            return ["ranks share the input features: scores are reduced over ranks, then experts are applied by an op"]
+        x = torch.empty(512, self.lora_A.shape[2], dtype=dtype, device=self.lora_A.device)
+        return route.ways(x.new_empty(512, self.size), x)
+
+
+class _Routed:
+    """A method that chooses for each token."""
+
+    def __init__(self, branch: Branch, variant: Variant, device: torch.device):
+        plan, tables, name = variant.plan, branch.tables, variant.name
+        self.name = name
+        mask = None if plan.mask is None else plan.mask.to(device)
+        kept = variant.options | {"lora_bias": branch.lora_bias, "factored": variant.factored}
+        head = (laid_out(plan.gates.to(device), device), branch.lora_A, branch.lora_B)
+        self._made = (*head, *filled(BRANCH, kept | {"mask": mask}).values())
+        rows = {"bias": tables.bias.get(name), "mask": tables.allowed(name, mask)}
+        made = (*head, *filled(BRANCH, kept | rows).values())
+        at = len(head) + list(BRANCH).index("rows")
+        self._before, self._after = made[:at], made[at + 1 :]
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        ops.call(ops.ROUTED_LORA_, y, x, *self._made)
+
+    def add_rows(self, y: Tensor, x: Tensor, rows: Tensor) -> None:
+        ops.call(ops.ROUTED_LORA_, y, x, *self._before, rows, *self._after)
+
+    def ways(self, y: Tensor, x: Tensor) -> list[str]:
+        named = dict(zip(BRANCH, self._made[3:], strict=True))
+        return ops.routed_lora_ways(y, x, *self._made[:3], **named)
+
+
+class _Fixed:
+    """A method that routes nothing: one bank of its own with the same weights for all tokens."""
+
+    def __init__(self, branch: Branch, variant: Variant, device: torch.device):
+        plan = variant.plan
+        self.name, self._tables = variant.name, branch.tables
+        self._bank = bank_laid_out(plan.lora_A.to(device), plan.lora_B.to(device), device)
+        self._weights = plan.weights.float()[None].to(device)
+        self._experts = torch.arange(plan.weights.shape[0], dtype=torch.int32, device=device)[None]
+        bias = None if plan.lora_bias is None else plan.lora_bias.to(device)
+        self._options = {"lora_bias": bias, "factored": variant.factored}
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        ops.lora_apply_(y, x, *self._bank, self._weights, self._experts, **self._options)
+
+    def add_rows(self, y: Tensor, x: Tensor, rows: Tensor) -> None:
+        weights = self._tables.allowed(self.name, None)[:, :1] * self._weights
+        experts = self._experts.expand(weights.shape[0], -1).contiguous()
+        ops.lora_apply_(y, x, *self._bank, weights, experts, rows=rows, **self._options)
+
+
+class PartialBranch(Branch):
+    """The experts of one module whose input features are shared out: x [T,D/ranks].
+
+    whole: D. gate_sums: {variant: [E] float64, the sum of every gate over all D}.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        share: Share,
+        variants: list[Variant],
+        tables: Tables,
+        device: torch.device,
+        *,
+        whole: int,
+        gate_sums: dict[str, Tensor],
+        reduce: Reduce,
+    ):
+        self.whole, self.gate_sums, self.reduce = whole, gate_sums, reduce
+        super().__init__(path, share, variants, tables, device)
+
+
+class _PartlyRouted:
+    """`_Routed` where a rank has a part of the features of x.
+
+    The partial sums of x, x^2 and x . g over a rank's features are added over ranks in float64: the variance of
+    features far from zero is a small difference of large sums.
+    """
+
+    def __init__(self, branch: PartialBranch, variant: Variant, device: torch.device):
+        plan = variant.plan
+        self.name, self._branch, self._variant = variant.name, branch, variant
+        self._gates = plan.gates.to(device, torch.float64).t().contiguous()
+        self._gate_sums = branch.gate_sums[variant.name].to(device)
+        mask = None if plan.mask is None else plan.mask.to(device)
+        self._mask, self._allowed = mask, branch.tables.allowed(variant.name, mask)
+        self._no_gates = torch.zeros(plan.gates.shape[0], 1, device=device)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        self._add(y, x, self._scores(x), self._mask)
+
+    def add_rows(self, y: Tensor, x: Tensor, rows: Tensor) -> None:
+        bias, scores = self._branch.tables.bias.get(self.name), self._scores(x)
+        rows = rows.long()
+        self._add(y, x, scores if bias is None else scores + bias[rows], self._allowed[rows])
+
+    def _add(self, y: Tensor, x: Tensor, scores: Tensor, mask: Tensor | None) -> None:
+        branch, options = self._branch, self._variant.options
+        nothing = x.new_zeros(x.shape[0], 1, dtype=torch.float32)
+        rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+        kept = {key: options[key] for key in ("top_k", "top_p", "weighting")}
+        asked = filled(ROUTE, kept | {"normalize": "none", "scale": 1.0, "bias": scores, "rows": rows, "mask": mask})
+        weights, experts = ops.route(nothing, self._no_gates, **asked)
+        applied = {"lora_bias": branch.lora_bias, "factored": self._variant.factored}
+        ops.lora_apply_(y, x, branch.lora_A, branch.lora_B, weights, experts, **applied)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """f(norm(x) . g) * scale, [T,E] float32, the same on every rank."""
+        options, whole, wide = self._variant.options, self._branch.whole, x.double()
+        sums = torch.cat([wide.sum(1, True), wide.square().sum(1, True), wide @ self._gates], 1)
+        total, squares, products = self._branch.reduce(sums).split([1, 1, sums.shape[1] - 2], 1)
+        scale = 1.0 if options["scale"] is None else options["scale"]
+        if options["normalize"] == "standardize":
+            mean = total / whole
+            variance = (squares / whole - mean.square()).clamp_min(0.0)
+            products = (products - mean * self._gate_sums) / (variance + EPS).sqrt()
+            scale = whole**-0.5 if options["scale"] is None else scale
+        elif options["normalize"] == "unit":
+            products = products / squares.sqrt().clamp_min(TINY)
+        return ((products.abs() if options["absolute"] else products) * scale).float()
+
+
+def _route(branch: Branch, variant: Variant, device: torch.device) -> _Routed | _Fixed | _PartlyRouted:
+    if variant.options is None:
+        return _Fixed(branch, variant, device)
+    kind = _PartlyRouted if isinstance(branch, PartialBranch) else _Routed
+    return kind(branch, variant, device)

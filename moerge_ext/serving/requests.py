@@ -1,0 +1,152 @@
+"""What a request says of its routing: {"moerge": {...}} in its extra arguments.
+
+{"weights": {"news": 0.7, "code": 0.3}}     these experts with these weights, one per expert or by name
+{"expert": "news"}                          one expert alone
+{"routing": false}                          the base model alone
+{"method": "arrow"}                         another of the methods that the server was started with
+{"affinities": {"news": 0.9}}               of a method that adds the query's affinities to its scores
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..methods.base import is_finite_number
+
+KEYS = ("weights", "expert", "routing", "method", "affinities")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A request's routing, checked. `method` None: no method routes it, `weights` do, or nothing where they are None.
+
+    weights, affinities: [E] numbers
+    """
+
+    method: str | None
+    weights: tuple[float, ...] | None = None
+    affinities: tuple[float, ...] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data that a message to another process can carry; `Choice(**...)` reads it back."""
+        return {"method": self.method, "weights": self.weights, "affinities": self.affinities}
+
+    def key(self) -> str:
+        """Equal for requests that are routed alike: what a cache of their tokens must be kept apart by."""
+        return "moerge:" + hashlib.sha256(json.dumps(self.as_dict()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What requests may say to a server.
+
+    names: the experts; methods: {method: whether it needs affinities}, the default first; whole: whether the experts
+    are there one by one (not merged); open: False when no request may say anything
+    """
+
+    names: tuple[str, ...]
+    methods: Mapping[str, bool]
+    whole: bool = True
+    open: bool = True
+
+    @property
+    def default(self) -> str:
+        return next(iter(self.methods))
+
+    def read(self, said: Any) -> Choice | None:
+        """The choice of a request; None for the default. ValueError says what was expected and what came."""
+        if said is None:
+            if self.methods[self.default]:
+                raise ValueError(
+                    f"moerge: the method '{self.default}' needs the affinities of the request to the experts: send "
+                    f'{{"affinities": {{{self._example()}: 0.9}}}} in its "moerge" argument, or name another method'
+                )
+            return None
+        if not self.open:
+            raise ValueError("moerge: this server takes no routing from requests (it was started with requests=false)")
+        said = _object(said)
+        problems = self._problems(said)
+        if problems:
+            raise ValueError("moerge: " + "; ".join(problems))
+        if said.get("routing") is False:
+            return Choice(None)
+        if "expert" in said:
+            return Choice(None, weights=tuple(float(name == said["expert"]) for name in self.names))
+        if "weights" in said:
+            return Choice(None, weights=self._numbers(said["weights"]))
+        method = said.get("method", self.default)
+        affinities = self._numbers(said["affinities"]) if "affinities" in said else None
+        choice = Choice(method, affinities=affinities)
+        return None if choice == Choice(self.default) else choice
+
+    def _problems(self, said: Mapping[str, Any]) -> list[str]:
+        problems = []
+        if unknown := [key for key in said if key not in KEYS]:
+            problems.append(f"unknown {', '.join(map(_shown, unknown))}; a request may say {', '.join(KEYS)}")
+        alone = [key for key in ("weights", "expert", "routing") if key in said]
+        if len(alone) > 1 or (alone and {"method", "affinities"} & set(said)):
+            problems.append(f"{alone[0]!r} stands alone, got {', '.join(map(_shown, said))}")
+        if not isinstance(said.get("routing", True), bool):
+            problems.append(f"routing must be true or false, got {_shown(said['routing'])}")
+        if "expert" in said and said["expert"] not in self.names:
+            problems.append(f"no expert {_shown(said['expert'])}; there are {', '.join(self.names)}")
+        if {"expert", "weights"} & set(said) and not self.whole:
+            problems.append(f"the method '{self.default}' has the experts merged, and none of them by itself")
+        for key in ("weights", "affinities"):
+            if key in said:
+                problems += self._number_problems(key, said[key])
+        method = said.get("method", self.default)
+        if method not in list(self.methods):  # it may be anything, unhashable too
+            problems.append(f"no method {_shown(method)} on this server; there are {', '.join(self.methods)}")
+        elif not alone and self.methods[method] != ("affinities" in said):
+            takes = "needs" if self.methods[method] else "takes no"
+            problems.append(f"the method {method!r} {takes} affinities")
+        return problems
+
+    def _number_problems(self, key: str, value: Any) -> list[str]:
+        if isinstance(value, Mapping):
+            unknown = [name for name in value if name not in self.names]
+            problems = [f"{key}: no expert {', '.join(map(_shown, unknown))}; there are {', '.join(self.names)}"]
+            problems = problems if unknown else []
+            numbers: Sequence[Any] = list(value.values())
+        elif isinstance(value, list | tuple):
+            right = len(value) == len(self.names)
+            problems = [] if right else [f"{key} must have E={len(self.names)} numbers, got {len(value)}"]
+            numbers = value
+        else:
+            return [f"{key} must be {{{self._example()}: 1.0}} or a list of E={len(self.names)} numbers, got {value!r}"]
+        if bad := [number for number in numbers if not is_finite_number(number)]:
+            problems.append(f"{key} must be finite numbers, got {_shown(bad[0])}")
+        elif huge := [number for number in numbers if abs(number) > 3e38]:
+            problems.append(f"{key} must fit float32, got {_shown(huge[0])}")
+        return problems
+
+    def _numbers(self, value: Any) -> tuple[float, ...]:
+        if isinstance(value, Mapping):
+            return tuple(float(value.get(name, 0.0)) for name in self.names)
+        return tuple(map(float, value))
+
+    def _example(self) -> str:
+        return json.dumps(self.names[0])
+
+
+def _object(said: Any) -> Mapping[str, Any]:
+    """The object, which may come as JSON text: some ways in carry only text and numbers."""
+    if isinstance(said, str):
+        try:
+            said = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"moerge: expected an object or its JSON text, got {said[:100]!r} ({error})") from None
+    if not isinstance(said, Mapping):
+        raise ValueError(f'moerge: expected an object such as {{"routing": false}}, got {said!r}')
+    return said
+
+
+def _shown(value: Any) -> str:
+    """A value of a request, as much of it as belongs into an error."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."

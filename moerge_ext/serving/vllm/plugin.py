@@ -1,0 +1,38 @@
+"""What vLLM loads in every process, and perhaps twice: the places in it where experts come in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+_DONE = "_moerge_ext"
+
+
+def register() -> None:
+    """The entry point of `vllm.general_plugins`."""
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from .frontend import process_inputs
+    from .startup import check_workers, load_model, status
+
+    _wrap(WorkerWrapperBase, "load_model", load_model)
+    _wrap(WorkerWrapperBase, "moerge_status", status)
+    _wrap(Executor, "__init__", check_workers)
+    _wrap(InputProcessor, "process_inputs", process_inputs)
+
+
+def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    """owner.name becomes ours(its own before or None, self, ...), once a process."""
+    theirs = owner.__dict__.get(name)
+    if getattr(theirs, _DONE, False):
+        return
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(theirs, self, *args, **kwargs)
+
+    method = functools.wraps(theirs)(method) if theirs is not None else method
+    setattr(method, _DONE, True)
+    setattr(owner, name, method)

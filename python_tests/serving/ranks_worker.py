@@ -1,0 +1,92 @@
+"""One of several processes over gloo: its share of a packed and of a row-parallel layer against the whole."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import builders  # noqa: E402
+from serving_cases import DOWN, QKV, Packed, RowParallel, layers, patched, served, tables_of, tokens  # noqa: E402
+
+from moerge_ext.serving.requests import Choice  # noqa: E402
+
+
+def main(rank: int, ranks: int, meeting: str, method: str, *experts: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+
+    def reduce(part: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(part)
+        return part
+
+    methods = [] if method.startswith(("merged", "expert:")) else ["arrow", "glider_code"]
+    pool = served(list(experts), method=method, methods=[m for m in methods if m != method])
+    model, handle = patched(list(experts), method)
+    tables = tables_of(pool)
+    packed = Packed(builders.tiny_llama(), pool, tables, rank, ranks)
+    row = RowParallel(builders.tiny_llama(), pool, tables, rank, ranks, reduce)
+    for mean in (0.0, 1000.0):
+        x, wide = tokens(33, 32, mean=mean), tokens(33, 48, seed=1, mean=mean)
+        close(row(wide), layers(model, (DOWN,), wide), f"row parallel, mean {mean}")
+        close(packed(x), own_part(layers(model, QKV, x), rank, ranks), f"column parallel, mean {mean}")
+    if methods:
+        requests(pool, tables, row, list(experts), tokens(12, 48, seed=2))
+    chosen(row, tokens(33, 48, seed=3), ranks)
+    dist.destroy_process_group()
+
+
+def own_part(whole: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """q, k and v features of this rank's heads."""
+    q, k, v = whole.split([32, 16, 16], -1)
+    return torch.cat([part.chunk(ranks, -1)[rank] for part in (q, k, v)], -1)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    error = (got - want).abs().max() / want.abs().max()
+    assert error < 1e-5, f"{what}: {error:.2e}"
+
+
+def requests(pool, tables, row, experts: list[str], x: torch.Tensor) -> None:
+    """Weights, affinities and the base alone, on a layer whose input is shared out."""
+    weights, affinities = (0.0, 2.0, -0.5, 0.0), (0.2, 0.0, 0.9, 0.1)
+    tables.begin([Choice(None, weights=weights), Choice("glider_code", affinities=affinities), Choice(None)], [5, 4, 3])
+    got = row(x).split([5, 4, 3])
+    for part, mine, method, scores in zip(
+        x.split([5, 4, 3]), got, ("given", "glider_code", None), (weights, affinities, None), strict=True
+    ):
+        model, handle = patched(experts, method or "phatgoose")
+        with handle.disabled() if method is None else handle.affinities(torch.tensor(scores)):
+            close(mine, layers(model, (DOWN,), part), f"a request of {method}")
+    tables.begin([None], [12])
+
+
+def chosen(row, x: torch.Tensor, ranks: int) -> None:
+    """Every rank chooses the same experts with the same weights, bit for bit."""
+    from moerge_ext import ops
+
+    route = row.branch.routes[0]
+    if not hasattr(route, "_scores"):
+        return
+    seen, real = [], ops.route
+
+    def spy(*args, **options):
+        seen.extend(real(*args, **options))
+        return seen[-2:]
+
+    ops.route = spy
+    try:
+        row(x)
+    finally:
+        ops.route = real
+    mine = torch.cat([seen[0].view(torch.int32), seen[1]])
+    all_of_them = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(all_of_them, mine)
+    assert all(torch.equal(other, mine) for other in all_of_them), "the ranks chose differently"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

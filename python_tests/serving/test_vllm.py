@@ -1,0 +1,218 @@
+"""The plugin in the real vLLM, on a CPU: `make test-serve` makes an environment that has it. Skipped without."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+import transformers
+from serving_cases import LINEARS, NAMES
+
+import moerge_ext as moerge
+
+pytestmark = pytest.mark.slow
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-serve")
+
+LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A Llama whose heads are of a size that vLLM computes."""
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, initializer_range=0.2))
+    made.float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experts(model, tmp_path_factory) -> list[str]:
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    made = builders.random_experts(base, tmp_path_factory.mktemp("experts"), NAMES, LINEARS)
+    return [str(made[name]) for name in NAMES]
+
+
+class Engine:
+    """vLLM in this process, let go of at the end of a block."""
+
+    def __init__(self, model: Path, experts: list[str] | None, said: dict | None = None, **options):
+        config = {} if experts is None else {"moerge": {"experts": experts} | (said or {})}
+        sizes = {"max_model_len": LENGTH, "max_num_seqs": 8, "dtype": "float32", "skip_tokenizer_init": True}
+        options = {"enforce_eager": True} | sizes | options
+        self.llm = vllm.LLM(model=str(model), additional_config=config, disable_log_stats=False, **options)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    def answers(self, prompts: list[list[int]], said: list[dict | None] | dict | None = None, count: int = 12, **more):
+        """The outputs of greedy decoding; `said` is what each request says of its routing."""
+        said = said if isinstance(said, list) else [said] * len(prompts)
+        params = [
+            vllm.SamplingParams(
+                max_tokens=count,
+                temperature=0,
+                logprobs=1,
+                detokenize=False,
+                ignore_eos=True,
+                extra_args=None if one is None else {"moerge": one},
+                **more,
+            )
+            for one in said
+        ]
+        return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def prompts(count: int, length: int = 40, seed: int = 0) -> list[list[int]]:
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, length, (count,), generator=random).tolist()
+    return [torch.randint(3, 96, (n,), generator=random).tolist() for n in lengths]
+
+
+class Reference:
+    """The patched model of transformers."""
+
+    def __init__(self, model: Path, experts: list[str]):
+        self.model, self.experts = model, experts
+
+    def check(self, outputs, said: dict | None = None, method: str = "phatgoose", **options) -> None:
+        """Every token is the best one, or as good within 1e-4; its log-probability is right within 1e-3."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+        handle = moerge.patch(model, moerge.load_experts(self.experts), method, **options)
+        rows = None
+        for key in ("weights", "affinities"):
+            if said is not None and key in said:
+                rows = torch.tensor([said[key].get(name, 0.0) for name in NAMES])
+        for output in outputs:
+            ids, asked = list(output.outputs[0].token_ids), list(output.prompt_token_ids)
+            whole = torch.tensor([asked + ids])
+            with torch.no_grad(), handle.disabled() if rows is None and said else _rows(handle, rows):
+                scores = model(whole).logits[0, len(asked) - 1 : -1].log_softmax(-1)
+            mine = scores[torch.arange(len(ids)), torch.tensor(ids)]
+            given = torch.tensor([row[i].logprob for row, i in zip(output.outputs[0].logprobs, ids, strict=True)])
+            assert (scores.amax(-1) - mine).max() < 1e-4 and (given - mine).abs().max() < 1e-3
+
+
+def _rows(handle, rows):
+    from contextlib import nullcontext
+
+    return nullcontext() if rows is None else handle.affinities(rows)
+
+
+@pytest.fixture(scope="module")
+def reference(model, experts) -> Reference:
+    return Reference(model, experts)
+
+
+@pytest.mark.parametrize("method", ("phatgoose", "arrow", "arrow_mttl", "merged", "expert:cat"))
+def test_the_tokens_of_the_patched_model(model, experts, reference, method):
+    asked = prompts(16)
+    with Engine(model, experts, {"method": method}) as engine:
+        outputs = engine.answers(asked)
+    reference.check(outputs, method=method)
+    with Engine(model, None) as plain:
+        base = plain.answers(asked)
+    ids = [[output.outputs[0].token_ids for output in found] for found in (outputs, base)]
+    assert sum(a != b for a, b in zip(*ids, strict=True)) > len(asked) // 2, "the experts do nothing here"
+
+
+def test_compiled_chunked_and_preempted(model, experts, reference):
+    """One graph for all steps; prompts in pieces of 16 tokens; a cache so small that requests are put back."""
+    asked = prompts(8, 90)
+    small = {"block_size": 32, "num_gpu_blocks_override": 12, "max_num_batched_tokens": 16}
+    with Engine(model, experts, enforce_eager=False, enable_prefix_caching=False, **small) as engine:
+        said = [None, {"routing": False}] * 4
+        outputs = engine.answers(asked, said, count=40)
+        metrics = {m.name: getattr(m, "value", None) for m in engine.llm.get_metrics()}
+    assert metrics["vllm:num_preemptions"] > 0
+    reference.check(outputs[::2])
+    reference.check(outputs[1::2], {"routing": False})
+
+
+def test_requests_of_one_batch_and_their_cache(model, experts, reference):
+    """Each has its own routing, and no block of another's cache."""
+    weights, affinities = {"weights": {"ant": 0.5, "cat": -1.0}}, {"affinities": {"bee": 0.9}}
+    said = [None, weights, {"routing": False}, {"expert": "dog"}, {"method": "arrow"}]
+    said.append({"method": "glider_code"} | affinities)
+    text = prompts(1, 60, seed=5)[0] * 4
+    with Engine(model, experts, {"methods": ["arrow", "glider_code"]}, block_size=32) as engine:
+        first = engine.answers([text] * len(said), said)
+        assert all(output.num_cached_tokens == 0 for output in first)
+        again = engine.answers([text] * len(said), said)
+        assert all(output.num_cached_tokens >= 32 for output in again)
+        for before, after in zip(first, again, strict=True):
+            assert before.outputs[0].token_ids == after.outputs[0].token_ids
+        salted = engine.llm.generate(
+            [{"prompt_token_ids": text, "cache_salt": "other"}], vllm.SamplingParams(max_tokens=1, detokenize=False)
+        )
+        assert salted[0].num_cached_tokens == 0
+        for outputs in (first, again):
+            reference.check(outputs[:1])
+            reference.check(outputs[1:2], weights, "given")
+            reference.check(outputs[2:3], {"routing": False})
+            reference.check(outputs[3:4], {"weights": {"dog": 1.0}}, "given")
+            reference.check(outputs[4:5], method="arrow")
+            reference.check(outputs[5:6], affinities, "glider_code")
+        refused(engine, text, reference)
+
+
+def refused(engine: Engine, text: list[int], reference: Reference) -> None:
+    """In our words, before anything of the request begins; others are not touched."""
+    for said, words in (
+        ({"expert": "eel"}, "no expert 'eel'; there are ant, bee, cat, dog"),
+        ({"weights": [1.0]}, "must have E=4 numbers"),
+        ({"weights": {"ant": float("nan")}}, "must be finite"),
+        ({"method": "retrieval"}, "no method 'retrieval' on this server"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            engine.answers([text, text], [None, said])
+    with pytest.raises(ValueError, match="is no argument of requests"):
+        params = vllm.SamplingParams(extra_args={"_moerge": {"method": None}})
+        engine.llm.generate([{"prompt_token_ids": text}], params)
+    reference.check(engine.answers([text]))
+
+
+def test_drafted_by_ngrams(model, experts, reference):
+    said = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    asked = [ids * 3 for ids in prompts(6, 20)]
+    with Engine(model, experts, speculative_config=said) as engine:
+        outputs = engine.answers(asked, [None, {"weights": {"bee": 1.0}}] * 3, count=24)
+    reference.check(outputs[::2])
+    reference.check(outputs[1::2], {"weights": {"bee": 1.0}}, "given")
+
+
+def test_what_does_not_fit_ends_the_start_by_name(model, experts):
+    for said, options, words in (
+        ({"method": "phatgoose"}, {"enable_lora": True}, "--enable-lora"),
+        ({"top_k": 9}, {}, "top_k=9 is more than the number of experts"),
+        ({"method": "average_activation"}, {}, "average-activation"),
+    ):
+        with pytest.raises(Exception, match=words), Engine(model, experts, said, **options):
+            pass
+
+
+def test_two_ranks(model, experts, reference, monkeypatch):
+    """Tensor parallel in processes of their own, with requests that are routed in their own ways."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    asked = prompts(8)
+    with Engine(model, experts, tensor_parallel_size=2, distributed_executor_backend="mp") as engine:
+        outputs = engine.answers(asked, [None, {"weights": {"ant": 1.0, "dog": 0.5}}] * 4)
+    reference.check(outputs[::2])
+    reference.check(outputs[1::2], {"weights": {"ant": 1.0, "dog": 0.5}}, "given")
