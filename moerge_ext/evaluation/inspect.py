@@ -114,7 +114,7 @@ def inspect(
             with patched(model, experts, run, routers) as handle:
                 for task in tasks:
                     bar.set_description(f"{run.label}: {task.name}")
-                    show_similar(handle, task, settings)
+                    show_similar(getattr(handle, "router", None), task, settings)
                     with task_queries(handle, task, settings), probe(model) as sums:
                         for row in task.rows:
                             with row_queries(handle, [row], tokenizer):

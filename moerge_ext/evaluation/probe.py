@@ -79,7 +79,7 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
 @torch.no_grad()
 def distributions(layer: RoutedLinear, tokens: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """tokens [T,D] -> (weights applied [T,E], distribution over all experts [T,E]), float64 on the CPU."""
-    count = layer.lora_A.shape[0]
+    count = layer.num_experts
     route, options = BACKENDS[layer.backend].route, layer.route_options
     common = {"bias": layer.score_bias(tokens.device), "rows": rows, "mask": layer.mask}
     return _applied_and_all(lambda asked: route(tokens, layer.gates, **asked, **common), options, count)

@@ -112,6 +112,7 @@ class Method:
     # "few-shot" (solved examples of the task, LoraHub)
     source: str | None = None
     per_task: bool = False  # one row of affinities for all queries of a task
+    together: bool = False  # what it makes of an expert depends on the others of the bank
     lora_only: bool = False  # computed from the factors of LoRA: no other kind of expert can take part
     embedder: str | None = None  # the paper's; HIDDEN_STATES is required, others are a recommendation
     learned: Any = None  # `learned.Learned`: the router that is trained over a bank; option `routers` holds it

@@ -82,6 +82,8 @@ ROWS = (
         paper="Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging, arXiv 2406.15479, section 3",
         taxonomy=SURVEY[28].taxonomy,
         plan=twin_plan,
+        together=True,
+        lora_only=True,
         routing=replace(WEIGHTS, top_k=None),
         bias=as_given,
         options={"rank": 8, "shared_scale": None},

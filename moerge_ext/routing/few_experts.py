@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
-from ..experts.bank import ExpertBank
 from ..methods.base import Method
 
 
-def own_top_k(method: Method, experts: ExpertBank, options: Mapping[str, Any]) -> dict[str, int]:
+def own_top_k(method: Method, experts: Sized, options: Mapping[str, Any]) -> dict[str, int]:
     """The top_k of a method that asks by itself for more experts than there are: all of them. Empty otherwise."""
     top_k = None if method.routing is None or "top_k" in options else method.routing.top_k
     return {} if top_k is None or top_k <= len(experts) else {"top_k": len(experts)}

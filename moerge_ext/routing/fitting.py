@@ -13,7 +13,7 @@ from ..experts.live_peft import is_peft_model
 from ..experts.renaming import renamed_bank
 from ..files.listing import listed
 from ..methods.base import Routing
-from .base_model import BaseCheck
+from .base_model import BaseCheck, saved_problems
 from .layers import linear_features
 from .naming import ModelPaths, Naming
 from .parameter_banks import Placement, place
@@ -69,6 +69,27 @@ def on_model(
     fitted.problems[:0] = _count_problems(experts, routing)
     fitted.problems += misfits + layer_problems(model, fitted.experts.modules) + base.problems
     return fitted, base
+
+
+def on_patched(model: nn.Module, experts: ExpertBank, missing: str) -> Fitted:
+    """Experts under the paths of a model whose layers carry others already, and what keeps them from fitting it."""
+    placement = place(model, experts.modules, experts.parameter_gates.paths())
+    fitted = fit(model, _linears(experts, placement), missing)
+    fused = listed(list(placement.parameters))
+    fitted.problems += [f"fused base experts ({fused}) have no spare slots: patch again"] if fused else []
+    fitted.problems += placement.problems + _size_problems(model, fitted.experts)
+    fitted.made_for = made_for(model, experts.names, experts.bases) if fitted.problems else None
+    fitted.problems += [
+        f"expert {name!r} began its LoRA with {claims.init}, which moved a part of the base into the factors: convert "
+        "the adapter (PEFT: save_pretrained with path_initial_model_for_weight_conversion), or patch again with it"
+        for name, claims in fitted.experts.claims.items()
+        if claims.init is not None
+    ]
+    if not fitted.problems:
+        fitted.problems += saved_problems(model, fitted.experts.claims)
+    if not experts.modules:
+        fitted.problems.append("the expert has no LoRA module")
+    return fitted
 
 
 def fit(model: nn.Module, experts: ExpertBank, missing: str = "error") -> Fitted:

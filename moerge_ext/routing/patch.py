@@ -15,6 +15,7 @@ from ..experts.bank import ExpertBank
 from ..methods.base import Method
 from ..methods.weighing import Weigher
 from ..models.wrappers import unwrapped
+from . import changes
 from .absent import alone_note
 from .few_experts import own_top_k, own_top_k_note
 from .fitting import on_model
@@ -35,11 +36,14 @@ from .routed_linear import RoutedLinear
 from .router_kinds import ROUTERS
 from .row_trace import RowTrace
 from .rows import Rows
+from .slots import Slots, for_slots, spare_problems
 from .state import Affinities, RoutingState
 from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
 from .weighed_linear import layer_of, watch_blocks
+
+CANNOT = "cannot patch the model with method '{}'"
 
 
 class Handle:
@@ -55,6 +59,7 @@ class Handle:
         self._own_modules: tuple[str, ...] = ()
         self.router: Any = None  # what `queries` asks, see ROUTERS
         self._state = state
+        self._slots: Slots | None = None  # of a patch with spare slots
         self._watch: FirstForward | None = None
         self._doors: Doors | None = None
 
@@ -93,6 +98,33 @@ class Handle:
         self.modules = self.parameters = self._own_modules = ()
         if getattr(self.model, "_moerge_handle", None) is self:
             del self.model._moerge_handle
+
+    def add_expert(self, expert: changes.Expert, name: str | None = None) -> str:
+        """Adds one expert to the pool of a model that was patched with `spare` slots, and returns its name.
+
+        The result is that of patching anew with it last. Tensors stay where they are; top_k and scale of a method that
+        has them follow the number of experts (a CUDA graph, which holds their values, must then be captured again).
+
+        Args:
+            expert: a folder, file or hub id, or an ExpertBank of one, which is rounded to the layers' type.
+            name: default: the folder's, or that in the bank.
+
+        ValueError that lists everything wrong, as by `load_experts` and `patch`; or without a free slot, for a name
+        that is taken, and for modules, a rank or an output bias that the layers have no room for. RuntimeError while a
+        block of the handle is open. Nothing is changed then. A router of `queries` must be made anew. Not for use while
+        another thread runs the model: its forward would see the expert in some layers alone.
+        """
+        name, notes = changes.add(self, expert, name)
+        for note in notes:
+            warnings.warn(f"add_expert: {note}", stacklevel=2)
+        return name
+
+    def drop_expert(self, name: str) -> None:
+        """Takes one expert out and frees its slot, under the terms of `add_expert`; those after it move up by one.
+
+        ValueError for an unknown name, the last expert, and a top_k (given to `patch`) larger than what would be left.
+        """
+        changes.drop(self, name)
 
     def _check_alive(self) -> None:
         if not self.modules and not self.parameters:
@@ -182,7 +214,8 @@ class Handle:
 
             def follow(ids: Tensor) -> None:
                 if (grown := grow(ids)) is not None:
-                    rows.set(router.bias(grown, self.method, self.options, self.names))
+                    bias = router.bias(grown, self.method, self.options, self.names)
+                    rows.set(for_slots(bias, self._slots))
 
             affinities.follow = follow
             del affinities
@@ -198,7 +231,7 @@ class Handle:
     @contextmanager
     def _rows(self, bias: Tensor) -> Iterator[Affinities]:
         """bias [N,E] added to the scores of the forwards inside the block."""
-        with self._state.block(bias=bias) as request:
+        with self._state.block(bias=for_slots(bias, self._slots)) as request:
             affinities = request.affinities
             affinities.rows = Rows(self.model, bias.shape[0], self._applies) if bias.shape[0] > 1 else None
             try:
@@ -242,6 +275,7 @@ def patch(
     strict: bool = False,
     absent: str = "mask",
     missing: str = "error",
+    spare: int = 0,
     **options: Any,
 ) -> Handle:
     """Routes a model's linear layers among experts, in place.
@@ -258,6 +292,8 @@ def patch(
         absent: who competes in a module that not every expert has: "mask", those that have it (one that is alone gets
             weight 1 on every token); or "base", all of them, the others as branches that add zero.
         missing: what becomes of modules that this model does not have: "error", or "drop" with a warning.
+        spare: slots kept for `handle.add_expert`, which take memory as an expert of the largest rank each; the layers
+            then hold copies of the bank.
         options: the method's own parameters and those of `route`: top_k, top_p, scale, weighting, aggregation, ...
             A method's own top_k is taken, with a warning, as the number of experts where there are fewer.
 
@@ -276,28 +312,28 @@ def patch(
     model = unwrapped(model)
     row, (routing, aggregation, settings) = configured(experts, method, backend, absent, missing, options)
     fitted, base = on_model(model, experts, row.name, routing, missing)
-    problems = fitted.problems
+    problems = fitted.problems + spare_problems(spare, row, fitted.experts, fitted.placement.parameters)
     experts = fitted.experts if problems else base.bank()
     problems += against_branches(row, model, experts.modules)
     plans = plans_of(row, experts, settings, absent, problems)
-    state = RoutingState()
     shared = {"factored": aggregation == "factored", "needs_bias": row.bias is not None}
-    shared |= {"state": state, "backend": backend}
+    shared |= {"state": (state := RoutingState()), "backend": backend}
     planned = (row, routing, settings, absent)
     branches, reasons = routed_experts(model, experts, fitted.placement, *planned, **shared)
     if not (problems := problems + reasons):
         problems += device_problems(model, (*plans, *branches), backend)
     if problems:
-        raise ValueError(listing(_cannot(method, fitted.made_for), problems))
+        raise ValueError(listing(CANNOT.format(method), problems, fitted.made_for))
     handle = Handle(model, row, experts.names, state, settings)
+    handle._slots = Slots(spare, row, options, absent, missing) if spare else None
     routed = {
-        name: layer_of(plan)(model.get_submodule(name), plan, routing, name=name, **shared)
+        name: layer_of(plan)(model.get_submodule(name), plan, routing, name=name, spare=spare, **shared)
         for name, plan in plans.items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
     notes = [*fitted.notes, alone_note(everywhere, experts.names, routing), *provenance_notes(model, experts)]
-    notes += [base.unweighted_note(), *idle_notes(model, everywhere)]
-    notes.append(own_top_k_note(row, own_top_k(row, experts, options)))
+    notes += [base.unweighted_note(), own_top_k_note(row, own_top_k(row, experts, options))]
+    notes += idle_notes(model, everywhere)
     handle._begin(routed, branches, base.place_own, strict)
     for note in filter(None, notes):
         warnings.warn(f"patch: {note}", stacklevel=2)
@@ -327,7 +363,7 @@ def check_patch(
     problems += against_branches(row, model, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
     if problems := problems or device_problems(model, patched, backend):
-        raise ValueError(listing(_cannot(method, fitted.made_for), problems))
+        raise ValueError(listing(CANNOT.format(method), problems, fitted.made_for))
 
 
 def get_handle(model: nn.Module) -> Handle:
@@ -336,7 +372,3 @@ def get_handle(model: nn.Module) -> Handle:
     if handle is None:
         raise ValueError("this model is not patched by moerge_ext")
     return handle
-
-
-def _cannot(method: str, made_for: str | None) -> str:
-    return f"cannot patch the model with method '{method}'" + (f": {made_for}" if made_for else "")

@@ -54,8 +54,10 @@ def plans_of(
     return plans
 
 
-def listing(what: str, problems: list[str]) -> str:
-    """`what` and the problems below it; those that many modules share are one line."""
+def listing(what: str, problems: list[str], made_for: str | None = None) -> str:
+    """`what`, of experts `made_for` another model, and the problems below it; those that many modules share are one
+    line.
+    """
     modules: dict[str, list[str]] = {}
     for problem in problems:
         name, said = re.fullmatch(r"(module '[^']*')?(.*)", problem, re.DOTALL).groups()
@@ -64,4 +66,5 @@ def listing(what: str, problems: list[str]) -> str:
     shown = lines[:_SHOWN]
     if len(lines) > _SHOWN:
         shown.append(f"... and {len(lines) - _SHOWN} more")
-    return f"{what}:\n" + "\n".join(f"  - {p}" for p in shown)
+    head = what + (f": {made_for}" if made_for else "")
+    return f"{head}:\n" + "\n".join(f"  - {p}" for p in shown)

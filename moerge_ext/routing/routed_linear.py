@@ -17,6 +17,7 @@ from . import ways
 from .generation import NOT_SET
 from .layers import execution_device, linear_features
 from .outside_graphs import outside_of_graphs
+from .slots import with_spare
 from .stand_in import StandIn
 from .state import AMBIGUOUS, IDLE, Request, RoutingState, for_graph
 from .threads import REQUESTS
@@ -52,6 +53,7 @@ class RoutedLinear(StandIn):
         needs_bias: bool = False,
         state: RoutingState | None = None,
         backend: str = "native",
+        spare: int = 0,
     ):
         super().__init__(base_layer)
         self.name, self.factored, self.needs_bias, self.backend = name, factored, needs_bias, backend
@@ -59,15 +61,8 @@ class RoutedLinear(StandIn):
         self.in_features, self.out_features = linear_features(base_layer)
         n_experts = plan.lora_A.shape[0]
         self.route_options = None
-        if plan.gates is not None:
-            self.route_options = {
-                "top_k": n_experts if routing.top_k is None else routing.top_k,
-                "normalize": routing.normalize,
-                "absolute": routing.absolute,
-                "scale": routing.resolved_scale(self.in_features, n_experts),
-                "top_p": routing.top_p,
-                "weighting": routing.weighting,
-            }
+        self.resize(n_experts, None if plan.gates is None else routing)
+        plan = with_spare(plan, spare)
         weights = None if plan.weights is None else plan.weights.float()[None]
         experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32)[None]
         device = execution_device(base_layer)
@@ -83,6 +78,19 @@ class RoutedLinear(StandIn):
             self.register_buffer(key, None if tensor is None else tensor.to(device), persistent=False)
         self._warn_of_mixed_types()
         self.training = base_layer.training  # not .train(): the flags below base_layer stay as they are
+
+    def resize(self, num_experts: int, routing: Routing | None) -> None:
+        """Says how many slots have experts, the first ones, and routes among that many (None: nothing is routed)."""
+        self.num_experts = num_experts
+        if routing is not None:
+            self.route_options = {
+                "top_k": num_experts if routing.top_k is None else routing.top_k,
+                "normalize": routing.normalize,
+                "absolute": routing.absolute,
+                "scale": routing.resolved_scale(self.in_features, num_experts),
+                "top_p": routing.top_p,
+                "weighting": routing.weighting,
+            }
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__["_kept"] = None
@@ -263,8 +271,9 @@ class RoutedLinear(StandIn):
         return None if affinities is None or affinities.rows is None else affinities.rows.of(self.name, x)
 
     def extra_repr(self) -> str:
-        n_experts, rank, _ = self.lora_A.shape
-        return f"experts={n_experts}, rank={rank}, routing={self.route_options}, factored={self.factored}"
+        slots, rank, _ = self.lora_A.shape
+        said = f"experts={self.num_experts}, slots={slots}, rank={rank}"
+        return f"{said}, routing={self.route_options}, factored={self.factored}"
 
 
 def laid_out(gates: Tensor, device: torch.device, copy: bool = False) -> Tensor:

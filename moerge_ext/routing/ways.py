@@ -206,8 +206,9 @@ def _kernels(layer: nn.Module, x: Tensor) -> tuple[tuple[int, tuple[str, ...]], 
 def _described(layer: nn.Module, x: Tensor) -> str:
     base, weight = layer.base_layer, getattr(layer.base_layer, "weight", None)
     special = f" of {type(weight).__name__}" if isinstance(weight, Tensor) and type(weight) is not nn.Parameter else ""
-    experts, rank, _ = layer.lora_A.shape
+    slots, rank, _ = layer.lora_A.shape
+    spare = f" (and {slots - layer.num_experts} spare slots)" if slots > layer.num_experts else ""
     return (
         f"{type(base).__name__}{special} {layer.in_features} -> {layer.out_features}, {_name(x.dtype)} on "
-        f"{x.device.type}, {experts} experts of rank {rank} in {_name(layer.lora_A.dtype)}"
+        f"{x.device.type}, {layer.num_experts} experts{spare} of rank {rank} in {_name(layer.lora_A.dtype)}"
     )

@@ -62,14 +62,14 @@ def test_an_expert_gates_and_a_finished_run(base, capsys, recwarn):
 
 def test_ctrl_c_prints_the_line_that_goes_on(base, capsys, monkeypatch):
     words, folder = base
-    whole = loop._backward
+    whole = loop._Run._backward
 
-    def interrupted(*args):
-        if args[3] == 2:  # the seed of the third step
+    def interrupted(run, batch, seed):
+        if seed == 2:  # of the third step
             os.kill(os.getpid(), signal.SIGINT)
-        return whole(*args)
+        return whole(run, batch, seed)
 
-    monkeypatch.setattr(loop, "_backward", interrupted)
+    monkeypatch.setattr(loop._Run, "_backward", interrupted)
     assert main(words) == 130
     said = capsys.readouterr().err
     assert "the state after step 2 is kept in" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def main(rank: int, ranks: int, meeting: str, method: str, *experts: str) -> Non
     if methods:
         requests(pool, tables, row, list(experts), tokens(12, 48, seed=2))
     chosen(row, tokens(33, 48, seed=3), ranks)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may outlive their group, which ends the interpreter's own exit by SIGABRT
 
 
 def own_part(whole: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
