@@ -5,8 +5,7 @@ rank, with what is lost.
 
 The best product of rank r in the Frobenius norm (Eckart and Young 1936), computed in float64. VeRA has the rank of its
 projections, LoHa at most the product of its two ranks, LoKr rank(w1) * rank(w2); HiRA and DoRA change the weight by
-itself, so that delta W depends on the base and is of full rank in general. PEFT's own `convert_to_lora` (0.21) takes
-`get_delta_weight`, which has no magnitude of DoRA in it, and refuses HiRA.
+itself, so that delta W depends on the base and is of full rank in general.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     lora_retriever_fusion     fusion: their factors are averaged        y = W u + (1/k sum B_j) (1/k sum A_j) u
     lora_retriever_selection  the best one alone
 
-k = 3 as in the paper. The similarity is that of an embedder trained for it, `queries/retriever.py`: the paper's is
+k = 3. The similarity is that of an embedder trained for it, `queries/retriever.py`: the paper's is
 instructor-xl, ours any sentence-transformers model with the same instruction before the texts.
 """
 

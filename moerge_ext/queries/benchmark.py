@@ -28,7 +28,7 @@ from .embedder import Embedder
 from .judged import Judged
 from .text_router import Stored, TextRouter, described_experts, embedded
 
-NEIGHBOURS, THRESHOLD = 5, 0.5  # of the paper
+NEIGHBOURS, THRESHOLD = 5, 0.5
 
 
 def train_benchmark(

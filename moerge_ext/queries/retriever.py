@@ -29,8 +29,8 @@ from .embedder import Embedder
 from .text_router import BASE, FILE, Stored, TextRouter, described_experts, embedded, read_stored
 from .vectors import unit
 
-INSTRUCTION = "Represent the sentence for similar task retrieval: "  # of the paper
-SAMPLES = 12  # of the paper, per expert
+INSTRUCTION = "Represent the sentence for similar task retrieval: "
+SAMPLES = 12  # per expert
 ENCODER, CHECKPOINTS = "encoder", ".moerge-train-retriever"
 
 

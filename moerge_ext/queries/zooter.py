@@ -24,7 +24,7 @@ from .judged import Judged
 from .linear_heads import L2, fit_classes
 from .text_router import Stored, TextRouter, described_experts, embedded
 
-BETA = 0.3  # of the paper
+BETA = 0.3
 
 
 def smoothed_rewards(judged: Judged, beta: float) -> Tensor:
