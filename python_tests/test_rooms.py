@@ -191,3 +191,11 @@ def test_includes(file):
             or include.startswith(("torch/csrc/inductor/aoti_torch/c/", C_SHIM))
         ), f"{file.name} includes {include}, which is not part of torch's stable ABI"
         assert not include.startswith("pybind11/") or file.name == "module.cpp", f"{file.name} includes {include}"
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports them by name alone, and refuses to collect a second one."""
+    names = sorted(
+        path.name for path in (ROOT / "python_tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")
+    )
+    assert not [name for name, next_name in zip(names, names[1:], strict=False) if name == next_name]

@@ -39,7 +39,7 @@ def test_output_biases_are_added_once(tmp_path):
 
 
 def run(method: str, experts: list[str], meeting: Path) -> None:
-    worker = str(Path(__file__).with_name("ranks_worker.py"))
+    worker = str(Path(__file__).with_name("served_ranks_worker.py"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(
