@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -29,3 +30,42 @@ def test_the_example_of_queries_runs(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0 and done.stdout == block[2], done.stdout + done.stderr
+
+
+def test_the_whole_way(shared, tmp_path):
+    """Every command of docs/whole_way.sh after another on a tiny model: they fit together."""
+    pytest.importorskip("peft")
+    for needed in ("data/base_lm/stories260K/hf", "data/tasks/train"):
+        if not (shared / needed).is_dir():
+            pytest.skip(f"needs ../shared/{needed}, which is not here")
+    tasks = ("name_language", "babi_qa06_yesno")
+    command = [
+        "bash",
+        ROOT / "docs" / "whole_way.sh",
+        shared / "data/base_lm/stories260K/hf",
+        shared / "data/tasks/train",
+    ]
+    settings = {"PYTHONPATH": str(ROOT), "MOERGE": f"{sys.executable} -m moerge_ext", "MPLBACKEND": "agg"}
+    settings |= {
+        "STEPS": "2",
+        "GATE_STEPS": "1",
+        "ROWS": "3",
+        "HF_HUB_OFFLINE": "1",
+        "MOERGE_CACHE": str(tmp_path / "cache"),
+    }
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*map(str, command), str(out), *tasks],
+        cwd=tmp_path,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "were trained with" not in done.stderr  # the prompt is the same all the way
+    results = json.loads((out / "eval" / "results.json").read_text())
+    assert results and (out / "inspect" / "inspect.json").exists() and (out / "explain.html").exists()
+    (answer,) = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
+    assert set(answer["experts"]) == set(tasks) and sum(answer["experts"].values()) == pytest.approx(1, abs=1e-3)
+    assert (out / "merged" / "adapter_model.safetensors").exists()
