@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from ..experts.bank import ExpertBank
 
 
+def add_experts(parser: Any) -> None:
+    """Declare --experts, without which the command has nothing to do."""
+    parser.add_argument(
+        "--experts",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
+    )
+
+
 def add_gates(parser: Any) -> None:
     """Declare --gates."""
     parser.add_argument(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..methods.option_text import top_k
 from ..models.prompt import Prompt
-from .expert_options import add_gates, add_routers, gates_of, load_bank
+from .expert_options import add_experts, add_gates, add_routers, gates_of, load_bank
 from .generate import check_method
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_file
 from .progress import add_progress
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or hub id of the base model, with its tokenizer")
     add("prompt", metavar="PROMPT", help="the text; '-' reads standard input")
-    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_experts(parser)
     add_gates(parser)
     add_routers(parser)
     add("--method", default="phatgoose", help="a row of `moerge methods` that routes (default: %(default)s)")

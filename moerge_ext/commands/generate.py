@@ -14,7 +14,7 @@ from ..files.examples import Example
 from ..files.rows import read_prompts
 from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
-from .expert_options import add_gates, add_routers, gates_of, load_bank, routers_of
+from .expert_options import add_experts, add_gates, add_routers, gates_of, load_bank, routers_of
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .prompt_options import add_prompt, prompt_of
 
@@ -36,14 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help='JSON lines {"row", "prompt", "text"}, with --trace also "experts"')
     add("--batch-size", type=int, default=16, help="of --prompts (default: %(default)s)")
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
-    add(
-        "--experts",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="DIR",
-        help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
-    )
+    add_experts(parser)
     add_gates(parser)
     add_routers(parser)
     add(

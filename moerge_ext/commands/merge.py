@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .expert_options import pairs
+from .expert_options import add_experts, pairs
 from .progress import add_progress
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..exporting.products import METHODS
 
     add = parser.add_argument
-    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_experts(parser)
     add("--output", required=True, type=Path, metavar="DIR", help="the folder to write: empty, or not there yet")
     add(
         "--method",

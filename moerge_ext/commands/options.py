@@ -17,7 +17,7 @@ from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
 from ..queries.hidden import GENERIC, base_name
 from ..queries.writer import InstructionWriter
-from .expert_options import add_gates, add_routers
+from .expert_options import add_experts, add_gates, add_routers
 from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
 from .query_router_options import add_query_routers, trained_routers
@@ -205,7 +205,7 @@ def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
     """Declare what `eval` and `inspect` share: model, experts, tasks."""
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
-    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_experts(parser)
     add_gates(parser)
     add_routers(parser)
     add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")

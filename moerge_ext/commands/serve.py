@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..methods.option_text import ALL, parse_option, top_k
+from .expert_options import add_experts
 
 VARIABLE, PLUGIN = "VLLM_PLUGINS", "moerge"
 INSTALL = (
@@ -23,14 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.usage = "%(prog)s --model DIR --experts DIR [DIR ...] [options] [-- options of `vllm serve`]"
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
-    add(
-        "--experts",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="DIR",
-        help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
-    )
+    add_experts(parser)
     add("--method", default="phatgoose", help="a row of `moerge methods`, or expert:<name> (default: %(default)s)")
     add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")
     add(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows
-from .expert_options import add_gates, load_bank, pairs
+from .expert_options import add_experts, add_gates, load_bank, pairs
 from .options import add_embedder, build_embedder
 from .progress import add_progress
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add = parser.add_argument
     add("kind", choices=tuple(KINDS), help="the router; docs/text_routers.md says what each is")
-    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_experts(parser)
     add("--model", metavar="DIR", help="their base model, for experts whose paths depend on it")
     add_gates(parser)
     add("--output", required=True, type=Path, metavar="DIR", help="the router's folder, for --query-router of `eval`")

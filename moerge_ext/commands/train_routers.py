@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.option_text import parse_option
-from .expert_options import add_gates, gates_of, load_bank, pairs
+from .expert_options import add_experts, add_gates, gates_of, load_bank, pairs
 from .prompt_options import prompt_of
 from .training_options import add_data, add_schedule, defaults, load, my_rows, plan, range_problems, resumable, tell
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = _defaults()
     add = parser.add_argument
     add("model", help="folder (or hub id) of the base model, with its tokenizer")
-    add("--experts", required=True, nargs="+", action="extend", metavar="DIR", help="PEFT folders or hub ids")
+    add_experts(parser)
     add_gates(parser)
     add(
         "--method",
