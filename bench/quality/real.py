@@ -46,10 +46,10 @@ class Recipe:
     rank: int = 16
     alpha: float = 1.0
     lr: float = 5e-3
-    steps: int = 24
+    steps: int = 48
     batch_size: int = 8
     gate_lr: float = 5e-3
-    gate_steps: int = 30
+    gate_steps: int = 48
     gate_batch_size: int = 4
 
 
@@ -66,6 +66,9 @@ class Places:
 
     def expert(self, name: str) -> Path:
         return self.cache / "experts" / name
+
+    def routers(self, method: str) -> Path:
+        return self.cache / "routers" / method
 
     def source(self, name: str) -> Path:
         part = "heldout" if name in HELD_OUT else "train"

@@ -12,7 +12,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
 from moerge_ext.experts.bank import ExpertBank  # noqa: E402
 from moerge_ext.experts.gates import gates_file, read_gates  # noqa: E402
 from moerge_ext.experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE  # noqa: E402
+from moerge_ext.experts.routers import ROUTERS_FILE, read_routers  # noqa: E402
 from moerge_ext.methods.fixed import PREFIX  # noqa: E402
 from moerge_ext.queries.calibration import calibrate_threshold  # noqa: E402
 from moerge_ext.queries.example_router import ExampleRouter  # noqa: E402
@@ -41,7 +42,8 @@ from moerge_ext.training.encoding import Encoder  # noqa: E402
 
 FIRST = ("base", "phatgoose", "retrieval", "merged", "arrow_phatgoose", "average_activation")
 SECOND = ("phatgoose/top_k=1", "phatgoose/top_k=3", "arrow", "merged_factors", "glider")
-OWN_INSTRUCTIONS = ("glider",)  # with the instruction of the query's task
+THIRD = ("knn", "centroid", "retrieval_task", "adapter_soup", "weight_sentsim", "arrow_peft", "average_activation_mttl")
+OWN_INSTRUCTIONS = ("glider", "glider_code")  # with the instruction of the query's task
 ACTIVATIONS, INDEXED, CALIBRATION = 32, 200, 20  # examples per expert
 
 
@@ -124,14 +126,17 @@ def run(args: argparse.Namespace) -> None:
     facts = {"recipe": asdict(real.Recipe()), "template": real.TEMPLATE, "experts": notes}
     settings = Settings(template=real.TEMPLATE, batch_size=args.items)
     file = real_answers.file_of(len(names))
+    trained = {
+        file.parent.name: {"routers": read_routers(file)} for file in places.routers("").glob(f"*/{ROUTERS_FILE}")
+    }
     done: list[list[Asked]] = []
     for chunk in range(args.chunks):
         folders = [write_task(places, name, chunk, args.items) for name in (*names, *real.HELD_OUT[: args.heldout])]
         tasks = [load_task(folder) for folder in folders if folder is not None]
         output = args.cache / f"eval-{len(names)}-{args.items}" / f"{chunk}"
         asked: list[Asked] = []
-        for texts, routers in parts(experts, embedder, tasks, places):
-            runs = [parse_run(text) for text in texts]
+        for texts, routers in [*parts(experts, embedder, tasks, places), *([(list(trained), {})] if trained else [])]:
+            runs = [replace(run, options=run.options | trained.get(run.method, {})) for run in map(parse_run, texts)]
             scores = evaluate(model, tokenizer, experts, runs, tasks, settings, routers=routers, output=output)
             asked.append(Asked(output, tasks, scores))
             if not done:  # of the first chunk also what there is so far: later chunks join when they are whole
@@ -168,6 +173,7 @@ def parts(
         (OWN_INSTRUCTIONS, own),
         ([PREFIX + name for name in names], routers),
         (SECOND, routers),
+        (THIRD, routers),
     ]
 
 
