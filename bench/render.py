@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .quality.whole_way import page as whole_way
 from .results import Row
 
 NOTHING = "*Nothing recorded yet.*"
@@ -310,4 +311,5 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "loading": loading,
     "plots": plots,
     "demo": demo,
+    "whole-way": whole_way,
 }
