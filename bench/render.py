@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .quality.methods_page import methods, survey
 from .quality.whole_way import page as whole_way
 from .results import Row
 
@@ -312,4 +313,6 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "plots": plots,
     "demo": demo,
     "whole-way": whole_way,
+    "methods": methods,
+    "survey": survey,
 }

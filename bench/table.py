@@ -17,7 +17,8 @@ from bench.render import TABLES
 from bench.results import FOLDER, Row, latest, read_all
 
 REPO = Path(__file__).resolve().parents[1]
-FILES = tuple(REPO / name for name in ("bench/README.md", "README.md", "docs/whole_way.md"))
+PAGES = ("bench/README.md", "README.md", "docs/whole_way.md", "docs/methods.md")
+FILES = tuple(REPO / name for name in PAGES)
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
