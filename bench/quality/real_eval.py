@@ -12,7 +12,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from bench.quality.real_answers import Asked  # noqa: E402
 from bench.quality.real_batches import collate  # noqa: E402
 from moerge_ext import Embedder, average_activation, describe, index_examples, load_experts  # noqa: E402
 from moerge_ext.evaluation.evaluate import Settings, evaluate  # noqa: E402
-from moerge_ext.evaluation.runs import parse_run  # noqa: E402
+from moerge_ext.evaluation.runs import Run, parse_run  # noqa: E402
 from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
 from moerge_ext.experts.bank import ExpertBank  # noqa: E402
 from moerge_ext.experts.gates import gates_file, read_gates  # noqa: E402
@@ -43,7 +43,7 @@ from moerge_ext.training.encoding import Encoder  # noqa: E402
 FIRST = ("base", "phatgoose", "retrieval", "merged", "arrow_phatgoose", "average_activation")
 SECOND = ("phatgoose/top_k=1", "phatgoose/top_k=3", "arrow", "merged_factors", "glider")
 THIRD = ("knn", "centroid", "retrieval_task", "adapter_soup", "weight_sentsim", "arrow_peft", "average_activation_mttl")
-OWN_INSTRUCTIONS = ("glider", "glider_code")  # with the instruction of the query's task
+OWN_INSTRUCTIONS = ("glider",)  # with the instruction of the query's task
 ACTIVATIONS, INDEXED, CALIBRATION = 32, 200, 20  # examples per expert
 
 
@@ -52,6 +52,7 @@ class OwnInstructions:
 
     name = "the tasks' own instructions"
     similar = None
+    templates = ()
 
     def __init__(self, tasks: Sequence[Task]):
         self.known = {row["input"]: row["instruction"] for task in tasks for row in task.rows}
@@ -126,25 +127,20 @@ def run(args: argparse.Namespace) -> None:
     facts = {"recipe": asdict(real.Recipe()), "template": real.TEMPLATE, "experts": notes}
     settings = Settings(template=real.TEMPLATE, batch_size=args.items)
     file = real_answers.file_of(len(names))
-    trained = {
-        file.parent.name: {"routers": read_routers(file)} for file in places.routers("").glob(f"*/{ROUTERS_FILE}")
-    }
     done: list[list[Asked]] = []
     for chunk in range(args.chunks):
         folders = [write_task(places, name, chunk, args.items) for name in (*names, *real.HELD_OUT[: args.heldout])]
         tasks = [load_task(folder) for folder in folders if folder is not None]
         output = args.cache / f"eval-{len(names)}-{args.items}" / f"{chunk}"
         asked: list[Asked] = []
-        for texts, routers in [*parts(experts, embedder, tasks, places), *([(list(trained), {})] if trained else [])]:
-            runs = [replace(run, options=run.options | trained.get(run.method, {})) for run in map(parse_run, texts)]
-            scores = evaluate(model, tokenizer, experts, runs, tasks, settings, routers=routers, output=output)
-            asked.append(Asked(output, tasks, scores))
+        for part in parts(experts, embedder, tasks, places):
+            folder = output.with_name(f"{chunk}{part.suffix.replace('/', '-').replace('=', '-')}")
+            scores = evaluate(
+                model, tokenizer, part.pool, part.runs, tasks, settings, routers=part.routers, output=folder
+            )
+            asked.append(Asked(folder, tasks, scores, part.suffix))
             if not done:  # of the first chunk also what there is so far: later chunks join when they are whole
                 real_answers.pack([asked], facts, file)
-        for steps, pool in other_gates(places, names).items():
-            folder = output.with_name(f"{chunk}-gates-{steps}")
-            scores = evaluate(model, tokenizer, pool, [parse_run("phatgoose")], tasks, settings, output=folder)
-            asked.append(Asked(folder, tasks, scores, f"/gates={steps}"))
         done.append(asked)
         real_answers.pack(done, facts, file)
 
@@ -158,22 +154,41 @@ def other_gates(places: real.Places, names: Sequence[str]) -> dict[int, ExpertBa
     return dict(sorted(found.items()))
 
 
-def parts(
-    experts: ExpertBank, embedder: Embedder, tasks: Sequence[Task], places: real.Places
-) -> list[tuple[Sequence[str], dict[str, Any]]]:
-    """(rows, their routers), what matters most first."""
+@dataclass(frozen=True)
+class Part:
+    """Rows that are asked together; suffix: what their names get behind them in the table."""
+
+    runs: Sequence[Run]
+    pool: ExpertBank
+    routers: dict[str, Any]
+    suffix: str = ""
+
+
+def parts(experts: ExpertBank, embedder: Embedder, tasks: Sequence[Task], places: real.Places) -> list[Part]:
+    """What matters most first."""
     names = experts.names
     routers = {
         "instruction": calibrated(QueryRouter(experts, embedder), places, names),
         "examples": ExampleRouter(experts, embedder),
     }
     own = {"instruction": calibrated(QueryRouter(experts, embedder, OwnInstructions(tasks)), places, names)}
+    first, second, third = ([parse_run(text) for text in texts] for texts in (FIRST, SECOND, THIRD))
+    alone = [parse_run(PREFIX + name) for name in names]
+    trained = [
+        replace(parse_run(file.parent.name), options={"routers": read_routers(file)})
+        for file in sorted(places.routers("").glob(f"*/{ROUTERS_FILE}"))
+    ]
     return [
-        (FIRST, routers),
-        (OWN_INSTRUCTIONS, own),
-        ([PREFIX + name for name in names], routers),
-        (SECOND, routers),
-        (THIRD, routers),
+        Part(first, experts, routers),
+        Part([parse_run(text) for text in OWN_INSTRUCTIONS], experts, own),
+        Part(alone, experts, routers),
+        Part(second, experts, routers),
+        *([Part(trained, experts, {})] if trained else []),
+        *(
+            Part([parse_run("phatgoose")], pool, {}, f"/gates={steps}")
+            for steps, pool in other_gates(places, names).items()
+        ),
+        Part(third, experts, routers),
     ]
 
 
