@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..settings import Settings
 
-def problems_of(config: Any) -> list[str]:
+
+def problems_of(config: Any, settings: Settings) -> list[str]:
     """Why a config of vLLM's cannot be served with experts."""
     problems = []
     if config.lora_config is not None:
@@ -18,4 +20,12 @@ def problems_of(config: Any) -> list[str]:
         problems.append("--prefill-context-parallel-size: a request's tokens on several ranks")
     if getattr(config.model_config, "enable_sleep_mode", False):
         problems.append("--enable-sleep-mode: the experts would stay where they are")
+    if settings.spare:
+        if config.parallel_config.data_parallel_size > 1:
+            problems.append("spare slots with --data-parallel-size: several engines, which would not change at once")
+        if getattr(config.parallel_config, "_api_process_count", 1) > 1:
+            problems.append("spare slots with --api-server-count: several processes, which would not change at once")
+        graphs = getattr(config.compilation_config.cudagraph_mode, "name", "NONE") != "NONE"
+        if graphs and config.device_config.device_type != "cpu":
+            problems.append("spare slots with CUDA graphs, which hold what a change replaces: add --enforce-eager")
     return problems
