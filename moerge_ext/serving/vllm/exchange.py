@@ -57,22 +57,21 @@ class Exchange:
                 raise RuntimeError(self._apart)
             if problem := change_problem(change, tuple(self.folders), self._slots):
                 raise ValueError(f"moerge: {problem}")
-            folder = await asyncio.to_thread(self._folder, change)
+            await asyncio.to_thread(self._check, change)
             try:
-                await self._prepare(replace(change, source=folder))
-                await self._make(change.name, folder, wait)
+                await self._prepare(change)
+                await self._make(change, wait)
             except BaseException:
                 with suppress(Exception):  # of an engine that has died
                     await self._ask("abandon")
                 raise
             return self.listed()
 
-    def _folder(self, change: Change) -> str | None:
-        """Where the expert is on this machine: what is wrong with its headers is found before a worker is asked."""
-        if change.source is None:
-            return None
-        base = self.engine.vllm_config.model_config.model
-        return self._settings.expert_folders(base, {change.name: change.source})[change.name]
+    def _check(self, change: Change) -> None:
+        """Finds what is wrong with an expert's headers, and fetches it from the hub, before a worker is asked."""
+        if change.source is not None:
+            base = self.engine.vllm_config.model_config.model
+            self._settings.expert_folders(base, {change.name: change.source})
 
     async def _prepare(self, change: Change) -> None:
         said = await self._ask("prepare", change.name, change.source)
@@ -83,14 +82,14 @@ class Exchange:
                 f"moerge: the workers have read different experts from {change.source}: nothing is changed"
             )
 
-    async def _make(self, name: str, folder: str | None, wait: float) -> None:
+    async def _make(self, change: Change, wait: float) -> None:
         end = asyncio.get_running_loop().time() + wait
         self._open.clear()
         try:
             await self._drained(end)
             try:
                 await _within(end, lambda: self.engine.pause_generation(mode="wait", clear_cache=True))
-                await self._commit(name, folder)
+                await self._commit(change)
             finally:
                 await self.engine.resume_generation()
         finally:
@@ -103,16 +102,16 @@ class Exchange:
                 raise Busy(f"moerge: {running()} requests still run, so the experts were left as they are: try again")
             await asyncio.sleep(STEP)
 
-    async def _commit(self, name: str, folder: str | None) -> None:
+    async def _commit(self, change: Change) -> None:
         try:
             names = await self._ask("commit")
         except BaseException as error:
             self._apart = APART.format(error or type(error).__name__)
             raise RuntimeError(self._apart) from error
-        if folder is None:
-            del self.folders[name]
+        if change.source is None:
+            del self.folders[change.name]
         else:
-            self.folders[name] = folder
+            self.folders[change.name] = change.source
         if any(list(one) != list(self.folders) for one in names):
             self._apart = APART.format(names)
             raise RuntimeError(self._apart)
@@ -124,7 +123,8 @@ class Exchange:
 
     async def _enter(self, *args: Any, **kwargs: Any) -> Any:
         """`AsyncLLM.add_request`, which waits while the experts change."""
-        await self._open.wait()
+        while not self._open.is_set():  # another change may begin before this goes on
+            await self._open.wait()
         if self._apart is not None:
             raise RuntimeError(self._apart)
         self._entering += 1
