@@ -89,11 +89,11 @@ def made(experts, *workers, seconds=0.0, **said):
 
 def test_a_change_waits_for_requests_and_requests_for_it(experts):
     async def run():
-        engine, exchange = made(experts, seconds=0.05)
+        engine, exchange = made(experts, seconds=0.5)
         await engine.add_request("first")
         change = asyncio.ensure_future(exchange.change(Change("cat", experts["cat"])))
-        while exchange._open.is_set():
-            await asyncio.sleep(0)
+        while exchange._open.is_set() and not change.done():
+            await asyncio.sleep(0.001)
         await asyncio.gather(engine.add_request("second"), change)
         return engine, change.result()
 
