@@ -32,6 +32,11 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     ensemble: str | None = None
 
+    @property
+    def answers_itself(self) -> bool:
+        """Whether more than a patched model answers: an ensemble, or a method that decodes."""
+        return self.ensemble is not None or (self.method is not None and get_method(self.method).decodes)
+
 
 def parse_run(text: str) -> Run:
     """ "glider_code/alpha=10/top_k=1" -> the method with those options; "base" -> the model alone.

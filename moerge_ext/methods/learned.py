@@ -40,9 +40,9 @@ class Learned:
     module itself has a router of its own, of the class `elsewhere` where there is one.
     kept: the options that training decides and the file keeps; training: `train_routers`' defaults for the row.
     start: of the gates of a row without a weigher, the deviation of the normal numbers that they begin as.
-    loss: "language" (the model's), "entropy" (of its predictions, no labels) or "tasks" (one batch of every expert's
-    data, weighed by a random preference). experts: whether A and B are trained too. own_data: whether it takes data of
-    the experts beside the task's.
+    loss: "language" (the model's), "entropy" (of its predictions, no labels), "tasks" (one batch of every expert's
+    data, weighed by a random preference) or "deferral" (of a row that decodes). experts: whether A and B are trained
+    too. own_data: whether it takes data of the experts beside the task's.
     """
 
     weigher: type[Weigher] | None = None
