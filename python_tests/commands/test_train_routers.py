@@ -11,7 +11,9 @@ from gate_builders import (
     make_adapter,
     one_thread,  # noqa: F401 (used by being here)
 )
+from query_cases import fake_embedder
 
+import moerge_ext as moerge
 from moerge_ext.commands.main import main
 from moerge_ext.experts.routers import ROUTERS_FILE, read_routers
 
@@ -26,6 +28,7 @@ def root(tmp_path_factory):
     make_tokenizer(root / "model")
     for i, name in enumerate("ab"):
         make_adapter(model, root / name, scale=0.3 + 0.1 * i)
+        moerge.describe(root / name, [], fake_embedder(), instruction=f"copy {name}")
     task = root / "task"
     task.mkdir()
     rows = [{"input": f"copy {c}:", "target": c * 2} for c in "abcdefgh"]
@@ -54,6 +57,7 @@ DATA = ("--data", "@task/train.jsonl")
         ("mixda", DATA),
         ("we_moe", DATA),
         ("pwe_moe", OWN),
+        ("pemt", (*DATA, "--option", "description=copy a letter", "--sparsity", "0.2")),
         ("co_llm", (*DATA, "--validation", "@task/test.jsonl", "--option", "init_steps=2")),
         ("pi_tuning", (*DATA, *OWN, "--option", "target=a", "--option", "nearest=1")),
     ],
@@ -102,6 +106,8 @@ def test_other_routers_give_other_answers(root, capsys):
         (("--method", "mole", *DATA, "--option", "routers=x"), "this command makes them"),
         (("--method", "mole", *DATA, "--expert-data", "a"), "--expert-data takes NAME=FILE"),
         (("--method", "mole", *DATA, "--dropout", "1.5"), "dropout must be in"),
+        (("--method", "pemt", *DATA), "needs description, a sentence of what the task asks for"),
+        (("--method", "co_llm", *DATA, "--balance", "1"), "one gate, without balance"),
     ],
 )
 def test_wrong_use(root, words, said, capsys):

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...experts.bank import ExpertBank
+from ...experts.instructions import instructions_of
 from ...experts.routers import ROUTERS_FILE, Routers, marks_of
 from ...files.atomic import check_writable
 from ...methods.base import Method
 from ...methods.learned import NewRouters
 from ...routing.patch import Handle, patch
-from ..batches import BatchSource
+from ..batches import BatchSource, model_device
 from ..checkpointing import gradients_pass_checkpoints
 from ..encoding import Prepared
 from ..frozen import Frozen, frozen
@@ -28,8 +30,9 @@ from ..state import TrainingState
 from .data import single_examples
 from .fisher import fisher_diagonal, nearest_experts
 from .objective import OBJECTIVES
-from .place import any_trainable, by_place, layers_of, trainable
+from .place import any_trainable, by_place, kept_as_begun, layers_of, trainable
 
+NUMBERS = ("balance", "z", "dropout", "sparsity")  # of the objective
 STATE_FILE = "moerge_routers.checkpoint.safetensors"
 
 
@@ -54,6 +57,7 @@ class Run:
     ):
         self.row, self.options, self.own, self.joint = row, options, own, joint
         self.target, self.training, self.note = target, training, note
+        self.common: dict[str, Tensor] | None = None
         if "routers" in options:
             raise ValueError("train_routers begins routers: leave routers out of options")
 
@@ -77,6 +81,25 @@ class Run:
         similar = {name: f"{float(fishers[name] @ fishers[target]):.4f}" for name in experts.names}
         self.note = self.note | {"fisher_cosine": json.dumps(similar)}
         self.options["without"] = ",".join(name for name in experts.names if name not in kept) or None
+
+    def prompt(self, model: nn.Module, experts: ExpertBank, tokenizer: Any) -> None:
+        """Begins the prompts: the model's embeddings of what the task's description and the experts' say."""
+        said = self.row.configure(**self.options)[2]["description"]
+        if said is None:
+            raise ValueError(
+                f"method '{self.row.name}' needs description, a sentence of what the task asks for: "
+                'options={"description": "..."} (--option description="...")'
+            )
+        if tokenizer is None:
+            raise ValueError(f"method '{self.row.name}' reads descriptions: pass tokenizer=, the model's")
+        if not hasattr(model, "get_input_embeddings"):
+            raise ValueError(f"{type(model).__name__} has no input embeddings: expected a model of transformers")
+        embed = model.get_input_embeddings()
+        texts = [said, *instructions_of(experts).values()]
+        with torch.no_grad():
+            ids = [torch.tensor(tokenizer(text).input_ids, device=model_device(model)) for text in texts]
+            target, *sources = (embed(row).detach().to("cpu", torch.float32) for row in ids)
+        self.common = self.row.learned.common.begin(target, sources)
 
     def on(
         self, model: nn.Module, experts: ExpertBank, sources: tuple[BatchSource, BatchSource | None]
@@ -133,7 +156,8 @@ class Run:
             raise ValueError(f"top_k=1 of '{self.row.name}' gives every choice the weight 1: its gates learn nothing")
 
     def _patched(self, model: nn.Module, experts: ExpertBank) -> Handle:
-        start = NewRouters(self.row.learned, _width(model), self.training.seed)
+        width = _width(model) if self.common is None else self.common["target"].shape[1]
+        start = NewRouters(self.row.learned, width, self.training.seed, self.common)
         handle = patch(model, experts, self.row.name, routers=start, **self.options)
         self._refuse_stacked(handle)
         try:
@@ -159,7 +183,9 @@ class Run:
         for path, mark in sorted(marks.items()):
             digest.update(path.encode() + mark.numpy().tobytes())
         kept = {name: str(value) for name, value in self.options.items()}
-        numbers = {name: self.own[name] for name in ("balance", "z", "dropout")}
+        for name, tensor in sorted((self.common or {}).items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        numbers = {name: self.own[name] for name in NUMBERS}
         return {"method": self.row.name, "options": kept, "experts": digest.hexdigest(), "joint": self.joint, **numbers}
 
     def _train(
@@ -173,14 +199,15 @@ class Run:
     ) -> TrainingResult:
         parameters = trainable(handle, self.joint)
         objective = OBJECTIVES[self.row.learned.loss]
-        loss = objective(handle, balance=self.own["balance"], z=self.own["z"], dropout=self.own["dropout"])
+        loss = objective(handle, **{name: self.own[name] for name in NUMBERS})
         state = fit(
             handle.model, parameters, sources[0], self.training, still=still, state_file=STATE_FILE,
             settings=settings, validation=sources[1], label=f"routers of {self.row.name}", loss=loss,
         )  # fmt: skip
         width = handle.options["routers"].width
         kept = {name: handle.options[name] for name in self.row.learned.kept}
-        return self._write(handle, state, parameters, settings, marks, file, kept, width)
+        tensors = parameters | kept_as_begun(handle)
+        return self._write(handle, state, tensors, settings, marks, file, kept, width)
 
     def _write(
         self,

@@ -19,11 +19,11 @@ from ..encoding import MAX_LENGTH, prepare
 from ..options import TrainingOptions, TrainingResult
 from .data import check_data, prepared_by_expert, side_by_side
 from .deferral import DeferralRun
-from .run import Run
+from .run import NUMBERS, Run
 
 CHECKPOINT_FOLDER = ".moerge-train-routers"
 # where neither the caller nor the method says otherwise
-DEFAULTS = {"steps": 250, "lr": 1e-3, "batch_size": 8, "balance": 0.0, "z": 0.0, "dropout": 0.0}
+DEFAULTS = {"steps": 250, "lr": 1e-3, "batch_size": 8, "balance": 0.0, "z": 0.0, "dropout": 0.0, "sparsity": 0.0}
 
 
 def train_routers(
@@ -41,6 +41,7 @@ def train_routers(
     balance: float | None = None,
     z: float | None = None,
     dropout: float | None = None,
+    sparsity: float | None = None,
     train_experts: bool | None = None,
     warmup_ratio: float = 0.06,
     accumulate: int = 1,
@@ -71,14 +72,16 @@ def train_routers(
                     together; None for pwe_moe, which takes expert_data
     expert_data     {expert: its own data}, for pwe_moe, and for pi_tuning to find the nearest experts
     steps, lr, ...  None takes the method's own
-    balance, z      coefficients of the losses of `objective.py`; dropout: the share of experts that sits out a step
+    balance, z, sparsity
+                    coefficients of the losses of `objective.py`; dropout: the share of experts that sits out a step
     the rest        as in `train_gates`; the state of an unfinished run lies in `.moerge-train-routers`
 
     The model is as before afterwards, also after an exception. Errors: ValueError for arguments, data, a method that is
     not trained, and all that `patch` refuses; as in `train_gates` otherwise.
     """
     row = _trained_row(method)
-    own = _chosen(row, steps=steps, lr=lr, batch_size=batch_size, balance=balance, z=z, dropout=dropout)
+    numbers = {"balance": balance, "z": z, "dropout": dropout, "sparsity": sparsity}
+    own = _chosen(row, steps=steps, lr=lr, batch_size=batch_size, **numbers)
     joint = row.learned.experts if train_experts is None else train_experts
     if joint and row.decodes:
         raise ValueError(f"method '{method}' trains a gate beside frozen experts: leave train_experts out")
@@ -103,6 +106,8 @@ def train_routers(
     run = kind(row, dict(options or {}), own, joint, target, training, note)
     if by_expert and row.learned.own_data:
         run.choose(trainable_inside(model), experts, by_expert)
+    if row.learned.common is not None:
+        run.prompt(trainable_inside(model), experts, tokenizer)
     return run.on(trainable_inside(model), experts, sources)
 
 
@@ -117,13 +122,14 @@ def _trained_row(method: str) -> Method:
 def _chosen(row: Method, **given: float | None) -> dict[str, Any]:
     """The caller's numbers, else the method's, else DEFAULTS; ValueError for those out of range."""
     own = DEFAULTS | row.learned.training | {name: value for name, value in given.items() if value is not None}
-    if row.decodes and (more := [name for name in ("balance", "z", "dropout") if own[name]]):
+    if row.decodes and (more := [name for name in NUMBERS if own[name]]):
         raise ValueError(f"method '{row.name}' has one gate, without {' and '.join(more)}: leave that out")
-    problems = [f"{name} must not be negative, got {own[name]}" for name in ("balance", "z") if not own[name] >= 0]
+    losses = ("balance", "z", "sparsity")
+    problems = [f"{name} must not be negative, got {own[name]}" for name in losses if not own[name] >= 0]
     if not 0 <= own["dropout"] < 1:
         problems.append(f"dropout must be in [0, 1), got {own['dropout']}")
     weigher = row.learned.weigher
-    for name in ("balance", "z"):
+    for name in losses:
         if own[name] and weigher is not None and not weigher.softmaxed:
             problems.append(f"{name} is for weights that are a softmax of scores, and those of '{row.name}' are not")
     if problems:
