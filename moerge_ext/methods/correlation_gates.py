@@ -122,7 +122,7 @@ CORRELATED = Learned(
 )
 PEMT = Method(
     name="pemt",
-    summary="weights of a task from how its prompt correlates with the experts'; a new expert beside them",
+    summary="softmax(G c), c how the task's prompt correlates with the experts'; a new expert beside them",
     paper="PEMT: Multi-Task Correlation Guided Mixture-of-Experts Enables Parameter-Efficient Transfer Learning, arXiv "
     "2402.15082, section 3",
     taxonomy=SURVEY[19].taxonomy,

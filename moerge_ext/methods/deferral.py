@@ -105,7 +105,7 @@ DEFERRED = Learned(
 )
 CO_LLM = Method(
     name="co_llm",
-    summary="a trained gate on the base's last hidden state; base or one expert writes the token",
+    summary="base or one expert writes each token; softmax([0, theta h]), h the base's last hidden state",
     paper="Learning to Decode Collaboratively with Multiple Language Models, arXiv 2403.03870, section 2",
     taxonomy=SURVEY[20].taxonomy,
     plan=no_plan,

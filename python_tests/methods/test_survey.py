@@ -74,6 +74,11 @@ def test_rows_name_their_number_and_print_its_values():
     assert not any(METHODS[name].survey for name in ours | {name for name in METHODS if name.startswith("glider")})
 
 
+def test_the_rows_cover_the_survey():
+    """12, CALM, and 21, Branch-Train-Mix, are no routers over LoRA."""
+    assert set(SURVEY) - {method.survey for method in METHODS.values()} <= {12, 21}
+
+
 def test_the_command_prints_section_fields_and_departures(capsys):
     assert main(["methods", "-v"]) == 0
     text = capsys.readouterr().out
