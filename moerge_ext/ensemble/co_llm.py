@@ -170,6 +170,8 @@ def _other_base(source: Routers, model: nn.Module) -> list[str]:
             f"expected a gate of {THETA} {list(wanted[THETA])} (experts, the base's width) and {THRESHOLD} [1], the "
             f"file's is {said}: train it for this base"
         )
+    elif not 0 <= float(held[THRESHOLD]) <= 1:
+        problems.append(f"the file is damaged: its threshold must be in [0, 1], got {float(held[THRESHOLD]):g}")
     if source.options.get(VOCABULARY) != known:
         problems.append(
             f"the gate was trained with a base of {source.options.get(VOCABULARY)} tokens, this one has {known}"

@@ -63,7 +63,7 @@ class TaskPrompts(Weigher):
     def check(cls, tensors: Mapping[str, Tensor], place: Place) -> None:
         """ValueError for tensors that are no prompts of `place.experts` experts and `place.width` features."""
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        length, longest = (found.get(name, (0, 0))[axis] for name, axis in (("target", 0), ("real", -1)))
+        length, longest = (found.get("target") or (0,))[0], (found.get("real") or (0,))[-1]
         wanted = {
             "target": (length, place.width),
             "sources": (place.experts, longest, place.width),
@@ -76,6 +76,9 @@ class TaskPrompts(Weigher):
                 f"[L,{place.width}], sources [{place.experts},M,{place.width}], real [{place.experts},M]; the file's "
                 f"are {said}: train them again"
             )
+
+        if not tensors["real"].any(1).all():
+            raise ValueError("the prompt of an expert has no token: describe it again")
 
     def correlation(self) -> Tensor:
         """c [D]."""

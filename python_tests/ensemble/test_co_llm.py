@@ -221,6 +221,9 @@ def test_a_gate_of_other_experts_or_another_base_is_named(setup, tmp_path):
     narrow = copy.deepcopy(routers)
     narrow.tensors["gate"]["theta"] = narrow.tensors["gate"]["theta"][:, 1:]
     assert "expected a gate of theta [3, 32]" in said(routers=narrow) and "theta [3, 31]" in said(routers=narrow)
+    damaged = copy.deepcopy(routers)
+    damaged.tensors["gate"]["threshold"] = torch.tensor([7.0])
+    assert "its threshold must be in [0, 1], got 7" in said(routers=damaged)
     narrow.tensors = {}
     assert "the file's is none" in said(routers=narrow)
     assert "needs a gate that was trained" in said(routers=None)

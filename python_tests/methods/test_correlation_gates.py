@@ -259,11 +259,16 @@ def test_a_file_that_does_not_fit_is_named(setup, tmp_path):
     other = copy.deepcopy(routers)
     other.tensors["common"]["target"] = other.tensors["common"]["target"][:, 1:]
     assert "expected prompts of 3 experts for a base of width 32" in said(other)
+    other.tensors["common"] |= {"target": torch.tensor(1.0), "real": torch.tensor(1.0)}
+    assert "target []" in said(other)
     del other.tensors["common"]
     assert "the file's are none: train them again" in said(other)
     other = copy.deepcopy(routers)
     other.tensors["common"]["real"] = other.tensors["common"]["real"][:2]
     assert "real [2, " in said(other)
+    other = copy.deepcopy(routers)
+    other.tensors["common"]["real"][1] = 0
+    assert "the prompt of an expert has no token" in said(other)
     assert "needs routers that were trained" in said(None)
 
 
