@@ -168,7 +168,7 @@ def deciding_answerers(runs: Sequence[Run], experts: Any, model: Any, tokenizer:
     """{label: who answers} of the runs of methods that decode."""
     from ..ensemble.co_llm import CoLLM
 
-    mine = [run for run in runs if run.answers_itself and run.ensemble is None]
+    mine = [run for run in runs if run.method is not None and run.apart]
     return {run.label: CoLLM(model, tokenizer, experts, **run.options) for run in mine}
 
 

@@ -33,8 +33,8 @@ class Run:
     ensemble: str | None = None
 
     @property
-    def answers_itself(self) -> bool:
-        """Whether more than a patched model answers: an ensemble, or a method that decodes."""
+    def apart(self) -> bool:
+        """Whether somebody else than the base, or a patched base, answers: `evaluate(answerers=...)` has who."""
         return self.ensemble is not None or (self.method is not None and get_method(self.method).decodes)
 
 
