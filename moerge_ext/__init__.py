@@ -26,6 +26,7 @@ if not _bare():
     from .experts.bank import ExpertBank, ModuleBank, load_experts
     from .experts.routers import Routers, read_routers
     from .exporting.merge import merge_experts
+    from .exporting.mix import mix_models
     from .exporting.push import push_expert
     from .methods import METHODS, get_method
     from .models.prompt import PromptFormat
@@ -49,6 +50,7 @@ if not _bare():
     from .training.experts import new_expert, train_expert
     from .training.gates import train_gates
     from .training.lorahub import lorahub
+    from .training.mixture import train_mix
     from .training.routers.train import train_routers
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "load_text_router",
     "lorahub",
     "merge_experts",
+    "mix_models",
     "new_expert",
     "ops",
     "patch",
@@ -96,6 +99,7 @@ __all__ = [
     "similar_examples",
     "train_expert",
     "train_gates",
+    "train_mix",
     "train_router",
     "train_routers",
 ]

@@ -23,6 +23,8 @@ COMMANDS = {
     "train-routers": (".train_routers", "train a method's routers over frozen experts"),
     "list": (".list", "adapters in folders: base, rank, modules, and what there is for routing beside each"),
     "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
+    "mix": (".mix", "whole models as the experts of one: their FFNs routed, the rest averaged"),
+    "train-mix": (".train_mix", "train the routers of such a mixture, or all of it"),
     "push": (".push", "an adapter with its gates, index and description to the Hugging Face hub"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),
