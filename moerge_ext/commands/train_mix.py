@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if problems := range_problems(args):
         raise ValueError("; ".join(problems))
 
-    from ..files.atomic import check_writable
+    from ..files.atomic import check_can_write
     from ..models.pretrained import load_config
     from ..training.mixture import train_mix
     from ..training.ranks import current_ranks
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
     if hasattr(args, "validation"):
         training["validation"] = my_rows(args.validation, ranks, prompt)
-    check_writable(args.output)
+    check_can_write(args.output)
     model, tokenizer = load(args)
     if ranks.first:
         print(plan(len(rows), _defaults(), batch_size=args.batch_size, ranks=ranks.size, **training), flush=True)
