@@ -29,6 +29,7 @@ if not _bare():
     from .exporting.mix import mix_models
     from .exporting.push import push_expert
     from .methods import METHODS, get_method
+    from .models.composition import compose_models
     from .models.prompt import PromptFormat
     from .native.loading import build_info
     from .ops import reference
@@ -47,6 +48,7 @@ if not _bare():
     from .routing.routed_linear import RoutedLinear
     from .routing.trace import Trace
     from .training.activation import average_activation
+    from .training.composition import train_calm
     from .training.experts import new_expert, train_expert
     from .training.gates import train_gates
     from .training.lorahub import lorahub
@@ -80,6 +82,7 @@ __all__ = [
     "average_activation",
     "build_info",
     "calibrate_threshold",
+    "compose_models",
     "describe",
     "explain_tokens",
     "get_handle",
@@ -97,6 +100,7 @@ __all__ = [
     "read_routers",
     "reference",
     "similar_examples",
+    "train_calm",
     "train_expert",
     "train_gates",
     "train_mix",

@@ -25,6 +25,7 @@ COMMANDS = {
     "merge": (".merge", "several experts as one PEFT adapter, or as a full model"),
     "mix": (".mix", "whole models as the experts of one: their FFNs routed, the rest averaged"),
     "train-mix": (".train_mix", "train the routers of such a mixture, or all of it"),
+    "train-calm": (".train_calm", "compose two models: one attends to the other at chosen layers (CALM)"),
     "push": (".push", "an adapter with its gates, index and description to the Hugging Face hub"),
     "convert": (".convert", "an adapter of MLX-LM, llama.cpp (GGUF) or an older PEFT as a PEFT folder"),
     "describe": (".describe", "write down what an expert is for, for methods that route by the query's text"),

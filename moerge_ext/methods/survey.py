@@ -1,6 +1,6 @@
 """The 29 methods of the MoErging survey (Yadav et al. 2024, arXiv 2408.07057) with the nine fields of its infoboxes.
 
-`SURVEY[n]` is the method of section 3.n. The rows of METHODS that are one name their n and have its
+`SURVEY[n]` is the method of section 3.n. The rows of METHODS that are one (and of `whole_models.py`) name their n and have its
 taxonomy, also where they depart from its paper: `Method.differs` says in what. "Multiple" and "N/A" are the survey's.
 """
 

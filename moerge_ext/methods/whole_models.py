@@ -43,5 +43,16 @@ ROWS = (
         top_k="2",
         weighting="softmax",
     ),
+    WholeModels(
+        name="calm",
+        summary="two frozen models; at chosen layers one attends to the other's hidden states",
+        paper="LLM Augmented LLMs: Expanding Capabilities through Composition, arXiv 2401.02412",
+        survey=12,
+        made="moerge train-calm (docs/whole_models.md)",
+        differs="attends to positions up to the token's own (the published code to all); no norm and no biases, "
+        "which that has; begins as the anchor; layers at the ends of equal parts; steps and rate are ours",
+        top_k="-",
+        weighting="trained",
+    ),
 )
 WHOLE_MODELS: dict[str, WholeModels] = {row.name: row for row in ROWS}

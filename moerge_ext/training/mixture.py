@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from ..experts.prompt_notes import note_of_prompt
-from ..files.atomic import check_writable, disk_error
+from ..models.pretrained import MODEL_CONFIG
 from ..models.prompt import PromptFormat
 from ..models.weights import MIX_FILE
 from ..models.wrappers import trainable_inside
 from ..routing.layers import values_problem
-from .batches import Batch, BatchSource, Collate
-from .checkpointing import gradients_pass_checkpoints
+from .batches import Batch, Collate
 from .encoding import MAX_LENGTH, prepare
-from .frozen import frozen
-from .loop import batch_loss, discard_state, fit, kept_step, saving
-from .options import TrainingOptions, TrainingResult, finished_before, note_of, settings_of
-from .ranks import current_ranks
+from .loop import batch_loss
+from .options import TrainingOptions, TrainingResult
+from .whole import WholeRun, mark_of
 
 STATE_FILE = "moerge_mix.checkpoint.safetensors"
 CHECKPOINT_FOLDER = ".moerge-train-mix"
-CONFIG = "config.json"
 RATES = {"router": 1e-3, "all": 2e-5}
-_MARKED = 512  # values at each end of a parameter, by which a model is known
 
 
 def train_mix(
@@ -97,9 +90,10 @@ def train_mix(
         model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
     )
     sources = prepared.sources(batch_size, shuffle, seed)
-    facts = {"train": train, "balance": balance, "model": _mark(model)}
-    run = _Run(model, parameters, target, options, dtype, tokenizer, note_of_prompt(prepared.prompt))
-    return run.go(sources, facts, Balanced(model, balance))
+    facts = {"train": train, "balance": balance, "model": mark_of(model)}
+    save = _Saving(model, dtype, tokenizer, facts | note_of_prompt(prepared.prompt))
+    run = WholeRun(model, parameters, target, options, STATE_FILE, MIX_FILE, save)
+    return run.go(sources, facts, label="mixture", loss=Balanced(model, balance))
 
 
 def routers_in(model: nn.Module) -> dict[str, nn.Module]:
@@ -167,109 +161,32 @@ class Balanced:
         return len(weight) * (shares * scores.softmax(-1).mean(0)).sum()
 
 
-class _Run:
-    """One training of a mixture."""
+class _Saving:
+    """How a trained mixture is written: in `dtype`, with what is said of it in a file of its own."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: dict[str, nn.Parameter],
-        target: Path,
-        options: TrainingOptions,
-        dtype: torch.dtype | None,
-        tokenizer: Any,
-        note: dict[str, str],
-    ):
-        self.model, self.parameters, self.target, self.options = model, parameters, target, options
-        self.dtype, self.tokenizer, self.note = dtype, tokenizer, note
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, tokenizer: Any, said: dict[str, Any]):
+        self.model, self.dtype, self.tokenizer = model, dtype, tokenizer
+        self.said = _said_of(model) | said
 
-    def go(
-        self, sources: tuple[BatchSource, BatchSource | None], facts: dict[str, Any], loss: Balanced
-    ) -> TrainingResult:
-        """The model, trained and saved."""
-        ranks, file, options = current_ranks(), self.target / MIX_FILE, self.options
-        settings = settings_of(options, *sources, facts)
-        done = ranks.from_first(
-            lambda: finished_before(options, settings, self.target, file=file, state_file=STATE_FILE)
-        )
-        if done is not None:
-            return done
-        with ranks.together():
-            if (self.target / CONFIG).exists():
-                raise ValueError(f"{self.target} holds a model already: name another folder")
-            check_writable(self.target)
-        with frozen(self.model) as still, gradients_pass_checkpoints(self.model), _only(self.model, self.parameters):
-            state = fit(
-                self.model, self.parameters, sources[0], options, still=still, state_file=STATE_FILE,
-                settings=settings, validation=sources[1], label="mixture", loss=loss,
-            )  # fmt: skip
-        result = TrainingResult(self.target, state.step, kept_step(state), state.losses, state.validation)
-        said = _said_of(self.model) | facts | note_of(result, settings) | self.note
-        with ranks.together(), saving(state, options, STATE_FILE):
-            if ranks.first:
-                self._save(said)
-        discard_state(options, STATE_FILE)
-        return result
-
-    def _save(self, said: dict[str, Any]) -> None:
-        """All files beside the target, then moved one by one, the config last: without it there is no model yet."""
-        try:
-            with tempfile.TemporaryDirectory(dir=self.target, prefix=".saving-") as temporary:
-                folder = Path(temporary)
-                self._save_model(folder)
-                if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(folder)
-                (folder / MIX_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-                for file in sorted(folder.iterdir(), key=lambda file: file.name == CONFIG):
-                    os.replace(file, self.target / file.name)
-        except Exception as error:
-            if (refused := disk_error(error, self.target)) is not None:
-                raise refused from error
-            raise
-
-    def _save_model(self, folder: Path) -> None:
-        """Weights and config, in `dtype`."""
+    def __call__(self, folder: Path, note: dict[str, str]) -> None:
         if self.dtype is None:
             self.model.save_pretrained(folder)
-            return
+        else:
+            self._in_dtype(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        (folder / MIX_FILE).write_text(json.dumps(self.said | note, indent=2) + "\n", encoding="utf-8")
+
+    def _in_dtype(self, folder: Path) -> None:
         made: dict[tuple, Tensor] = {}  # tied weights stay one tensor
         state = {
             name: made.setdefault((t.data_ptr(), t.shape), t.to(self.dtype) if t.is_floating_point() else t)
             for name, t in self.model.state_dict().items()
         }
         self.model.save_pretrained(folder, state_dict=state)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
         config["dtype"] = str(self.dtype).removeprefix("torch.")
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _only(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Inside, only these parameters have gradients; flags and modes are as before afterwards."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    ours = {id(p) for p in parameters.values()}
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in ours)
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-            p.grad = None
-        for module, mode in modes:
-            module.training = mode
-
-
-def _mark(model: nn.Module) -> str:
-    """What a model is known by: the names, shapes and the first and last values of its parameters."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        flat = p.detach().reshape(-1)
-        digest.update(f"{name} {list(p.shape)}\n".encode())
-        for part in (flat[:_MARKED], flat[-_MARKED:]):
-            digest.update(part.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        (folder / MODEL_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _said_of(model: nn.Module) -> dict[str, Any]:
