@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files.atomic import check_writable, disk_error
+from ..files.atomic import check_writable, disk_error, permit_as_new
 from ..models.pretrained import MODEL_CONFIG
 from .batches import Batch, BatchSource
 from .checkpointing import gradients_pass_checkpoints
@@ -81,6 +81,7 @@ class WholeRun:
             with tempfile.TemporaryDirectory(dir=self.target, prefix=".saving-") as temporary:
                 self.save(Path(temporary), note)
                 for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == MODEL_CONFIG):
+                    permit_as_new(file)
                     os.replace(file, self.target / file.name)
         except Exception as error:
             if (refused := disk_error(error, self.target)) is not None:

@@ -135,6 +135,7 @@ def test_types_parts_tied_heads_and_what_lies_beside(tmp_path, monkeypatch):
     mix = moerge.mix_models({"x": paths[0], "y": str(paths[1])}, tmp_path / "mix", seed=3, progress=False)
     files = {file.name for file in mix.path.iterdir()}
     assert "model-00001-of-00003.safetensors" in files and "model.safetensors" not in files
+    assert len({file.stat().st_mode for file in mix.path.iterdir()}) == 1
     assert "lm_head.weight" not in json.loads((mix.path / "model.safetensors.index.json").read_text())["weight_map"]
     got = loaded(mix.path)
     assert got.dtype == torch.bfloat16 and got.lm_head.weight is got.model.embed_tokens.weight

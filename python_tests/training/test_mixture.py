@@ -46,6 +46,7 @@ def test_what_is_trained_changes_and_nothing_else(source, model, train, lr, tmp_
     assert loss == pytest.approx(result.validation[10], rel=1e-4)
     files = {"config.json", "generation_config.json", "model.safetensors", "moerge_mix.json"}
     assert {file.name for file in tmp_path.iterdir()} == files
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
     said = json.loads((tmp_path / "moerge_mix.json").read_text())
     assert said["experts"] == ["a", "b", "c"] and said["train"] == train
 
