@@ -16,6 +16,7 @@ from ..methods.base import HIDDEN_STATES, Method
 from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_experts, add_gates, add_routers, gates_of, load_bank, routers_of
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
+from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
 
 NEW_TOKENS = 128  # of an answer, when nobody says how many
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hidden_layer(parser)
     add_writer(parser)
     add_similar(parser)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> int:
