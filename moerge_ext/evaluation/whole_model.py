@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..models.pretrained import load_model, load_tokenizer
-from ..models.weights import model_folder
+from ..models.stored import model_folder
 from .answers import Answerer
 
 _PIECE = 1 << 24  # bytes read at a time

@@ -28,7 +28,8 @@ from ..files.atomic import check_new_folder, write_folder_atomically
 from ..files.listing import grouped
 from ..files.safefile import FLOATS, file_inside
 from ..files.shard_writer import ShardWriter
-from ..models.weights import MIX_FILE, StoredModel, open_model, tokens_differ
+from ..models.stored import MIX_FILE
+from ..models.weights import StoredModel, open_model, tokens_differ
 from .mixtures import Mixture, ffn_of, mixed_config, mixture_of
 
 GENERATION = "generation_config.json"

@@ -28,8 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cross_attention import CompositionCache, CrossAttention, decoder_layers, evenly, seen_positions
-from .pretrained import COMPOSITION
-from .weights import WEIGHTS, digest_of
+from .stored import COMPOSITION, WEIGHTS, digest_of
 
 
 class CalmConfig(PreTrainedConfig):
@@ -199,7 +198,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         config = config or CalmConfig.from_pretrained(folder)
         models = []
         for role, path in (("anchor", anchor), ("augmenting", augmenting)):
-            path = path or getattr(config, role)
+            if path is not None:
+                setattr(config, role, _absolute(os.fspath(path)))
+            path = getattr(config, role)
             try:
                 digest = digest_of(path)
             except ValueError as error:

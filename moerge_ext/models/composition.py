@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .pretrained import load_tokenizer
-from .weights import model_folder, tokens_differ
+from .pretrained import load_tokenizer, location
+from .stored import model_folder
+from .weights import tokens_differ
 
 
 def compose_models(
@@ -33,6 +34,8 @@ def compose_models(
     from .calm import CalmForCausalLM
 
     paths = [os.fspath(path) for path in (anchor, augmenting)]
+    for path in paths:
+        location(path)
     folders = [str(model_folder(path)) for path in paths]
     named = [(role, load_tokenizer(folder)) for role, folder in zip(("anchor", "augmenting"), folders, strict=True)]
     if why := tokens_differ(named):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..files.gguffile import read_gguf
+from .stored import COMPOSITION, MODEL_CONFIG
 
 GGUF = ".gguf"
-COMPOSITION = "moerge_calm"  # the model type of `calm.py`
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 NO_SUCH_FILE = "does not appear to have a file"  # transformers of a repository that is there
 # transformers' model classes take seconds to import, and `moerge --help` needs none: imported in the functions
 

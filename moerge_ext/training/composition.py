@@ -10,7 +10,7 @@ from torch import nn
 
 from ..experts.prompt_notes import note_of_prompt
 from ..models.prompt import PromptFormat
-from ..models.weights import WEIGHTS
+from ..models.stored import WEIGHTS
 from ..models.wrappers import trainable_inside
 from .batches import Collate
 from .encoding import MAX_LENGTH, prepare

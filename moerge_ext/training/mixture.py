@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..experts.prompt_notes import note_of_prompt
-from ..models.pretrained import MODEL_CONFIG
 from ..models.prompt import PromptFormat
-from ..models.weights import MIX_FILE
+from ..models.stored import MIX_FILE, MODEL_CONFIG
 from ..models.wrappers import trainable_inside
 from ..routing.layers import values_problem
 from .batches import Batch, Collate

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..files.atomic import check_writable, disk_error, permit_as_new
-from ..models.pretrained import MODEL_CONFIG
+from ..models.stored import MODEL_CONFIG
 from .batches import Batch, BatchSource
 from .checkpointing import gradients_pass_checkpoints
 from .frozen import frozen
