@@ -189,7 +189,7 @@ def check_routers(runs: Sequence[Run], routers: Mapping[str, Any] | None) -> Non
 def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
     """ValueError for the first run that cannot patch the model or lacks a router; nothing is patched or built."""
     for run in runs:
-        if run.method is not None:
+        if run.method is not None and not run.apart:
             check_patch(model, experts, run.method, **run.options)
     check_routers(runs, routers)
 
@@ -205,8 +205,8 @@ def _label(run: Run, router: Any) -> str:
 
 
 def patched(model: nn.Module, experts: ExpertBank, run: Run, routers: Mapping[str, Any] | None):
-    """A context with the run's handle, None for the base."""
-    if run.method is None:
+    """A context with the run's handle, None for the base and for who patches the model for himself."""
+    if run.method is None or run.apart:
         return nullcontext()
     handle = patch(model, experts, run.method, **run.options)
     handle.router = router_of(run, routers)

@@ -37,8 +37,9 @@ class Run:
 
     @property
     def apart(self) -> bool:
-        """Whether somebody else than the base, or experts on it, answers: `evaluate(answerers=...)` has who."""
-        return self.ensemble is not None or self.model is not None
+        """Whether somebody else than the base, or a patched base, answers: `evaluate(answerers=...)` has who."""
+        decodes = self.method is not None and get_method(self.method).decodes
+        return decodes or self.ensemble is not None or self.model is not None
 
 
 def parse_run(text: str) -> Run:
