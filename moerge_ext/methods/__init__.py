@@ -1,7 +1,8 @@
 """The routing methods: METHODS is the table, one `Method` per row; a new method is a row in a file here.
 
 A file is a family. `base.py` says what a row holds, `gating.py` and `prototypes.py` build gates, `learned.py` and
-`weighing.py` are about routers that are trained over a bank. Start with `base.py` and `phatgoose.py`.
+`weighing.py` are about routers that are trained over a bank; `whole_models.py` names what `patch` cannot do. Start with
+`base.py` and `phatgoose.py`.
 
 May import: experts, models, files.
 """
@@ -32,6 +33,7 @@ from . import (
 )
 from .base import Method, Plan, Routing, Taxonomy
 from .fixed import PREFIX, fixed_expert
+from .whole_models import WHOLE_MODELS
 
 __all__ = ["METHODS", "Method", "Plan", "Routing", "Taxonomy", "get_method"]
 
@@ -50,6 +52,11 @@ def get_method(name: str) -> Method:
             return METHODS[name]
         if name.startswith(PREFIX) and len(name) > len(PREFIX):
             return fixed_expert(name[len(PREFIX) :])
+        if name in WHOLE_MODELS:
+            raise ValueError(
+                f"method '{name}' is of whole models, not of experts on one: {WHOLE_MODELS[name].made}; what it makes "
+                "is a model of its own (--model)"
+            )
     known = ", ".join([*METHODS, f"{PREFIX}<name>"])
     near = get_close_matches(str(name).lower(), METHODS, 1)
     meant = f"did you mean {near[0]!r}? " if near else ""
