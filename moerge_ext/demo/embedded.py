@@ -1,23 +1,19 @@
-"""The demo: one small model, eight experts, and a router that finds the right one for every token."""
+"""The embedded demo: one small model, eight experts, and a router that finds the right one for every token."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from .._version import __version__
 from ..experts.bank import ExpertBank, load_experts
 from ..routing.patch import patch
 from . import heatmap
@@ -25,6 +21,7 @@ from .evaluate import accuracies, converse, tokens_per_second
 from .tasks import Conversation, held_in, held_out
 
 ASSETS = Path(__file__).parent / "assets"
+SAMPLES = 25  # conversations per row
 # column: method; PHATGOOSE and GLIDER compare with Arrow at the two experts per token that they use themselves
 ROUTED = {
     "uniform merge": "merged",
@@ -56,6 +53,12 @@ class Results:
         return sum(scores.values()) / len(scores)
 
 
+def load(say: Callable[[str], None]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, ExpertBank]:
+    """What ships with the package."""
+    say("loading ...")
+    return load_assets()
+
+
 def load_assets(folder: Path = ASSETS) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, ExpertBank]:
     """The demo's base model and bank of experts, in float32, and the tokenizer."""
     if not (folder / "base").is_dir():
@@ -78,11 +81,18 @@ def patched(model: LlamaForCausalLM, experts: ExpertBank, method: str) -> Iterat
         handle.remove()
 
 
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, experts: ExpertBank, samples: int) -> Results:
+def measure(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    experts: ExpertBank,
+    samples: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Results:
     """Score every column on `samples` conversations per held-in skill and per held-out composition.
 
     The best expert of a skill is the one trained on it; of a composition, the one with the highest score.
     """
+    say("measuring ...")
     inside, outside = held_in(samples), held_out(samples)
     rows: Suites = {**inside, **outside}
     scores = {"base": accuracies(model, tokenizer, rows)}
@@ -171,34 +181,17 @@ def show_examples(console: Console, model, tokenizer, experts: ExpertBank) -> No
         console.print()
 
 
-def as_json(results: Results, samples: int, experts: ExpertBank) -> dict[str, Any]:
-    """The measured numbers as plain data, with what they were measured on."""
+def facts(results: Results) -> dict[str, Any]:
+    """The measured numbers as plain data."""
     return {
-        "samples": samples,
-        "experts": list(experts.names),
         "held_in": results.held_in,
         "held_out": results.held_out,
         "means": {part: {c: results.mean(c, part) for c in results.held_in} for part in ("held_in", "held_out")},
         "tokens_per_second": {"plain": results.plain_speed, "patched": results.patched_speed},
-        "versions": {"moerge_ext": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "threads": torch.get_num_threads(),
     }
 
 
-def show(samples: int, out: Path, json_file: Path | None = None) -> None:
-    """Prints examples, the table and the findings; draws the heatmap into `out`, writes the numbers to `json_file`."""
-    start = time.perf_counter()
-    console = Console()
-    model, tokenizer, experts = load_assets()
-    show_examples(console, model, tokenizer, experts)
-    with console.status("measuring ..."):
-        results = measure(model, tokenizer, experts, samples)
-    console.print(table(results))
-    for line in summary(results):
-        console.print(line, highlight=False)
+def draw(results: Results, experts: ExpertBank, out: Path) -> list[Path]:
+    """The heatmap, written into `out`."""
     title = "PHATGOOSE: where the tokens of a skill go"
-    path = heatmap.draw(out / "routing.png", results.panels, results.modules, list(experts.names), title)
-    console.print(f"routing heatmap: {path.resolve()}", highlight=False, soft_wrap=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(as_json(results, samples, experts), indent=1) + "\n")
-    console.print(f"{time.perf_counter() - start:.0f} seconds", highlight=False)
+    return [heatmap.draw(out / "routing.png", results.panels, results.modules, list(experts.names), title)]

@@ -274,6 +274,17 @@ def test_the_tables_are_those_of_the_committed_results(tmp_path):
     assert table.main(["--check", "--results", str(folder), *(str(tmp_path / name) for name in files)]) == 0
 
 
+def test_the_real_demo_is_scored_from_its_answers(tmp_path):
+    """The table of the top README is that of the kept answers, and follows them."""
+    kept = json.loads((results.FOLDER / "demo_real.json").read_text())
+    assert f"-->\n{render.demo_real([], results.FOLDER)}\n\n<!--" in (REPO / "README.md").read_text()
+    for item in kept["items"]:
+        item["base"] = item["right"]
+    (tmp_path / "demo_real.json").write_text(json.dumps(kept))
+    text = render.demo_real([], tmp_path)
+    assert "| mean (n=72) | 100.0 (" in text and "phatgoose minus base: -" in text
+
+
 def test_loading_suite_runs(tmp_path):
     assert run.main(["loading", "--tiny", "--threads", "1", "--results", str(tmp_path)]) == 0
     rows = {row["candidate"]: row for row in rows_of(tmp_path)}
