@@ -18,8 +18,10 @@ demo: build
 demo-real: build
 	$(BIN)/python -m moerge_ext demo --model smollm2
 
+# A file at a time on each of up to four processes; what measures time runs after them.
 test: build
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not alone" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "alone and not slow"
 
 test-slow: build
 	$(BIN)/python -m pytest -m slow
