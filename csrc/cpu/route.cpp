@@ -195,9 +195,9 @@ void run(const RouteArgs& args, const Tensor& weights, const Tensor& experts) {
   Team::work(forward.cost(), [&](Team& team) { forward.run(team); });
 }
 
-std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::string normalize, bool absolute,
+std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, Word normalize, bool absolute,
                                  std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
-                                 std::optional<Tensor> mask, std::optional<double> top_p, std::string weighting) {
+                                 std::optional<Tensor> mask, std::optional<double> top_p, Word weighting) {
   const Check check{"route", Device::cpu};
   const RouteOptions options{
       top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),

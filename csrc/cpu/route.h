@@ -15,6 +15,7 @@
 
 #include "../common/check_route.h"
 #include "view.h"
+#include "word.h"
 
 namespace moerge::cpu {
 
