@@ -135,7 +135,7 @@ RouteForward<Acc>::RouteForward(const RouteArgs& args, Workspace& workspace, Acc
 
 template <class Acc>
 void RouteForward<Acc>::run(Team& team) const {
-  if (!few()) return team.run(0, ceil_div(args_.T, kTokenBlock), [&](int64_t i) { block(i); });
+  if (!few()) return team.run(0, ceil_div(args_.T, block_tokens()), [&](int64_t i) { block(i); });
   team.run(0, args_.T, [&](int64_t i) { centre(i); });
   team.run(1, parts_, [&](int64_t i) { dots(i); });
   team.run(2, args_.T, [&](int64_t i) { sum_and_choose(i); });
@@ -143,7 +143,7 @@ void RouteForward<Acc>::run(Team& team) const {
 
 template <class Acc>
 void RouteForward<Acc>::block(int64_t index) const {
-  const int64_t begin = index * kTokenBlock, count = std::min(kTokenBlock, args_.T - begin);
+  const int64_t begin = index * block_tokens(), count = std::min(block_tokens(), args_.T - begin);
   Acc* rows = scratch<Acc>(0, kTokenBlock * args_.D);
   Acc* scores = scratch<Acc>(1, kTokenBlock * args_.E);
   int32_t* ids = scratch<int32_t>(2, args_.E);
