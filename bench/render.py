@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .quality.methods_page import methods, survey
+from .quality.whole_way import page as whole_way
 from .results import Row
 
 NOTHING = "*Nothing recorded yet.*"
@@ -310,4 +312,7 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "loading": loading,
     "plots": plots,
     "demo": demo,
+    "whole-way": whole_way,
+    "methods": methods,
+    "survey": survey,
 }

@@ -1,4 +1,4 @@
-"""Writes the tables of bench/README.md and of the top README from bench/results/*.jsonl.
+"""Writes the tables of bench/README.md, of the top README and of docs/ from bench/results/.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`; everything between the two is replaced. `--check`
 changes nothing and fails when a file is stale.
@@ -17,7 +17,8 @@ from bench.render import TABLES
 from bench.results import FOLDER, Row, latest, read_all
 
 REPO = Path(__file__).resolve().parents[1]
-FILES = (REPO / "bench" / "README.md", REPO / "README.md")
+PAGES = ("bench/README.md", "README.md", "docs/whole_way.md", "docs/methods.md")
+FILES = tuple(REPO / name for name in PAGES)
 BLOCK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 

@@ -16,6 +16,7 @@ if not _bare():
     import torch  # noqa: F401  (first: the compiled ops are loaded into it)
 
     from . import ops
+    from .ensemble.co_llm import CoLLM
     from .ensemble.mixture import PromptEnsemble
     from .ensemble.pool import ModelPool, PoolModel
     from .ensemble.prompts import PromptExpert
@@ -54,6 +55,7 @@ if not _bare():
 __all__ = [
     "METHODS",
     "AskRouter",
+    "CoLLM",
     "Embedder",
     "ExampleRouter",
     "ExpertBank",

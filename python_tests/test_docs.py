@@ -82,3 +82,11 @@ def test_the_whole_way(shared, tmp_path, base):
     (answer,) = map(json.loads, (out / "answers.jsonl").read_text().splitlines())
     assert set(answer["experts"]) == set(tasks) and sum(answer["experts"].values()) == pytest.approx(1, abs=1e-3)
     assert (out / "merged" / "adapter_model.safetensors").exists()
+
+    from bench.quality.whole_way import RESULT, packed, page
+
+    facts = {"model": "a base", "settings": settings | {"BATCH": "8"}, "cpu": "a cpu", "threads": 1, "seconds": 60}
+    (tmp_path / RESULT).write_text(json.dumps(facts | packed(out, tasks)), encoding="utf-8")
+    (line,) = (line for line in page((), tmp_path).splitlines() if line.startswith("| phatgoose |"))
+    scores = {row["task"]: row["score"] for row in results if row["method"] == "phatgoose"}
+    assert [cell.split()[0] for cell in line.split("|")[2:4]] == [f"{scores[task]:.0%}" for task in tasks]

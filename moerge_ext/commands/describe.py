@@ -14,6 +14,7 @@ from ..queries.embedder import Embedder
 from ..queries.hidden import base_name
 from ..queries.index import index_examples
 from .options import add_embedder, add_writer, build_embedder, build_writer, check_writer
+from .progress import add_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="of the models (default: %(default)s)")
     add_writer(parser)
     add_embedder(parser, required=True)
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> int:

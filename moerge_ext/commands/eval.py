@@ -13,7 +13,7 @@ from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods import METHODS
 from ..methods.fixed import PREFIX
-from .ensemble_options import build_answerers
+from .ensemble_options import build_answerers, deciding_answerers
 from .expert_options import gates_of, load_bank, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
@@ -108,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
     if one is not None:
         check_patch(model, one, ALONE.method)
     options = {"output": args.output, "progress": not args.no_progress}
-    given = {"routers": routers, "answerers": build_answerers(args, runs, tasks, model, tokenizer)}
+    answerers = build_answerers(args, runs, tasks, model, tokenizer)
+    answerers |= deciding_answerers(runs, experts, model, tokenizer)
+    given = {"routers": routers, "answerers": answerers}
     scores = evaluate(model, tokenizer, experts, runs, tasks, settings, **given, **options) if runs else []
     scores += derive(scores, derived)
     if one is not None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..published.collections import COLLECTIONS
+from .progress import add_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--test", type=int, default=1000, metavar="N", help="test rows (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
-    add("--no-progress", action="store_true", help="no progress bar")
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> int:

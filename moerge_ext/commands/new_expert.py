@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .progress import add_progress
 from .train_expert import targets_of
 from .training_options import defaults, range_problems
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=default["seed"], help="of its A; B is zero (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .progress import add_progress
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
@@ -16,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="BRANCH", help="a branch, made when it is not there (default: main)")
     add("--base-model", metavar="ID", help="the base's id on the hub, where the adapter names a path of this machine")
     add("--dry-run", action="store_true", help="only print what would be sent; needs no network")
+    add_progress(parser)
 
 
 def run(args: argparse.Namespace) -> int:

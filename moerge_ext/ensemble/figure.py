@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..evaluation.evaluate import Score
 from ..evaluation.report import mean
+from ..files.atomic import write_figure
 from .measure import MIXED, macro
 
 
@@ -40,7 +41,7 @@ def plot_top_k(scores: Sequence[Score], names: Sequence[str], path: Path) -> Pat
     axis.set_ylabel("% right")
     axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure)
     return path
 
 

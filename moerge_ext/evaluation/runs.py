@@ -32,6 +32,11 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     ensemble: str | None = None
 
+    @property
+    def apart(self) -> bool:
+        """Whether somebody else than the base, or a patched base, answers: `evaluate(answerers=...)` has who."""
+        return self.ensemble is not None or (self.method is not None and get_method(self.method).decodes)
+
 
 def parse_run(text: str) -> Run:
     """ "glider_code/alpha=10/top_k=1" -> the method with those options; "base" -> the model alone.

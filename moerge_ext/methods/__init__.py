@@ -14,6 +14,8 @@ from . import (
     arrow,
     attention_gates,
     average_activation,
+    correlation_gates,
+    deferral,
     domain_gates,
     given,
     glider,
@@ -35,7 +37,7 @@ __all__ = ["METHODS", "Method", "Plan", "Routing", "Taxonomy", "get_method"]
 
 FAMILIES = (
     *(phatgoose, arrow, average_activation, merged, glider, given, retrieval),
-    *(token_gates, attention_gates, interpolation, task_vectors, domain_gates),
+    *(token_gates, attention_gates, interpolation, task_vectors, domain_gates, deferral, correlation_gates),
     *(lora_retriever, text_routers, twin, what_weight),
 )
 METHODS: dict[str, Method] = {row.name: row for family in FAMILIES for row in family.ROWS}

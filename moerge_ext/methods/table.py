@@ -51,7 +51,7 @@ def _row(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "gates": method.gate_kind or "none",
         "top_k": top_k,
-        "weighting": ("trained" if method.routes else "fixed") if routing is None else routing.weighting,
+        "weighting": ("trained" if method.learned is not None else "fixed") if routing is None else routing.weighting,
         "aggregation": method.aggregation,
         "options": _listed(method.options) or "-",
         "routing": _listed(_routing(method)),

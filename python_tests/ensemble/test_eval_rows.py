@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from contextlib import contextmanager
 
 import builders
 import patch_cases as cases
@@ -12,11 +14,14 @@ from query_cases import wide_tokenizer
 
 import moerge_ext as moerge
 from moerge_ext.commands import main as cli
+from moerge_ext.ensemble.figure import plot_top_k
+from moerge_ext.ensemble.measure import MIXED
 from moerge_ext.ensemble.mixture import PromptEnsemble
 from moerge_ext.ensemble.prompts import Template, few_shot
 from moerge_ext.ensemble.router import FORMAT, PromptRouter
 from moerge_ext.ensemble.rows import EnsembleAnswerer
 from moerge_ext.evaluation.runs import parse_run, with_top_k
+from moerge_ext.evaluation.scores import Score
 
 NAMES = ("x", "why", "z:")
 
@@ -154,3 +159,33 @@ def test_an_answer_follows_its_cue(tmp_path):
     assert len(whole) > 2, "the ensemble's own limit counts"
     cut = EnsembleAnswerer(mix, expert="x", max_new_tokens=12, answer_after=whole[0], stop=()).generate(["abc"], 1)[0]
     assert cut == whole.rpartition(whole[0])[2].strip().removesuffix(".").strip()
+
+
+@contextmanager
+def files_up_to(size):
+    """In place of a full disk: no file can grow beyond `size` bytes, not even for root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_names_the_picture_and_keeps_the_answers(folder, capsys):
+    pytest.importorskip("matplotlib")
+    words = ["ensemble", "--model", folder / "model", "--prompts", folder / "prompts.json", "--no-progress"]
+    words += ["--data", folder / "open" / "test.jsonl", "--max-new-tokens", 2, "--output", folder / "made"]
+    with files_up_to(6000):
+        assert cli.main([*map(str, words)]) == 2
+    assert f"'{folder / 'made' / 'results.png'}'" in capsys.readouterr().err
+    made = {path.name: path.stat().st_mtime_ns for path in (folder / "made").rglob("*.json*")}
+    assert "results.json" in made and not list((folder / "made").rglob(".*.tmp"))
+    assert cli.main([*map(str, words)]) == 0 and (folder / "made" / "results.png").stat().st_size > 6000
+    answers = list((folder / "made" / "answers").iterdir())
+    assert answers and all(made[path.name] == path.stat().st_mtime_ns for path in answers)
+    old = (folder / "made" / "top_k.png").read_bytes()
+    scores = [Score(name, "open", "train", "exact_match", 2, 1.0, None, (1.0, 0.0)) for name in (f"{MIXED}1", "x")]
+    with files_up_to(6000), pytest.raises(OSError, match="top_k.png"):
+        plot_top_k(scores, ["x"], folder / "made" / "top_k.png")
+    assert (folder / "made" / "top_k.png").read_bytes() == old

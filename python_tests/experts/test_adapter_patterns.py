@@ -119,6 +119,7 @@ def test_wide_patterns_match_as_in_re(key):
         assert pattern.fits_all_of(path) == bool(whole.fullmatch(path)), path
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "key",
     ["(a|a)" * 60, "a*" * 300, "(a?b?)" * 100, ".*" * 400 + "x", "(.|.|.)" * 100 + "!"]

@@ -278,6 +278,7 @@ def test_module_bank_checks_shapes():
         ExpertBank(["a", "b", "a"], {"m": bank})
 
 
+@pytest.mark.alone
 def test_time_is_linear_in_the_number_of_experts(tmp_path):
     modules = {f"model.layers.{i}.self_attn.{p}": factors(64, 64) for i in range(12) for p in ("q_proj", "v_proj")}
     folders = [write_adapter(tmp_path / f"e{i}", modules) for i in range(60)]

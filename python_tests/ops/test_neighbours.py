@@ -46,6 +46,7 @@ finally:
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores to pin to"
 )

@@ -281,6 +281,7 @@ def test_gates_are_trained_under_the_adapters_own_names(tmp_path):
         assert set(handle.modules) == set(layers)
 
 
+@pytest.mark.alone
 def test_many_names_are_matched_in_linear_time():
     """18,000 names that are not there: seconds, not minutes."""
     import time

@@ -9,7 +9,6 @@ tuners/adalora/layer.py, which for an alpha that is not positive depends on when
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ...files.safefile import FLOATS, TensorHeader
 from ..keys import PREFIX
+from .peft_rules import finite_number
 from .view import AdapterView, OpenTensors, peft_config
 
 KIND = "ADALORA"
@@ -42,7 +42,7 @@ def view_adalora(
     config: Mapping[str, Any], opener: Callable[[], AbstractContextManager[OpenTensors]], problems: list[str]
 ) -> AdapterView:
     """A PEFT folder whose config says AdaLoRA, as a plain LoRA."""
-    alpha, init_r = _number(config, "lora_alpha", problems), _number(config, "init_r", problems)
+    alpha, init_r = (finite_number(config.get(field), field, problems) for field in ("lora_alpha", "init_r"))
     for field, value, least in (("lora_alpha", alpha, 1e-30), ("init_r", init_r, 1.0)):
         if value < least:
             problems.append(f"{field} of an AdaLoRA must be positive, got {value:g}")
@@ -108,14 +108,3 @@ class _Folded:
 def _folded_as(header: TensorHeader) -> str:
     """The dtype in which lora_E * lora_A is formed; what is no float keeps its own, and is refused by it."""
     return "F64" if header.dtype == "F64" else "F32" if header.dtype in FLOATS else header.dtype
-
-
-def _number(config: Mapping[str, Any], field: str, problems: list[str]) -> float:
-    value = config.get(field)
-    try:
-        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer beyond float
-        pass
-    problems.append(f"{field} must be a finite number, got {str(value)[:80]}")
-    return 1.0

@@ -7,7 +7,6 @@ The scale stands in the config, lora_parameters.scale. (Facts: mlx-lm 0.32.2, tu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from ...files.safefile import TensorHeader, file_inside, open_tensors, read_headers, read_tensor
 from ..keys import PREFIX
 from .peft_config import read_config
-from .peft_rules import show
+from .peft_rules import finite_number, show
 from .view import AdapterView, one_line_a_cause, peft_config
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
@@ -103,26 +102,18 @@ def _scale(config: Mapping[str, Any], problems: list[str], notes: list[str]) -> 
     if not isinstance(parameters, dict) or "scale" not in parameters:
         problems.append(f"{CONFIG_FILE} of an MLX-LM adapter must have lora_parameters.scale, got {show(parameters)}")
         return 1.0
-    scale = _number(parameters["scale"], "scale", problems)
+    scale = finite_number(parameters["scale"], "lora_parameters.scale", problems)
     # until 0.14.1 the scale was multiplied by alpha / rank; later versions keep the field and do not read it
     if "alpha" in parameters and "fine_tune_type" not in config:
-        alpha, rank = (_number(parameters.get(key), key, problems) for key in ("alpha", "rank"))
+        alpha, rank = (
+            finite_number(parameters.get(key), f"lora_parameters.{key}", problems) for key in ("alpha", "rank")
+        )
         if not problems and rank and alpha != rank:
             notes.append(
                 f"lora_parameters has alpha {alpha:g} beside scale {scale:g}: read as mlx-lm does from 0.14.2 on, by "
                 f"scale alone. If an older one trained it, set scale to {scale * alpha / rank:g} and remove alpha"
             )
     return scale
-
-
-def _number(value: Any, where: str, problems: list[str]) -> float:
-    try:
-        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer beyond float
-        pass
-    problems.append(f"lora_parameters.{where} must be a finite number, got {show(value)}")
-    return 1.0
 
 
 def _peft_key(key: str, header: TensorHeader) -> tuple[str, str | None]:

@@ -8,7 +8,6 @@ off. Where the tensors can tell, they decide and not the field.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...files.safefile import what_it_is
 from ..keys import bare_pattern
 from .foreign import what_kind
 from .peft_patterns import LayerNumbers, ModuleNames, ModulePattern
-from .peft_rules import LoraRules, PatternRow, show
+from .peft_rules import LoraRules, PatternRow, finite_number, show
 from .peft_targets import Targets
 
 MAX_CONFIG_BYTES = 4 << 20
@@ -142,11 +141,11 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
     )
     rules = LoraRules(
         rank=_rank(config["r"], "r", problems) if "r" in config else None,
-        alpha=_alpha(config.get("lora_alpha", DEFAULT_ALPHA), "lora_alpha", problems),
+        alpha=finite_number(config.get("lora_alpha", DEFAULT_ALPHA), "lora_alpha", problems),
         rslora=_flag(config, "use_rslora", problems),
         lora_bias=_flag(config, "lora_bias", problems),
         rank_pattern=_patterns(config, "rank_pattern", _rank, problems),
-        alpha_pattern=_patterns(config, "alpha_pattern", _alpha, problems),
+        alpha_pattern=_patterns(config, "alpha_pattern", finite_number, problems),
         targets=Targets(
             named=_names(config.get("target_modules"), "target_modules", problems),
             excluded=_names(config.get("exclude_modules"), "exclude_modules", problems),
@@ -230,16 +229,6 @@ def _rank(value: Any, where: str, problems: list[str]) -> int:
         problems.append(f"{where} must be a positive integer, got {show(value)}")
         return 1
     return value
-
-
-def _alpha(value: Any, where: str, problems: list[str]) -> float:
-    try:
-        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # an integer beyond float
-        pass
-    problems.append(f"{where} must be a finite number, got {show(value)}")
-    return 1.0
 
 
 def _patterns(config: Mapping[str, Any], field: str, check: Any, problems: list[str]) -> tuple[PatternRow, ...]:

@@ -10,6 +10,7 @@ import math
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .peft_patterns import MAX_WORK, ModulePattern
 from .peft_targets import Targets
@@ -19,6 +20,17 @@ MAX_PATTERN_PAIRS = 50_000_000  # (patterns) x (modules), some seconds of matchi
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 show = _short.repr
+
+
+def finite_number(value: Any, where: str, problems: list[str]) -> float:
+    """The value of the field `where`; 1, and a line in `problems`, when it is no finite number."""
+    try:
+        if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond float
+        pass
+    problems.append(f"{where} must be a finite number, got {show(value)}")
+    return 1.0
 
 
 @dataclass(frozen=True)
