@@ -1,5 +1,5 @@
-# make demo | test | test-slow | test-serve | bench | quality | fmt | lint | demo-assets | cuda-checked: each creates .venv
-# first if it is not there.
+# make demo | demo-real | test | test-slow | test-serve | bench | quality | fmt | lint | demo-assets | demo-real-assets |
+# cuda-checked: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,10 +9,14 @@ BUILT := $(VENV)/.built
 SERVE := .venv-serve
 SERVE_BIN := $(SERVE)/bin
 
-.PHONY: demo test test-slow test-serve bench quality fmt lint demo-assets cuda-checked build clean
+.PHONY: demo demo-real test test-slow test-serve bench quality fmt lint demo-assets demo-real-assets cuda-checked build clean
 
 demo: build
 	$(BIN)/python -m moerge_ext demo
+
+# Downloads a model once: 93 MB, kept in ~/.cache/moerge_ext.
+demo-real: build
+	$(BIN)/python -m moerge_ext demo --model smollm2
 
 # A file at a time on each of up to four processes; what measures time runs after them.
 test: build
@@ -50,6 +54,10 @@ $(QUALITY_WHEEL): | $(VENV)/.installed
 
 demo-assets: build
 	$(BIN)/python -m moerge_ext.demo.assets
+
+# Minutes for each expert that is not there.
+demo-real-assets: build
+	$(BIN)/python -m moerge_ext.demo.real_assets
 
 fmt: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

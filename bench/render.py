@@ -298,6 +298,37 @@ def demo(rows: list[Row], folder: Path) -> str:
     return _table(("", *columns), lines) + "\n\n" + text
 
 
+def demo_real(rows: list[Row], folder: Path) -> str:
+    """What `moerge demo --model smollm2 --json bench/results/demo_real.json` measured, scored from its answers."""
+    file = folder / "demo_real.json"
+    if not file.exists():
+        return NOTHING
+    from moerge_ext.demo import real
+    from moerge_ext.evaluation.report import cells
+
+    found = json.loads(file.read_text())
+    items = found["items"]
+    questions = [real.Question(item["skill"], item["question"], item["right"]) for item in items]
+    results = real.Results(questions, {column: [item[column] for item in items] for column in real.COLUMNS}, [])
+    head, *lines = zip(*cells(results.scores()), strict=True)
+    shown = {item["skill"]: item for item in reversed(items)}  # the first of each
+    text = (
+        f"% right, 95 % intervals, {len(items)} questions; above, the first of each kind with PHATGOOSE's answer. "
+        f"{'; '.join(real.compared(results))}. The whole demo took {found['cpu_seconds']:.0f} s of CPU time "
+        f"(threads: {found['threads']}, torch {found['versions']['torch']})."
+    )
+    said = "\n".join(_answered(shown[skill]) for skill in dict.fromkeys(question.skill for question in questions))
+    return f"```text\n{said}\n```\n\n{_table(head, lines)}\n\n{text}"
+
+
+def _answered(item: dict[str, str]) -> str:
+    from moerge_ext.demo.real import plain
+
+    answer = " ".join(item["phatgoose"].split())
+    right = plain(answer) == plain(item["right"])
+    return f"> {item['question']}\n{answer}" + ("" if right else f"    (should be {item['right']})")
+
+
 def _percent(values: dict[str, float], columns: list[str]) -> list[str]:
     return [f"{100 * values[c]:.0f}" for c in columns]
 
@@ -312,6 +343,7 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "loading": loading,
     "plots": plots,
     "demo": demo,
+    "demo-real": demo_real,
     "whole-way": whole_way,
     "methods": methods,
     "survey": survey,

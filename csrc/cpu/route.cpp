@@ -135,7 +135,7 @@ RouteForward<Acc>::RouteForward(const RouteArgs& args, Workspace& workspace, Acc
 
 template <class Acc>
 void RouteForward<Acc>::run(Team& team) const {
-  if (!few()) return team.run(0, ceil_div(args_.T, kTokenBlock), [&](int64_t i) { block(i); });
+  if (!few()) return team.run(0, ceil_div(args_.T, block_tokens()), [&](int64_t i) { block(i); });
   team.run(0, args_.T, [&](int64_t i) { centre(i); });
   team.run(1, parts_, [&](int64_t i) { dots(i); });
   team.run(2, args_.T, [&](int64_t i) { sum_and_choose(i); });
@@ -143,7 +143,7 @@ void RouteForward<Acc>::run(Team& team) const {
 
 template <class Acc>
 void RouteForward<Acc>::block(int64_t index) const {
-  const int64_t begin = index * kTokenBlock, count = std::min(kTokenBlock, args_.T - begin);
+  const int64_t begin = index * block_tokens(), count = std::min(block_tokens(), args_.T - begin);
   Acc* rows = scratch<Acc>(0, kTokenBlock * args_.D);
   Acc* scores = scratch<Acc>(1, kTokenBlock * args_.E);
   int32_t* ids = scratch<int32_t>(2, args_.E);
@@ -195,9 +195,9 @@ void run(const RouteArgs& args, const Tensor& weights, const Tensor& experts) {
   Team::work(forward.cost(), [&](Team& team) { forward.run(team); });
 }
 
-std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::string normalize, bool absolute,
+std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, Word normalize, bool absolute,
                                  std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
-                                 std::optional<Tensor> mask, std::optional<double> top_p, std::string weighting) {
+                                 std::optional<Tensor> mask, std::optional<double> top_p, Word weighting) {
   const Check check{"route", Device::cpu};
   const RouteOptions options{
       top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),

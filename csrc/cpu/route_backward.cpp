@@ -185,11 +185,11 @@ void run(const RouteArgs& args, const Tensor& grad, const Tensor& weights, const
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_backward(Tensor grad_weights, Tensor weights, Tensor experts, Tensor x,
-                                                  Tensor gates, int64_t needs, int64_t top_k, std::string normalize,
+                                                  Tensor gates, int64_t needs, int64_t top_k, Word normalize,
                                                   bool absolute, std::optional<double> scale,
                                                   std::optional<Tensor> bias, std::optional<Tensor> rows,
                                                   std::optional<Tensor> mask, std::optional<double> top_p,
-                                                  std::string weighting) {
+                                                  Word weighting) {
   const Check check{"route_backward", Device::cpu};
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const RouteArgs args(check, x, gates, options);

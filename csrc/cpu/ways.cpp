@@ -2,16 +2,16 @@
 // every size, type and stride; what differs is the instruction set that it was compiled for.
 #include "../common/check_lora.h"
 #include "micro.h"
+#include "word.h"
 
 namespace moerge::cpu {
 
 namespace {
 
 std::string routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                             std::string normalize, bool absolute, std::optional<double> scale,
-                             std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
-                             std::optional<double> top_p, std::string weighting, std::optional<Tensor> lora_bias, bool,
-                             std::optional<Tensor> packed) {
+                             Word normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
+                             std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
+                             Word weighting, std::optional<Tensor> lora_bias, bool, std::optional<Tensor> packed) {
   const Check check{"routed_lora_ways", Device::cpu};
   check_base(check, base, x);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};

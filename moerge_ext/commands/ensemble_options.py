@@ -164,6 +164,14 @@ def answering(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     }
 
 
+def deciding_answerers(runs: Sequence[Run], experts: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """{label: who answers} of the runs of methods that decode."""
+    from ..ensemble.co_llm import CoLLM
+
+    mine = [run for run in runs if run.method is not None and run.apart]
+    return {run.label: CoLLM(model, tokenizer, experts, **run.options) for run in mine}
+
+
 def build_answerers(
     args: argparse.Namespace, runs: Sequence[Run], tasks: Sequence[Task], model: Any, tokenizer: Any
 ) -> dict[str, Any]:

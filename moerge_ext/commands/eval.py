@@ -8,12 +8,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.runs import DERIVED, MULTITASK, Run, ablation, parse_runs, with_top_k
+from ..evaluation.runs import BASE, DERIVED, MULTITASK, PELMO, WHOLE, Run, ablation, parse_runs, with_top_k
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods import METHODS
 from ..methods.fixed import PREFIX
-from .ensemble_options import build_answerers
+from .ensemble_options import build_answerers, deciding_answerers
 from .expert_options import gates_of, load_bank, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
@@ -32,14 +32,15 @@ ALONE = Run(MULTITASK, PREFIX + MULTITASK)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    add_tasks_and_model(parser)
+    add_tasks_and_model(parser, experts=False)
     add = parser.add_argument
     add(
         "--methods",
         default="",
         metavar="A,B,...",
-        help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, pelmo:FILE (with "
-        "/top_k=K or /expert=NAME: the ensemble of docs/ensemble.md), " + ", ".join(DERIVED),
+        help="rows of `moerge methods` with options as in glider_code/alpha=10, expert:<name>, base, model:DIR "
+        "(another model: docs/whole_models.md), pelmo:FILE (with /top_k=K or /expert=NAME: the ensemble of "
+        "docs/ensemble.md), " + ", ".join(DERIVED),
     )
     add("--ablation", choices=ABLATED, help="add the rows of GLIDER's ablations of this method")
     add("--multitask", metavar="DIR", help="add the row of this one LoRA, trained on all the experts' data")
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     texts = with_top_k(listed(args.methods), args.top_k)
     if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
+    check_experts(args, texts)
 
     from .. import load_experts
     from ..evaluation.evaluate import check_routers, evaluate
@@ -108,13 +110,33 @@ def run(args: argparse.Namespace) -> int:
     if one is not None:
         check_patch(model, one, ALONE.method)
     options = {"output": args.output, "progress": not args.no_progress}
-    given = {"routers": routers, "answerers": build_answerers(args, runs, tasks, model, tokenizer)}
+    answerers = build_answerers(args, runs, tasks, model, tokenizer)
+    answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole_models(args, runs)
+    given = {"routers": routers, "answerers": answerers}
     scores = evaluate(model, tokenizer, experts, runs, tasks, settings, **given, **options) if runs else []
     scores += derive(scores, derived)
     if one is not None:
         scores += evaluate(model, tokenizer, one, [ALONE], tasks, settings, **options)
     tell(args, scores, derived, write(scores, args.output))
     return 0
+
+
+def check_experts(args: argparse.Namespace, texts: list[str]) -> None:
+    """ValueError where --experts is missing and something routes among them."""
+    asked = [text for text in texts if text != BASE and not text.startswith((PELMO, WHOLE))]
+    asked += [f"--ablation {args.ablation}"] if args.ablation else []
+    if asked and not args.experts:
+        raise ValueError(f"--experts is needed for {', '.join(asked)}: without it there is only {BASE}, {WHOLE}DIR, "
+                         f"{PELMO}FILE and --multitask")  # fmt: skip
+
+
+def whole_models(args: argparse.Namespace, runs: list[Run]) -> dict[str, Any]:
+    """{label: who answers} of the runs of other models; nothing is loaded yet."""
+    from ..evaluation.whole_model import WholeModel
+    from ..models.pretrained import usable_device
+
+    device = usable_device(args.device)
+    return {run.label: WholeModel(run.model, dtype=args.dtype, device=device) for run in runs if run.model is not None}
 
 
 def settings_of(args: argparse.Namespace) -> Any:

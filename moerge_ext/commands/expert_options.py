@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from ..experts.bank import ExpertBank
 
 
-def add_experts(parser: Any) -> None:
-    """Declare --experts, without which the command has nothing to do."""
+def add_experts(parser: Any, *, required: bool = True) -> None:
+    """Declare --experts, without which most commands have nothing to do."""
     parser.add_argument(
         "--experts",
-        required=True,
+        required=required,
+        default=None if required else [],
         nargs="+",
         action="extend",
         metavar="DIR",
@@ -91,7 +92,9 @@ def pairs(texts: list[str], option: str, value: str) -> dict[str, str]:
 
 
 def load_bank(args: argparse.Namespace) -> ExpertBank:
-    """The experts of --experts with the gates of --gates, for --model."""
-    from ..experts.bank import load_experts
+    """The experts of --experts with the gates of --gates, for --model; an empty bank where none may be given."""
+    from ..experts.bank import ExpertBank, load_experts
 
+    if not args.experts:
+        return ExpertBank((), {})
     return load_experts(args.experts, base=args.model, gates=gates_of(args))

@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     # all that can be refused is refused before the model is read
     method, options = check_method(args)
     check_decoding(args)
+    if args.sample and method.decodes:
+        raise ValueError(f"--sample: method '{method.name}' decodes greedily")
     gates_of(args)
 
     from ..models.pretrained import load_config, load_model, load_tokenizer, usable_device
@@ -91,12 +93,15 @@ def run(args: argparse.Namespace) -> int:
     experts = load_bank(args)
     warn_of_other_prompts(experts, [form.seen_in(rows)])
     model = load_model(args.model, dtype=args.dtype, device=device)
-    handle = patch(model, experts, method.name, backend=args.backend, **options)
-    if method.source is not None:
-        handle.router = build_routers(args, experts, [method.name], lambda: (model, tokenizer))[method.router]
     kwargs: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
+    if method.decodes:
+        answer_together(args, experts, model, tokenizer, rows, asked, kwargs, options)
+        return 0
+    handle = patch(model, experts, method.name, backend=args.backend, **options)
+    if method.source is not None:
+        handle.router = build_routers(args, experts, [method.name], lambda: (model, tokenizer))[method.router]
     if args.prompts is None and not args.json:
         stream(args, handle, tokenizer, rows[0], asked[0], kwargs)
     else:
@@ -181,6 +186,40 @@ def answer_all(
                 tell(args, {"row": number, "prompt": prompt, "text": answer}, share)
 
 
+def answer_together(
+    args: argparse.Namespace,
+    experts: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    asked: Sequence[Any],
+    kwargs: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Every answer of a method that decodes; a single one is printed as it comes."""
+    from transformers import TextStreamer
+
+    from ..ensemble.co_llm import CoLLM
+    from ..ensemble.mixture import FirstRow
+
+    answerer = CoLLM(model, tokenizer, experts, backend=args.backend, **options)
+    one = args.prompts is None and not args.json
+    if one:
+        streamer = TextStreamer(tokenizer, skip_prompt=not answerer.seq2seq, skip_special_tokens=True)
+        kwargs["streamer"] = FirstRow(streamer)
+    with answerer.ready():
+        for start in range(0, len(rows), args.batch_size):
+            part = slice(start, start + args.batch_size)
+            answers = answerer.texts(asked[part], **kwargs)
+            shares = (answerer.written / answerer.written.sum(1, keepdim=True)).tolist()
+            for number, row, answer, share in zip(range(start, len(rows)), rows[part], answers, shares, strict=False):
+                named = dict(zip(answerer.names, share, strict=True)) if args.trace else {}
+                if not one:
+                    tell(args, {"row": number, "prompt": row["input"], "text": answer}, named)
+                elif named:
+                    tell_shares(named, "tokens written by")
+
+
 def named_shares(trace: Any) -> list[dict[str, float]]:
     """{expert: its part of the routing weight} of every row."""
     return [dict(zip(trace.names, row, strict=True)) for row in trace.row_share().tolist()]
@@ -197,9 +236,9 @@ def tell(args: argparse.Namespace, said: dict[str, Any], shares: dict[str, float
         tell_shares(shares)
 
 
-def tell_shares(shares: dict[str, float]) -> None:
+def tell_shares(shares: dict[str, float], what: str = "share of the routing weight") -> None:
     """Which experts were used."""
-    print("\nshare of the routing weight:")
+    print(f"\n{what}:")
     for share, name in sorted(((share, name) for name, share in shares.items()), reverse=True):
         print(f"  {share:6.1%}  {name}")
 
@@ -233,7 +272,7 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
             f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
             "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"
         )
-    if args.trace and not method.routes:
+    if args.trace and not (method.routes or method.decodes):
         raise ValueError(f"--trace: method '{method.name}' routes nothing; leave --trace out")
     return method, options
 

@@ -201,11 +201,11 @@ def similar_of_task(args: argparse.Namespace, routers: dict[str, Any]) -> int:
     return (args.similar or 0) if router is not None and router.writer is not None and router.similar is None else 0
 
 
-def add_tasks_and_model(parser: argparse.ArgumentParser) -> None:
-    """Declare what `eval` and `inspect` share: model, experts, tasks."""
+def add_tasks_and_model(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
+    """Declare what `eval` and `inspect` share: model, experts (whether they are required), tasks."""
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
-    add_experts(parser)
+    add_experts(parser, required=experts)
     add_gates(parser)
     add_routers(parser)
     add("--tasks", required=True, nargs="+", action="extend", metavar="DIR", help="folders with test.jsonl, meta.json")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--methods", nargs="+", action="extend", default=[], metavar="NAME", help="others that a request may name")
     add("--no-requests", action="store_true", help="refuse requests that say anything of their routing")
+    add("--live-experts", type=int, default=0, metavar="N", help="room for N more, see docs/serving.md (default: off)")
+    add("--routing-metrics", action="store_true", help="count what is routed where, in /metrics")
+    add("--traces", type=int, default=0, metavar="N", help="keep which experts answered the last N requests that ask")
     add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
     add("--absent", choices=("mask", "base"), default="mask", help="see `patch` (default: %(default)s)")
     add("--check", action="store_true", help="say whether the experts can be served, and start nothing")
@@ -46,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"moerge serve: {len(args.experts)} experts can be served with {', '.join(settings.variants())}")
         return 0
     words = command(settings, args.model, args.engine)
-    os.environ |= plugin_environment(os.environ)
+    os.environ |= plugin_environment(os.environ, settings.answers_more)
     sys.stdout.flush()
     os.execv(words[0], words)
 
@@ -61,6 +65,7 @@ def settings_of(args: argparse.Namespace) -> Any:
             raise ValueError("give --top-k or --option top_k=..., not both")
         options["top_k"] = None if args.top_k == ALL else args.top_k
     said = {"experts": args.experts, "method": args.method, "methods": args.methods, "absent": args.absent}
+    said |= {"spare": args.live_experts, "metrics": args.routing_metrics, "traces": args.traces}
     return Settings.parse(said | {"requests": not args.no_requests, "dtype": args.expert_dtype} | options)
 
 
@@ -86,9 +91,21 @@ def command(settings: Any, model: str, rest: list[str]) -> list[str]:
     return [*started, "--additional-config", config, *rest]
 
 
-def plugin_environment(environment: Any) -> dict[str, str]:
-    """What must be set so that vLLM loads the plugin; empty where it does."""
+def plugin_environment(environment: Any, answers_more: bool) -> dict[str, str]:
+    """What must be set so that vLLM loads the plugin; empty where it does.
+
+    answers_more: whether the server gets routes of ours, for which vLLM wants it to be named: beside all others that it
+    loads unnamed.
+    """
     named = environment.get(VARIABLE)
-    if named is None or PLUGIN in named.split(","):
+    if named is None and not answers_more:
         return {}
-    return {VARIABLE: ",".join([name for name in named.split(",") if name] + [PLUGIN])}
+    names = installed_plugins() if named is None else [name for name in named.split(",") if name]
+    return {} if named is not None and PLUGIN in names else {VARIABLE: ",".join(dict.fromkeys([*names, PLUGIN]))}
+
+
+def installed_plugins() -> list[str]:
+    """The plugins that vLLM loads while none is named; those that only bring routes are not among them."""
+    points = entry_points()
+    groups = [group for group in points.groups if group.startswith("vllm.") and group != "vllm.endpoint_plugins"]
+    return sorted({point.name for group in groups for point in points.select(group=group)})

@@ -12,7 +12,7 @@ from .prompt_options import prompt_of
 from .training_options import add_data, add_schedule, defaults, load, my_rows, plan, range_problems, resumable, tell
 
 # an option that is not given is absent from the arguments, so that the method's own numbers hold
-NUMBERS = ("steps", "lr", "warmup_ratio", "accumulate", "eval_every", "seed", "balance", "z", "dropout")
+NUMBERS = ("steps", "lr", "warmup_ratio", "accumulate", "eval_every", "seed", "balance", "z", "dropout", "sparsity")
 
 
 def _defaults(method: str | None = None) -> dict[str, Any]:
@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more = group.add_argument
     more("--balance", type=float, help="coefficient of the loss that keeps all experts in use (default: the method's)")
     more("--z", type=float, help="coefficient of the loss that keeps scores small (default: the method's)")
+    more(
+        "--sparsity",
+        type=float,
+        help="coefficient of the loss that prefers experts whose outputs are the layer's own (default: the method's)",
+    )
     more("--dropout", type=float, help="share of experts that sits out a step (default: the method's)")
     more("--train-experts", action="store_true", help="train A and B too; the file keeps them, the folders stay")
 

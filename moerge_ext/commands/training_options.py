@@ -97,8 +97,9 @@ def my_rows(path: Path, ranks: Ranks, prompt: PromptFormat) -> list[Example]:
     return rows[ranks.rank :: ranks.size]
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) of the arguments; under torchrun each process takes a GPU of its own."""
+def load(args: argparse.Namespace, make: Callable[[], Any] | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of the arguments; under torchrun each process takes a GPU of its own. `make` makes another
+    model than that of --model, with its tokenizer."""
     import torch
 
     from ..models.pretrained import load_model, load_tokenizer, usable_device
@@ -107,6 +108,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     device = usable_device(args.device or gpu)
     tokenizer = load_tokenizer(args.model)
     check_chat(prompt_of(args), tokenizer)
+    if make is not None:
+        return make().to(device), tokenizer
     return load_model(args.model, dtype=args.dtype, device=device), tokenizer
 
 

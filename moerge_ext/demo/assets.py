@@ -19,12 +19,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .corpus import IGNORE, KINDS, base_document, build_tokenizer, expert_example
+from .stored import size_of, store_as, tidy
 from .tasks import TASKS
 
 ASSETS = Path(__file__).parent / "assets"
@@ -173,9 +173,7 @@ def train_skill(base: Path, folder: Path, skill: str, recipe: Recipe) -> str:
         eval_every=50,
         progress=False,
     )
-    weights = folder / "adapter_model.safetensors"
-    halves = {name: tensor.half() for name, tensor in load_file(weights).items()}
-    save_file(halves, weights, metadata={"format": "pt"})
+    store_as(folder / "adapter_model.safetensors", torch.float16)
     gated = train_gates(
         model,
         folder,
@@ -185,11 +183,7 @@ def train_skill(base: Path, folder: Path, skill: str, recipe: Recipe) -> str:
         accumulate=recipe.gate_accumulate,
         progress=False,
     )
-    for file in (*folder.iterdir(),):
-        if file.name == "README.md":  # PEFT's empty model card
-            file.unlink()
-        else:
-            file.chmod(0o644)
+    tidy(folder)
     return f"{skill}: expert loss {trained.losses[-1]:.4f}, with gates {gated.losses[-1]:.4f}"
 
 
@@ -202,7 +196,7 @@ def build(out: Path, recipe: Recipe, workers: int) -> None:
         runs = [pool.submit(train_skill, base, out / "experts" / skill, skill, recipe) for skill in TASKS]
         for run in tqdm(runs, desc="experts"):
             tqdm.write(run.result())
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    size = size_of(out)
     print(f"{out}: {size / 1e6:.2f} MB")
     if size > SIZE_LIMIT:
         raise SystemExit(f"the assets must stay under {SIZE_LIMIT / 1e6:.0f} MB together")

@@ -1,204 +1,86 @@
-"""The demo: one small model, eight experts, and a router that finds the right one for every token."""
+"""What happens in a demo: questions of several kinds, one patched model that is not told which, a table, a picture."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from .._version import __version__
-from ..experts.bank import ExpertBank, load_experts
-from ..routing.patch import patch
-from . import heatmap
-from .evaluate import accuracies, converse, tokens_per_second
-from .tasks import Conversation, held_in, held_out
+from ..evaluation.canvas import check_matplotlib
+from ..experts.bank import ExpertBank
+from ..files.atomic import write_atomically
 
-ASSETS = Path(__file__).parent / "assets"
-# column: method; PHATGOOSE and GLIDER compare with Arrow at the two experts per token that they use themselves
-ROUTED = {
-    "uniform merge": "merged",
-    "Arrow k=4": "arrow",
-    "Arrow k=2": "arrow_phatgoose",
-    "PHATGOOSE": "phatgoose",
-}
-BEST = "best expert"
-
-Suites = dict[str, list[Conversation]]
-Scores = dict[str, float]
+Say = Callable[[str], None]  # what is being done, while it is
 
 
-@dataclass
-class Results:
-    """What the demo measured: accuracies by column and row (0..1), tokens/s, and the routing of every skill."""
+class Demo(Protocol):
+    """A demo is a module with these names: `embedded.py`, `real.py`."""
 
-    held_in: dict[str, Scores] = field(default_factory=dict)  # column -> {skill: accuracy}
-    held_out: dict[str, Scores] = field(default_factory=dict)  # column -> {composition: accuracy}
-    best: dict[str, str] = field(default_factory=dict)  # row -> the expert behind its best score
-    plain_speed: float = 0.0
-    patched_speed: float = 0.0
-    panels: dict[str, torch.Tensor] = field(default_factory=dict)  # skill -> [modules, experts]
-    modules: list[str] = field(default_factory=list)
+    SAMPLES: int  # questions of each kind, unless told otherwise
 
-    def mean(self, column: str, part: str = "held_in") -> float:
-        """The mean accuracy of a column over the rows of `part`."""
-        scores = getattr(self, part)[column]
-        return sum(scores.values()) / len(scores)
+    def load(self, say: Say) -> tuple[Any, Any, ExpertBank]:
+        """(model, tokenizer, experts)"""
 
+    def show_examples(self, console: Console, model: Any, tokenizer: Any, experts: ExpertBank) -> None:
+        """Prints a few questions with the routed model's answers."""
 
-def load_assets(folder: Path = ASSETS) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, ExpertBank]:
-    """The demo's base model and bank of experts, in float32, and the tokenizer."""
-    if not (folder / "base").is_dir():
-        raise FileNotFoundError(f"no demo assets in {folder}: train them with `make demo-assets`")
-    transformers_logging.disable_progress_bar()
-    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    experts = load_experts(sorted(p for p in (folder / "experts").iterdir() if p.is_dir()), dtype=torch.float32)
-    model.config._name_or_path = experts.base_model  # what it was called in training, not the folder's name
-    return model, tokenizer, experts
+    def measure(self, model: Any, tokenizer: Any, experts: ExpertBank, samples: int, say: Say) -> Any:
+        """What it is all about, as results that the rest reads."""
+
+    def table(self, results: Any) -> Table:
+        """The one table."""
+
+    def summary(self, results: Any) -> Sequence[str]:
+        """The findings in sentences."""
+
+    def draw(self, results: Any, experts: ExpertBank, out: Path) -> Sequence[Path]:
+        """Pictures of the routing, written into `out`."""
+
+    def facts(self, results: Any) -> dict[str, Any]:
+        """The measured numbers as plain data."""
 
 
-@contextmanager
-def patched(model: LlamaForCausalLM, experts: ExpertBank, method: str) -> Iterator:
-    """The model routed by `method` inside the block, as it was after it."""
-    handle = patch(model, experts, method=method)
-    try:
-        yield handle
-    finally:
-        handle.remove()
+def show(demo: Demo, samples: int | None, out: Path, json_file: Path | None = None) -> None:
+    """Prints examples, the table and the findings; draws the heatmap into `out`, writes the numbers to `json_file`."""
+    start, cpu = time.perf_counter(), time.process_time()
+    check_matplotlib()
+    samples = demo.SAMPLES if samples is None else samples
+    console = Console()
+    with console.status("loading ...") as status:
+        model, tokenizer, experts = demo.load(status.update)
+        status.update("answering ...")
+        demo.show_examples(console, model, tokenizer, experts)
+        results = demo.measure(model, tokenizer, experts, samples, status.update)
+    console.print(demo.table(results))
+    for line in demo.summary(results):
+        console.print(line, highlight=False)
+    for path in demo.draw(results, experts, out):
+        console.print(f"routing heatmap: {path.resolve()}", highlight=False, soft_wrap=True)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    if json_file is not None:
+        found = as_json(demo.facts(results), samples, experts) | {
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu, 1),
+        }
+        text = json.dumps(found, indent=1) + "\n"
+        write_atomically(json_file, lambda file: file.write_text(text, encoding="utf-8"))
+    console.print(f"{seconds:.0f} seconds", highlight=False)
 
 
-def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, experts: ExpertBank, samples: int) -> Results:
-    """Score every column on `samples` conversations per held-in skill and per held-out composition.
-
-    The best expert of a skill is the one trained on it; of a composition, the one with the highest score.
-    """
-    inside, outside = held_in(samples), held_out(samples)
-    rows: Suites = {**inside, **outside}
-    scores = {"base": accuracies(model, tokenizer, rows)}
-    for column, method in ROUTED.items():
-        with patched(model, experts, method):
-            scores[column] = accuracies(model, tokenizer, rows)
-    forced: dict[str, Scores] = {}
-    for name in experts.names:
-        with patched(model, experts, f"expert:{name}"):
-            forced[name] = accuracies(model, tokenizer, {name: inside[name], **outside})
-    best = {row: max(forced, key=lambda name, row=row: forced[name][row]) for row in outside}
-    results = Results(best={**{row: row for row in inside}, **best})
-    scores[BEST] = {row: forced[name][row] for row, name in results.best.items()}
-    results.held_in = {column: {row: s[row] for row in inside} for column, s in scores.items()}
-    results.held_out = {column: {row: s[row] for row in outside} for column, s in scores.items()}
-    measure_speed(model, tokenizer, experts, inside, results)
-    measure_routing(model, tokenizer, experts, inside, results)
-    return results
-
-
-def measure_speed(model, tokenizer, experts: ExpertBank, suites: Suites, results: Results) -> None:
-    """Tokens/s of one batch of all held-in prompts, without the patch and with PHATGOOSE."""
-    prompts = [f"> {c.turns[0][0]}\n" for suite in suites.values() for c in suite[:16]]
-    results.plain_speed = tokens_per_second(model, tokenizer, prompts)
-    with patched(model, experts, "phatgoose"):
-        results.patched_speed = tokens_per_second(model, tokenizer, prompts)
-
-
-@torch.no_grad()
-def measure_routing(model, tokenizer, experts: ExpertBank, suites: Suites, results: Results, texts: int = 8) -> None:
-    """Where PHATGOOSE sends the tokens of every skill: prompts with the model's own answers, unpadded."""
-    with patched(model, experts, "phatgoose") as handle:
-        for skill, suite in suites.items():
-            answers = converse(model, tokenizer, suite[:texts])
-            with handle.record() as trace:
-                for conversation, (answer,) in zip(suite[:texts], answers, strict=True):
-                    text = f"<s>> {conversation.turns[0][0]}\n{answer}\n"
-                    model(**tokenizer(text, add_special_tokens=False, return_tensors="pt"))
-            load = trace.load()
-            results.modules = list(load)
-            results.panels[skill] = heatmap.shares(load)
-
-
-def table(results: Results) -> Table:
-    """The one table: held-in and held-out rows apart, a column per way to use the experts."""
-    columns = list(results.held_in)
-    view = Table(title="Accuracy (%): answers given without being told the task", title_justify="left")
-    view.add_column("", no_wrap=True)
-    for column in columns:
-        view.add_column(column, justify="right", style="bold" if column == "PHATGOOSE" else None)
-    for part, heading in (("held_in", "held-in skills"), ("held_out", "held-out compositions")):
-        view.add_row(f"[bold]{heading}[/bold]")
-        scores = getattr(results, part)
-        for row in scores[columns[0]]:
-            view.add_row(f"  {row}", *(f"{100 * scores[column][row]:.0f}" for column in columns))
-        means = (f"{100 * results.mean(column, part):.1f}" for column in columns)
-        view.add_row("  [italic]mean[/italic]", *means, end_section=True)
-    return view
-
-
-def summary(results: Results) -> list[str]:
-    """The findings in sentences: the share of the oracle, the lead over merging, the speed."""
-    routed, merged, oracle = (results.mean(c) for c in ("PHATGOOSE", "uniform merge", BEST))
-    ratio = results.patched_speed / results.plain_speed
-    return [
-        f"held-in: PHATGOOSE reaches {100 * routed / max(oracle, 1e-9):.1f} % of the best expert per task and is "
-        f"{100 * (routed - merged):+.1f} points from the uniform merge",
-        f"held-out: PHATGOOSE {100 * results.mean('PHATGOOSE', 'held_out'):.1f} %, "
-        f"best single expert {100 * results.mean(BEST, 'held_out'):.1f} %",
-        f"speed: {results.plain_speed:,.0f} tokens/s plain, {results.patched_speed:,.0f} patched ({ratio:.2f}x)",
-    ]
-
-
-def show_examples(console: Console, model, tokenizer, experts: ExpertBank) -> None:
-    """A few conversations of two skills with the routed model's answers."""
-    suite = held_out(3, seed=1)
-    conversations = [suite["two turns"][0], suite["relay"][1], suite["one line"][2]]
-    with patched(model, experts, "phatgoose"):
-        given = converse(model, tokenizer, conversations)
-    console.print("[bold]One model, eight experts, nobody says which:[/bold]")
-    for conversation, answers in zip(conversations, given, strict=True):
-        for i, ((request, right), answer) in enumerate(zip(conversation.turns, answers, strict=True)):
-            console.print("  > " + request.replace("{previous}", answers[i - 1]), highlight=False, markup=False)
-            mark = "" if answer == right else f"    (should be {right})"
-            console.print(f"  {answer}{mark}", style="green" if answer == right else "red", highlight=False)
-        console.print()
-
-
-def as_json(results: Results, samples: int, experts: ExpertBank) -> dict[str, Any]:
-    """The measured numbers as plain data, with what they were measured on."""
+def as_json(facts: dict[str, Any], samples: int, experts: ExpertBank) -> dict[str, Any]:
+    """The measured numbers with what they were measured on."""
     return {
         "samples": samples,
         "experts": list(experts.names),
-        "held_in": results.held_in,
-        "held_out": results.held_out,
-        "means": {part: {c: results.mean(c, part) for c in results.held_in} for part in ("held_in", "held_out")},
-        "tokens_per_second": {"plain": results.plain_speed, "patched": results.patched_speed},
+        **facts,
         "versions": {"moerge_ext": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),
     }
-
-
-def show(samples: int, out: Path, json_file: Path | None = None) -> None:
-    """Prints examples, the table and the findings; draws the heatmap into `out`, writes the numbers to `json_file`."""
-    start = time.perf_counter()
-    console = Console()
-    model, tokenizer, experts = load_assets()
-    show_examples(console, model, tokenizer, experts)
-    with console.status("measuring ..."):
-        results = measure(model, tokenizer, experts, samples)
-    console.print(table(results))
-    for line in summary(results):
-        console.print(line, highlight=False)
-    title = "PHATGOOSE: where the tokens of a skill go"
-    path = heatmap.draw(out / "routing.png", results.panels, results.modules, list(experts.names), title)
-    console.print(f"routing heatmap: {path.resolve()}", highlight=False, soft_wrap=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(as_json(results, samples, experts), indent=1) + "\n")
-    console.print(f"{time.perf_counter() - start:.0f} seconds", highlight=False)

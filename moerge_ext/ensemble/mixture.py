@@ -47,7 +47,7 @@ class MixProbabilities:
         return mixed.repeat(count, 1).to(scores.dtype)
 
 
-class _FirstRow:
+class FirstRow:
     """A streamer that hands on the first of the K rows, which all go the same way."""
 
     def __init__(self, streamer: Any):
@@ -174,7 +174,7 @@ class PromptEnsemble:
                 max_new_tokens,
                 logits_processor=LogitsProcessorList([processor]),
                 **self._stopping(stop),
-                **({"streamer": _FirstRow(streamer)} if streamer is not None else {}),
+                **({"streamer": FirstRow(streamer)} if streamer is not None else {}),
             )
         return [_cut(text, stop) for text in texts[: len(questions)]]
 

@@ -85,7 +85,7 @@ def evaluate(
         runs: from `parse_run`; all of them are checked against the model before the first answer, and so is whether
             every prompt of every task can be made and fits the model's context.
         routers: {"instruction": QueryRouter, ...} for the runs that route by the query's text.
-        answerers: {label: who answers} of runs of an ensemble, with `facts` that the answers depend on.
+        answerers: {label: who answers} of the runs that are `apart`, with `facts` that the answers depend on.
         output: folder of the answers, `<output>/answers/<task>/<run>.<digest>.jsonl`. What is there of the same model,
             experts, tokenizer and settings, by content, is not computed again. One evaluation at a time.
     """
@@ -96,8 +96,8 @@ def evaluate(
     if twice:
         raise ValueError(f"tasks must have distinct names; several are called {', '.join(sorted(twice))}")
     check_runs(model, experts, runs, routers)
-    if unknown := {run.label for run in runs if run.ensemble is not None} - set(answerers or ()):
-        raise ValueError(f"runs of ensembles need answerers={{label: ...}}: there is none for {', '.join(unknown)}")
+    if unknown := ", ".join(sorted({run.label for run in runs if run.apart} - set(answerers or ()))):
+        raise ValueError(f"runs of others than the base need answerers={{label: ...}}: there is none for {unknown}")
     answerer = Answerer(model, tokenizer)
     check_prompts(answerer, tasks, settings.format, settings.max_new_tokens)
     check_examples(runs, routers, tasks, settings)
@@ -108,7 +108,7 @@ def evaluate(
         stored = _stored(model, tokenizer, experts, runs, tasks, settings, routers, answerers, output)
         with tqdm(total=total, unit="item", disable=not progress) as bar:
             for run in runs:
-                asked = answerer if run.ensemble is None else answerers[run.label]
+                asked = answerers[run.label] if run.apart else answerer
                 with patched(model, experts, run, routers) as handle, asked.ready():
                     for task in tasks:
                         mine = stored[run.label, task.name]
@@ -141,7 +141,7 @@ def _stored(
         for task in tasks:
             show_similar(router, task, settings)
             depends = {**_header(run, task, settings, router), **content, "experts": used}
-            depends |= answerers[run.label].facts if run.ensemble is not None else {}
+            depends |= answerers[run.label].facts if run.apart else {}
             folder = output / "answers" / task.name if output is not None else None
             try:
                 found[run.label, task.name] = Answers(folder, run.label, depends)
@@ -189,7 +189,7 @@ def check_routers(runs: Sequence[Run], routers: Mapping[str, Any] | None) -> Non
 def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
     """ValueError for the first run that cannot patch the model or lacks a router; nothing is patched or built."""
     for run in runs:
-        if run.method is not None:
+        if run.method is not None and not run.apart:
             check_patch(model, experts, run.method, **run.options)
     check_routers(runs, routers)
 
@@ -205,8 +205,8 @@ def _label(run: Run, router: Any) -> str:
 
 
 def patched(model: nn.Module, experts: ExpertBank, run: Run, routers: Mapping[str, Any] | None):
-    """A context with the run's handle, None for the base."""
-    if run.method is None:
+    """A context with the run's handle, None for the base and for who patches the model for himself."""
+    if run.method is None or run.apart:
         return nullcontext()
     handle = patch(model, experts, run.method, **run.options)
     handle.router = router_of(run, routers)

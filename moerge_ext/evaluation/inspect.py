@@ -104,6 +104,8 @@ def inspect(
     for task in tasks:
         if task.name in experts.names:
             oracles.setdefault(task.name, task.name)
+    if alone := [run.label for run in runs if run.apart]:
+        raise ValueError(f"{', '.join(alone)}: this model routes nothing in its layers; leave that out")
     check_runs(model, experts, runs, routers)
     answerer, found = Answerer(model, tokenizer), []
     check_prompts(answerer, tasks, settings.format, None, given=True)

@@ -12,6 +12,7 @@ from ..methods.option_text import ALL, parse_option
 
 BASE = "base"  # the model without experts
 PELMO = "pelmo:"  # an ensemble of prompts and the file that describes it
+WHOLE = "model:"  # another model, and its folder
 MULTITASK = "multitask"  # one LoRA, trained on the data of all experts
 DERIVED = {
     "oracle_dataset": "the best single expert of every evaluation set, chosen on that set: it bounds whoever picks one "
@@ -25,21 +26,34 @@ ALPHAS, TOP_KS, TOP_PS = (1, 3, 10, 100, 1000, 3000), (1, 2, 3), (0.25, 0.5, 0.7
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table. `method` is None for the base, and for an ensemble, which the file `ensemble` describes."""
+    """One row of the table. `method` is None for the base, for an ensemble, which the file `ensemble` describes, and
+    for another model, which lies in the folder `model`."""
 
     label: str
     method: str | None
     options: dict[str, Any] = field(default_factory=dict)
     ensemble: str | None = None
+    model: str | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether somebody else than the base, or a patched base, answers: `evaluate(answerers=...)` has who."""
+        decodes = self.method is not None and get_method(self.method).decodes
+        return decodes or self.ensemble is not None or self.model is not None
 
 
 def parse_run(text: str) -> Run:
     """ "glider_code/alpha=10/top_k=1" -> the method with those options; "base" -> the model alone.
 
-    "pelmo:FILE/top_k=2" and "pelmo:FILE/expert=NAME": the ensemble of prompts that FILE describes, one of its experts.
+    "model:DIR": another model. "pelmo:FILE/top_k=2" and "pelmo:FILE/expert=NAME": the ensemble of prompts that FILE
+    describes, one of its experts.
     """
     if text.strip().startswith(PELMO):
         return _ensemble_run(text.strip())
+    if text.strip().startswith(WHOLE):
+        if not (folder := text.strip().removeprefix(WHOLE)):
+            raise ValueError(f"expected {WHOLE}DIR, the folder or hub id of a model, got {text!r}")
+        return Run(text.strip(), None, model=folder)
     name, *options = text.strip().split("/")
     if name == BASE:
         if options:
@@ -79,7 +93,7 @@ def with_top_k(texts: Sequence[str], top_k: int | str | None) -> list[str]:
     made, routed = [], False
     for text in texts:
         name, *options = text.split("/")
-        alone = name == BASE or name in DERIVED or name.startswith(PELMO)
+        alone = name == BASE or name in DERIVED or name.startswith((PELMO, WHOLE))
         routing = None if alone else get_method(name).routing
         routed |= routing is not None
         given = any(option.partition("=")[0] == "top_k" for option in options)

@@ -62,6 +62,7 @@ def write_folder_atomically(folder: str | os.PathLike, write: Callable[[Path], N
         write(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
+                permit_as_new(file)
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
         if folder.is_dir():
@@ -72,6 +73,16 @@ def write_folder_atomically(folder: str | os.PathLike, write: Callable[[Path], N
         if (refused := disk_error(error, folder)) is not None:
             raise refused from error
         raise
+
+
+def permit_as_new(file: Path) -> None:
+    """Gives a file the permissions of any new file (the umask's): safetensors writes private ones."""
+    probe = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        file.chmod(probe.stat().st_mode)
+    finally:
+        _remove(probe)
 
 
 def write_figure(path: str | os.PathLike, figure: Any, dpi: int = 110) -> None:

@@ -35,6 +35,10 @@ class OpenShards:
         """The tensor, which may alias the file."""
         return read_tensor(self.holders[key], key, self.headers[key])
 
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, read alone."""
+        return self.holders[key].get_slice(key)[start:stop]
+
 
 def has_weights(folder: Path, name: str) -> bool:
     """Whether `folder` has the file `name`, or the parts of it."""

@@ -116,13 +116,14 @@ class Method:
     lora_only: bool = False  # computed from the factors of LoRA: no other kind of expert can take part
     embedder: str | None = None  # the paper's; HIDDEN_STATES is required, others are a recommendation
     learned: Any = None  # `learned.Learned`: the router that is trained over a bank; option `routers` holds it
+    decodes: bool = False  # it chooses among whole models while they decode (`ensemble/co_llm.py`), and patches nothing
     survey: int | None = None  # n of the survey's section 3.n (1 to 29); None for what it does not describe
     differs: str = ""  # in what the row departs from its paper, or from the survey's words; "" for nothing
 
     @property
     def routes(self) -> bool:
-        """Whether something is chosen or weighed while the model runs: what `handle.record` shows."""
-        return self.routing is not None or self.learned is not None
+        """Whether something is chosen or weighed in the model's layers while it runs: what `handle.record` shows."""
+        return not self.decodes and (self.routing is not None or self.learned is not None)
 
     @property
     def router(self) -> str | None:

@@ -27,12 +27,12 @@ from torch.nn import functional
 from .base import Method, is_integer
 from .learned import Learned, learned_plan
 from .survey import SURVEY
-from .weighing import Place, Weigher, draw
+from .weighing import Place, TaskLora, draw
 
 START = 0.02
 
 
-class DomainGate(Weigher):
+class DomainGate(TaskLora):
     """sigmoid of a network of the input; and the task's LoRA."""
 
     softmaxed = False
@@ -40,15 +40,13 @@ class DomainGate(Weigher):
     @classmethod
     def shapes(cls, place: Place, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         hidden = max(1, place.width // 16) if options["hidden"] is None else options["hidden"]
-        rank = options["task_rank"]
         gate = {"fc1": (hidden, place.width), "bias1": (hidden,), "fc2": (place.experts, hidden)}
-        return gate | {"bias2": (place.experts,), "task_A": (rank, place.width), "task_B": (place.out, rank)}
+        return gate | {"bias2": (place.experts,)} | super().shapes(place, options)
 
     @classmethod
     def start(cls, place: Place, options: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         shapes = cls.shapes(place, options)
         made = {name: draw(shapes[name], START, generator) for name in ("fc1", "fc2")}
-        made["task_A"] = draw(shapes["task_A"], place.width**-0.5, generator)
         return super().start(place, options, generator) | made
 
     def scores(self, x: Tensor, bank: Any) -> Tensor:
@@ -58,10 +56,6 @@ class DomainGate(Weigher):
     def weigh(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         weights = scores.sigmoid()
         return weights if mask is None else weights.masked_fill(~mask, 0.0)
-
-    def finish(self, branch: Tensor, x: Tensor) -> Tensor:
-        shrunk = functional.linear(x.to(self.task_A.dtype), self.task_A)
-        return branch + functional.linear(shrunk, self.task_B)
 
 
 def check_mixda(method: str, options: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from .base import Plan
 from .gating import expert_mask
 from .weighing import Place, Weigher
 
+COMMON = "common"  # the place of what all routers have in common
 EXPERTS = "experts"  # "experts/<module>/lora_A": factors that were trained with the routers
 GATES = "gates"  # the tensor [E,D] of a row that `route` scores by
 
@@ -38,16 +39,18 @@ class Learned:
     weigher: the class of its routers; None for gates [E,D] that `route` takes.
     where(module path, options): the path of the layer or block that the module's router belongs to and reads; None: the
     module itself has a router of its own, of the class `elsewhere` where there is one.
+    common: the class of what the modules' own routers have in common, their attribute `common`; `Run.prompt` begins it.
     kept: the options that training decides and the file keeps; training: `train_routers`' defaults for the row.
     start: of the gates of a row without a weigher, the deviation of the normal numbers that they begin as.
-    loss: "language" (the model's), "entropy" (of its predictions, no labels) or "tasks" (one batch of every expert's
-    data, weighed by a random preference). experts: whether A and B are trained too. own_data: whether it takes data of
-    the experts beside the task's.
+    loss: "language" (the model's), "entropy" (of its predictions, no labels), "tasks" (one batch of every expert's
+    data, weighed by a random preference) or "deferral" (of a row that decodes). experts: whether A and B are trained
+    too. own_data: whether it takes data of the experts beside the task's.
     """
 
     weigher: type[Weigher] | None = None
     where: Callable[[str, Mapping[str, Any]], str | None] = itself
     elsewhere: type[Weigher] | None = None
+    common: type[Weigher] | None = None
     kept: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[str, Mapping[str, Any]], None] | None = None  # (method, options): ValueError for bad options
@@ -95,8 +98,8 @@ class Learned:
 class NewRouters:
     """Routers that begin: every place has a generator of its own, so that they do not depend on the order."""
 
-    def __init__(self, learned: Learned, width: int, seed: int):
-        self.learned, self.width, self.seed = learned, width, seed
+    def __init__(self, learned: Learned, width: int, seed: int, common: Mapping[str, Tensor] | None = None):
+        self.learned, self.width, self.seed, self.common = learned, width, seed, common
 
     def problems(self, method: str, bank: ExpertBank) -> list[str]:
         return []
@@ -116,6 +119,7 @@ class InUse:
     def __init__(self, source: Routers | NewRouters):
         self.source, self.width = source, source.width
         self.weighers: dict[str, Weigher] = {}
+        self._common: Weigher | None = None
         self._problems: list[str] | None = None
 
     def problems(self, method: str, bank: ExpertBank) -> list[str]:
@@ -123,6 +127,16 @@ class InUse:
         if self._problems is None:
             self._problems = self.source.problems(method, bank)
         return self._problems
+
+    def common(self, kind: type[Weigher], experts: int, options: Mapping[str, Any]) -> Weigher:
+        """What all routers have in common, one object. ValueError for none, or other shapes."""
+        if self._common is None:
+            new = isinstance(self.source, NewRouters)
+            tensors = self.source.common if new else self.source.tensors.get(COMMON, {})
+            kind.check(tensors, Place(COMMON, experts, self.width))
+            self._common = kind(tensors, options)
+            self._common.path = COMMON
+        return self._common
 
     def at(self, kind: type[Weigher] | None, place: Place, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """The tensors of a router of class `kind` (None: gates) at a place. ValueError for none, or other shapes."""
@@ -177,7 +191,9 @@ def learned_plan(
     held = routers.factors(module_name, module_bank) | {"lora_bias": module_bank.lora_bias}
     experts, device = module_bank.num_experts, module_bank.device
     block = learned.where(module_name, options)
-    own = Place(module_name, experts, module_bank.in_features, module_bank.out_features)
+    common = None if learned.common is None else routers.common(learned.common, experts, options)
+    shared = 0 if common is None else routers.width
+    own = Place(module_name, experts, module_bank.in_features, module_bank.out_features, shared)
     if learned.weigher is None:
         gates = routers.at(None, own, options)[GATES].to(device)
         return Plan(**held, gates=gates, mask=expert_mask(usable, device))
@@ -186,7 +202,7 @@ def learned_plan(
         place = own if block is None else Place(block, experts, routers.width)
         kind = learned.at(block)
         weigher = kind(routers.at(kind, place, options), options, block)
-        weigher.path, weigher.without = key, out
+        weigher.path, weigher.without, weigher.common = key, out, common
         routers.weighers[key] = weigher
     # who has no LoRA here adds nothing, but has its share in what a block decided for all its modules
     mask = expert_mask(usable, device) if block is None else None

@@ -1,7 +1,8 @@
 """The 29 methods of the MoErging survey (Yadav et al. 2024, arXiv 2408.07057) with the nine fields of its infoboxes.
 
-`SURVEY[n]` is the method of section 3.n. The rows of METHODS that are one name their n and have its
-taxonomy, also where they depart from its paper: `Method.differs` says in what. "Multiple" and "N/A" are the survey's.
+`SURVEY[n]` is the method of section 3.n. The rows of METHODS and of `whole_models.py` that are one name their n and
+have its taxonomy, also where they depart from its paper: their `differs` says in what. "Multiple" and "N/A" are the
+survey's.
 """
 
 from __future__ import annotations

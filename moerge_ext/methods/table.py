@@ -14,6 +14,7 @@ from rich.table import Table
 from . import METHODS
 from .base import Method
 from .fixed import fixed_expert
+from .whole_models import ROWS, WHOLE_MODELS, WholeModels
 
 SURVEY = "MoErging survey, arXiv 2408.07057"
 
@@ -32,7 +33,8 @@ SHORT = {"Out-of-Distribution": "OOD", "In-Distribution": "ID"}
 
 
 def rows() -> list[dict[str, Any]]:
-    """One dict per method, in the table's order, `expert:<name>` last; all strings but for `taxonomy`.
+    """One dict per method, in the table's order, then `expert:<name>` and the methods of whole models; all strings but
+    for `taxonomy`.
 
     Keys: name, summary, gates (the kind it needs, or "none"), top_k ("2", "all", "-"), weighting ("fixed" if nothing is
     routed, "trained" if a router of its own weighs all experts), aggregation ("output" or "factored": how the selected
@@ -40,7 +42,7 @@ def rows() -> list[dict[str, Any]]:
     "-"), taxonomy (a dict with the fields of `Taxonomy`), survey (n of the survey's section 3.n, or "-"), differs (from
     the paper or survey, or "-"), paper.
     """
-    return [_row(method) for method in (*METHODS.values(), fixed_expert("<name>"))]
+    return [_row(method) for method in (*METHODS.values(), fixed_expert("<name>"))] + list(map(_whole, ROWS))
 
 
 def _row(method: Method) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def _row(method: Method) -> dict[str, Any]:
         "summary": method.summary,
         "gates": method.gate_kind or "none",
         "top_k": top_k,
-        "weighting": ("trained" if method.routes else "fixed") if routing is None else routing.weighting,
+        "weighting": ("trained" if method.learned is not None else "fixed") if routing is None else routing.weighting,
         "aggregation": method.aggregation,
         "options": _listed(method.options) or "-",
         "routing": _listed(_routing(method)),
@@ -61,6 +63,12 @@ def _row(method: Method) -> dict[str, Any]:
         "differs": method.differs or "-",
         "paper": method.paper,
     }
+
+
+def _whole(row: WholeModels) -> dict[str, Any]:
+    values = {name: getattr(row, name) for name in ("name", "summary", "top_k", "weighting", "aggregation")}
+    values |= {"gates": "none", "options": "-", "routing": row.made, "embedder": "-", "survey": str(row.survey)}
+    return values | {"taxonomy": asdict(row.taxonomy), "differs": row.differs, "paper": row.paper}
 
 
 def _routing(method: Method) -> dict[str, Any]:
@@ -78,7 +86,10 @@ def _listed(options: Mapping[str, Any]) -> str:
 def render(console: Console, *, verbose: bool = False) -> None:
     """Print the methods; `verbose` adds the survey's taxonomy, the options, embedders and papers."""
     data = rows()
-    console.print(f"[bold]{len(data)} routing methods[/bold] (patch(model, experts, method=...))")
+    console.print(
+        f"[bold]{len(data)} routing methods[/bold] (patch(model, experts, method=...); {', '.join(WHOLE_MODELS)}: of "
+        "whole models, docs/whole_models.md)"
+    )
     table = _table("method", "what it does", "gates", "top-k", "weights", "applied", "arXiv", wraps="what it does")
     for row in data:
         arxiv = re.search(r"arXiv (\d+\.\d+)", row["paper"])

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Place:
     """Where one router is: its path, E experts, D features of what it reads, O of what the module gives (0 for a router
-    of several modules)."""
+    of several modules), and the features of what all routers have in common (0 for nothing)."""
 
     path: str
     experts: int
     width: int
     out: int = 0
+    common: int = 0
 
 
 class Weigher(nn.Module):
@@ -34,6 +35,9 @@ class Weigher(nn.Module):
     """
 
     reads: str | None = None
+    path: str  # of the module, or of the block, that it is for
+    common: nn.Module | None  # what all routers of the method have in common, for the rows that have that
+    fixed: tuple[str, ...] = ()  # tensors that are kept as they began
     softmaxed = True  # whether the weights are a softmax of `scores`, which is what balance and z-losses are about
 
     def __init__(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], reads: str | None = None):
@@ -134,6 +138,24 @@ class Weigher(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__["_now"] = threading.local()
+
+
+class TaskLora(Weigher):
+    """A router with a LoRA of the task's own beside the experts, of rank `task_rank`: it adds B' A' x."""
+
+    @classmethod
+    def shapes(cls, place: Place, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        rank = options["task_rank"]
+        return {"task_A": (rank, place.width), "task_B": (place.out, rank)}
+
+    @classmethod
+    def start(cls, place: Place, options: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        made = super().start(place, options, generator)
+        return made | {"task_A": draw((options["task_rank"], place.width), place.width**-0.5, generator)}
+
+    def finish(self, branch: Tensor, x: Tensor) -> Tensor:
+        shrunk = nn.functional.linear(x.to(self.task_A.dtype), self.task_A)
+        return branch + nn.functional.linear(shrunk, self.task_B)
 
 
 def working(x: Tensor) -> torch.dtype:

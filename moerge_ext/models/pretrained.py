@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..files.gguffile import read_gguf
+from .stored import COMPOSITION, MODEL_CONFIG
 
 GGUF = ".gguf"
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 NO_SUCH_FILE = "does not appear to have a file"  # transformers of a repository that is there
 # transformers' model classes take seconds to import, and `moerge --help` needs none: imported in the functions
 
@@ -83,6 +84,7 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model folder, GGUF file or hub id; ValueError when there is none."""
     from transformers import AutoTokenizer
 
+    _know_compositions(path)
     where, options = location(path)
     with named(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(where, **options)
@@ -131,6 +133,7 @@ def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    _know_compositions(path)
     where, options = location(path)
     with named(path, "model"):
         config = AutoConfig.from_pretrained(where, **options)
@@ -142,9 +145,20 @@ def load_config(path: str) -> Any:
     """The config of a model folder, GGUF file or hub id; ValueError when there is none."""
     from transformers import AutoConfig
 
+    _know_compositions(path)
     where, options = location(path)
     with named(path, "model"):
         return AutoConfig.from_pretrained(where, **options)
+
+
+def _know_compositions(path: str) -> None:
+    """Lets transformers' Auto classes read the folder of a composition (`calm.py`), where `path` may be one."""
+    file = Path(path) / MODEL_CONFIG
+    if Path(path).exists() and not (file.is_file() and COMPOSITION.encode() in file.read_bytes()):
+        return
+    from .calm import register
+
+    register()
 
 
 @contextmanager

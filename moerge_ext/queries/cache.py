@@ -10,15 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_atomically
+from ..files.cache import default_folder
 
 _WARNED: set[Path] = set()  # folders of which it was said that they cannot be written
-
-
-def default_folder() -> Path:
-    """$MOERGE_CACHE, or moerge_ext in the user's cache folder."""
-    if os.environ.get("MOERGE_CACHE"):
-        return Path(os.environ["MOERGE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moerge_ext"
 
 
 class TextCache:

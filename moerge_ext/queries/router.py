@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..experts.bank import ExpertBank
+from ..experts.instructions import instructions_of
 from ..experts.kinds import INSTRUCTION
 from ..methods.base import HIDDEN_STATES, Method
 from .describe import EXAMPLES
@@ -238,14 +239,8 @@ class AskRouter(Router):
     source = "ask"
 
     def __init__(self, experts: ExpertBank, writer: InstructionWriter, *, template: str | None = None):
-        facts = experts.global_metadata.get(INSTRUCTION, {})
-        missing = [name for name in experts.names if not facts.get(name, {}).get("instruction")]
-        if missing:
-            raise ValueError(
-                f"no instruction for {', '.join(missing)}: write it with `moerge describe --adapter DIR ...`"
-            )
+        self.instructions = list(instructions_of(experts).values())
         self.names, self.writer, self.template = experts.names, writer, template
-        self.instructions = [facts[name]["instruction"] for name in experts.names]
 
     def scores(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
         """texts (N) -> [N,E] float32: 1 for the expert that was picked."""

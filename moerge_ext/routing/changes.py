@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..experts.bank import ExpertBank, load_experts
@@ -18,10 +16,9 @@ from .fitting import on_patched
 from .planning import listing, plans_of
 from .provenance import other_base_note
 from .routed_linear import RoutedLinear
-from .slots import Slots
+from .slots import STACKED, Slots, move_up, no_room, row_of, write_row
 
 _CHANGING = threading.Lock()
-_STACKED = ("lora_A", "lora_B", "lora_bias", "gates", "mask")  # [slots, ...] each
 Expert = str | os.PathLike | ExpertBank
 
 
@@ -38,9 +35,10 @@ def add(handle: Any, expert: Expert, name: str | None) -> tuple[str, list[str]]:
         name = bank.names[0] if name is None else name
         routing, options = slots.settings(len(handle.names) + 1)
         plans, notes = _plans(handle, bank, name, slots, options, layers)
-        written = {path: _row(layer, plans.get(path), slots.absent) for path, layer in layers.items()}
+        stacks = {path: _stacked(layer) for path, layer in layers.items()}
+        written = {path: row_of(plans.get(path), slots.absent) for path in layers}
         problems = [
-            f"module '{path}': {why}" for path, layer in layers.items() if (why := _unwritable(layer, written[path]))
+            f"module '{path}': {why}" for path, stacked in stacks.items() if (why := no_room(stacked, written[path]))
         ]
         if name in handle.names:
             problems.insert(0, f"there is an expert {name!r} already: pass name=, or drop_expert({name!r}) first")
@@ -48,7 +46,7 @@ def add(handle: Any, expert: Expert, name: str | None) -> tuple[str, list[str]]:
             raise ValueError(listing(f"cannot add expert {name!r}", problems))
         slot = len(handle.names)
         for path, layer in layers.items():
-            _write(layer, slot, written[path])
+            write_row(stacks[path], slot, written[path])
             layer.resize(slot + 1, routing)
         slots.free -= 1
         handle.names, handle.options = (*handle.names, name), options
@@ -71,7 +69,7 @@ def drop(handle: Any, name: str) -> None:
         except ValueError as error:
             raise ValueError(f"drop_expert({name!r}): {error}") from None
         for layer in layers.values():
-            _move_up(layer, slot, count)
+            move_up(_stacked(layer), slot, count)
             layer.resize(count, routing)
         slots.free += 1
         handle.names, handle.options = tuple(other for other in handle.names if other != name), options
@@ -137,55 +135,4 @@ def _plans(
 
 
 def _stacked(layer: RoutedLinear) -> dict[str, Tensor]:
-    return {key: tensor for key in _STACKED if (tensor := getattr(layer, key)) is not None}
-
-
-def _row(layer: RoutedLinear, plan: Plan | None, absent: str) -> dict[str, Tensor | None]:
-    """What one slot of a layer will hold; without a plan, an expert that lacks the module."""
-    if plan is None:
-        return {"mask": torch.tensor(absent == "base")}
-    kept = {key: None if (value := getattr(plan, key)) is None else value[0] for key in _STACKED}
-    return kept | {"mask": torch.tensor(True) if plan.mask is None else plan.mask[0]}
-
-
-def _unwritable(layer: RoutedLinear, row: Mapping[str, Tensor | None]) -> str | None:
-    """Why a slot of the layer has no room for the tensors of an expert."""
-    rank, room = (0 if row.get("lora_A") is None else _used_rank(row["lora_A"])), layer.lora_A.shape[1]
-    if rank > room:
-        return f"the expert has rank {rank}, the layer has room for rank {room}, the largest there was at the patch"
-    bias = row.get("lora_bias")
-    if bias is not None and layer.lora_bias is None and bool(bias.any()):
-        return "the expert has an output bias, and the layers were patched with experts that have none"
-    return None
-
-
-def _used_rank(lora_A: Tensor) -> int:
-    """R of [R,D] without zeros at its end."""
-    used = lora_A.any(1).nonzero()
-    return 0 if not len(used) else int(used[-1]) + 1
-
-
-def _write(layer: RoutedLinear, slot: int, row: Mapping[str, Tensor | None]) -> None:
-    for key, stacked in _stacked(layer).items():
-        value = row.get(key)
-        with _writing(stacked):
-            stacked[slot].zero_()
-            if value is not None:
-                # the rank of either may be padded further than that of the other
-                size = [slice(min(pair)) for pair in zip(value.shape, stacked.shape[1:], strict=True)]
-                stacked[(slot, *size)].copy_(value[tuple(size)])
-
-
-def _move_up(layer: RoutedLinear, slot: int, count: int) -> None:
-    """What lies in the slots after `slot`, up to `count`, lies one slot before."""
-    for stacked in _stacked(layer).values():
-        with _writing(stacked):
-            stacked[slot:count] = stacked[slot + 1 : count + 1].clone()
-            stacked[count].zero_()
-
-
-@contextmanager
-def _writing(stacked: Tensor) -> Iterator[None]:
-    """In which a tensor may be written that was made in inference mode, or outside of it."""
-    with torch.inference_mode(stacked.is_inference()), torch.no_grad():
-        yield
+    return {key: tensor for key in STACKED if (tensor := getattr(layer, key)) is not None}

@@ -26,6 +26,7 @@ from .ways import against_fast_kernels, against_fused, against_in_place, against
 DEFAULTS = tuple(BRANCH.values())
 BACKENDS = {"native": ops, "reference": reference}
 BUFFERS = ("lora_A", "lora_B", "lora_bias", "gates", "mask", "weights", "experts")
+FEW_EXPERTS = 8  # up to so many, the gates are stored expert by expert on every device
 _BRANCH = ("gates", "lora_A", "lora_B", "mask", "lora_bias")
 
 
@@ -277,10 +278,13 @@ class RoutedLinear(StandIn):
 
 
 def laid_out(gates: Tensor, device: torch.device, copy: bool = False) -> Tensor:
-    """[E,D] as the kernels of the device read it fastest: the experts side by side on the CPU, else the features."""
-    stored = gates.t() if device.type == "cpu" else gates
+    """[E,D] as the kernels of the device read it fastest: the features side by side, but on the CPU the experts where
+    there are enough of them to fill its vectors (figures in csrc/cpu/route.h).
+    """
+    transposed = device.type == "cpu" and gates.shape[0] > FEW_EXPERTS
+    stored = gates.t() if transposed else gates
     stored = stored.clone(memory_format=torch.contiguous_format) if copy else stored.contiguous()
-    return stored.t() if device.type == "cpu" else stored
+    return stored.t() if transposed else stored
 
 
 def bank_laid_out(lora_A: Tensor, lora_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

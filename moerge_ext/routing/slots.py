@@ -7,7 +7,8 @@ their gates and factors are never chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..experts.bank import ExpertBank
 from ..files.listing import listed
 from ..methods.base import Method, Plan, is_integer
 from .few_experts import own_top_k
+
+STACKED = ("lora_A", "lora_B", "lora_bias", "gates", "mask")  # [slots, ...] each
 
 
 @dataclass
@@ -78,3 +81,55 @@ def _longer(stacked: Tensor, spare: int) -> Tensor:
 def for_slots(bias: Tensor, slots: Slots | None) -> Tensor:
     """A score bias [N,E] for layers with that many slots."""
     return bias if slots is None or not slots.free else nn.functional.pad(bias, (0, slots.free))
+
+
+def row_of(plan: Plan | None, absent: str) -> dict[str, Tensor | None]:
+    """What a slot of a module will hold of the one expert of `plan`; without a plan, of an expert that lacks it."""
+    if plan is None:
+        return {"mask": torch.tensor(absent == "base")}
+    kept = {key: None if (value := getattr(plan, key)) is None else value[0] for key in STACKED}
+    return kept | {"mask": torch.tensor(True) if plan.mask is None else plan.mask[0]}
+
+
+def no_room(stacked: Mapping[str, Tensor], row: Mapping[str, Tensor | None]) -> str | None:
+    """Why a slot of a module's tensors [slots, ...] has no room for those of an expert."""
+    rank, room = (0 if row.get("lora_A") is None else _used_rank(row["lora_A"])), stacked["lora_A"].shape[1]
+    if rank > room:
+        return f"the expert has rank {rank}, the layer has room for rank {room}, the largest there was at first"
+    bias = row.get("lora_bias")
+    if bias is not None and "lora_bias" not in stacked and bool(bias.any()):
+        return "the expert has an output bias, and those that there were at first have none"
+    return None
+
+
+def _used_rank(lora_A: Tensor) -> int:
+    """R of [R,D] without zeros at its end."""
+    used = lora_A.any(1).nonzero()
+    return 0 if not len(used) else int(used[-1]) + 1
+
+
+def write_row(stacked: Mapping[str, Tensor], slot: int, row: Mapping[str, Tensor | None]) -> None:
+    """Into one slot of a module's tensors; what `row` lacks becomes 0."""
+    for key, tensor in stacked.items():
+        value = row.get(key)
+        with _writing(tensor):
+            tensor[slot].zero_()
+            if value is not None:
+                # the rank of either may be padded further than that of the other
+                size = [slice(min(pair)) for pair in zip(value.shape, tensor.shape[1:], strict=True)]
+                tensor[(slot, *size)].copy_(value[tuple(size)])
+
+
+def move_up(stacked: Mapping[str, Tensor], slot: int, count: int) -> None:
+    """What lies in the slots after `slot`, up to `count`, lies one slot before."""
+    for tensor in stacked.values():
+        with _writing(tensor):
+            tensor[slot:count] = tensor[slot + 1 : count + 1].clone()
+            tensor[count].zero_()
+
+
+@contextmanager
+def _writing(tensor: Tensor) -> Iterator[None]:
+    """In which a tensor may be written that was made in inference mode, or outside of it."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        yield

@@ -9,7 +9,7 @@ part of B A x to its part of the layer's output, which the layer's own reduction
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,25 @@ class Branch:
             self.lora_bias = None if whole.lora_bias is None else whole.lora_bias.to(device)
         self.routes = [_route(self, variant, device) for variant in variants]
 
+    def stacked(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors that have a slot [slots, ...] for every expert: the factors under "", each method's own under its
+        name."""
+        bank = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_bias": self.lora_bias}
+        found = {"": bank} | {route.name: route.stacked() for route in self.routes}
+        return {name: {key: t for key, t in held.items() if t is not None} for name, held in found.items()}
+
+    def choose(self, options: Mapping[str, dict[str, Any]]) -> None:
+        """Routes by these options {method: options of `route`} and by what the slots' masks hold."""
+        for route in self.routes:
+            route.choose(options[route.name])
+
     def add(self, y: Tensor, x: Tensor) -> None:
         """Into y [T, all features of the layer], for x [T,D]."""
         part = y if y.shape[-1] == self.size else y.narrow(-1, self.start, self.size)
         tables = self.tables
+        if tables.seen is not None:
+            self._add_seen(part, x, None if tables.plain else tables.rows(x.shape[0]))
+            return
         if tables.plain:
             self.routes[0].add(part, x)
             return
@@ -78,6 +93,19 @@ class Branch:
         if self.has_experts and tables.weighted:
             options = {"lora_bias": self.lora_bias, "rows": rows}
             ops.lora_apply_(part, x, self.lora_A, self.lora_B, tables.weights, tables.experts, **options)
+
+    def _add_seen(self, part: Tensor, x: Tensor, rows: Tensor | None) -> None:
+        """`add` in a step of which somebody wants to know what was chosen; rows: None where all is of the default."""
+        tables = self.tables
+        for route in self.routes[:1] if rows is None else self.routes:
+            if rows is None or tables.used[route.name]:
+                weights, experts = route.add_seen(part, x, rows)
+                tables.seen.add(self.path, route.name, weights, experts, route.masked)
+        if rows is not None and self.has_experts and tables.weighted:
+            options = {"lora_bias": self.lora_bias, "rows": rows}
+            ops.lora_apply_(part, x, self.lora_A, self.lora_B, tables.weights, tables.experts, **options)
+            mine = rows.long()
+            tables.seen.add(self.path, None, tables.weights[mine], tables.experts[mine])
 
     def ways(self, dtype: torch.dtype) -> list[str]:
         """Which kernels run for many tokens of a type, and why not faster ones."""
@@ -94,15 +122,25 @@ class _Routed:
     """A method that chooses for each token."""
 
     def __init__(self, branch: Branch, variant: Variant, device: torch.device):
-        plan, tables, name = variant.plan, branch.tables, variant.name
-        self.name = name
-        mask = None if plan.mask is None else plan.mask.to(device)
-        kept = variant.options | {"lora_bias": branch.lora_bias, "factored": variant.factored}
-        head = (laid_out(plan.gates.to(device), device), branch.lora_A, branch.lora_B)
-        self._made = _shortened((*head, *filled(BRANCH, kept | {"mask": mask}).values()))
-        rows = {"bias": tables.bias.get(name), "mask": tables.allowed(name, mask)}
-        made = (*head, *filled(BRANCH, kept | rows).values())
+        plan = variant.plan
+        self.name, self._branch, self._factored = variant.name, branch, variant.factored
+        self._gates = laid_out(plan.gates.to(device), device)
+        self._mask = None if plan.mask is None else plan.mask.to(device)
+        self.choose(variant.options)
+
+    def stacked(self) -> dict[str, Tensor | None]:
+        return {"gates": self._gates, "mask": self._mask}
+
+    def choose(self, options: dict[str, Any]) -> None:
+        branch, name, mask = self._branch, self.name, self._mask
+        kept = options | {"lora_bias": branch.lora_bias, "factored": self._factored}
+        head = self._head = (self._gates, branch.lora_A, branch.lora_B)
+        self._plain = kept | {"mask": mask}
+        self._made = _shortened((*head, *filled(BRANCH, self._plain).values()))
+        self._by_rows = kept | {"bias": branch.tables.bias.get(name), "mask": branch.tables.allowed(name, mask)}
+        made = (*head, *filled(BRANCH, self._by_rows).values())
         at = len(head) + list(BRANCH).index("rows")
+        self.masked = _masked(branch, mask)
         self._before, self._after = made[:at], made[at + 1 :]
 
     def add(self, y: Tensor, x: Tensor) -> None:
@@ -114,6 +152,13 @@ class _Routed:
     def add_rows(self, y: Tensor, x: Tensor, rows: Tensor) -> None:
         ops.call(ops.ROUTED_LORA_, y, x, *self._before, rows, *self._after)
 
+    def add_seen(self, y: Tensor, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`add` or `add_rows`, and what was chosen: weights [T,K], experts [T,K]."""
+        options = self._plain if rows is None else self._by_rows | {"rows": rows}
+        result, weights, experts = ops.routed_lora(y, x, *self._head, **options)
+        y.copy_(result)
+        return weights, experts
+
     def ways(self, y: Tensor, x: Tensor) -> list[str]:
         named = dict(zip(BRANCH, self._made[3:], strict=False))
         return ops.routed_lora_ways(y, x, *self._made[:3], **named)
@@ -121,6 +166,8 @@ class _Routed:
 
 class _Fixed:
     """A method that routes nothing: one bank of its own with the same weights for all tokens."""
+
+    masked = 0
 
     def __init__(self, branch: Branch, variant: Variant, device: torch.device):
         plan = variant.plan
@@ -138,6 +185,15 @@ class _Fixed:
         weights = self._tables.allowed(self.name, None)[:, :1] * self._weights
         experts = self._experts.expand(weights.shape[0], -1).contiguous()
         ops.lora_apply_(y, x, *self._bank, weights, experts, rows=rows, **self._options)
+
+    def add_seen(self, y: Tensor, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        weights = self._weights.expand(x.shape[0], -1)
+        if rows is None:
+            self.add(y, x)
+        else:
+            self.add_rows(y, x, rows)
+            weights = weights * self._tables.allowed(self.name, None)[rows.long(), :1]
+        return weights, self._experts.expand(x.shape[0], -1)
 
 
 class PartialBranch(Branch):
@@ -171,34 +227,47 @@ class _PartlyRouted:
 
     def __init__(self, branch: PartialBranch, variant: Variant, device: torch.device):
         plan = variant.plan
-        self.name, self._branch, self._variant = variant.name, branch, variant
+        self.name, self._branch, self._factored = variant.name, branch, variant.factored
         self._gates = plan.gates.to(device, torch.float64).t().contiguous()
         self._gate_sums = branch.gate_sums[variant.name].to(device)
-        mask = None if plan.mask is None else plan.mask.to(device)
-        self._mask, self._allowed = mask, branch.tables.allowed(variant.name, mask)
+        self._mask = None if plan.mask is None else plan.mask.to(device)
         self._no_gates = torch.zeros(plan.gates.shape[0], 1, device=device)
+        self.choose(variant.options)
+
+    def stacked(self) -> dict[str, Tensor | None]:
+        return {"gates": self._gates.t(), "gate_sums": self._gate_sums, "mask": self._mask}
+
+    def choose(self, options: dict[str, Any]) -> None:
+        self._options, self._allowed = options, self._branch.tables.allowed(self.name, self._mask)
+        self.masked = _masked(self._branch, self._mask)
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        self._add(y, x, self._scores(x), self._mask)
+        self.add_seen(y, x, None)
 
     def add_rows(self, y: Tensor, x: Tensor, rows: Tensor) -> None:
-        bias, scores = self._branch.tables.bias.get(self.name), self._scores(x)
-        rows = rows.long()
-        self._add(y, x, scores if bias is None else scores + bias[rows], self._allowed[rows])
+        self.add_seen(y, x, rows)
 
-    def _add(self, y: Tensor, x: Tensor, scores: Tensor, mask: Tensor | None) -> None:
-        branch, options = self._branch, self._variant.options
+    def add_seen(self, y: Tensor, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias, scores = self._branch.tables.bias.get(self.name), self._scores(x)
+        if rows is None:
+            return self._add(y, x, scores, self._mask)
+        rows = rows.long()
+        return self._add(y, x, scores if bias is None else scores + bias[rows], self._allowed[rows])
+
+    def _add(self, y: Tensor, x: Tensor, scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        branch, options = self._branch, self._options
         nothing = x.new_zeros(x.shape[0], 1, dtype=torch.float32)
         rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
         kept = {key: options[key] for key in ("top_k", "top_p", "weighting")}
         asked = filled(ROUTE, kept | {"normalize": "none", "scale": 1.0, "bias": scores, "rows": rows, "mask": mask})
         weights, experts = ops.route(nothing, self._no_gates, **asked)
-        applied = {"lora_bias": branch.lora_bias, "factored": self._variant.factored}
+        applied = {"lora_bias": branch.lora_bias, "factored": self._factored}
         ops.lora_apply_(y, x, branch.lora_A, branch.lora_B, weights, experts, **applied)
+        return weights, experts
 
     def _scores(self, x: Tensor) -> Tensor:
         """f(norm(x) . g) * scale, [T,E] float32, the same on every rank."""
-        options, whole, wide = self._variant.options, self._branch.whole, x.double()
+        options, whole, wide = self._options, self._branch.whole, x.double()
         sums = torch.cat([wide.sum(1, True), wide.square().sum(1, True), wide @ self._gates], 1)
         total, squares, products = self._branch.reduce(sums).split([1, 1, sums.shape[1] - 2], 1)
         scale = 1.0 if options["scale"] is None else options["scale"]
@@ -219,6 +288,11 @@ def _shortened(made: tuple) -> tuple:
     while not isinstance(made[-1], Tensor) and made[-1] == DEFAULTS[len(made) - 4]:
         made = made[:-1]
     return made
+
+
+def _masked(branch: Branch, mask: Tensor | None) -> int:
+    """How many of the experts there are can never be chosen in a module."""
+    return 0 if mask is None else branch.tables.count - int(mask.sum())
 
 
 def _route(branch: Branch, variant: Variant, device: torch.device) -> _Routed | _Fixed | _PartlyRouted:

@@ -9,20 +9,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank
 from ..files.listing import listed
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from ..routing.absent import alone_note
+from ..routing.few_experts import own_top_k
 from ..routing.fitting import on_model
 from ..routing.layers import linear_features
 from ..routing.planning import configured, listing, plans_of
+from ..routing.slots import spare_problems, with_spare
+from .branch import Variant, route_options
 from .requests import Rules
 from .settings import Settings
+from .slices import Share, share_of_plan
 
 CANNOT = "cannot serve the experts with method '{}'"
+
+
+def score_bias(method: Method, options: dict[str, Any]) -> Any:
+    """What makes a score bias [N,E] of affinities [N,E]; None for a method that adds none."""
+    return None if method.bias is None else partial(method.bias, options=options)
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,7 @@ class Planned:
 
     @property
     def bias(self) -> Any:
-        """What makes a score bias [N,E] of affinities [N,E]; None for a method that adds none."""
-        return None if self.method.bias is None else partial(self.method.bias, options=self.options)
+        return score_bias(self.method, self.options)
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,28 @@ class Pool:
         return list(self.methods[0].plans)
 
 
+def variants(pool: Pool, module: str, share: Share, *, adds_bias: bool, spare: int) -> list[Variant]:
+    """What this rank holds of a module, of every method, with `spare` slots after the experts."""
+    found = []
+    for made in pool.methods:
+        plan = share_of_plan(made.plans[module], share, adds_bias=adds_bias)
+        options = route_options(made.routing, pool.sizes[module][0], plan.lora_A.shape[0])
+        found.append(Variant(made.method.name, with_spare(plan, spare), options, made.factored))
+    return found
+
+
+def gate_sums(pool: Pool, module: str, spare: int) -> dict[str, Tensor]:
+    """{method: [slots] float64, the sum of every gate over all D of a module}."""
+    gates = {made.method.name: made.plans[module].gates for made in pool.methods}
+    return {name: nn.functional.pad(g.double().sum(1), (0, spare)) for name, g in gates.items() if g is not None}
+
+
 def rules(settings: Settings, names: tuple[str, ...]) -> Rules:
     """What requests may say, by settings whose methods are known."""
     rows = {name: get_method(name) for name in settings.variants()}
     whole = any(row.routing is not None for row in rows.values())
-    return Rules(names, {name: row.bias is not None for name, row in rows.items()}, whole, settings.requests)
+    needs = {name: row.bias is not None for name, row in rows.items()}
+    return Rules(names, needs, whole, settings.requests, settings.traces > 0)
 
 
 def meta_model(config: Any) -> nn.Module:
@@ -80,32 +105,58 @@ def pool_of(settings: Settings, config: Any, base: Any) -> Pool:
 
 def planned(settings: Settings, experts: ExpertBank, model: nn.Module) -> Pool:
     """The methods of the settings on a model; ValueError that lists everything wrong, notes as one warning."""
+    methods = _methods(settings, experts, model, CANNOT)
+    layers = ((path, linear_features(layer)) for path, layer in model.named_modules())
+    sizes = {path: features for path, features in layers if features is not None}
+    return Pool(experts.names, methods, sizes)
+
+
+def planned_one(settings: Settings, expert: ExpertBank, model: nn.Module, count: int) -> list[Planned]:
+    """The methods of the settings for one expert that joins others, `count` with it: they make the same of it alone.
+
+    ValueError that lists everything wrong.
+    """
+    cannot = f"cannot add expert {expert.names[0]!r} with method '{{}}'"
+    return _methods(settings, expert, model, cannot, count)
+
+
+def _methods(
+    settings: Settings, experts: ExpertBank, model: nn.Module, cannot: str, count: int | None = None
+) -> list[Planned]:
     methods, notes, said = [], [], {}
     for name, options in settings.variants().items():
         try:
-            made, found = _method(name, options, settings, experts, model)
+            made, found = _method(name, options, settings, experts, model, count)
         except ValueError as error:
             said.setdefault(str(error).partition("\n")[2] or str(error), []).append(name)
         else:
             methods.append(made)
             notes += found
     if said:
-        heads = [CANNOT.format("', '".join(names)) + ":\n" + text for text, names in said.items()]
+        heads = [cannot.format("', '".join(names)) + ":\n" + text for text, names in said.items()]
         raise ValueError("\n".join(heads))
     for note in dict.fromkeys(notes):
-        warnings.warn(f"serve: {note}", stacklevel=2)
-    layers = ((path, linear_features(layer)) for path, layer in model.named_modules())
-    sizes = {path: features for path, features in layers if features is not None}
-    return Pool(experts.names, methods, sizes)
+        warnings.warn(f"serve: {note}", stacklevel=3)
+    return methods
 
 
 def _method(
-    name: str, options: dict[str, Any], settings: Settings, experts: ExpertBank, model: nn.Module
+    name: str,
+    options: dict[str, Any],
+    settings: Settings,
+    experts: ExpertBank,
+    model: nn.Module,
+    count: int | None = None,
 ) -> tuple[Planned, list[str]]:
     chosen = (settings.absent, settings.missing, dict(options))
-    row, (routing, aggregation, kept) = configured(experts, name, "native", *chosen)
+    if count is None:
+        row, (routing, aggregation, kept) = configured(experts, name, "native", *chosen)
+    else:
+        row = get_method(name)
+        routing, aggregation, kept = row.configure(**options | own_top_k(row, range(count), options))
     problems = _unserved(row, kept)
-    fitted, base = on_model(model, experts, row.name, routing, settings.missing)
+    fitted, base = on_model(model, experts, row.name, routing if count is None else None, settings.missing)
+    problems += spare_problems(settings.spare, row, fitted.experts, fitted.placement.parameters)
     problems += fitted.problems
     if fitted.placement.parameters:
         problems.append(f"{', '.join(fitted.placement.parameters)}: experts on fused base experts are not served yet")

@@ -5,6 +5,7 @@
 {"routing": false}                          the base model alone
 {"method": "arrow"}                         another of the methods that the server was started with
 {"affinities": {"news": 0.9}}               of a method that adds the query's affinities to its scores
+{"trace": true}                             besides any of these: keep which experts answered
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..methods.base import is_finite_number
 
-KEYS = ("weights", "expert", "routing", "method", "affinities")
+KEYS = ("weights", "expert", "routing", "method", "affinities", "trace")
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class Rules:
     """What requests may say to a server.
 
     names: the experts; methods: {method: whether it needs affinities}, the default first; whole: whether the experts
-    are there one by one (not merged); open: False when no request may say anything
+    are there one by one (not merged); open: False when no request may say anything; traces: whether any are kept
     """
 
     names: tuple[str, ...]
     methods: Mapping[str, bool]
     whole: bool = True
     open: bool = True
+    traces: bool = False
 
     @property
     def default(self) -> str:
@@ -83,6 +85,10 @@ class Rules:
         choice = Choice(method, affinities=affinities)
         return None if choice == Choice(self.default) else choice
 
+    def traced(self, said: Any) -> bool:
+        """Whether a request that `read` has taken wants to know which experts answered."""
+        return said is not None and bool(_object(said).get("trace", False))
+
     def _problems(self, said: Mapping[str, Any]) -> list[str]:
         problems = []
         if unknown := [key for key in said if key not in KEYS]:
@@ -90,8 +96,11 @@ class Rules:
         alone = [key for key in ("weights", "expert", "routing") if key in said]
         if len(alone) > 1 or (alone and {"method", "affinities"} & set(said)):
             problems.append(f"{alone[0]!r} stands alone, got {', '.join(map(_shown, said))}")
-        if not isinstance(said.get("routing", True), bool):
-            problems.append(f"routing must be true or false, got {_shown(said['routing'])}")
+        for key in ("routing", "trace"):
+            if not isinstance(said.get(key, True), bool):
+                problems.append(f"{key} must be true or false, got {_shown(said[key])}")
+        if said.get("trace") is True and not self.traces:
+            problems.append("this server keeps no traces (it was started without traces)")
         if "expert" in said and said["expert"] not in self.names:
             problems.append(f"no expert {_shown(said['expert'])}; there are {', '.join(self.names)}")
         if {"expert", "weights"} & set(said) and not self.whole:

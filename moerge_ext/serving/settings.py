@@ -18,6 +18,7 @@ from ..experts.bank import ExpertBank, load_experts
 from ..experts.selection import Selection
 from ..experts.sources import collect_sources
 from ..methods import get_method
+from ..methods.base import is_integer
 
 KEY = "moerge"  # in vLLM's additional_config, and in the extra arguments of a request
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,6 +31,9 @@ class Settings:
     experts: folders, files or hub ids, or {name: where}; the other fields of `load_experts` and `patch` as there
     methods: {method that a request may name: its options}
     requests: False refuses every request that says anything of its routing
+    spare: slots for experts that join while the server runs
+    metrics: True counts what is chosen, for the server's metrics
+    traces: how many requests' traces are kept; 0 refuses requests that ask for one
     """
 
     experts: list[str] | dict[str, str]
@@ -43,6 +47,9 @@ class Settings:
     names: list[str] | None = None
     modules: str | None = None
     rename: dict[str, str] | None = None
+    spare: int = 0
+    metrics: bool = False
+    traces: int = 0
 
     @classmethod
     def parse(cls, said: Any) -> Settings:
@@ -66,8 +73,13 @@ class Settings:
         said = {"experts": self.experts, "method": self.method, **self.options}
         if self.methods:
             said["methods"] = self.methods
-        rest = ("requests", "absent", "missing", "dtype", "names", "modules", "rename")
+        rest = ("requests", "absent", "missing", "dtype", "names", "modules", "rename", "spare", "metrics", "traces")
         return said | {name: value for name in rest if (value := getattr(self, name)) != defaults[name]}
+
+    @property
+    def answers_more(self) -> bool:
+        """Whether a server gets routes or metrics of ours."""
+        return bool(self.spare or self.metrics or self.traces)
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """{method: its options}, the one of requests that name none first."""
@@ -79,10 +91,20 @@ class Settings:
         chosen = {"names": self.names, "modules": self.modules, "rename": self.rename}
         return load_experts(self.experts, dtype, base=base, **chosen)
 
-    def expert_names(self, base: Any) -> tuple[str, ...]:
-        """The experts' names in the order of their ids; reads headers only."""
-        sources, _ = collect_sources(self.experts, Selection(self.modules, self.rename, self.names), base)
-        return tuple(source.name for source in sources)
+    def expert_folders(self, base: Any, experts: Any = None) -> dict[str, str]:
+        """{expert: its folder} in the order of their ids; reads headers only. ValueError as by `load_experts`.
+
+        experts: others than the settings', of which all are taken.
+        """
+        names = self.names if experts is None else None
+        asked = self.experts if experts is None else experts
+        sources, _ = collect_sources(asked, Selection(self.modules, self.rename, names), base)
+        return {source.name: str(source.folder) for source in sources}
+
+    def load_one(self, name: str, source: str, base: Any) -> ExpertBank:
+        """One more expert, by the same checks."""
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return load_experts({name: source}, dtype, base=base, modules=self.modules, rename=self.rename)
 
 
 def _problems(given: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
@@ -92,11 +114,15 @@ def _problems(given: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]
         problems.append(f'experts must be a list of folders or hub ids, or {{"name": folder}}, got {experts!r}')
     for key, kind, said in (
         ("requests", bool, "true or false"),
+        ("metrics", bool, "true or false"),
         ("modules", str, "a regular expression"),
         ("method", str, "the name of a method"),
     ):
         if key in given and not isinstance(given[key], kind) and not (key == "modules" and given[key] is None):
             problems.append(f"{key} must be {said}, got {given[key]!r}")
+    for key, what in (("spare", "a number of experts"), ("traces", "a number of requests")):
+        if key in given and not (is_integer(given[key]) and given[key] >= 0):
+            problems.append(f"{key} must be {what}, 0 or more, got {given[key]!r}")
     for key, values in (("absent", ("mask", "base")), ("missing", ("error", "drop")), ("dtype", (None, *DTYPES))):
         if key in given and given[key] not in values:
             problems.append(f"{key} must be one of {', '.join(map(json.dumps, values))}, got {given[key]!r}")

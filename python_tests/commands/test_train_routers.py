@@ -11,7 +11,9 @@ from gate_builders import (
     make_adapter,
     one_thread,  # noqa: F401 (used by being here)
 )
+from query_cases import fake_embedder
 
+import moerge_ext as moerge
 from moerge_ext.commands.main import main
 from moerge_ext.experts.routers import ROUTERS_FILE, read_routers
 
@@ -26,6 +28,7 @@ def root(tmp_path_factory):
     make_tokenizer(root / "model")
     for i, name in enumerate("ab"):
         make_adapter(model, root / name, scale=0.3 + 0.1 * i)
+        moerge.describe(root / name, [], fake_embedder(), instruction=f"copy {name}")
     task = root / "task"
     task.mkdir()
     rows = [{"input": f"copy {c}:", "target": c * 2} for c in "abcdefgh"]
@@ -54,6 +57,8 @@ DATA = ("--data", "@task/train.jsonl")
         ("mixda", DATA),
         ("we_moe", DATA),
         ("pwe_moe", OWN),
+        ("pemt", (*DATA, "--option", "description=copy a letter", "--sparsity", "0.2")),
+        ("co_llm", (*DATA, "--validation", "@task/test.jsonl", "--option", "init_steps=2")),
         ("pi_tuning", (*DATA, *OWN, "--option", "target=a", "--option", "nearest=1")),
     ],
 )
@@ -75,7 +80,8 @@ def test_train_evaluate_and_generate(root, method, more, capsys):
     assert f"{method} needs --routers FILE" in capsys.readouterr().err
     generated = ("generate", "copy a:", *model, "--method", method, "--max-new-tokens", "2", "--trace")
     assert call(root, *generated, "--routers", file) == 0
-    assert "share of the routing weight" in capsys.readouterr().out
+    said = "tokens written by:" if method == "co_llm" else "share of the routing weight"
+    assert said in capsys.readouterr().out
 
 
 def test_other_routers_give_other_answers(root, capsys):
@@ -100,12 +106,46 @@ def test_other_routers_give_other_answers(root, capsys):
         (("--method", "mole", *DATA, "--option", "routers=x"), "this command makes them"),
         (("--method", "mole", *DATA, "--expert-data", "a"), "--expert-data takes NAME=FILE"),
         (("--method", "mole", *DATA, "--dropout", "1.5"), "dropout must be in"),
+        (("--method", "pemt", *DATA), "needs description, a sentence of what the task asks for"),
+        (("--method", "co_llm", *DATA, "--balance", "1"), "one gate, without balance"),
     ],
 )
 def test_wrong_use(root, words, said, capsys):
     assert call(root, "train-routers", *COMMON, "--output", "@bad", *words) == 2
     assert said in capsys.readouterr().err
     assert not (root / "bad" / ROUTERS_FILE).exists()
+
+
+def test_co_llm_answers_many_prompts_and_is_refused_where_layers_are_asked(root, capsys):
+    assert call(root, "train-routers", *COMMON, "--method", "co_llm", *DATA, "--output", "@co", "--option",
+                "init_steps=0") == 0  # fmt: skip
+    words = ("--model", "@model", "--experts", "@a", "@b", "--routers", "@co")
+    (root / "prompts.txt").write_text("copy a:\ncopy b:\ncopy c:\n")
+    asked = ("generate", *words, "--method", "co_llm", "--prompts", "@prompts.txt", "--json", "--trace")
+    capsys.readouterr()
+    assert call(root, *asked, "--max-new-tokens", "3", "--batch-size", "2", "--option", "threshold=0") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["row"] for line in lines] == [0, 1, 2]
+    assert all(line["experts"]["base"] == 0 and sum(line["experts"].values()) == pytest.approx(1) for line in lines)
+    rows = ("co_llm/threshold=0", "co_llm/threshold=1", "base")
+    assert call(root, "eval", *words, "--tasks", "@task", "--methods", ",".join(rows), "--no-progress", "--cost",
+                "--shares", "--output", "@co-eval") == 0  # fmt: skip
+    answers, passes = {}, {}
+    for file in (root / "co-eval" / "answers" / "copy").glob("*.jsonl"):
+        settings, *items = map(json.loads, file.read_text().splitlines())
+        answers[settings["settings"]["run"]] = [item["answer"] for item in items]
+        passes[settings["settings"]["run"]] = sum(item["cost"]["passes"] for item in items)
+    assert answers[rows[1]] == answers["base"] != answers[rows[0]] and passes[rows[1]] == 3 * passes["base"]
+    capsys.readouterr()
+    for command in (
+        ("inspect", *words, "--tasks", "@task", "--methods", "co_llm", "--output", "@i"),
+        ("explain", "@model", "x", *words[2:], "--method", "co_llm"),
+        ("generate", "x", *words, "--method", "co_llm", "--sample"),
+        ("eval", *words, "--tasks", "@task", "--methods", "co_llm/threshold=2"),
+    ):
+        assert call(root, *command) == 2, command
+        said = capsys.readouterr().err
+        assert "co_llm" in said and "Traceback" not in said
 
 
 def test_a_file_of_another_method(root, capsys):

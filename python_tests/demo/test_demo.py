@@ -101,7 +101,7 @@ def test_tokenizer_round_trip(tmp_path):
 
 @pytest.fixture(scope="module")
 def assets():
-    from moerge_ext.demo.run import load_assets
+    from moerge_ext.demo.embedded import load_assets
 
     return load_assets()
 
@@ -119,8 +119,8 @@ def test_assets_are_small_and_whole(assets):
 
 
 def test_every_expert_knows_its_skill_and_the_router_finds_it(assets):
+    from moerge_ext.demo.embedded import patched
     from moerge_ext.demo.evaluate import accuracies
-    from moerge_ext.demo.run import patched
 
     model, tokenizer, experts = assets
     suites = held_in(8)

@@ -49,6 +49,8 @@ def test_peft_loads_it_and_equals_our_merge(family, method, tmp_path):
     moerge.merge_experts(experts, tmp_path / "full", method=method, model=model, full=True)
     assert error(logits(type(model).from_pretrained(tmp_path / "full"), **batch(family)), want) < 1e-5
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    files = [file for folder in ("out", "full") for file in (tmp_path / folder).iterdir()]
+    assert len({file.stat().st_mode for file in files}) == 1  # safetensors writes private files
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

@@ -32,6 +32,7 @@ from moerge_ext import reference
 from moerge_ext.methods import METHODS, get_method
 from moerge_ext.methods.base import standardize
 from moerge_ext.methods.table import render, rows
+from moerge_ext.methods.whole_models import WHOLE_MODELS
 
 # ---------------------------------------------------------------------------- plans
 
@@ -348,7 +349,7 @@ def test_the_table_is_complete():
     asked = {"phatgoose", "arrow", "arrow_phatgoose", "average_activation", "merged", "merged_factors"}
     assert asked | {"glider", "glider_code"} <= set(METHODS)
     table = rows()
-    assert [row["name"] for row in table] == [*METHODS, "expert:<name>"]
+    assert [row["name"] for row in table] == [*METHODS, "expert:<name>", *WHOLE_MODELS]
     for row in table:
         assert all(isinstance(value, str) and value for key, value in row.items() if key != "taxonomy"), row
         assert "arXiv" in row["paper"]

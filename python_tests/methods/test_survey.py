@@ -50,7 +50,7 @@ SECTION = {
     "phatgoose": 16, "arrow": 24, "arrow_mttl": 24, "arrow_peft": 24, "arrow_phatgoose": 24, "lorahub": 7,
     "retrieval_task": 2, "adapter_soup": 3, "centroid": 6, "knn": 8, "retrieval": 8, "ask_llm": 8, "token_level": 11,
     "dam": 22, "lora_flow": 18, "mole": 23, "meteora": 25, "ramole": 29, "adapter_fusion": 1, "pi_tuning": 4,
-    "we_moe": 15, "pwe_moe": 26, "mixda": 5,
+    "we_moe": 15, "pwe_moe": 26, "mixda": 5, "co_llm": 20, "pemt": 19,
 }  # fmt: skip
 
 
@@ -72,6 +72,11 @@ def test_rows_name_their_number_and_print_its_values():
             assert printed[name]["survey"] == "-"
     ours = {"average_activation", "average_activation_mttl", "merged", "merged_factors", "given"}
     assert not any(METHODS[name].survey for name in ours | {name for name in METHODS if name.startswith("glider")})
+
+
+def test_the_rows_cover_the_survey():
+    """12, CALM, and 21, Branch-Train-Mix, are no routers over LoRA."""
+    assert set(SURVEY) - {method.survey for method in METHODS.values()} <= {12, 21}
 
 
 def test_the_command_prints_section_fields_and_departures(capsys):

@@ -12,7 +12,7 @@ from moerge_ext import ops
 from moerge_ext.experts.module_bank import whole_vectors
 from moerge_ext.methods.base import Plan, Routing
 from moerge_ext.routing import ways
-from moerge_ext.routing.routed_linear import RoutedLinear
+from moerge_ext.routing.routed_linear import RoutedLinear, laid_out
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -156,11 +156,23 @@ def test_a_compiled_model_sees_the_handle(graphs, tmp_path):
     assert sum(graph.count(ops.ROUTED_LINEAR) for graph in graphs) == fused
 
 
-def test_gates_lie_as_the_device_reads_them(layer):
-    gates = layer.gates
-    assert gates.stride() == (1, gates.shape[0])
+@pytest.mark.parametrize("experts", [8, 9])
+def test_gates_lie_as_the_device_reads_them(layer, experts):
+    """On the CPU many experts side by side, few one after the other; elsewhere one after the other."""
+    gates = torch.randn(experts, layer.in_features)
+    layer.gates = gates
+    layer.to(torch.float64)  # lays them out
+    assert torch.equal(layer.gates, gates)
+    assert layer.gates.stride() == ((1, experts) if experts > 8 else (layer.in_features, 1))
     moved = layer.to("meta")
     assert moved.gates.is_contiguous() and moved.gates.shape == gates.shape
+
+
+@pytest.mark.parametrize("experts", [8, 9])
+def test_a_copy_of_gates_is_a_copy(experts):
+    gates = torch.randn(experts, 16)
+    copied = laid_out(gates, gates.device, copy=True)
+    assert torch.equal(copied, gates) and copied.data_ptr() != gates.data_ptr()
 
 
 @torch.no_grad()

@@ -14,7 +14,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import builders  # noqa: E402
 from serving_cases import DOWN, QKV, Packed, RowParallel, layers, patched, served, tables_of, tokens  # noqa: E402
 
+from moerge_ext.serving.live import Change, LivePool  # noqa: E402
 from moerge_ext.serving.requests import Choice  # noqa: E402
+from moerge_ext.serving.settings import Settings  # noqa: E402
+from moerge_ext.serving.slices import share_of_plan  # noqa: E402
 
 
 def main(rank: int, ranks: int, meeting: str, method: str, *experts: str) -> None:
@@ -37,6 +40,8 @@ def main(rank: int, ranks: int, meeting: str, method: str, *experts: str) -> Non
     if methods:
         requests(pool, tables, row, list(experts), tokens(12, 48, seed=2))
     chosen(row, tokens(33, 48, seed=3), ranks)
+    if methods:
+        live(method, list(experts), rank, ranks, reduce)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # threads of gloo may outlive their group, which ends the interpreter's own exit by SIGABRT
@@ -65,6 +70,31 @@ def requests(pool, tables, row, experts: list[str], x: torch.Tensor) -> None:
         with handle.disabled() if method is None else handle.affinities(torch.tensor(scores)):
             close(mine, layers(model, (DOWN,), part), f"a request of {method}")
     tables.begin([None], [12])
+
+
+def live(method: str, experts: list[str], rank: int, ranks: int, reduce) -> None:
+    """An expert joins, and another leaves, on every rank: as the patched model has them."""
+    said = {"method": method, "spare": 1}
+    pool = served(experts[:3], **said)
+    tables, model = tables_of(pool, spare=1), builders.tiny_llama()
+    packed = Packed(model, pool, tables, rank, ranks, spare=1)
+    row = RowParallel(model, pool, tables, rank, ranks, reduce, spare=1)
+    shares = packed.shares | {DOWN: row.share}
+    branches = {branch.path: branch for branch in (*packed.branches, row.branch)}
+
+    def share(module, plan):
+        return share_of_plan(plan, shares[module], adds_bias=module != DOWN or row.adds_bias)
+
+    settings = Settings.parse({"experts": experts[:3]} | said)
+    changed = LivePool(settings, None, model, pool.names, pool.sizes, pool.modules, branches, tables, share)
+    for change, left in ((Change("dog", experts[3]), experts), (Change("ant"), experts[1:])):
+        changed.prepare(change)
+        changed.commit()
+        model, _ = patched(left, method)
+        tables.begin([None], [33])
+        x, wide = tokens(33, 32, seed=4), tokens(33, 48, seed=5)
+        close(row(wide), layers(model, (DOWN,), wide), f"row parallel after {change}")
+        close(packed(x), own_part(layers(model, QKV, x), rank, ranks), f"column parallel after {change}")
 
 
 def chosen(row, x: torch.Tensor, ranks: int) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import moerge_ext as moerge
 from moerge_ext.routing.routed_linear import RoutedLinear
-from moerge_ext.serving.branch import Branch, PartialBranch, Variant, route_options
-from moerge_ext.serving.pool import Pool, planned
+from moerge_ext.serving.branch import Branch, PartialBranch
+from moerge_ext.serving.pool import Pool, gate_sums, planned, variants
 from moerge_ext.serving.settings import Settings
-from moerge_ext.serving.slices import Segment, Share, share_of_plan, shares
+from moerge_ext.serving.slices import Segment, Share, shares
 from moerge_ext.serving.tables import Tables
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -37,25 +37,16 @@ def served(experts: list[str], **said) -> Pool:
     return planned(settings, settings.load(None), builders.tiny_llama())
 
 
-def tables_of(pool: Pool, tokens: int = 64, requests: int = 8, fixed: bool = False) -> Tables:
+def tables_of(pool: Pool, tokens: int = 64, requests: int = 8, fixed: bool = False, spare: int = 0) -> Tables:
     methods = {made.method.name: made.bias for made in pool.methods}
-    sizes = {"max_requests": requests, "max_tokens": tokens}
+    sizes = {"max_requests": requests, "max_tokens": tokens, "spare": spare}
     return Tables(len(pool.names), methods, **sizes, device=torch.device("cpu"), fixed=fixed)
-
-
-def variants(pool: Pool, module: str, share: Share, adds_bias: bool = True) -> list[Variant]:
-    found = []
-    for made in pool.methods:
-        plan = share_of_plan(made.plans[module], share, adds_bias=adds_bias)
-        options = route_options(made.routing, pool.sizes[module][0], plan.lora_A.shape[0])
-        found.append(Variant(made.method.name, plan, options, made.factored))
-    return found
 
 
 class Packed:
     """q, k and v as one layer of one rank: `weight` and branches for its slices of the output."""
 
-    def __init__(self, model: nn.Module, pool: Pool, tables: Tables, rank: int = 0, ranks: int = 1):
+    def __init__(self, model: nn.Module, pool: Pool, tables: Tables, rank: int = 0, ranks: int = 1, spare: int = 0):
         heads, kv = HEADS // ranks, max(1, KV_HEADS // ranks)
         at = rank // max(1, ranks // KV_HEADS)
         segments = [Segment(heads * HEAD, rank * heads * HEAD, HEADS * HEAD)]
@@ -68,9 +59,11 @@ class Packed:
         ]
         self.weight = torch.cat(rows)
         cpu = torch.device("cpu")
+        kept = {"adds_bias": True, "spare": spare}
         self.branches = [
-            Branch(module, share, variants(pool, module, share), tables, cpu) for module, share in held.items()
+            Branch(module, share, variants(pool, module, share, **kept), tables, cpu) for module, share in held.items()
         ]
+        self.shares = held
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -83,16 +76,15 @@ class Packed:
 class RowParallel:
     """The down projection of one of several ranks: x [T,D/ranks], the sum over ranks is the layer's output."""
 
-    def __init__(self, model: nn.Module, pool: Pool, tables: Tables, rank: int, ranks: int, reduce):
+    def __init__(self, model: nn.Module, pool: Pool, tables: Tables, rank: int, ranks: int, reduce, spare: int = 0):
         wide, features = pool.sizes[DOWN]
         size = wide // ranks
         share = Share(0, features, ((0, features),), (rank * size, size))
         self.weight = model.get_submodule(DOWN).weight[:, rank * size : (rank + 1) * size]
-        gates = {made.method.name: made.plans[DOWN].gates for made in pool.methods}
-        sums = {name: g.double().sum(1) for name, g in gates.items() if g is not None}
-        kept = {"whole": wide, "gate_sums": sums, "reduce": reduce}
-        made = variants(pool, DOWN, share, adds_bias=rank == 0)
+        kept = {"whole": wide, "gate_sums": gate_sums(pool, DOWN, spare), "reduce": reduce}
+        made = variants(pool, DOWN, share, adds_bias=rank == 0, spare=spare)
         self.branch = PartialBranch(DOWN, share, made, tables, torch.device("cpu"), **kept)
+        self.share, self.adds_bias = share, rank == 0
         self.reduce, self.columns = reduce, slice(rank * size, (rank + 1) * size)
 
     @torch.no_grad()

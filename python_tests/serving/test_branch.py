@@ -148,4 +148,4 @@ def test_the_front_end_knows_the_experts_that_a_worker_loads(experts):
     """By their headers, in the same order, whatever is chosen of them."""
     for said in ({"experts": experts}, {"experts": {"x": experts[1], "y": experts[0]}, "names": ["y", "x"]}):
         settings = Settings.parse(said)
-        assert settings.expert_names(None) == settings.load(None).names
+        assert tuple(settings.expert_folders(None)) == settings.load(None).names

@@ -27,9 +27,13 @@ START = 600  # seconds that a server may take on a slow machine
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("http")
+
+
+@pytest.fixture(scope="module")
+def address(root):
     """That of a running server."""
-    root = tmp_path_factory.mktemp("http")
     sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     with torch.random.fork_rng(devices=[]):
@@ -41,15 +45,18 @@ def address(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     fast.save_pretrained(root / "model")
-    experts = builders.random_experts(model, root / "experts", NAMES, LINEARS)
+    experts = builders.random_experts(model, root / "experts", (*NAMES, "eel"), LINEARS)
+    experts.pop("eel")
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
     ours = ["--model", str(root / "model"), "--experts", *map(str, experts.values()), "--methods", "arrow"]
+    ours += ["--live-experts", "1", "--routing-metrics", "--traces", "4"]
     theirs = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny"]
     words = [sys.executable, "-m", "moerge_ext", "serve", *ours, "--", *theirs, "--max-model-len", "256"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment.pop("VLLM_PLUGINS", None)
     log = (root / "log").open("w")
     server = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
     try:
@@ -83,6 +90,7 @@ def client(address):
 
 def answer(client, **more) -> str:
     asked = {"model": "tiny", "prompt": "w5 w6 w7 w8", "max_tokens": 8, "temperature": 0}
+    asked |= {key: more.pop(key) for key in list(more) if key in asked}
     return client.completions.create(**asked, extra_body=more).choices[0].text
 
 
@@ -134,3 +142,80 @@ def test_many_clients_and_some_that_leave(client):
     with ThreadPoolExecutor(200) as pool:
         assert all(pool.map(ask, range(200)))
     assert [answer(client, **kind) for kind in kinds] == wanted
+
+
+LONG = " ".join(f"w{3 + 7 * i % 90}" for i in range(160))  # more than a block of the cache
+
+
+def asked(address, method, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_experts_come_and_go_under_requests(address, client, root):
+    """Each answer is that of the pool with the new expert or of that without it; no cache mixes them."""
+    source = str(root / "experts" / "eel")
+    without = answer(client, prompt=LONG)
+    status, found = asked(address, "POST", "/moerge/experts", {"name": "eel", "source": source})
+    assert status == 200 and found["data"][-1] == {"name": "eel", "source": source} and found["spare"] == 0
+    within, alone = answer(client, prompt=LONG), answer(client, **said(expert="eel"))
+    assert within != without and alone != answer(client)
+    with ThreadPoolExecutor(9) as pool:
+        others = [pool.submit(lambda: [answer(client, prompt=LONG) for _ in range(4)]) for _ in range(8)]
+        for _ in range(2):
+            assert asked(address, "DELETE", "/moerge/experts/eel")[0] == 200
+            assert answer(client, prompt=LONG) == without
+            assert asked(address, "POST", "/moerge/experts", {"name": "eel", "source": source})[0] == 200
+            assert answer(client, prompt=LONG) == within
+        assert {text for other in others for text in other.result()} <= {within, without}
+    for method, path, body, words in (
+        ("POST", "", {"name": "fox", "source": source}, "all 5 slots are taken"),
+        ("POST", "", {"name": "eel", "source": str(root)}, "eel"),
+        ("POST", "", {"name": "eel"}, "moerge: expected"),
+        ("DELETE", "/fox", None, "no expert 'fox'; there are ant, bee, cat, dog, eel"),
+        ("DELETE", "/eel?wait=long", None, "wait must be a number of seconds"),
+    ):
+        status, refused = asked(address, method, "/moerge/experts" + path, body)
+        assert status == 400 and words in refused["error"]["message"]
+    assert answer(client, prompt=LONG) == within
+    assert asked(address, "DELETE", "/moerge/experts/eel")[1]["spare"] == 1
+    assert answer(client, prompt=LONG) == without
+    with pytest.raises(openai.BadRequestError, match="no expert 'eel'"):
+        answer(client, **said(expert="eel"))
+
+
+def test_a_trace_of_a_request(address, client):
+    """One line for every token that was computed; the weights of phatgoose sum to 1 in every module."""
+    request = {
+        "model": "tiny",
+        "prompt": "w9 w8 w7",
+        "max_tokens": 5,
+        "extra_body": {"ignore_eos": True} | said(trace=True),
+    }
+    made = client.completions.create(**request)
+    status, found = asked(address, "GET", f"/moerge/traces/{made.id}")
+    (trace,) = found["data"]
+    assert status == 200 and trace["experts"] == list(NAMES) and trace["prompt_tokens"] == 3
+    assert len(trace["tokens"]) == 7 and all(sum(row) == pytest.approx(1) for row in trace["tokens"])
+    assert len(trace["modules"]) == 14
+    assert asked(address, "GET", "/moerge/traces/cmpl-none")[0] == 404
+
+
+def test_metrics_count_what_was_routed(address, client):
+    def read():
+        with urllib.request.urlopen(address.removesuffix("/v1") + "/metrics", timeout=60) as found:
+            lines = [line.rsplit(" ", 1) for line in found.read().decode().splitlines() if line.startswith("moerge_")]
+        return {name: float(value) for name, value in lines}
+
+    before = read()
+    answer(client, max_tokens=4, ignore_eos=True, **said(expert="dog"))
+    answer(client, max_tokens=4, ignore_eos=True)
+    grown = {name: value - before.get(name, 0.0) for name, value in read().items()}
+    assert grown['moerge_tokens_total{method="given"}'] == grown['moerge_tokens_total{method="phatgoose"}'] == 7
+    assert grown["moerge_routed_token_modules_total"] == 7 * 14
+    assert sum(v for name, v in grown.items() if name.startswith("moerge_expert_weight")) == pytest.approx(7 * 14)

@@ -56,6 +56,8 @@ def test_what_is_said_becomes_a_choice(said, choice):
         ({"method": ["arrow"]}, "no method ['arrow']"),
         ({"method": "glider"}, "the method 'glider' needs affinities"),
         ({"affinities": [1, 0]}, "the method 'phatgoose' takes no affinities"),
+        ({"trace": True}, "this server keeps no traces"),
+        ({"trace": 1}, "trace must be true or false, got 1"),
         ("{", "expected an object or its JSON text"),
         ([1], "expected an object"),
         ("[" * 100000, "expected an object or its JSON text"),
@@ -65,6 +67,14 @@ def test_what_is_wrong_is_refused_in_our_words(said, words):
     with pytest.raises(ValueError) as refused:
         RULES.read(said)
     assert words in str(refused.value) and str(refused.value).startswith("moerge: ")
+
+
+def test_a_trace_is_no_part_of_the_routing():
+    rules = Rules(RULES.names, RULES.methods, traces=True)
+    for routing in ({}, {"expert": "code"}, {"routing": False}, {"method": "glider", "affinities": [1, 0]}):
+        assert rules.read(routing | {"trace": True}) == rules.read(routing)
+        assert rules.traced(routing | {"trace": True}) and not rules.traced(routing | {"trace": False})
+    assert rules.traced('{"trace": true}') and not rules.traced(None) and not rules.traced({})
 
 
 def test_keys_differ_with_the_routing_and_only_with_it():
@@ -87,10 +97,12 @@ def test_servers_that_take_less():
 def test_settings_list_everything_wrong():
     said = {"experts": [], "method": "phatgose", "methods": {"arrow": {"top_z": 1}}, "dtype": "int8", "requests": 1}
     with pytest.raises(ValueError) as refused:
-        Settings.parse(said | {"absent": "x", "names": "a", "rename": []})
+        Settings.parse(said | {"absent": "x"})
     for words in ("experts must be", "did you mean 'phatgoose'", "top_z", "dtype must", "requests must", "absent must"):
         assert words in str(refused.value)
-    for wrong in ("names must", "rename must"):
+    with pytest.raises(ValueError) as refused:
+        Settings.parse({"experts": ["a"], "names": "a", "rename": [], "spare": -1, "traces": True, "metrics": 1})
+    for wrong in ("names must", "rename must", "spare must", "traces must", "metrics must"):
         assert wrong in str(refused.value)
     with pytest.raises(ValueError, match="top_k must be a positive integer"):
         Settings.parse({"experts": ["a"], "top_k": 0})
@@ -101,6 +113,8 @@ def test_settings_list_everything_wrong():
 def test_settings_say_what_they_were_told():
     said = {"experts": {"a": "x"}, "method": "arrow", "top_k": 3, "methods": {"merged": {}}, "requests": False}
     assert Settings.parse(said).as_dict() == said
+    said |= {"spare": 2, "metrics": True, "traces": 8}
+    assert Settings.parse(said).as_dict() == said and Settings.parse(said).answers_more
     assert Settings.parse(Settings.parse(said).as_dict()) == Settings.parse(said)
     assert Settings.parse({"experts": "a", "methods": ["arrow"]}).variants() == {"phatgoose": {}, "arrow": {}}
 

@@ -9,9 +9,11 @@ import torch
 
 from moerge_ext.serving.requests import Choice, Rules
 from moerge_ext.serving.tables import Tables
+from moerge_ext.serving.traces import Traces
 from moerge_ext.serving.vllm import frontend, startup
 from moerge_ext.serving.vllm.plugin import _wrap
-from moerge_ext.serving.vllm.steps import CHECKED, Steps
+from moerge_ext.serving.vllm.steps import CHECKED, TRACED, Steps
+from moerge_ext.serving.watching import Watcher
 
 METHODS = {"phatgoose": None, "arrow": None}
 
@@ -23,9 +25,16 @@ def tables() -> Tables:
 def scheduled(new: dict[str, Choice | None] | None = None, finished: tuple[str, ...] = ()) -> SimpleNamespace:
     asked = {name: None if c is None else {CHECKED: c.as_dict()} for name, c in (new or {}).items()}
     requests = [
-        SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra)) for name, extra in asked.items()
+        SimpleNamespace(
+            req_id=name,
+            sampling_params=SimpleNamespace(extra_args=extra),
+            prompt_token_ids=[1] * 20,
+            num_computed_tokens=8,
+        )
+        for name, extra in asked.items()
     ]
-    return SimpleNamespace(scheduled_new_reqs=requests, finished_req_ids=set(finished))
+    known = SimpleNamespace(req_ids=[], num_computed_tokens=[])
+    return SimpleNamespace(scheduled_new_reqs=requests, finished_req_ids=set(finished), scheduled_cached_reqs=known)
 
 
 class FirstRunner:
@@ -106,7 +115,7 @@ def test_a_runner_of_another_kind_is_refused():
 
 def processed(said, salt=None, rules=None) -> SimpleNamespace:
     """A request as it leaves the front end."""
-    made = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=said), cache_salt=salt)
+    made = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=said), cache_salt=salt, request_id="cmpl-1-0")
     return frontend._read(made, rules)
 
 
@@ -124,10 +133,45 @@ def test_the_front_end_checks_a_request_and_keys_its_cache():
         processed({"moerge": {"routing": False}}, None, None)
 
 
+def test_a_trace_is_asked_for_without_a_cache_of_its_own():
+    rules = Rules(("ant", "bee"), {"phatgoose": False}, traces=True)
+    plain = processed({"moerge": {"trace": True}}, "mine", rules)
+    assert plain.sampling_params.extra_args == {TRACED: "cmpl-1-0"} and plain.cache_salt == "mine"
+    one, other = (processed({"moerge": {"expert": "ant", "trace": on}}, None, rules) for on in (True, False))
+    assert one.cache_salt == other.cache_salt and TRACED not in other.sampling_params.extra_args
+    with pytest.raises(ValueError, match="is no argument of requests"):
+        processed({TRACED: "cmpl-2"}, None, rules)
+
+
+@pytest.mark.parametrize("kind", (FirstRunner, SecondRunner))
+def test_steps_are_watched_while_they_run(kind):
+    held, runner = tables(), kind(["b", "a"])
+    traces = Traces(("x", "y", "z"), 1)
+    Steps(held, (), Watcher(held, None, traces)).watch(runner)
+    runner.lengths = [2, 3]
+    new = scheduled({"a": None, "b": None})
+    new.scheduled_new_reqs[0].sampling_params.extra_args = {TRACED: "cmpl-1-0"}
+    prepare = runner.prepare_inputs if kind is SecondRunner else runner._prepare_inputs
+
+    def choose(*args, **options):
+        found = prepare(*args, **options)
+        assert held.seen is not None and held.seen.requests == ["b", "a"]
+        held.seen.add("q", "phatgoose", torch.ones(5, 1), torch.tensor([[0], [0], [1], [2], [2]], dtype=torch.int32))
+        return found
+
+    setattr(runner, "prepare_inputs" if kind is SecondRunner else "_prepare_inputs", choose)
+    runner.execute_model(new)
+    assert held.seen is None
+    (trace,) = traces.read("cmpl-1")
+    assert trace["start"] == 8 and trace["tokens"] == [[0, 1, 0], [0, 0, 1], [0, 0, 1]] and trace["prompt_tokens"] == 20
+
+
 def config(said) -> SimpleNamespace:
-    parallel, model = SimpleNamespace(), SimpleNamespace(runner_type="generate")
+    parallel = SimpleNamespace(data_parallel_size=2, _api_process_count=2)
+    model = SimpleNamespace(runner_type="generate")
+    graphs = SimpleNamespace(cudagraph_mode=SimpleNamespace(name="FULL"))
     held = {"additional_config": said, "parallel_config": parallel, "model_config": model, "lora_config": None}
-    return SimpleNamespace(**held)
+    return SimpleNamespace(**held, compilation_config=graphs, device_config=SimpleNamespace(device_type="cuda"))
 
 
 class Executor:
@@ -160,6 +204,10 @@ def test_engines_start_with_experts_on_every_worker_or_when_none_are_asked_for()
         start([{"layers": 0}])
     with pytest.raises(ValueError, match="--enable-lora"):
         start([{"layers": 4}], lora=object())
+    with pytest.raises(ValueError) as refused:
+        start([{"layers": 4}], {"moerge": {"experts": ["a"], "spare": 1}})
+    for words in ("--data-parallel-size", "--api-server-count", "CUDA graphs"):
+        assert words in str(refused.value)
 
 
 def test_places_are_taken_once():

@@ -34,6 +34,7 @@ def test_train_expert(name, tmp_path):
     assert set(linears) - adapter.modules.keys() == {"lm_head"}
     assert all(module.lora_A.shape[0] == 16 for module in adapter.modules.values())
     assert sorted(p.name for p in (tmp_path / "e").iterdir() if p.name.startswith(".")) == []
+    assert len({p.stat().st_mode for p in (tmp_path / "e").iterdir()}) == 1  # safetensors writes private files
 
 
 def test_autocast_of_the_caller_sees_every_step(tmp_path):

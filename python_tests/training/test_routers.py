@@ -146,6 +146,29 @@ def test_experts_can_be_trained_with_the_routers(setup, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*use_cache.*")
+@pytest.mark.parametrize(("method", "losses"), [("mole", {"balance": 0.5}), ("meteora", {"z": 0.5, "balance": 0.1})])
+def test_balance_and_z_do_not_depend_on_gradient_checkpointing(setup, method, losses, tmp_path):
+    model, _, experts = setup
+    options = {"method": method, "steps": 3, "lr": 0.05, "progress": False, **losses}
+    plain = moerge.train_routers(model, experts, batches(), tmp_path / "a", **options)
+    model = copy.deepcopy(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = moerge.train_routers(model, experts, batches(), tmp_path / "b", **options)
+    assert again.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_what_a_model_writes_into_is_refused(setup, tmp_path):
+    """Losses of what a layer gives are taken after the forward, when the model may have changed it."""
+    model, _, experts = setup
+    model = copy.deepcopy(model)
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU(inplace=True)
+    with pytest.raises(RuntimeError, match="layers.0.mlp.gate_proj: the model writes into what this layer"):
+        moerge.train_routers(
+            model, experts, batches(), tmp_path, method="meteora", steps=1, z=0.1, sparsity=0.1, progress=False
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*use_cache.*")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_router_of_a_layer_refuses_gradient_checkpointing(setup, reentrant, tmp_path):
     """What is computed again is the layer's forward alone, without the router that read its input."""

@@ -9,10 +9,10 @@ from typing import Any
 from ..pool import rules
 from ..requests import Choice, Rules
 from ..settings import KEY
-from .steps import CHECKED
+from .steps import CHECKED, TRACED
 from .worker import settings_of
 
-_RULES = "_moerge_rules"
+RULES = "_moerge_rules"
 
 
 def prepare(theirs: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
@@ -20,15 +20,15 @@ def prepare(theirs: Callable[..., None], processor: Any, *args: Any, **kwargs: A
     theirs(processor, *args, **kwargs)
     config = processor.vllm_config
     settings = settings_of(config)
-    found = None if settings is None else rules(settings, settings.expert_names(config.model_config.model))
-    setattr(processor, _RULES, found)
+    found = None if settings is None else rules(settings, tuple(settings.expert_folders(config.model_config.model)))
+    setattr(processor, RULES, found)
 
 
 def process_inputs(theirs: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     """`InputProcessor.process_inputs`: a ValueError that becomes HTTP 400 for a request that asks for what is not."""
     made = theirs(processor, *args, **kwargs)
     try:
-        return _read(made, getattr(processor, _RULES))
+        return _read(made, getattr(processor, RULES))
     except ValueError as error:
         raise _refusal()(str(error)) from None
 
@@ -55,8 +55,9 @@ def _read(made: Any, known: Rules | None) -> Any:
         return made
     extra = dict(params.extra_args or {})
     said = extra.pop(KEY, None)
-    if CHECKED in extra:
-        raise ValueError(f"moerge: {CHECKED!r} is no argument of requests, say {KEY!r}")
+    for ours in (CHECKED, TRACED):
+        if ours in extra:
+            raise ValueError(f"moerge: {ours!r} is no argument of requests, say {KEY!r}")
     if known is None:
         if said is not None:
             raise ValueError("moerge: this server has no experts (additional_config names none)")
@@ -65,6 +66,8 @@ def _read(made: Any, known: Rules | None) -> Any:
     if choice is not None:
         extra[CHECKED] = choice.as_dict()
         made.cache_salt = _salt(made.cache_salt, choice)
+    if known.traced(said):
+        extra[TRACED] = made.request_id
     params.extra_args = extra or None
     return made
 

@@ -21,10 +21,12 @@ def register() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from .frontend import beam_search, prepare, process_inputs
+    from .served import ASKED, asked
     from .startup import check_workers, load_model, status
 
     _wrap(WorkerWrapperBase, "load_model", load_model)
     _wrap(WorkerWrapperBase, "moerge_status", status)
+    _wrap(WorkerWrapperBase, ASKED, asked)
     _wrap(Executor, "__init__", check_workers)
     _wrap(InputProcessor, "__init__", prepare)
     _wrap(InputProcessor, "process_inputs", process_inputs)

@@ -29,7 +29,7 @@ def check_workers(theirs: Callable[..., None], executor: Any, *args: Any, **kwar
     """
     config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     settings = settings_of(config)
-    if settings is not None and (problems := problems_of(config)):
+    if settings is not None and (problems := problems_of(config, settings)):
         raise ValueError(listing(CANNOT.format(settings.method), problems))
     theirs(executor, *args, **kwargs)
     if settings is None:

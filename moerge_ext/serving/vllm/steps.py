@@ -10,16 +10,19 @@ from ...files.listing import listed
 from ..requests import Choice
 from ..settings import KEY
 from ..tables import Tables
+from ..traces import Traces
+from ..watching import Watcher
 
 logger = logging.getLogger("vllm.moerge_ext")  # vLLM's handlers print it
+TRACED = "_" + KEY + "_trace"  # the extra argument with the name under which a request's trace is kept
 CHECKED = "_" + KEY  # the extra argument that the front end makes of a request's own
 
 
 class Steps:
     """Follows the requests of one model runner, whose layers with experts compute by `methods` (`RoutedMethod`)."""
 
-    def __init__(self, tables: Tables, methods: Sequence[Any] = ()):
-        self.tables = tables
+    def __init__(self, tables: Tables, methods: Sequence[Any] = (), watcher: Watcher | None = None):
+        self.tables, self.watcher = tables, watcher
         self._watched = list(methods)  # until the first step has shown which of them the model uses
         self._total, self._stepped = len(self._watched), False
         self.choices: dict[str, Choice] = {}  # {request: what it asks for}, of those that ask for something
@@ -51,11 +54,19 @@ class Steps:
                 self.choices.pop(request.req_id, None)
             else:
                 self.choices[request.req_id] = Choice(**said)
+            if self.traces is not None and (key := (params.extra_args or {}).get(TRACED) if params else None):
+                self.traces.open(request.req_id, key, len(request.prompt_token_ids or ()))
         for name in scheduled.finished_req_ids:
             self.choices.pop(name, None)
+        if self.traces is not None:
+            known = scheduled.scheduled_cached_reqs
+            at = dict(zip(known.req_ids, known.num_computed_tokens, strict=True))
+            self.traces.at(at | {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs})
 
     def _seen(self, result: Any) -> Any:
         """After a step: RuntimeError if the first one with tokens used no layer with experts, a warning if not all."""
+        if self.watcher is not None:
+            self.watcher.end()
         if self._watched and self._stepped:
             idle, self._watched = [method for method in self._watched if not method.ran], []
             names = listed([method.name for method in idle], "layers")
@@ -68,6 +79,12 @@ class Steps:
     def begin(self, requests: Sequence[str], lengths: Sequence[int]) -> None:
         self._stepped = True
         self.tables.begin([self.choices.get(name) for name in requests], lengths)
+        if self.watcher is not None:
+            self.watcher.begin(requests, lengths, self.choices)
+
+    @property
+    def traces(self) -> Traces | None:
+        return None if self.watcher is None else self.watcher.traces
 
 
 def _before(seen: Callable[..., None], then: Callable[..., Any]) -> Callable[..., Any]:

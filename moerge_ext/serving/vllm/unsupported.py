@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from ..settings import Settings
 
-def problems_of(config: Any) -> list[str]:
+MULTIPLE = "PROMETHEUS_MULTIPROC_DIR"
+
+
+def problems_of(config: Any, settings: Settings) -> list[str]:
     """Why a config of vLLM's cannot be served with experts."""
     problems = []
     if config.lora_config is not None:
@@ -18,4 +23,20 @@ def problems_of(config: Any) -> list[str]:
         problems.append("--prefill-context-parallel-size: a request's tokens on several ranks")
     if getattr(config.model_config, "enable_sleep_mode", False):
         problems.append("--enable-sleep-mode: the experts would stay where they are")
+    return problems + (_problems_of_more(config, settings) if settings.answers_more else [])
+
+
+def _problems_of_more(config: Any, settings: Settings) -> list[str]:
+    """The same of a server that is asked for more than answers."""
+    problems = []
+    if config.parallel_config.data_parallel_size > 1:
+        problems.append("spare slots, metrics or traces with --data-parallel-size: one of several engines is asked")
+    if getattr(config.parallel_config, "_api_process_count", 1) > 1 and (settings.spare or settings.metrics):
+        problems.append("spare slots or metrics with --api-server-count: processes that do not know of one another")
+    elif settings.metrics and MULTIPLE in os.environ:
+        problems.append(f"metrics with {MULTIPLE}: vLLM's server then shows those of files alone; unset it")
+    if settings.spare:
+        graphs = getattr(config.compilation_config.cudagraph_mode, "name", "NONE") != "NONE"
+        if graphs and config.device_config.device_type != "cpu":
+            problems.append("spare slots with CUDA graphs, which hold what a change replaces: add --enforce-eager")
     return problems

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ...routing.planning import listing
-from ..branch import Branch, PartialBranch, Variant, route_options
-from ..pool import CANNOT, Pool, pool_of
+from ..branch import Branch, PartialBranch
+from ..pool import CANNOT, Pool, gate_sums, pool_of, variants
 from ..settings import KEY, Settings
-from ..slices import Share, share_of_plan
 from ..tables import Tables
 from .layers import find, routed, take_place
+from .served import Held, Served
 from .steps import Steps
 
 logger = logging.getLogger("vllm.moerge_ext")  # vLLM's handlers print it
@@ -47,12 +47,15 @@ def install(worker: Any) -> dict[str, Any] | None:
         raise ValueError(listing(CANNOT.format(settings.method), problems))
     if not found and config.parallel_config.pipeline_parallel_size == 1:
         raise RuntimeError("moerge: no layer of the model has experts, so it would be served without them")
-    methods = []
-    for name, (layer, shares) in found.items():
-        branches = [_branch(pool, module, share, layer, tables, device) for module, share in shares.items()]
-        context = config.compilation_config.static_forward_context
-        methods.append(take_place(layer, name, branches, context))
-    Steps(tables, methods).watch(worker.model_runner)
+    held, context = _held(found), config.compilation_config.static_forward_context
+    branches = {module: _branch(pool, module, one, tables, settings.spare, device) for module, one in held.items()}
+    methods = [
+        take_place(layer, name, [branches[module] for module in shares], context)
+        for name, (layer, shares) in found.items()
+    ]
+    leads = worker.rank % config.parallel_config.tensor_parallel_size == 0
+    worker.moerge_pool = served = Served(settings, config, pool, branches, held, tables, leads)
+    Steps(tables, methods, served.watcher).watch(worker.model_runner)
     worker.moerge = said = {
         "experts": list(pool.names),
         "methods": [made.method.name for made in pool.methods],
@@ -78,22 +81,25 @@ def _tables(pool: Pool, config: Any, device: torch.device) -> Tables:
         max_tokens=config.scheduler_config.max_num_batched_tokens,
         device=device,
         fixed=graphs and device.type != "cpu",
+        spare=settings_of(config).spare,
     )
 
 
-def _branch(pool: Pool, module: str, share: Share, layer: nn.Module, tables: Tables, device: torch.device) -> Branch:
-    in_features, variants = pool.sizes[module][0], []
-    adds_bias = share.columns is None or layer.tp_rank == 0
-    for made in pool.methods:
-        plan = share_of_plan(made.plans[module], share, adds_bias=adds_bias)
-        options = route_options(made.routing, in_features, plan.lora_A.shape[0])
-        variants.append(Variant(made.method.name, plan, options, made.factored))
-    if share.columns is None:
-        return Branch(module, share, variants, tables, device)
-    gates = {made.method.name: made.plans[module].gates for made in pool.methods}
-    sums = {name: g.double().sum(1) for name, g in gates.items() if g is not None}
-    kept = {"whole": in_features, "gate_sums": sums, "reduce": _reduce()}
-    return PartialBranch(module, share, variants, tables, device, **kept)
+def _held(found: dict[str, Any]) -> dict[str, Held]:
+    """{module: what this rank holds of it} of what `find` found."""
+    return {
+        module: Held(share, share.columns is None or layer.tp_rank == 0)
+        for layer, shares in found.values()
+        for module, share in shares.items()
+    }
+
+
+def _branch(pool: Pool, module: str, held: Held, tables: Tables, spare: int, device: torch.device) -> Branch:
+    found = variants(pool, module, held.share, adds_bias=held.adds_bias, spare=spare)
+    if held.share.columns is None:
+        return Branch(module, held.share, found, tables, device)
+    kept = {"whole": pool.sizes[module][0], "gate_sums": gate_sums(pool, module, spare), "reduce": _reduce()}
+    return PartialBranch(module, held.share, found, tables, device, **kept)
 
 
 def _reduce() -> Callable[[Tensor], Tensor]:

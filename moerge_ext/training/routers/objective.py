@@ -2,8 +2,10 @@
 
     balance   - sum over experts e of log q_e,  q_e the mean weight of e over tokens and routers    (MoLE, section 3.4)
     z         mean over tokens and routers of logsumexp(scores)^2                     (ST-MoE, arXiv 2202.08906, eq. 5)
+    sparsity  mean over modules of sum_e w_e (1 - cos(y, z_e)): w_e the mean weight, y what the module gives, z_e what
+              expert e adds, over all tokens as one vector                                                (PEMT's code)
 
-Padding counts in neither. Both are for training, as are the routers' own penalties; on validation data what the method
+Padding counts in none. All are for training, as are the routers' own penalties; on validation data what the method
 is about is measured alone: the model's loss ("language"), the entropy of its predictions ("entropy": no labels), or the
 losses of every expert's data weighed by a preference ("tasks").
 """
@@ -11,6 +13,7 @@ losses of every expert's data weighed by a preference ("tasks").
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +31,13 @@ _LEAST = 1e-9  # of a mean weight, lest the logarithm of one that is exactly 0 b
 class Objective:
     """The loss of a batch on a model that is patched with the routers in training.
 
-    balance, z: their coefficients; dropout: the share of experts that sits out each forward of training.
+    balance, z, sparsity: their coefficients; dropout: the share of experts that sits out each forward of training.
     """
 
-    def __init__(self, handle: Handle, *, balance: float = 0.0, z: float = 0.0, dropout: float = 0.0):
-        self.handle, self.balance, self.z = handle, balance, z
+    def __init__(
+        self, handle: Handle, *, balance: float = 0.0, z: float = 0.0, dropout: float = 0.0, sparsity: float = 0.0
+    ):
+        self.handle, self.balance, self.z, self.sparsity = handle, balance, z, sparsity
         self.dropped = Dropped(handle, dropout) if dropout else None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -42,12 +47,14 @@ class Objective:
             return self.of_batch(model, batch)
         if self.dropped is not None:
             self.dropped.draw()
-        if not (self.balance or self.z):
+        if not (self.balance or self.z or self.sparsity):
             return self._penalized(self.of_batch(model, batch))
         with self._collected() as seen:
             loss = self.of_batch(model, batch)
         if self.balance:
             loss = loss + self.balance * seen.balance()
+        if self.sparsity:
+            loss = loss + self.sparsity * seen.sparsity()
         return self._penalized(loss + self.z * seen.z() if self.z else loss)
 
     def _penalized(self, loss: Tensor) -> Tensor:
@@ -72,7 +79,7 @@ class Objective:
         handle = self.handle
         with ExitStack() as stack:
             seen, real = Weights(len(handle.names)), RealTokens(handle.model, stack, handle._state)
-            if self.z:
+            if self.z or self.sparsity:
                 seen.watch(handle, stack)
             stack.enter_context(handle._state.block(trace=seen, tokens=real))
             yield seen
@@ -119,57 +126,114 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+@dataclass
+class _Call:
+    """One call of a layer: its weights [T,K] of experts [T,K], which tokens are real [T], perhaps what it read and
+    gave.
+
+    Nothing is computed of them inside of the layer: what a checkpoint computes again must save the same tensors.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    real: Tensor | None
+    layer: Any = None
+    x: Tensor | None = None  # [T,D]
+    y: Tensor | None = None  # [T,O]
+    versions: tuple[int, ...] = ()
+
+    def keep(self, layer: Any, x: Tensor, y: Tensor) -> None:
+        """What the layer read and gave, as it is now."""
+        self.layer, self.x, self.y = layer, x.flatten(0, -2), y.flatten(0, -2)
+        self.versions = (x._version, y._version)
+
+    def check(self) -> None:
+        """RuntimeError when the model has written into them since."""
+        if self.versions and (self.x._version, self.y._version) != self.versions:
+            raise RuntimeError(
+                f"{self.layer.name}: the model writes into what this layer reads or gives, so that z and sparsity "
+                "cannot be computed of it: leave the module out, load_experts(..., modules=...), or the losses"
+            )
+
+    def of_real(self, values: Tensor) -> Tensor:
+        return values if self.real is None else values[self.real]
+
+    def mean_weights(self, experts: int) -> Tensor:
+        """[E]."""
+        dense = self.weights.new_zeros(len(self.weights), experts)
+        return self.of_real(dense.scatter_add(1, self.experts.long(), self.weights)).mean(0)
+
+    def scores(self) -> Tensor | None:
+        """[T,E] of real tokens, None where they are not the layer's own."""
+        if self.layer.gates is not None:
+            return self.of_real(self.x.float() @ self.layer.gates.T)
+        weigher = self.layer.weigher
+        return self.of_real(weigher.scores(self.x.float(), self.layer)) if weigher.reads is None else None
+
+
 class Weights:
-    """The weights and scores of one forward, with their gradients; the layers add to it as to a `Trace`."""
+    """What the layers did in one forward, with its gradients; they add to it as to a `Trace`."""
 
     def __init__(self, experts: int):
         self.experts = experts
         self._graded = torch.is_grad_enabled()
-        self._means: list[Tensor] = []
-        self._squares: list[Tensor] = []
-        self._scores: dict[str, Tensor] = {}
+        self._calls: list[_Call] = []
 
     def add(
         self, module: str, weights: Tensor, experts: Tensor, real: Tensor | None = None, *_where: Tensor | None
     ) -> None:
         """One call of `module`: weights [T,K] of experts [T,K]; those where `real` [T] is False do not count."""
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation
-            return
         if self._graded and not torch.is_grad_enabled():
             raise ValueError(
-                "balance and z need the weights' gradients, which reentrant gradient checkpointing drops: "
+                "balance, z and sparsity need the weights' gradients, which reentrant gradient checkpointing drops: "
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
             )
-        dense = weights.new_zeros(len(weights), self.experts).scatter_add(1, experts.long(), weights)
-        self._means.append((dense if real is None else dense[real]).mean(0))
-        if (scores := self._scores.pop(module, None)) is not None:
-            squares = scores.logsumexp(-1).square()
-            self._squares.append((squares if real is None else squares[real]).mean())
+        self._calls.append(_Call(weights, experts, real))
 
     def watch(self, handle: Handle, stack: ExitStack) -> None:
-        """Computes the scores of every layer beside it."""
-        for path, layer in layers_of(handle).items():
-            stack.callback(layer.register_forward_pre_hook(_Scores(self, path)).remove)
+        """Keeps what every layer reads and gives."""
+        for layer in layers_of(handle).values():
+            stack.callback(layer.register_forward_hook(self._keep).remove)
+
+    def _keep(self, layer: Any, args: tuple, output: Tensor) -> None:
+        """A forward hook of a layer, right after its `add`."""
+        self._calls[-1].keep(layer, args[0], output)
+
+    def _check(self) -> None:
+        for call in self._calls:
+            call.check()
 
     def balance(self) -> Tensor:
         """- sum_e log q_e."""
-        mean = torch.stack(self._means).mean(0)
+        mean = torch.stack([call.mean_weights(self.experts) for call in self._calls]).mean(0)
         return -mean.clamp_min(_LEAST).log().sum()
 
     def z(self) -> Tensor:
         """The mean of logsumexp(scores)^2."""
-        return torch.stack(self._squares).mean()
+        self._check()
+        scores = [call.scores() for call in self._calls]
+        return torch.stack([one.logsumexp(-1).square().mean() for one in scores if one is not None]).mean()
+
+    def sparsity(self) -> Tensor:
+        """The mean over modules of sum_e w_e (1 - cos(y, z_e))."""
+        self._check()
+        found = []
+        for call in self._calls:
+            apart = 1 - cosines(call.of_real(call.y).float(), call.of_real(call.x).float(), call.layer)
+            found.append((call.mean_weights(self.experts) * apart).sum())
+        return torch.stack(found).mean()
 
 
-class _Scores:
-    """A forward pre-hook of a layer."""
+def cosines(y: Tensor, x: Tensor, layer: Any) -> Tensor:
+    """y [T,O], x [T,D] -> cos(y, z_e) [E], z_e [T,O] what expert e adds; 0 for one that adds nothing.
 
-    def __init__(self, seen: Weights, path: str):
-        self.seen, self.path = seen, path
-
-    def __call__(self, layer: Any, args: tuple) -> None:
-        x = args[0].flatten(0, -2).float()
-        if layer.gates is not None:
-            self.seen._scores[self.path] = x @ layer.gates.T
-        elif layer.weigher.reads is None:
-            self.seen._scores[self.path] = layer.weigher.scores(x, layer)
+    Of z_e = h_e B_e^T alone h_e [T,R] is held: |z_e|^2 = sum((h_e^T h_e) * (B_e^T B_e)).
+    """
+    down, up = layer.lora_A.float(), layer.lora_B.float()
+    h = torch.einsum("td,erd->etr", x, down)
+    if layer.lora_bias is not None:
+        h = torch.cat([h, torch.ones_like(h[..., :1])], -1)
+        up = torch.cat([up, layer.lora_bias.float()[..., None]], -1)
+    products = (torch.einsum("to,etr->eor", y, h) * up).sum((1, 2))
+    squares = (torch.einsum("etr,ets->ers", h, h) * torch.einsum("eor,eos->ers", up, up)).sum((1, 2))
+    return products / (squares.clamp_min(_LEAST**2).sqrt() * y.norm().clamp_min(_LEAST))

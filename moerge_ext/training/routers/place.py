@@ -32,7 +32,8 @@ def trainable(handle: Handle, train_experts: bool) -> dict[str, Tensor]:
         if weigher is None:
             found[f"{path}/{GATES}"] = layer.gates
         else:
-            found |= {f"{weigher.path}/{name}": tensor for name, tensor in _tensors(weigher)}
+            for part in weigher.modules():  # with what routers have in common
+                found |= {f"{part.path}/{name}": t for name, t in _tensors(part) if name not in part.fixed}
         if train_experts:
             for name in FACTORS:
                 setattr(layer, name, kernel_copy(getattr(layer, name)))  # what the bank holds must stay
@@ -40,6 +41,13 @@ def trainable(handle: Handle, train_experts: bool) -> dict[str, Tensor]:
     for tensor in found.values():
         tensor.requires_grad_(True)
     return found
+
+
+def kept_as_begun(handle: Handle) -> dict[str, Tensor]:
+    """What the routers' file holds beside `trainable`, under keys of that form."""
+    weighers = [layer.weigher for layer in layers_of(handle).values() if getattr(layer, "weigher", None) is not None]
+    parts = [part for weigher in weighers for part in weigher.modules()]
+    return {f"{part.path}/{name}": t for part in parts for name, t in _tensors(part) if name in part.fixed}
 
 
 def any_trainable(handle: Handle, train_experts: bool) -> bool:
