@@ -72,7 +72,7 @@ def page(_rows: Sequence[Any], folder: Path) -> str:
     facts = (
         f"{found['model']}, {len(names)} experts of {settings['STEPS']} steps, gates of {settings['GATE_STEPS']}, in "
         f"batches of {settings['BATCH']} rows ({size:.0f} MiB each); {items} test rows of every task, with 95 % "
-        f"intervals. {minutes:.0f} minutes in all, {found['threads']} CPU threads of {found['cpu']}; tokens/s are the "
+        f"intervals. {minutes:.0f} minutes in all, threads: {found['threads']}, {found['cpu']}; tokens/s are the "
         "slowest task's, prompts and answers together."
     )
     asked = ("", "One row of the first task, asked with PHATGOOSE choosing:", "")
