@@ -53,6 +53,10 @@ class Results:
         return sum(scores.values()) / len(scores)
 
 
+def check(samples: int) -> None:
+    """Conversations are drawn anew for any number."""
+
+
 def load(say: Callable[[str], None]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, ExpertBank]:
     """What ships with the package."""
     say("loading ...")

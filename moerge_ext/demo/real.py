@@ -122,6 +122,12 @@ def plain(text: str) -> str:
     return " ".join(text.split()).strip("`").rstrip(".; ").casefold()
 
 
+def check(samples: int) -> None:
+    """ValueError when a skill has fewer questions."""
+    for skill in SKILLS:
+        rows(skill, samples, test=True, seed=SEED)
+
+
 def drawn(experts: ExpertBank, samples: int, seed: int) -> list[Question]:
     """`samples` questions of every skill that has an expert."""
     return [

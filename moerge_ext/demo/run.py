@@ -26,6 +26,9 @@ class Demo(Protocol):
 
     SAMPLES: int  # questions of each kind, unless told otherwise
 
+    def check(self, samples: int) -> None:
+        """ValueError when there are not so many questions of a kind."""
+
     def load(self, say: Say) -> tuple[Any, Any, ExpertBank]:
         """(model, tokenizer, experts)"""
 
@@ -53,6 +56,7 @@ def show(demo: Demo, samples: int | None, out: Path, json_file: Path | None = No
     start, cpu = time.perf_counter(), time.process_time()
     check_matplotlib()
     samples = demo.SAMPLES if samples is None else samples
+    demo.check(samples)
     console = Console()
     with console.status("loading ...") as status:
         model, tokenizer, experts = demo.load(status.update)

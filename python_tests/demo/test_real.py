@@ -32,6 +32,13 @@ def stand_in(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_too_many_questions_are_refused_before_the_model_is_read(stand_in, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(smollm2, "base", lambda: pytest.fail("the model was read"))
+    assert main(["demo", "--model", "smollm2", "--samples", "5000", "--out", str(stand_in / "out")]) == 2
+    assert "ask for at most" in capsys.readouterr().err
+
+
 def test_the_command(stand_in, capsys):
     pytest.importorskip("matplotlib")
     out, numbers = stand_in / "out", stand_in / "numbers.json"
