@@ -20,7 +20,8 @@ demo-real: build
 
 # A file at a time on each of up to four processes; what measures time runs after them.
 test: build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not alone" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not alone" -n auto --maxprocesses 4 --dist loadfile \
+	  --no-loadscope-reorder
 	$(BIN)/python -m pytest -m "alone and not slow"
 
 test-slow: build
