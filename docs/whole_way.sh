@@ -6,6 +6,7 @@
 # sentence-transformers model for the methods that route by the query's text, which are left out without one.
 # A run that was stopped goes on where it was: finished experts are kept, stored answers are reused.
 set -euo pipefail
+[ $# -ge 4 ] || { echo "usage: $0 MODEL TASKS OUTPUT TASK..." >&2; exit 2; }
 
 model=$1 tasks=$2 output=$3
 shift 3

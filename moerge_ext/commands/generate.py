@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files.examples import Example
 from ..files.rows import read_prompts
-from ..methods.base import HIDDEN_STATES, Method
+from ..methods.base import Method
 from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_experts, add_gates, add_routers, gates_of, load_bank, routers_of
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
@@ -266,15 +266,25 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
             f"method '{method.name}' searches its weights with solved examples of a task: use `moerge eval`, or "
             "moerge_ext.lorahub(model, experts, data) in Python"
         )
-    given = args.embedder or args.writer or method.embedder == HIDDEN_STATES
-    if method.bias is not None and (method.source is None or not given):
-        raise ValueError(
-            f"method '{method.name}' needs the affinity of the query to every expert: pass the --embedder that the "
-            "experts were described or indexed with, or run it from Python inside `with handle.affinities(scores):`"
-        )
+    if method.bias is not None and (lack := lacking(method, args)):
+        raise ValueError(f"method '{method.name}' {lack}")
     if args.trace and not (method.routes or method.decodes):
         raise ValueError(f"--trace: method '{method.name}' routes nothing; leave --trace out")
     return method, options
+
+
+def lacking(method: Method, args: argparse.Namespace) -> str | None:
+    """What a method that routes by the query's text needs beside the arguments; None for nothing."""
+    if method.source is None:
+        return "takes weights from you: run it from Python inside `with handle.affinities(weights):`"
+    if method.router in ("instruction", "examples") and not args.embedder:
+        return (
+            "needs the affinity of the query to every expert: pass the --embedder that the experts were described or "
+            "indexed with, or run it from Python inside `with handle.affinities(scores):`"
+        )
+    if method.router == "ask" and not args.writer:
+        return "needs --writer, the language model that picks the expert"
+    return None
 
 
 def check_decoding(args: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if ranks.first:
         tell(result)
-        print(f"use it as any model here: moerge eval --model {result.path}, moerge generate --model {result.path}")
+        print(f"ask it: moerge eval --model {result.path} --tasks DIR --methods base")
     return 0
 
 

@@ -219,6 +219,10 @@ def router_of(run: Run, routers: Mapping[str, Any] | None) -> Any:
     if method.bias is None:
         return None
     router = (routers or {}).get(method.router)
+    if method.source is None:
+        raise ValueError(
+            f"method '{run.label}' takes weights from you: it is for Python, inside `with handle.affinities(weights):`"
+        )
     if router is None:
         raise ValueError(f"method '{run.label}' routes by more than the tokens: it needs a router by {method.router}")
     router.settings(run.method, method.configure(**run.options)[2])

@@ -377,6 +377,7 @@ def test_solved_examples_that_are_missing_are_named_before_the_first_answer(setu
         ([], "nothing to evaluate: pass --methods"),
         (["--methods", "glider"], "--embedder is needed"),
         (["--methods", "ask_llm"], "ask_llm needs --writer"),
+        (["--methods", "given"], "method 'given' takes weights from you"),
         (["--methods", "base", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--methods", "base", "--calibrate", "x"], "--calibrate is for glider"),
         (["--methods", "base", "--template", "Q"], "must contain {input}"),
