@@ -60,7 +60,7 @@ def test_refusals(words, tmp_path, capsys):
         (["--max-new-tokens", "-2"], "--max-new-tokens must be at least 0, got -2"),
         (["--method", "merged"], "'merged' routes nothing"),
         (["--method", "expert:ant"], "routes nothing"),
-        (["--method", "given"], "affinity"),
+        (["--method", "given"], "takes weights from you"),
         (["--module", "nothing"], "no routed module is called nothing"),
         (["--layers", "2-5"], "there is no layer 2, 3, 4"),
         (
