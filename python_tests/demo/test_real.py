@@ -24,7 +24,7 @@ def stand_in(tmp_path, monkeypatch):
     """The embedded demo's base in SmolLM2's place, with random experts for two skills."""
     model, _, _ = embedded.load_assets()
     random_experts(model, tmp_path / "experts", PAIR, ["v_proj", "o_proj", "up_proj", "down_proj"], rank=2)
-    monkeypatch.setattr(smollm2, "base", lambda: embedded.ASSETS / "base")
+    monkeypatch.setattr(smollm2, "base", lambda folder=None: embedded.ASSETS / "base")
     monkeypatch.setattr(smollm2, "NAME", "tiny")
     monkeypatch.setattr(real, "EXPERTS", tmp_path / "experts")
     monkeypatch.setattr(real, "LONGEST", 6)
@@ -34,7 +34,7 @@ def stand_in(tmp_path, monkeypatch):
 
 def test_too_many_questions_are_refused_before_the_model_is_read(stand_in, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(smollm2, "base", lambda: pytest.fail("the model was read"))
+    monkeypatch.setattr(smollm2, "base", lambda folder=None: pytest.fail("the model was read"))
     assert main(["demo", "--model", "smollm2", "--samples", "5000", "--out", str(stand_in / "out")]) == 2
     assert "ask for at most" in capsys.readouterr().err
 
@@ -142,7 +142,7 @@ def test_an_expert_is_trained_stored_and_not_trained_again(tmp_path, monkeypatch
     pytest.importorskip("peft")
     from moerge_ext.demo import real_assets
 
-    monkeypatch.setattr(smollm2, "base", lambda: embedded.ASSETS / "base")
+    monkeypatch.setattr(smollm2, "base", lambda folder=None: embedded.ASSETS / "base")
     recipe = real_assets.Recipe(steps=2, hard_steps=2, batch_size=2, gate_steps=1, gate_batch_size=2)
     real_assets.build(tmp_path, ["support"], recipe)
     assert "support: expert loss" in capsys.readouterr().out
