@@ -187,7 +187,7 @@ def _with_base(file: Path, base: str) -> bytes:
     """A sidecar whose header names this base."""
     with open_tensors(file) as opened:
         metadata = dict(opened.metadata() or {})
-        return save({key: opened.get_tensor(key) for key in opened.keys()}, metadata | {"base_model": base})  # noqa: SIM118
+        return save({key: opened.read(key) for key in opened.headers}, metadata | {"base_model": base})
 
 
 def _own_readme(folder: Path) -> bytes | None:

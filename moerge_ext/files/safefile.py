@@ -1,26 +1,16 @@
-"""Opening files that we do not trust: inside their folder, regular, and only through the safetensors
-library.
-"""
+"""Opening files that we do not trust: inside their folder, regular, and checked by the safetensors library."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from .listing import grouped
+from .tensorfile import FLOATS, NARROW, WIDENED, TensorFile, TensorHeader
 
-# safetensors' names of the dtypes an adapter may have
-FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-# 8-bit floats, which no kernel computes in: read as the smallest dtype of FLOATS that holds all their values
-NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-WIDENED = "BF16"
 MAX_PATH = 512  # characters of a module path
 MAX_SHOWN = 50  # problems listed for one adapter; the rest are counted
 
@@ -44,18 +34,6 @@ def _restore_error(problems: list[str], args: tuple) -> AdapterError:
     error = AdapterError(problems)
     error.args = args
     return error
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a safetensors header says about one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, such as "BF16"
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * (FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 1)
 
 
 def file_inside(folder: Path, name: str) -> Path:
@@ -90,17 +68,16 @@ def in_hub_cache(path: Path) -> bool:
     return _hub_blobs(path.resolve()) is not None or _hub_blobs(path.absolute()) is not None
 
 
-@contextmanager
-def open_tensors(path: Path):
-    """`safe_open` on the CPU; every way in which the file can be broken becomes a ValueError."""
+def open_tensors(path: Path) -> TensorFile:
+    """The open file, a context manager; every way in which it can be broken becomes a ValueError."""
     try:
-        handle = safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="pt", device="cpu"):
+            pass
+        return TensorFile(path)
     except Exception as error:  # the library's own error type, OSError, and whatever a crafted header provokes
         what = what_it_is(path)
         reason = f"it is {what}" if what else str(error)
         raise ValueError(f"{path.name} is not a valid safetensors file: {reason}") from None
-    with handle:
-        yield handle
 
 
 def what_it_is(path: Path) -> str | None:
@@ -123,15 +100,9 @@ def what_it_is(path: Path) -> str | None:
     return None
 
 
-def read_headers(handle) -> dict[str, TensorHeader]:
+def read_headers(handle: TensorFile) -> dict[str, TensorHeader]:
     """Shape and dtype (as `read_tensor` returns it) of every tensor, without reading one."""
-    headers = {}
-    keys = handle.keys()
-    for key in keys:
-        part = handle.get_slice(key)
-        dtype = str(part.get_dtype())
-        headers[key] = TensorHeader(tuple(part.get_shape()), WIDENED if dtype in NARROW else dtype)
-    return headers
+    return dict(handle.headers)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -139,16 +110,14 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(FLOATS[WIDENED]) if tensor.dtype in NARROW.values() else tensor
 
 
-def read_tensor(handle, key: str, header: TensorHeader) -> Tensor:
-    """The tensor, which may alias the file. ValueError when the file changed since its header was checked."""
+def read_tensor(handle: TensorFile, key: str, header: TensorHeader) -> Tensor:
+    """The tensor, in memory of its own. ValueError when the file changed since its header was checked."""
+    if handle.headers.get(key) != header:
+        raise ValueError(f"{key} changed while it was being read")
     try:
-        tensor = handle.get_tensor(key)
+        return widened(handle.read(key))
     except Exception as error:
         raise ValueError(f"{key} cannot be read: {error}") from None
-    tensor = widened(tensor)
-    if tuple(tensor.shape) != header.shape or tensor.dtype != FLOATS.get(header.dtype, tensor.dtype):
-        raise ValueError(f"{key} changed while it was being read")
-    return tensor
 
 
 def path_problem(path: str) -> str | None:

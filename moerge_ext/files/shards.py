@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from .safefile import TensorHeader, file_inside, open_tensors, read_headers, read_tensor
+from .tensorfile import TensorFile
 
 MAX_SHARDS = 1000
 MAX_INDEX_BYTES = 64 << 20
@@ -29,15 +29,15 @@ class OpenShards:
     """The tensors of open files as one set."""
 
     headers: dict[str, TensorHeader]
-    holders: dict[str, Any]  # key: the open file
+    holders: dict[str, TensorFile]  # key: the open file
 
     def read(self, key: str) -> Tensor:
-        """The tensor, which may alias the file."""
+        """The tensor, in memory of its own."""
         return read_tensor(self.holders[key], key, self.headers[key])
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Some rows of a tensor, read alone."""
-        return self.holders[key].get_slice(key)[start:stop]
+        return self.holders[key].rows(key, start, stop)
 
 
 def has_weights(folder: Path, name: str) -> bool:
@@ -68,7 +68,7 @@ def open_weights(folder: Path, name: str) -> Iterator[OpenShards]:
         )
     with ExitStack() as stack:
         headers: dict[str, TensorHeader] = {}
-        holders: dict[str, Any] = {}
+        holders: dict[str, TensorFile] = {}
         for part in parts:
             handle = stack.enter_context(open_tensors(file_inside(folder, part[0])))
             for key, header in read_headers(handle).items():

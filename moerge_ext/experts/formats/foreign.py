@@ -113,7 +113,7 @@ def _layout_of(path: Path) -> str | None:
     """The layout of a safetensors file that is no PEFT adapter, by its keys."""
     try:
         with open_tensors(path) as handle:
-            keys = list(handle.keys())
+            keys = list(handle.headers)
     except ValueError as error:
         return f"cannot be read either ({str(error)[:200]})"
     kohya = any(key.endswith((".lora_down.weight", ".lora_up.weight")) for key in keys)
