@@ -299,7 +299,7 @@ def load_experts(
     _check_dtype(dtype)
     device = _usable_device("cpu" if device is None else device, "load_experts")
     sources, places = collect_sources(paths, selection, base, gates)
-    stacked = stack_modules(sources, dtype, device)
+    stacked = stack_modules(sources, dtype, device, whole=selection.keeps is None)
     parameter_gates = _place_gates(sources, stacked)
     notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
     _warn_of_notes(notes + idle_notes([source.name for source in sources], stacked))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,17 +23,30 @@ ADAPTER_KEY, NAME_KEY = "adapter", "adapter_name"
 SAMPLE = 512  # values of either end
 
 
-def fingerprint(modules: Iterable[tuple[str, ModuleWeights]]) -> str:
-    """The digest of (module path, weights) pairs in any order."""
-    parts = []
-    for path, weights in modules:
+class Fingerprint:
+    """The digest of modules that are added in any order."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def add(self, path: str, weights: ModuleWeights) -> None:
         said = repr(weights.scaling) if isinstance(weights, LoraWeights) else " ".join(weights.parts())
         digest = hashlib.sha256(f"{path} {said}".encode())
         for tensor in weights.parts().values():
             digest.update(f" {list(tensor.shape)}".encode())
-            digest.update(_ends(tensor).numpy().tobytes())
-        parts.append(digest.digest())
-    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()[:32]
+            digest.update(_ends(tensor))
+        self._parts.append(digest.digest())
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(sorted(self._parts))).hexdigest()[:32]
+
+
+def fingerprint(modules: Iterable[tuple[str, ModuleWeights]]) -> str:
+    """The digest of (module path, weights) pairs in any order."""
+    found = Fingerprint()
+    for path, weights in modules:
+        found.add(path, weights)
+    return found.digest()
 
 
 def note_of_adapter(name: str, modules: Mapping[str, ModuleWeights]) -> dict[str, str]:
@@ -59,6 +73,8 @@ def note_of_file(header: Any) -> dict[str, str]:
         return {}
 
 
-def _ends(tensor: Tensor) -> Tensor:
+def _ends(tensor: Tensor) -> np.ndarray:
+    """The first SAMPLE values and the last, which of a small tensor are the same ones twice."""
     flat = tensor.detach().reshape(-1)
-    return torch.cat([flat[:SAMPLE], flat[-SAMPLE:]]).to("cpu", torch.float32).contiguous()
+    ends = torch.cat([flat[:SAMPLE], flat[-SAMPLE:]])
+    return ends.to("cpu", torch.float32).numpy()

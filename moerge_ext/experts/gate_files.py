@@ -103,13 +103,22 @@ def _last(name: str) -> str:
 
 def stale_note(source: Any, whole: Callable[[], Any]) -> str | None:
     """What to say of gates beside an adapter whose weights have changed since."""
-    noted = {kind: gates.metadata[ADAPTER_KEY] for kind, gates in source.gates.items() if ADAPTER_KEY in gates.metadata}
-    if not noted:
+    if not has_noted_gates(source):
         return None
     try:
-        own = fingerprint(whole().read())
+        return stale_note_of(source, fingerprint(whole().read()))
     except ValueError:  # what is wrong with the part that is not taken is no news
         return None
+
+
+def has_noted_gates(source: Any) -> bool:
+    """Whether gates beside an adapter say for which weights they were made."""
+    return any(ADAPTER_KEY in gates.metadata for gates in source.gates.values())
+
+
+def stale_note_of(source: Any, own: str) -> str | None:
+    """`stale_note` of an adapter whose fingerprint is known."""
+    noted = {kind: gates.metadata[ADAPTER_KEY] for kind, gates in source.gates.items() if ADAPTER_KEY in gates.metadata}
     stale = [kind for kind, made in noted.items() if made != own]
     if not stale:
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .module_bank import ModuleBank
 
-SAMPLE = 1024  # numbers looked at first
+SAMPLE = 64  # numbers looked at first
 
 
 def idle_notes(names: Sequence[str], modules: Mapping[str, ModuleBank]) -> list[str]:

@@ -13,24 +13,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..files.listing import grouped
 from ..files.safefile import AdapterError
 from ..models.wrappers import unwrapped
-from .branches import Rows, stacked_branches
+from .branches import Rows
 from .claims import BaseClaims
+from .fingerprint import Fingerprint
 from .formats import inspect_adapter
 from .formats.adapter import LoraWeights, ModuleHeader, ModuleWeights
 from .formats.layer_sizes import fill_sizes
 from .formats.peft import GateSet, common_dtype, nonfinite_problems
-from .gate_files import Gates, gate_places, stale_note, with_gates
+from .gate_files import Gates, gate_places, has_noted_gates, stale_note, stale_note_of, with_gates
 from .hub import find_adapter
 from .live_peft import is_peft_model, live_adapters
 from .memory import memory_problem, padding_note
 from .module_bank import ModuleBank
 from .selection import Selection
+from .stacks import Stack
 
 PROGRESS_AFTER = 2.5  # seconds
 MAX_LISTED = 20  # problems shown per expert when several are refused; `problems` holds all
@@ -122,7 +124,8 @@ def _with_gates(
         try:
             if source.name in places:
                 source = with_gates(source, places[source.name], selection.keeps, all_of_it)
-            if note := stale_note(source, all_of_it):
+            # of whole adapters `stack_modules` knows it, which reads them anyway
+            if selection.keeps is not None and (note := stale_note(source, all_of_it)):
                 source.notes.append(note)
             found.append(source)
         except AdapterError as error:
@@ -270,9 +273,12 @@ def exact_dtype(modules: Sequence[ModuleHeader]) -> torch.dtype:
     return dtype if exact else torch.float32
 
 
-def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device) -> dict[str, ModuleBank]:
-    """Allocate every module's stack once, then copy expert by expert. AdapterError for NaN, inf and
-    overflow.
+def stack_modules(
+    sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device, *, whole: bool = True
+) -> dict[str, ModuleBank]:
+    """Allocate every module's stack once, then copy expert by expert. AdapterError for NaN, inf and overflow.
+
+    whole: the sources have all their modules, so that gates which were made for other weights can be noted.
     """
     holders = _by_module(sources)
     target = dtype or exact_dtype([m for source in sources for m in source.modules.values()])
@@ -281,102 +287,54 @@ def stack_modules(sources: Sequence[Source], dtype: torch.dtype | None, device: 
         raise AdapterError([problem], "load_experts: the experts cannot be stacked")
     if note := padding_note(names, holders, target):
         warnings.warn(f"load_experts: {note}", stacklevel=3)
-    stacks = {path: _allocate(held, len(sources), target, device) for path, held in holders.items()}
+    stacks = {path: Stack(held, len(sources), target, device) for path, held in holders.items()}
     others: dict[str, Rows] = {path: {} for path in holders}
-    bad: dict[str, list[str]] = {}
-    cut_off = set()
-    total = sum(module.nbytes for source in sources for module in source.modules.values())
-    options = {"unit": "B", "unit_scale": True, "delay": PROGRESS_AFTER, "leave": False}
-    with tqdm(total=total, desc="loading experts", **options) as bar:
-        for e, source in enumerate(sources):
-            try:
-                for path, weights in source.read():
-                    if isinstance(weights, LoraWeights):
-                        _place(stacks[path], e, weights)
-                    else:
-                        others[path][e] = weights.copy()
-                    bar.update(source.modules[path].nbytes)
-            except ValueError as error:  # the file changed since it was checked
-                bad.setdefault(repr(source.name), []).append(str(error))
-                cut_off.add(e)
-    suspects = _nonfinite_experts(stacks) | {e for rows in others.values() for e in rows}
-    for e in sorted(suspects - cut_off):  # the rows of those cut off were not all written
+    bad = _copy_in(sources, stacks, others, whole)
+    suspects = {e for stack in stacks.values() for e in stack.finish()}
+    suspects |= {e for rows in others.values() for e in rows}
+    for e in sorted(suspects):
+        if repr(names[e]) in bad:  # cut off: its rows were not all written
+            continue
         try:
             problems = [p for path, w in sources[e].read() for p in _value_problems(stacks[path], e, path, w)]
         except ValueError as error:
             problems = [str(error)]
         if problems:
-            bad.setdefault(repr(sources[e].name), []).extend(problems)
+            bad[repr(names[e])] = problems
     if bad:
         raise _refusal(bad, len(sources))
-    return {path: _bank(held, stacks[path], others[path], len(sources), device) for path, held in holders.items()}
+    return {path: stack.bank(others[path]) for path, stack in stacks.items()}
 
 
-def _bank(
-    held: Sequence[tuple[int, ModuleHeader]], stack: _Stack, others: Rows, num: int, device: torch.device
-) -> ModuleBank:
-    lora_a, lora_b, bias = stack
-    ranks, present = [0] * num, [False] * num
-    for e, module in held:
-        ranks[e], present[e] = module.rank, True
-    branches = stacked_branches(others, num, device)
-    a, b = lora_a.transpose(1, 2), lora_b.transpose(1, 2)
-    return ModuleBank(a, b, bias, present=torch.tensor(present), ranks=ranks, branches=branches)
+def _copy_in(
+    sources: Sequence[Source], stacks: Mapping[str, Stack], others: Mapping[str, Rows], whole: bool
+) -> dict[str, list[str]]:
+    """Copies every expert; {expert: what is wrong} of those whose file changed since it was checked."""
+    bad: dict[str, list[str]] = {}
+    total = sum(module.nbytes for source in sources for module in source.modules.values())
+    options = {"unit": "B", "unit_scale": True, "delay": PROGRESS_AFTER, "leave": False}
+    with tqdm(total=total, desc="loading experts", **options) as bar:
+        for e, source in enumerate(sources):
+            own = Fingerprint() if whole and has_noted_gates(source) else None
+            stored = getattr(source, "stored_paths", {})
+            try:
+                for path, weights in source.read():
+                    if isinstance(weights, LoraWeights):
+                        stacks[path].put(e, weights)
+                    else:
+                        others[path][e] = weights.copy()
+                    if own is not None:
+                        own.add(stored.get(path, path), weights)
+                    bar.update(source.modules[path].nbytes)
+            except ValueError as error:
+                bad[repr(source.name)] = [str(error)]
+                continue
+            if own is not None and (note := stale_note_of(source, own.digest())):
+                source.notes.append(note)
+    return bad
 
 
-_Stack = tuple[Tensor, Tensor, Tensor | None]  # [E,D,R], as the kernels read it, [E,R,O], [E,O]
-
-
-def _allocate(held: Sequence[tuple[int, ModuleHeader]], num: int, dtype: torch.dtype, device) -> _Stack:
-    rank = max(module.rank for _, module in held)
-    first = held[0][1]
-    # without padding every number is written
-    new = torch.empty if len(held) == num and all(module.rank == rank for _, module in held) else torch.zeros
-    lora_a = new(num, first.in_features, rank, dtype=dtype, device=device)
-    lora_b = new(num, rank, first.out_features, dtype=dtype, device=device)
-    bias = None
-    if any(module.has_bias for _, module in held):
-        bias = torch.zeros(num, first.out_features, dtype=dtype, device=device)
-    return lora_a, lora_b, bias
-
-
-def _place(stack: _Stack, e: int, weights: LoraWeights) -> None:
-    """Copy one module of one expert into row e."""
-    lora_a, lora_b, bias = stack
-    rank = weights.lora_A.shape[0]
-    lora_a[e, :, :rank].copy_(weights.lora_A.t())
-    _put_scaled(lora_b[e, :rank], weights.lora_B.t(), weights.scaling)
-    if weights.bias is not None:
-        _put_scaled(bias[e], weights.bias, weights.scaling)
-
-
-def _put_scaled(target: Tensor, values: Tensor, scaling: float) -> None:
-    """target = scaling * values, formed in float32 (float64 stays float64) and cast once."""
-    # torch multiplies 16 bits by a number in float32 and rounds once
-    wide = values if values.dtype in (torch.float64, target.dtype) else values.float()
-    if wide.dtype == target.dtype and wide.device == target.device:
-        torch.mul(wide, scaling, out=target)
-    else:
-        target.copy_(wide * scaling)
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    return tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize == 2 else None)
-
-
-def _nonfinite_experts(stacks: Mapping[str, _Stack]) -> set[int]:
-    """Ids of experts with NaN or inf anywhere."""
-    found: set[int] = set()
-    for stack in stacks.values():
-        for tensor in stack:
-            # a finite sum proves that every term is finite, without a mask as large as the stack
-            if tensor is not None and not torch.isfinite(_sum(tensor)):
-                flat = tensor.flatten(1)
-                found.update(e for e in range(len(flat)) if not torch.isfinite(flat[e]).all())
-    return found
-
-
-def _value_problems(stack: _Stack, e: int, path: str, weights: ModuleWeights) -> list[str]:
+def _value_problems(stack: Stack, e: int, path: str, weights: ModuleWeights) -> list[str]:
     """What is wrong with the values of one module of one expert: as stored, or once scaled and cast."""
     problems = nonfinite_problems(path, weights)
     if problems or not isinstance(weights, LoraWeights):
@@ -385,9 +343,9 @@ def _value_problems(stack: _Stack, e: int, path: str, weights: ModuleWeights) ->
             for part, tensor in weights.parts().items()
             if not torch.isfinite(tensor.float()).all()
         ]
-    hint = "; pass dtype=torch.float32" if stack[0].dtype == torch.float16 else ""
+    dtype = stack.lora_a.dtype
+    hint = "; pass dtype=torch.float32" if dtype == torch.float16 else ""
     return [
-        f"{path}: {part} does not fit {tensor.dtype} (scaling {weights.scaling:g} folded into lora_B and bias){hint}"
-        for part, tensor in zip(("lora_A", "lora_B", "lora_B.bias"), stack, strict=True)
-        if tensor is not None and not torch.isfinite(tensor[e]).all()
+        f"{path}: {part} does not fit {dtype} (scaling {weights.scaling:g} folded into lora_B and bias){hint}"
+        for part in stack.overflows(e)
     ]
