@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from .listing import grouped
@@ -71,8 +71,6 @@ def in_hub_cache(path: Path) -> bool:
 def open_tensors(path: Path) -> TensorFile:
     """The open file, a context manager; every way in which it can be broken becomes a ValueError."""
     try:
-        with safe_open(path, framework="pt", device="cpu"):
-            pass
         return TensorFile(path)
     except Exception as error:  # the library's own error type, OSError, and whatever a crafted header provokes
         what = what_it_is(path)
@@ -124,6 +122,10 @@ def path_problem(path: str) -> str | None:
     """Why `path` cannot be a module path, or None."""
     if len(path) > MAX_PATH:
         return f"a module path of {len(path)} characters; expected at most {MAX_PATH}"
-    if not path.isprintable() or " " in path or not all(path.split(".")):
-        return f"{path!r} is not a module path"
-    return None
+    return None if _is_path(path) else f"{path!r} is not a module path"
+
+
+# experts of one model have the same paths
+@lru_cache(maxsize=1 << 14)
+def _is_path(path: str) -> bool:
+    return path.isprintable() and " " not in path and all(path.split("."))

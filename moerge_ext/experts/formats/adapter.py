@@ -180,8 +180,7 @@ def _weights(module: ModuleHeader, parts: dict[str, Tensor]) -> ModuleWeights:
 
 def common_dtype(dtypes) -> torch.dtype:
     """The smallest dtype that holds all of them (float16 with bfloat16 gives float32)."""
-    dtypes = list(dtypes)
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
+    common, *others = dict.fromkeys(dtypes)
+    for dtype in others:
         common = torch.promote_types(common, dtype)
     return common

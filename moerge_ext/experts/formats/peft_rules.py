@@ -79,6 +79,8 @@ class LoraRules:
         """Why the tensors' rank cannot be of this config: neither the first matching pattern, nor one that another
         order or a pattern outside our syntax would have chosen.
         """
+        if rank == self.rank and not self.rank_pattern:
+            return None
         matching = [row for row in self.rank_pattern if row.matches(path)]
         first, source = (matching[0].value, f"rank_pattern {show(matching[0].key)}") if matching else (self.rank, "r")
         possible = {first} | {row.value for row in matching}
@@ -95,6 +97,8 @@ class LoraRules:
         """PEFT's choice, the first pattern that matches; or the one whose twin in `rank_pattern` has the tensors' rank
         where another has a different one.
         """
+        if not self.alpha_pattern:
+            return Alpha(self.alpha)
         matching = [row for row in self.alpha_pattern if row.matches(path)]
         unread = [row for row in self.alpha_pattern if row.pattern is None]
         if not matching:

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 
 from ...files.safefile import FLOATS, TensorHeader
 
+_WANTED = {
+    "A": ("lora_A", 2, "[R, D]"),
+    "B": ("lora_B", 2, "[O, R]"),
+    "bias": ("lora_B.bias", 1, "[O]"),
+}
+
 
 def shape_problems(found: Mapping[str, TensorHeader]) -> list[str]:
     problems = []
@@ -13,11 +19,7 @@ def shape_problems(found: Mapping[str, TensorHeader]) -> list[str]:
         if part not in found:
             problems.append(f"{label}.weight is missing")
     for part, header in found.items():
-        label, dims, want = {
-            "A": ("lora_A", 2, "[R, D]"),
-            "B": ("lora_B", 2, "[O, R]"),
-            "bias": ("lora_B.bias", 1, "[O]"),
-        }[part]
+        label, dims, want = _WANTED[part]
         if header.dtype not in FLOATS:
             problems.append(f"{label} must be one of {', '.join(FLOATS)}, got {header.dtype}")
         if len(header.shape) != dims:
