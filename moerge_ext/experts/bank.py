@@ -353,14 +353,17 @@ def _warn_of_notes(notes: list[str]) -> None:
 def _place_gates(sources: Sequence[Source], modules: Mapping[str, ModuleBank]) -> ParameterGates:
     """Gives the modules their gates; returns those of stacked parameters."""
     rest = ParameterGates()
+    rows: dict[tuple[str, str], dict[int, Tensor]] = {}  # {(module path, kind): {expert: gate}}
     for e, source in enumerate(sources):
         sets: Iterable[GateSet] = source.gates.values()
         for gates in sets:
             for path, gate in gates.gates.items():
                 if path in modules:
-                    modules[path].set_gate(gates.kind, e, gate)
+                    rows.setdefault((path, gates.kind), {})[e] = gate
                 else:
                     rest.set(gates.kind, path, source.name, gate)
+    for (path, kind), found in rows.items():
+        modules[path].set_gates(kind, found)
     return rest
 
 

@@ -138,11 +138,16 @@ class ModuleBank:
 
     def set_gate(self, kind: str, expert: int, gate: Tensor) -> None:
         """Write one row of gates[kind]; the kind is added when it is new."""
+        self.set_gates(kind, {expert: gate})
+
+    def set_gates(self, kind: str, rows: Mapping[int, Tensor]) -> None:
+        """Write several rows of gates[kind], {expert: [D]}, in one copy."""
         if kind not in self.gates:
             self.gates[kind] = torch.zeros(self.num_experts, self.in_features, dtype=torch.float32, device=self.device)
             self.has_gate[kind] = torch.zeros(self.num_experts, dtype=torch.bool)
-        self.gates[kind][expert] = gate.to(self.device, torch.float32)
-        self.has_gate[kind][expert] = True
+        experts = torch.tensor(list(rows))
+        self.gates[kind][experts.to(self.device)] = torch.stack(list(rows.values())).to(self.device, torch.float32)
+        self.has_gate[kind][experts] = True
 
     def overflows(self, before: ModuleBank) -> list[int]:
         """Ids of experts that are finite in `before` (this bank in another dtype) and not finite here."""
