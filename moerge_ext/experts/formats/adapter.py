@@ -151,7 +151,7 @@ class AdapterHeader:
     path: Path | None = None  # of the folder or file
 
     def read(self) -> Iterator[tuple[str, ModuleWeights]]:
-        """(module path, weights) of every module. The tensors may alias the mapped file: copy what you
+        """(module path, weights) of every module. The tensors may be the reader's own: copy what you
         keep.
         """
         with self.open() as tensors:

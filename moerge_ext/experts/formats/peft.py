@@ -1,7 +1,7 @@
 """PEFT LoRA folders, and the checks of what any format's reader makes of an adapter (`view.py`).
 
 A folder is untrusted. `inspect_adapter` reads the config and the headers only and lists every reason to
-refuse; tensors are read afterwards, straight from the mapped file. No code, module name or model is loaded
+refuse; tensors are read afterwards, one by one. No code, module name or model is loaded
 because an adapter names it.
 """
 
