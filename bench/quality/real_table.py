@@ -29,6 +29,9 @@ NAMES = {
     "phatgoose/top_k=3": "phatgoose, k = 3",
     "arrow": "arrow, k = 4",
     "arrow_phatgoose": "arrow_phatgoose, k = 2",
+    "base/few-shot": "base, with solved examples",
+    "glider_softmax_all (zero-shot)": "glider_softmax_all (the tasks' own instructions)",
+    "glider_code (zero-shot)": "glider_code (the tasks' own instructions)",
 }
 
 
@@ -81,7 +84,19 @@ def facts(results: Results) -> str:
         f"alpha {recipe['alpha']:g}, AdamW at "
         f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
         f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
-        "random items per task. In percent, with 95 % intervals: the tasks fixed, their items a sample."
+        f"random items per task.{_learned(results)} In percent, with 95 % intervals: the tasks fixed, their items a "
+        "sample."
+    )
+
+
+def _learned(results: Results) -> str:
+    """What the rows saw that are not made of single experts."""
+    if "pooled" not in (facts := results.facts):
+        return ""
+    return (
+        f" Rows learned over the pool saw the same {facts['pooled']} rows of every held-in task once, "
+        f"{facts['recipe']['batch_size']} in a step, at their methods' own rates; routers of texts the answers of "
+        f"every expert to {facts['judged']} validation rows of each. Solved examples: {facts['shots']}."
     )
 
 
