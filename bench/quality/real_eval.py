@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.quality import real, real_answers, real_routers, real_rows, real_tasks  # noqa: E402
+from bench.quality import real, real_answers, real_routers, real_rows, real_tasks, real_weights  # noqa: E402
 from bench.quality.real_answers import Asked  # noqa: E402
 from moerge_ext.evaluation.evaluate import Settings, evaluate  # noqa: E402
 from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     facts |= {"pooled": real_routers.POOLED, "judged": real_routers.JUDGED, "shots": real_tasks.SHOTS}
     settings = Settings(template=real.TEMPLATE, batch_size=args.items)
     file = real_answers.file_of(len(names))
+    if not args.scaling:
+        facts["weights"] = real_weights.measure(model, tokenizer, deciders.pool, tasks_of(places, args, 0))
     done: list[list[Asked]] = []
     for chunk in range(args.chunks):
         tasks = tasks_of(places, args, chunk)

@@ -14,7 +14,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.quality import real_answers, real_claims, tasks  # noqa: E402
+from bench.quality import real_answers, real_claims, real_weights, tasks  # noqa: E402
 from bench.quality.real_answers import Results  # noqa: E402
 from bench.quality.real_scores import Scores  # noqa: E402
 
@@ -128,6 +128,7 @@ def blocks(pools: dict[int, Results]) -> dict[str, str]:
         "real-facts": facts(results),
         "real-means": means(scores) + "\n\n" + guess,
         "real-matrix": matrix(scores),
+        "real-weights": real_weights.table(results),
         "real-heldin": by_task(scores, "train"),
         "real-heldout": by_task(scores, "heldout"),
         "real-claims": real_claims.table(scores),
