@@ -41,7 +41,13 @@ def run(args: argparse.Namespace) -> None:
     deciders = real_routers.Deciders(places, names, args.embedder, model, tokenizer)
     notes = {name: json.loads((places.expert(name) / "facts.json").read_text()) for name in names}
     facts = {"recipe": asdict(real.Recipe()), "template": real.TEMPLATE, "experts": notes}
-    facts |= {"pooled": real_routers.POOLED, "judged": real_routers.JUDGED, "shots": real_tasks.SHOTS}
+    facts |= {
+        "pooled": real_routers.POOLED,
+        "sparse": real_routers.SPARSE,
+        "dense": real_routers.DENSE,
+        "judged": real_routers.JUDGED,
+        "shots": real_tasks.SHOTS,
+    }
     settings = Settings(template=real.TEMPLATE, batch_size=args.items)
     file = real_answers.file_of(len(names))
     if not args.scaling:

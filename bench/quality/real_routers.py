@@ -1,7 +1,8 @@
 """Who decides for the rows that need more than tokens: everything that is described, indexed or trained over a pool.
 
-What is trained over the pool sees POOLED rows of every held-in task, all methods the same ones, as often, with their
-own learning rates; routers of texts are trained on the answers of every expert to JUDGED validation rows of each task.
+What is trained over the pool sees the same rows of every held-in task once, at the method's own learning rate: POOLED,
+or DENSE where a step asks all experts. Routers of texts are trained on POOLED inputs of each task, or on the answers of
+every expert to JUDGED validation rows of each.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from moerge_ext.training.encoding import Encoder
 from moerge_ext.training.lorahub import LoraHubRouter
 
 ACTIVATIONS, INDEXED, HIDDEN_INDEXED, CALIBRATION = 32, 200, 64, 20  # examples per expert
-POOLED, JUDGED = 24, 6  # rows of every held-in task
+POOLED, DENSE, JUDGED = 24, 8, 6  # rows of every held-in task
+SPARSE = ("lora_flow", "meteora")
 HIDDEN_LAYER = -2
 WHOLE_POOL = "Answer the question, or do what the instruction says."  # what all tasks together ask for
 
@@ -123,29 +125,30 @@ class Deciders:
                 found[int(folder.name.rpartition("-")[2])] = load_experts([folder / name for name in self.names])
         return dict(sorted(found.items()))
 
-    def pooled(self) -> dict[str, list[dict]]:
-        """{task: the rows that everything learned over the pool sees}."""
-        return {name: random.Random(2).sample(self.places.rows(name, "train"), POOLED) for name in self.names}
+    def pooled(self, count: int = POOLED) -> dict[str, list[dict]]:
+        """{task: the first of the rows that everything learned over the pool sees}."""
+        return {name: random.Random(2).sample(self.places.rows(name, "train"), POOLED)[:count] for name in self.names}
 
     def learned(self, method: str) -> Any:
         """What a method learns over the frozen pool from all its tasks together."""
         folder = self.places.routers(method)
         if not (folder / ROUTERS_FILE).is_file():
-            data, by_task = self._batches(), get_method(method).learned.loss == "tasks"
+            count = POOLED if method in SPARSE else DENSE
+            data, by_task = self._batches(count), get_method(method).learned.loss == "tasks"
             prompted = get_method(method).learned.common is not None
             train_routers(
                 self.model, self.pool, None if by_task else data["data"], folder, method=method,
-                expert_data=data["expert_data"] if by_task else None, steps=POOLED if by_task else len(data["data"]),
+                expert_data=data["expert_data"] if by_task else None, steps=count if by_task else len(data["data"]),
                 options={"description": WHOLE_POOL} if prompted else None,
                 tokenizer=self.tokenizer if prompted else None,
                 checkpoint_every=20, resume=True,
             )  # fmt: skip
         return read_routers(folder / ROUTERS_FILE)
 
-    def _batches(self) -> dict[str, Any]:
+    def _batches(self, count: int) -> dict[str, Any]:
         """The pooled rows as batches of the recipe's size, and one by one of every task."""
         encoder, pad = Encoder(self.model, self.tokenizer, prompt=real.FORM), self.tokenizer.pad_token_id
-        features = {name: encoder.features(rows) for name, rows in self.pooled().items()}
+        features = {name: encoder.features(rows) for name, rows in self.pooled(count).items()}
         together = [feature for found in features.values() for feature in found]
         return {
             "data": batches(together, real.Recipe().batch_size, pad),

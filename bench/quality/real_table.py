@@ -93,10 +93,12 @@ def _learned(results: Results) -> str:
     """What the rows saw that are not made of single experts."""
     if "pooled" not in (facts := results.facts):
         return ""
+    size, sparse = facts["recipe"]["batch_size"], " and ".join(facts["sparse"])
     return (
-        f" Rows learned over the pool saw the same {facts['pooled']} rows of every held-in task once, "
-        f"{facts['recipe']['batch_size']} in a step, at their methods' own rates; routers of texts the answers of "
-        f"every expert to {facts['judged']} validation rows of each. Solved examples: {facts['shots']}."
+        f" Rows learned over the pool saw {facts['pooled']} rows of every held-in task ({sparse}) or {facts['dense']} "
+        f"(the others) once, {size} in a step, at their methods' own rates; routers of texts the inputs of "
+        f"{facts['pooled']}, or the answers of every expert to {facts['judged']} validation rows of each. "
+        f"Solved examples: {facts['shots']}."
     )
 
 
