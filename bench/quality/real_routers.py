@@ -136,10 +136,12 @@ class Deciders:
             count = POOLED if method in SPARSE else DENSE
             data, by_task = self._batches(count), get_method(method).learned.loss == "tasks"
             prompted = get_method(method).learned.common is not None
+            options = {"description": WHOLE_POOL} if prompted else {}
+            options |= {"init_steps": len(data["data"])} if get_method(method).decodes else {}
             train_routers(
                 self.model, self.pool, None if by_task else data["data"], folder, method=method,
                 expert_data=data["expert_data"] if by_task else None, steps=count if by_task else len(data["data"]),
-                options={"description": WHOLE_POOL} if prompted else None,
+                options=options,
                 tokenizer=self.tokenizer if prompted else None,
                 checkpoint_every=20, resume=True,
             )  # fmt: skip
