@@ -138,6 +138,8 @@ class Deciders:
             prompted = get_method(method).learned.common is not None
             options = {"description": WHOLE_POOL} if prompted else {}
             options |= {"init_steps": len(data["data"])} if get_method(method).decodes else {}
+            if method not in SPARSE:  # the outputs of all experts in all modules are 14 GB for the backward
+                self.model.train().gradient_checkpointing_enable()
             train_routers(
                 self.model, self.pool, None if by_task else data["data"], folder, method=method,
                 expert_data=data["expert_data"] if by_task else None, steps=count if by_task else len(data["data"]),
@@ -145,6 +147,7 @@ class Deciders:
                 tokenizer=self.tokenizer if prompted else None,
                 checkpoint_every=20, resume=True,
             )  # fmt: skip
+            self.model.eval().gradient_checkpointing_disable()
         return read_routers(folder / ROUTERS_FILE)
 
     def _batches(self, count: int) -> dict[str, Any]:
