@@ -12,7 +12,7 @@ from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.runs import Run, parse_run
 from moerge_ext.evaluation.tasks import Task
 from moerge_ext.experts.bank import ExpertBank
-from moerge_ext.methods import METHODS, get_method
+from moerge_ext.methods import get_method
 from moerge_ext.methods.fixed import PREFIX
 
 SCALED = ("base", "merged", "retrieval", "phatgoose")  # of pools of other sizes, beside their experts alone
@@ -26,8 +26,9 @@ TEXTS = (
     "benchmark_routing_query", "routellm_mf", "routellm_classifier", "twin_merging", "weight_tfidf", "weight_uniform",
     "arrow_mttl", "dam",
 )  # fmt: skip
-LEARNED = tuple(name for name, row in METHODS.items() if row.learned is not None)
+LEARNED = ("lora_flow", "pi_tuning", "mixda", "we_moe", "pemt", "adapter_fusion", "ramole")
 SLOW = ("weight_prior", "weight_entropy", "lorahub", "token_level", "ask_llm")  # many passes for a text
+LARGE = ("co_llm", "pwe_moe", "mole")  # every expert's pass for a token, or more than 14 GB to train
 FEW_SHOT = "/few-shot"  # behind the base's name, where the prompt has solved examples
 
 
@@ -61,10 +62,11 @@ def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders, scaling: 
     yield Part(_runs(MORE_INSTRUCTIONS), pool, deciders.told(tasks))
     yield Part(_runs(TEXTS), pool, deciders.trained())
     for name in LEARNED:
-        if name != "meteora":
-            yield _learned((name,), pool, deciders)
+        yield _learned((name,), pool, deciders)
     for name in SLOW:
         yield Part(_runs([name]), pool, deciders.slow(name))
+    for name in LARGE:
+        yield _learned((name,), pool, deciders)
 
 
 def _runs(texts: Sequence[str]) -> list[Run]:
