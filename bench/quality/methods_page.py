@@ -35,7 +35,7 @@ ASKED = {
     "few-shot": "a search over a few rows",
     "likelihood": "a pass with every expert",
 }
-ANSWERED = {"glider": "glider (zero-shot)"}  # the run that stands for a row, where its name says more
+WRITTEN = "{} (zero-shot)"  # the run that stands for a row that was asked with instructions
 FIELDS = "training | data | routing data | grain | depth | selection | aggregation | generalization | user data"
 SHORT = {"Out-of-Distribution": "OOD", "In-Distribution": "ID"}
 
@@ -95,7 +95,8 @@ def of_a_text(method: Method) -> str:
 
 def results(scores: Scores | None, name: str) -> tuple[str, str]:
     """Held-in and held-out means with intervals, "" where the row was not asked."""
-    name = ANSWERED.get(name, name)
+    if scores is not None and WRITTEN.format(name) in scores.known:
+        name = WRITTEN.format(name)
     known = scores is not None and name in scores.known
     parts = (scores.results.part(part) for part in ("train", "heldout")) if known else ((), ())
     return tuple("{:.0f} ({:.0f}-{:.0f})".format(*scores.mean(name, part)) if part else "" for part in parts)

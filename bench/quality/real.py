@@ -14,6 +14,7 @@ from moerge_ext.models import smollm2
 from moerge_ext.models.prompt import PromptFormat
 
 TEMPLATE = "{instruction}\n{input}\n"
+FEW_SHOT_TEMPLATE = "{instruction}\n{shots}{input}\n"
 FORM = PromptFormat(TEMPLATE)
 EMBEDDER = "all-MiniLM-L6-v2"
 # In the order in which they join the pool: 4, 8, 16 and all are its sizes.

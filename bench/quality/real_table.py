@@ -14,7 +14,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.quality import real_answers, real_claims, tasks  # noqa: E402
+from bench.quality import real_answers, real_claims, real_weights, tasks  # noqa: E402
 from bench.quality.real_answers import Results  # noqa: E402
 from bench.quality.real_scores import Scores  # noqa: E402
 
@@ -29,6 +29,9 @@ NAMES = {
     "phatgoose/top_k=3": "phatgoose, k = 3",
     "arrow": "arrow, k = 4",
     "arrow_phatgoose": "arrow_phatgoose, k = 2",
+    "base/few-shot": "base, with solved examples",
+    "glider_softmax_all (zero-shot)": "glider_softmax_all (the tasks' own instructions)",
+    "glider_code (zero-shot)": "glider_code (the tasks' own instructions)",
 }
 
 
@@ -81,7 +84,21 @@ def facts(results: Results) -> str:
         f"alpha {recipe['alpha']:g}, AdamW at "
         f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
         f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
-        "random items per task. In percent, with 95 % intervals: the tasks fixed, their items a sample."
+        f"random items per task.{_learned(results)} In percent, with 95 % intervals: the tasks fixed, their items a "
+        "sample."
+    )
+
+
+def _learned(results: Results) -> str:
+    """What the rows saw that are not made of single experts."""
+    if "pooled" not in (facts := results.facts):
+        return ""
+    size, sparse = facts["recipe"]["batch_size"], " and ".join(facts["sparse"])
+    return (
+        f" Rows learned over the pool saw {facts['pooled']} rows of every held-in task ({sparse}) or {facts['dense']} "
+        f"(the others) once, {size} in a step, at their methods' own rates; routers of texts the inputs of "
+        f"{facts['pooled']}, or the answers of every expert to {facts['judged']} validation rows of each. "
+        f"Solved examples: {facts['shots']}."
     )
 
 
@@ -113,6 +130,7 @@ def blocks(pools: dict[int, Results]) -> dict[str, str]:
         "real-facts": facts(results),
         "real-means": means(scores) + "\n\n" + guess,
         "real-matrix": matrix(scores),
+        "real-weights": real_weights.table(results),
         "real-heldin": by_task(scores, "train"),
         "real-heldout": by_task(scores, "heldout"),
         "real-claims": real_claims.table(scores),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import sys
 import time
@@ -26,8 +25,6 @@ sys.path.insert(0, str(ROOT))
 
 from bench.quality import real  # noqa: E402
 from bench.quality.real_batches import batches  # noqa: E402
-from moerge_ext import load_experts, train_routers  # noqa: E402
-from moerge_ext.experts.routers import ROUTERS_FILE  # noqa: E402
 from moerge_ext.training.encoding import Encoder  # noqa: E402
 from moerge_ext.training.experts import train_expert  # noqa: E402
 from moerge_ext.training.gates import train_gates  # noqa: E402
@@ -74,18 +71,6 @@ def other_gates(places: real.Places, names: Sequence[str], model: nn.Module, tok
         gates(places, name, model, tokenizer, recipe, folder)
 
 
-def routers(places: real.Places, names: Sequence[str], model: nn.Module, tokenizer: Any, method: str) -> None:
-    """What a method learns over the frozen pool from all its tasks together, unless it is there."""
-    folder, recipe = places.routers(method), real.Recipe()
-    if (folder / ROUTERS_FILE).is_file():
-        return
-    encoder, count = Encoder(model, tokenizer, prompt=real.FORM), recipe.gate_steps * recipe.batch_size
-    rows = [row for name in names for row in random.Random(2).sample(places.rows(name, "train"), count // len(names))]
-    data = batches(encoder.features(rows), recipe.batch_size, tokenizer.pad_token_id)
-    experts = load_experts([places.expert(name) for name in names])
-    train_routers(model, experts, data, folder, method=method, steps=len(data), checkpoint_every=20, resume=True)
-
-
 def try_recipes(places: real.Places, model: nn.Module, tokenizer: Any) -> None:
     """Mean loss of the last steps on every task that is set aside, for every candidate."""
     file = places.cache / "recipes.json"
@@ -119,7 +104,6 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N tasks (default: all)")
     parser.add_argument("--recipe", action="store_true", help="compare recipes on the tasks that are set aside")
     parser.add_argument("--gate-steps", type=int, nargs="*", default=[], help="further gates, of so many steps")
-    parser.add_argument("--routers", nargs="*", default=[], metavar="METHOD", help="also routers over the pool")
     args = parser.parse_args()
     torch.set_num_threads(1)
     places = real.Places(args.data, args.cache)
@@ -134,8 +118,6 @@ def main() -> None:
     for name in real.HELD_IN[: args.experts]:
         note(places, name, "expert", expert(places, name, model, tokenizer, recipe, places.expert(name)))
         note(places, name, "gates", gates(places, name, model, tokenizer, recipe, places.expert(name)))
-    for method in args.routers:
-        routers(places, real.HELD_IN[: args.experts], model, tokenizer, method)
     for steps in args.gate_steps:
         other_gates(places, real.HELD_IN[: args.experts], model, tokenizer, steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,23 +18,29 @@ def gradients_pass_checkpoints(model: nn.Module) -> Iterator[None]:
     every first block of a frozen model: inside, its input does.
 
     A block that is checkpointed as transformers does it gets such an input whatever it reads (audio, images);
-    for code that calls torch's `checkpoint` itself, the token embeddings give one.
+    for code that calls torch's `checkpoint` itself, the token embeddings give one. Warns where it is enabled and
+    transformers leaves it out.
     """
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    if switched and not any(module.training for module in switched):
+        warnings.warn(
+            "gradient checkpointing is enabled and does nothing, as the model is in .eval() mode (from_pretrained "
+            "leaves it so): call model.train() first",
+            stacklevel=3,
+        )
     with ExitStack() as stack:
         for module in model.modules():
             checkpoint = vars(module).get("_gradient_checkpointing_func")
             if checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
                 module._gradient_checkpointing_func = partial(_with_gradient, checkpoint)
                 stack.callback(setattr, module, "_gradient_checkpointing_func", checkpoint)
-        embeddings = _embeddings(model)
+        embeddings = _embeddings(model) if switched else None
         if embeddings is not None:
             stack.callback(embeddings.register_forward_hook(_require_grad).remove)
         yield
 
 
 def _embeddings(model: nn.Module) -> nn.Module | None:
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        return None
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # not of transformers; a model of speech

@@ -119,10 +119,9 @@ def prepare(
     if tokenizer is None:
         if prompt is not None:
             raise ValueError("prompt= says how rows of text are put: pass tokenizer= and rows of text with it")
-        first = data[0] if isinstance(data, Sequence) and not isinstance(data, str) and data else None
-        if collate_fn is None and isinstance(first, Mapping) and any(map(_is_text, first.values())):
+        if collate_fn is None and holds_text(data):
             raise ValueError(
-                f"data holds rows of text (keys {sorted(first)}): pass tokenizer=, the model's, to have them encoded"
+                f"data holds rows of text (keys {sorted(data[0])}): pass tokenizer=, the model's, to have them encoded"
             )
         return Prepared(data, validation, collate_fn)
     if collate_fn is not None:
@@ -136,6 +135,12 @@ def prepare(
     encoder.warn_of_cut(len(features) + len(held_out or ()))
     digest = hashlib.sha256(json.dumps([features, held_out]).encode()).hexdigest()
     return Prepared(features, held_out, collator(tokenizer), digest, prompt.seen_in(data))
+
+
+def holds_text(data: Any) -> bool:
+    """Whether the first of the rows has a field of text, or of messages; False for what is no list of rows."""
+    first = data[0] if isinstance(data, Sequence) and not isinstance(data, str) and data else None
+    return isinstance(first, Mapping) and any(map(_is_text, first.values()))
 
 
 def _is_text(value: Any) -> bool:

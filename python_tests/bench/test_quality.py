@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from bench_checkout import REPO  # first: bench is importable after it
 
-from bench.quality import real_answers, real_table
+from bench.quality import real_answers, real_rows, real_table
 from bench.quality.real_answers import Answered, Asked, Results
 from bench.quality.real_scores import Scores
 from moerge_ext.evaluation.metrics import accuracy
 from moerge_ext.evaluation.store import Answers
+from moerge_ext.methods import METHODS
 
 README = REPO / "bench" / "quality" / "README.md"
 
@@ -30,6 +31,13 @@ def test_committed_answers_are_right_where_they_say_so():
     assert pools
     for results, answered in ((r, a) for r in pools.values() for a in r.answered.values()):
         assert real_answers.scored_again(results, answered) == answered.right, (answered.run, answered.task)
+
+
+def test_every_method_is_asked():
+    """But `given`, whose weights are the caller's."""
+    groups = [value for name, value in vars(real_rows).items() if name.isupper() and isinstance(value, tuple)]
+    asked = {row.partition("/")[0] for group in groups for row in group} | {"meteora"}
+    assert asked == METHODS.keys() - {"given"} | {"base"}
 
 
 def test_packed_chunks_come_back_joined(tmp_path):

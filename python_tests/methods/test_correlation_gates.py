@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import moerge_ext as moerge
 from moerge_ext.experts.routers import ROUTERS_FILE
+from moerge_ext.training.encoding import Encoder, collator
 from moerge_ext.training.routers.objective import Objective, cosines
 
 SAID = "please do digging, then count"
@@ -53,6 +54,19 @@ def weights_of(routers):
         return (routers.tensors[path]["gate"].double() @ c).softmax(-1).expand(*u.shape[:-1], -1)
 
     return weights
+
+
+def test_features_and_ready_batches_are_no_rows(setup, tmp_path):
+    """The tokenizer is then there for the descriptions alone."""
+    model, tokenizer, experts, _, result = setup
+    features, collate = Encoder(model, tokenizer).features(ROWS), collator(tokenizer)
+    kinds = {"features": {"data": features, "collate_fn": collate}, "batches": {"data": [collate(features)]}}
+    losses = {}
+    for name, data in kinds.items():
+        options = {**TRAINING, "output_dir": tmp_path / name, "tokenizer": tokenizer, "options": OPTIONS, **data}
+        losses[name] = moerge.train_routers(model, experts, **options).losses
+    assert losses["features"] == result.losses, "what their rows give"
+    assert losses["batches"][-1] < losses["batches"][0]
 
 
 def test_the_patched_model_is_the_equation(setup):

@@ -60,6 +60,12 @@ def test_we_moe_lowers_the_entropy_of_predictions_without_labels(setup, tmp_path
         want = -(p * p.log()).sum(-1)[data[0]["attention_mask"] == 1].mean()
         labelled = data[0] | {"labels": torch.zeros_like(data[0]["input_ids"])}
         assert Entropy(handle)(model, labelled).item() == pytest.approx(want.item(), rel=1e-5)
+        for kept in (3, torch.tensor([1, 4])):  # the model gives the logits of these positions alone
+            columns = slice(-kept, None) if isinstance(kept, int) else kept
+            want = -(p * p.log()).sum(-1)[:, columns][data[0]["attention_mask"][:, columns] == 1].mean()
+            assert Entropy(handle)(model, data[0] | {"logits_to_keep": kept}).item() == pytest.approx(
+                want.item(), rel=1e-5
+            )
 
 
 def test_pwe_moe(setup):

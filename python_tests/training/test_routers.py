@@ -155,6 +155,8 @@ def test_balance_and_z_do_not_depend_on_gradient_checkpointing(setup, method, lo
     model.gradient_checkpointing_enable({"use_reentrant": False})
     again = moerge.train_routers(model, experts, batches(), tmp_path / "b", **options)
     assert again.losses == pytest.approx(plain.losses, rel=1e-5)
+    with pytest.warns(UserWarning, match=r"checkpointing is enabled and does nothing.*call model.train\(\)"):
+        moerge.train_routers(model.eval(), experts, batches(), tmp_path / "c", **options)
 
 
 def test_what_a_model_writes_into_is_refused(setup, tmp_path):

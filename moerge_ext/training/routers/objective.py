@@ -98,8 +98,11 @@ class Entropy(Objective):
         if seq2seq:
             real = batch["labels"].to(logits.device) != -100
         else:
-            mask = batch.get("attention_mask")
-            real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask != 0
+            mask, kept = batch.get("attention_mask"), batch.get("logits_to_keep", 0)
+            if mask is None:
+                real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            else:
+                real = mask[:, slice(-kept, None) if isinstance(kept, int) else kept] != 0
         return _entropy(logits[real.to(logits.device)]).mean()
 
 

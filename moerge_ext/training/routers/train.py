@@ -15,7 +15,7 @@ from ...methods.base import Method
 from ...models.prompt import PromptFormat
 from ...models.wrappers import trainable_inside
 from ..batches import Collate
-from ..encoding import MAX_LENGTH, prepare
+from ..encoding import MAX_LENGTH, holds_text, prepare
 from ..options import TrainingOptions, TrainingResult
 from .data import check_data, prepared_by_expert, side_by_side
 from .deferral import DeferralRun
@@ -92,7 +92,9 @@ def train_routers(
         checkpoint_every=checkpoint_every, resume=resume, progress=progress,
     )  # fmt: skip
     check_data(row, experts.names, data, expert_data)
-    encoding = {"tokenizer": tokenizer, "max_length": max_length, "collate_fn": collate_fn, "prompt": prompt}
+    # a method with prompts reads them with the tokenizer, whatever the data are
+    of_rows = tokenizer if row.learned.common is None or holds_text(data) else None
+    encoding = {"tokenizer": of_rows, "max_length": max_length, "collate_fn": collate_fn, "prompt": prompt}
     by_expert = {} if expert_data is None else prepared_by_expert(model, experts.names, expert_data, **encoding)
     if row.learned.loss == "tasks":
         if validation is not None:

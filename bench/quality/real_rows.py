@@ -1,0 +1,79 @@
+"""Which rows are asked of a pool, in parts: what matters most first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bench.quality import real
+from bench.quality.real_routers import Deciders
+from moerge_ext.evaluation.answers import Answerer
+from moerge_ext.evaluation.runs import Run, parse_run
+from moerge_ext.evaluation.tasks import Task
+from moerge_ext.experts.bank import ExpertBank
+from moerge_ext.methods import get_method
+from moerge_ext.methods.fixed import PREFIX
+
+SCALED = ("base", "merged", "retrieval", "phatgoose")  # of pools of other sizes, beside their experts alone
+FIRST = ("base", "phatgoose", "retrieval", "merged", "arrow_phatgoose", "average_activation")
+SECOND = ("phatgoose/top_k=1", "phatgoose/top_k=3", "arrow", "merged_factors", "glider")
+THIRD = ("knn", "centroid", "retrieval_task", "adapter_soup", "weight_sentsim", "arrow_peft", "average_activation_mttl")
+OWN_INSTRUCTIONS = ("glider",)  # with the instruction of the query's task
+MORE_INSTRUCTIONS = ("glider_softmax_all", "glider_code")
+TEXTS = (
+    "lora_retriever", "lora_retriever_fusion", "lora_retriever_selection", "benchmark_routing", "zooter", "routoo",
+    "benchmark_routing_query", "routellm_mf", "routellm_classifier", "twin_merging", "weight_tfidf", "weight_uniform",
+    "arrow_mttl", "dam",
+)  # fmt: skip
+LEARNED = ("lora_flow", "pi_tuning", "mixda", "we_moe", "pemt", "adapter_fusion", "ramole")
+SLOW = ("weight_prior", "weight_entropy", "lorahub", "token_level", "ask_llm")  # many passes for a text
+LARGE = ("co_llm", "pwe_moe", "mole")  # every expert's pass for a token, or more than 14 GB to train
+FEW_SHOT = "/few-shot"  # behind the base's name, where the prompt has solved examples
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are asked together; suffix: what their names get behind them in the table."""
+
+    runs: Sequence[Run]
+    pool: ExpertBank
+    routers: dict[str, Any] = field(default_factory=dict)
+    suffix: str = ""
+    answerers: dict[str, Answerer] = field(default_factory=dict)
+    template: str = real.TEMPLATE
+
+
+def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders, scaling: bool) -> Iterator[Part]:
+    """The parts of a pool; what a part needs is made when it is its turn."""
+    alone = [parse_run(PREFIX + name) for name in pool.names]
+    if scaling:
+        yield Part([*map(parse_run, SCALED), *alone], pool, deciders.known())
+        return
+    yield Part(_runs(FIRST), pool, deciders.known())
+    yield Part(_runs(OWN_INSTRUCTIONS), pool, deciders.told(tasks))
+    yield Part(alone, pool)
+    yield Part(_runs(SECOND), pool, deciders.known())
+    yield _learned(("meteora",), pool, deciders)
+    for steps, other in deciders.other_gates().items():
+        yield Part(_runs(["phatgoose"]), other, suffix=f"/gates={steps}")
+    yield Part(_runs(THIRD), pool, deciders.known())
+    yield Part(_runs(["base"]), pool, suffix=FEW_SHOT, template=real.FEW_SHOT_TEMPLATE)
+    yield Part(_runs(MORE_INSTRUCTIONS), pool, deciders.told(tasks))
+    yield Part(_runs(TEXTS), pool, deciders.trained())
+    for name in LEARNED:
+        yield _learned((name,), pool, deciders)
+    for name in SLOW:
+        yield Part(_runs([name]), pool, deciders.slow(name))
+    for name in LARGE:
+        yield _learned((name,), pool, deciders)
+
+
+def _runs(texts: Sequence[str]) -> list[Run]:
+    return [parse_run(text) for text in texts]
+
+
+def _learned(names: Sequence[str], pool: ExpertBank, deciders: Deciders) -> Part:
+    runs = [replace(parse_run(name), options={"routers": deciders.learned(name)}) for name in names]
+    answerers = {run.label: deciders.decoder(run) for run in runs if get_method(run.method).decodes}
+    return Part(runs, pool, deciders.known(), answerers=answerers)
