@@ -348,9 +348,13 @@ def check_patch(
     backend: str = "native",
     absent: str = "mask",
     missing: str = "error",
+    loaded: bool = True,
     **options: Any,
 ) -> None:
-    """Raises the ValueError that `patch` would, without building what the method needs."""
+    """Raises the ValueError that `patch` would, without building what the method needs.
+
+    loaded: False for a model on the meta device that is asked about before its weights are read.
+    """
     model = unwrapped(model)
     row, (routing, _, settings) = configured(experts, method, backend, absent, missing, options)
     fitted, base = on_model(model, experts, row.name, routing, missing)
@@ -362,7 +366,9 @@ def check_patch(
         problems += reasons + row.lacks(bank)
     problems += against_branches(row, model, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
-    if problems := problems or device_problems(model, patched, backend):
+    if loaded and not problems:
+        problems = device_problems(model, patched, backend)
+    if problems:
         raise ValueError(listing(CANNOT.format(method), problems, fitted.made_for))
 
 
