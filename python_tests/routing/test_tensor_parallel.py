@@ -17,8 +17,7 @@ ROOT = Path(__file__).parents[2]
 def test_two_ranks_compute_what_one_does(tmp_path):
     model = builders.tiny_llama()
     model.save_pretrained(tmp_path / "model")
-    for kind in ("average-activation", "sigmoid-gate"):
-        made = builders.random_experts(model, tmp_path / "experts", ("ant", "bee", "cat"), LINEARS, gates=kind)
+    made = builders.random_experts(model, tmp_path / "experts", ("ant", "bee", "cat"), LINEARS)
     said = run(str(tmp_path / "model"), *map(str, made.values()))
     assert [code for code, _ in said] == [0, 0], "\n".join(text for _, text in said)
 
@@ -40,7 +39,7 @@ def run(*arguments: str) -> list[tuple[int, str]]:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=180)[0] for process in started]
+        said = [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
