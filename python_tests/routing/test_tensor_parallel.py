@@ -39,7 +39,7 @@ def run(*arguments: str) -> list[tuple[int, str]]:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300)[0] for process in started]
+        said = [process.communicate(timeout=600)[0] for process in started]
     finally:
         for process in started:
             process.kill()
