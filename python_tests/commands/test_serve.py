@@ -95,6 +95,13 @@ def test_what_transformers_server_cannot_serve_ends_with_status_2(folders, capsy
     assert said.startswith("moerge serve: ") and all(word in said for word in words), said
 
 
+def test_the_options_of_transformers_server_are_shown(folders, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "require", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        called(folders, "--", "--help", engine="transformers")
+    assert ended.value.code == 0 and "Usage: moerge serve ... -- [OPTIONS]" in capsys.readouterr().out
+
+
 def test_transformers_server_answers_with_decoders(tmp_path, capsys):
     model = builders.tiny_t5()
     model.save_pretrained(tmp_path / "model")
