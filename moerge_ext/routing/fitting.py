@@ -42,9 +42,12 @@ class Fitted:
 
 
 def on_model(
-    model: nn.Module, experts: ExpertBank, method: str, routing: Routing | None, missing: str
+    model: nn.Module, experts: ExpertBank, method: str, routing: Routing | None, missing: str, *, by_rank: bool = False
 ) -> tuple[Fitted, BaseCheck]:
-    """The experts under the model's own paths, and what keeps them from fitting it and its weights."""
+    """The experts under the model's own paths, and what keeps them from fitting it and its weights.
+
+    by_rank: as of `layer_problems`.
+    """
     if problems := _state_problems(model):
         nothing = ExpertBank(experts.names, {})
         return Fitted(nothing, problems=problems), BaseCheck(model, nothing, method)
@@ -67,7 +70,7 @@ def on_model(
     if not experts.modules:
         fitted.problems.append("the experts have no LoRA module")
     fitted.problems[:0] = _count_problems(experts, routing)
-    fitted.problems += misfits + layer_problems(model, fitted.experts.modules) + base.problems
+    fitted.problems += misfits + layer_problems(model, fitted.experts.modules, by_rank=by_rank) + base.problems
     return fitted, base
 
 

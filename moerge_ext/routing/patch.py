@@ -36,12 +36,13 @@ from .routed_linear import RoutedLinear
 from .router_kinds import ROUTERS
 from .row_trace import RowTrace
 from .rows import Rows
+from .shared_linear import agreed, layer_at, plan_problems
 from .slots import Slots, for_slots, spare_problems
 from .state import Affinities, RoutingState
 from .tokens import RealTokens
 from .trace import Trace
 from .ways import Explanation, explain
-from .weighed_linear import layer_of, watch_blocks
+from .weighed_linear import watch_blocks
 
 CANNOT = "cannot patch the model with method '{}'"
 
@@ -311,7 +312,7 @@ def patch(
         raise ValueError("model and experts are swapped: patch(model, experts)")
     model = unwrapped(model)
     row, (routing, aggregation, settings) = configured(experts, method, backend, absent, missing, options)
-    fitted, base = on_model(model, experts, row.name, routing, missing)
+    fitted, base = on_model(model, experts, row.name, routing, missing, by_rank=True)
     problems = fitted.problems + spare_problems(spare, row, fitted.experts, fitted.placement.parameters)
     experts = fitted.experts if problems else base.bank()
     problems += against_branches(row, model, experts.modules)
@@ -321,13 +322,13 @@ def patch(
     planned = (row, routing, settings, absent)
     branches, reasons = routed_experts(model, experts, fitted.placement, *planned, **shared)
     if not (problems := problems + reasons):
-        problems += device_problems(model, (*plans, *branches), backend)
-    if problems:
+        problems += device_problems(model, (*plans, *branches), backend) + plan_problems(model, plans, spare)
+    if problems := agreed(model, problems, (method, options, experts)):
         raise ValueError(listing(CANNOT.format(method), problems, fitted.made_for))
     handle = Handle(model, row, experts.names, state, settings)
     handle._slots = Slots(spare, row, options, absent, missing) if spare else None
     routed = {
-        name: layer_of(plan)(model.get_submodule(name), plan, routing, name=name, spare=spare, **shared)
+        name: layer_at(model, name, plan)(plan=plan, routing=routing, name=name, spare=spare, **shared)
         for name, plan in plans.items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
@@ -348,12 +349,16 @@ def check_patch(
     backend: str = "native",
     absent: str = "mask",
     missing: str = "error",
+    loaded: bool = True,
     **options: Any,
 ) -> None:
-    """Raises the ValueError that `patch` would, without building what the method needs."""
+    """Raises the ValueError that `patch` would, without building what the method needs.
+
+    loaded: False for a model on the meta device that is asked about before its weights are read.
+    """
     model = unwrapped(model)
     row, (routing, _, settings) = configured(experts, method, backend, absent, missing, options)
-    fitted, base = on_model(model, experts, row.name, routing, missing)
+    fitted, base = on_model(model, experts, row.name, routing, missing, by_rank=True)
     problems = fitted.problems
     if row.learned is not None and not problems:
         plans_of(row, base.bank(), settings, absent, problems)
@@ -362,7 +367,9 @@ def check_patch(
         problems += reasons + row.lacks(bank)
     problems += against_branches(row, model, fitted.experts.modules)
     patched = (*fitted.experts.modules, *fitted.placement.parameters)
-    if problems := problems or device_problems(model, patched, backend):
+    if loaded and not problems:
+        problems = device_problems(model, patched, backend)
+    if problems:
         raise ValueError(listing(CANNOT.format(method), problems, fitted.made_for))
 
 

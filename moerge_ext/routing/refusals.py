@@ -11,18 +11,24 @@ from .. import ops
 from .callers import asks_for_peft, home, use_of
 from .layers import execution_device, holder, linear_features
 from .peft_layers import peft_layers, wrapper_problem
+from .tensor_parallel import is_parallel, model_problems, place_problem, ranks_of
 
 _UNSLOTH = "unsloth"  # its `generate` computes with the layers' weights, also where its `forward` calls the layers
 
 
-def layer_problems(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Why the layers of that name cannot be routed, or not rightly; "module '<name>': ..." each. Unknown names pass."""
+def layer_problems(model: nn.Module, names: Iterable[str], *, by_rank: bool = False) -> list[str]:
+    """Why the layers of that name cannot be routed, or not rightly; "module '<name>': ..." each. Unknown names pass.
+
+    by_rank: whether each rank of a tensor parallel model may compute its part (`tensor_parallel.py`).
+    """
     layers = dict(model.named_modules(remove_duplicate=False))
     carried = peft_layers(model)
-    problems = parallel_problems(model)
+    by_rank = by_rank and is_parallel(model)
+    problems = model_problems(model) if by_rank else parallel_problems(model)
     for name in names:
         if name in layers:
-            said = [wrapper_problem(model, layers[name], carried.get(name)), _sharding_problem(layers, name)]
+            apart = place_problem(model, name) if by_rank else _sharding_problem(layers, name)
+            said = [wrapper_problem(model, layers[name], carried.get(name)), apart]
             problems += [f"module '{name}': {text}" for text in said if text is not None]
     return problems + [f"module '{name}': {text}" for name, text in no_effect(model, names).items()]
 
@@ -115,12 +121,11 @@ def _shape_run(layer: nn.Module, shape: tuple[int, ...]) -> object:
 
 def parallel_problems(model: nn.Module) -> list[str]:
     """Of a model that transformers has split over processes by features."""
-    sizes = [size for module in model.modules() if isinstance(size := getattr(module, "_tp_size", None), int)]
-    if max(sizes, default=1) < 2:
+    if not is_parallel(model):
         return []
     return [
-        f"the model is tensor parallel (tp_size={max(sizes)}): each process has a part of every layer's features, and "
-        "a router needs all of them. Load it without tp_plan, or share it out by FSDP2 (fully_shard) or device_map"
+        f"the model is tensor parallel (tp_size={ranks_of(model)}): each process has a part of every layer's features, "
+        "of which all are needed here. Load it without tp_size, or share it out by FSDP2 (fully_shard) or device_map"
     ]
 
 

@@ -230,7 +230,7 @@ class RoutedLinear(StandIn):
         if in_place and base.is_contiguous() and x.is_contiguous():
             kernels.routed_lora_(base, x, *bank, **options)
             return base
-        tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, self.out_features)
+        tokens, y = x.reshape(-1, self.in_features), base.reshape(-1, base.shape[-1])
         y, weights, experts = kernels.routed_lora(y, tokens, *bank, **options)
         if request.trace is not None:
             real = None if request.tokens is None else request.tokens.mask(x)
@@ -252,9 +252,9 @@ class RoutedLinear(StandIn):
         tokens = x.reshape(-1, self.in_features)
         if in_place and base.is_contiguous():
             # base, not the view: torch.export would find that only some lengths have its shape
-            kernels.lora_apply_(base.view(-1, self.out_features), tokens, *slots, **options)
+            kernels.lora_apply_(base.view(-1, base.shape[-1]), tokens, *slots, **options)
             return base
-        y = kernels.lora_apply(base.reshape(-1, self.out_features), tokens, *slots, **options)
+        y = kernels.lora_apply(base.reshape(-1, base.shape[-1]), tokens, *slots, **options)
         return y.view(base.shape)
 
     def score_bias(self, device: torch.device, request: Request | None = None) -> Tensor | None:

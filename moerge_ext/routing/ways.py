@@ -197,7 +197,7 @@ def _kernels(layer: nn.Module, x: Tensor) -> tuple[tuple[int, tuple[str, ...]], 
     found = []
     for tokens in (1, 512):
         many = x.expand(tokens, -1).contiguous()
-        base = many.new_empty(tokens, layer.out_features)
+        base = many.new_empty(tokens, layer.lora_B.shape[1])
         said = tuple(ops.routed_lora_ways(base, many, layer.gates, layer.lora_A, layer.lora_B, **options))
         found.append((tokens, said))
     return tuple(found[:1] if found[0][1] == found[1][1] else found)

@@ -9,7 +9,7 @@ part of B A x to its part of the layer's output, which the layer's own reduction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,13 @@ from torch import Tensor
 
 from .. import ops
 from ..methods.base import Plan, Routing
-from ..ops.options import BRANCH, ROUTE, filled
+from ..ops.options import BRANCH, filled
+from ..routing.partial_scores import Reduce, chosen, partial_scores
 from ..routing.routed_linear import bank_laid_out, laid_out
-from .slices import Share
+from ..routing.shares import Share
 from .tables import Tables
 
 DEFAULTS = tuple(BRANCH.values())
-EPS, TINY = 1e-5, 1e-12  # of the standardization and of the unit length in `route`
-Reduce = Callable[[Tensor], Tensor]  # the sum over ranks, the same bits on each
 
 
 @dataclass(frozen=True)
@@ -219,11 +218,7 @@ class PartialBranch(Branch):
 
 
 class _PartlyRouted:
-    """`_Routed` where a rank has a part of the features of x.
-
-    The partial sums of x, x^2 and x . g over a rank's features are added over ranks in float64: the variance of
-    features far from zero is a small difference of large sums.
-    """
+    """`_Routed` where a rank has a part of the features of x."""
 
     def __init__(self, branch: PartialBranch, variant: Variant, device: torch.device):
         plan = variant.plan
@@ -231,7 +226,6 @@ class _PartlyRouted:
         self._gates = plan.gates.to(device, torch.float64).t().contiguous()
         self._gate_sums = branch.gate_sums[variant.name].to(device)
         self._mask = None if plan.mask is None else plan.mask.to(device)
-        self._no_gates = torch.zeros(plan.gates.shape[0], 1, device=device)
         self.choose(variant.options)
 
     def stacked(self) -> dict[str, Tensor | None]:
@@ -248,37 +242,20 @@ class _PartlyRouted:
         self.add_seen(y, x, rows)
 
     def add_seen(self, y: Tensor, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        bias, scores = self._branch.tables.bias.get(self.name), self._scores(x)
+        branch = self._branch
+        scores = partial_scores(x, self._gates, self._gate_sums, branch.whole, self._options, branch.reduce)
+        bias = branch.tables.bias.get(self.name)
         if rows is None:
             return self._add(y, x, scores, self._mask)
         rows = rows.long()
         return self._add(y, x, scores if bias is None else scores + bias[rows], self._allowed[rows])
 
     def _add(self, y: Tensor, x: Tensor, scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        branch, options = self._branch, self._options
-        nothing = x.new_zeros(x.shape[0], 1, dtype=torch.float32)
-        rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-        kept = {key: options[key] for key in ("top_k", "top_p", "weighting")}
-        asked = filled(ROUTE, kept | {"normalize": "none", "scale": 1.0, "bias": scores, "rows": rows, "mask": mask})
-        weights, experts = ops.route(nothing, self._no_gates, **asked)
+        branch = self._branch
+        weights, experts = chosen(ops, scores, self._options, mask)
         applied = {"lora_bias": branch.lora_bias, "factored": self._factored}
         ops.lora_apply_(y, x, branch.lora_A, branch.lora_B, weights, experts, **applied)
         return weights, experts
-
-    def _scores(self, x: Tensor) -> Tensor:
-        """f(norm(x) . g) * scale, [T,E] float32, the same on every rank."""
-        options, whole, wide = self._options, self._branch.whole, x.double()
-        sums = torch.cat([wide.sum(1, True), wide.square().sum(1, True), wide @ self._gates], 1)
-        total, squares, products = self._branch.reduce(sums).split([1, 1, sums.shape[1] - 2], 1)
-        scale = 1.0 if options["scale"] is None else options["scale"]
-        if options["normalize"] == "standardize":
-            mean = total / whole
-            variance = (squares / whole - mean.square()).clamp_min(0.0)
-            products = (products - mean * self._gate_sums) / (variance + EPS).sqrt()
-            scale = whole**-0.5 if options["scale"] is None else scale
-        elif options["normalize"] == "unit":
-            products = products / squares.sqrt().clamp_min(TINY)
-        return ((products.abs() if options["absolute"] else products) * scale).float()
 
 
 def _shortened(made: tuple) -> tuple:

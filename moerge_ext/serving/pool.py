@@ -20,11 +20,11 @@ from ..routing.few_experts import own_top_k
 from ..routing.fitting import on_model
 from ..routing.layers import linear_features
 from ..routing.planning import configured, listing, plans_of
+from ..routing.shares import Share, share_of_plan
 from ..routing.slots import spare_problems, with_spare
 from .branch import Variant, route_options
 from .requests import Rules
 from .settings import Settings
-from .slices import Share, share_of_plan
 
 CANNOT = "cannot serve the experts with method '{}'"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 
 import builders
@@ -10,6 +11,7 @@ import pytest
 
 from moerge_ext.commands import main as cli
 from moerge_ext.commands import serve
+from moerge_ext.serving.transformers import launch
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +23,24 @@ def folders(tmp_path_factory):
     return str(root / "model"), [str(path) for path in experts.values()]
 
 
-def called(folders, *more: str) -> int:
+def called(folders, *more: str, engine: str = "vllm") -> int:
     model, experts = folders
-    return cli.main(["serve", "--model", model, "--experts", *experts, *more])
+    return cli.main(["serve", "--engine", engine, "--model", model, "--experts", *experts, *more])
 
 
 def test_check_says_that_it_can_be_served(folders, capsys):
     assert called(folders, "--methods", "arrow", "--check") == 0
-    assert "2 experts can be served with phatgoose, arrow" in capsys.readouterr().out
+    assert "2 experts can be served with phatgoose, arrow by vllm" in capsys.readouterr().out
+    assert called(folders, "--method", "merged", "--check", engine="transformers") == 0
+    assert "2 experts can be served with merged by transformers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("there, engine", [(True, "vllm"), (False, "transformers")])
+def test_the_engine_is_vllm_where_it_is_installed(folders, capsys, monkeypatch, there, engine):
+    monkeypatch.setattr(serve, "find_spec", lambda name: there or None)
+    model, experts = folders
+    assert cli.main(["serve", "--model", model, "--experts", *experts, "--check"]) == 0
+    assert f"by {engine}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -49,6 +61,72 @@ def test_experts_that_cannot_be_served_end_with_status_2(folders, capsys, monkey
     assert called(folders, *more) == 2
     said = capsys.readouterr().err
     assert said.startswith("moerge serve: ") and all(word in said for word in words), said
+
+
+ALONE = "needs weights or affinities of each request, which transformers' server does not let through"
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--top-k", "5"], ["top_k=5 is more than the number of experts, E=2"]),
+        (["--method", "average_activation"], ["average-activation"]),
+        (["--experts", "missing"], ["missing"]),
+        (["--method", "expert:eel"], ["no expert named 'eel'"]),
+        *((["--method", name], [f"method '{name}' {ALONE}", "--engine vllm"]) for name in ("given", "glider")),
+        (["--method", "retrieval"], [f"method 'retrieval' {ALONE}"]),
+        (["--method", "token_level"], [f"method 'token_level' {ALONE}"]),
+        (["--method", "co_llm"], ["decodes with several models"]),
+        (
+            ["--methods", "arrow", "--live-experts", "1", "--routing-metrics", "--traces", "2"],
+            ["--methods: ", "--live-experts: ", "--routing-metrics: ", "--traces: ", "`--engine vllm` has it"],
+        ),
+        (["--model", "a@b"], ["'a@b': transformers' server takes what follows an @ for a revision"]),
+        (["--model", "a.gguf"], ["'a.gguf' is a GGUF file"]),
+        (["--", "--prt", "1"], ["transformers serve: No such option: --prt"]),
+        (["--", "other"], ["transformers serve: Got unexpected extra argument"]),
+    ],
+)
+def test_what_transformers_server_cannot_serve_ends_with_status_2(folders, capsys, monkeypatch, more, words):
+    monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(launch, "require", lambda: None)
+    assert called(folders, *more, engine="transformers") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moerge serve: ") and all(word in said for word in words), said
+
+
+def test_the_options_of_transformers_server_are_shown(folders, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "require", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        called(folders, "--", "--help", engine="transformers")
+    assert ended.value.code == 0 and "Usage: moerge serve ... -- [OPTIONS]" in capsys.readouterr().out
+
+
+def test_transformers_server_answers_with_decoders(tmp_path, capsys):
+    model = builders.tiny_t5()
+    model.save_pretrained(tmp_path / "model")
+    experts = builders.random_experts(model, tmp_path / "experts", ["cat", "dog"], ["q"])
+    paths = str(tmp_path / "model"), [str(path) for path in experts.values()]
+    assert called(paths, "--check", engine="transformers") == 2
+    assert "t5 is an encoder-decoder" in capsys.readouterr().err
+
+
+def test_transformers_server_needs_its_packages(folders, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "uvicorn" else True)
+    monkeypatch.setattr(launch, "start", lambda *_: pytest.fail("started"))
+    assert called(folders, engine="transformers") == 2
+    assert "needs uvicorn: pip install 'moerge_ext[serve]'" in capsys.readouterr().err
+
+
+def test_it_says_that_nothing_can_listen_before_the_model_is_read(folders, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "require", lambda: None)
+    monkeypatch.setattr(launch, "route", lambda *_: pytest.fail("the model was read"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert called(folders, "--", "--host", "127.0.0.1", "--port", port, engine="transformers") == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def test_it_becomes_vllm(folders, monkeypatch):

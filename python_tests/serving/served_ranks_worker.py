@@ -14,10 +14,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import builders  # noqa: E402
 from serving_cases import DOWN, QKV, Packed, RowParallel, layers, patched, served, tables_of, tokens  # noqa: E402
 
+from moerge_ext.routing.shares import share_of_plan  # noqa: E402
 from moerge_ext.serving.live import Change, LivePool  # noqa: E402
 from moerge_ext.serving.requests import Choice  # noqa: E402
 from moerge_ext.serving.settings import Settings  # noqa: E402
-from moerge_ext.serving.slices import share_of_plan  # noqa: E402
 
 
 def main(rank: int, ranks: int, meeting: str, method: str, *experts: str) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 import moerge_ext as moerge
 from moerge_ext.routing.routed_linear import RoutedLinear
+from moerge_ext.routing.shares import Share
 from moerge_ext.serving.branch import Branch, PartialBranch
 from moerge_ext.serving.pool import Pool, gate_sums, planned, variants
 from moerge_ext.serving.settings import Settings
-from moerge_ext.serving.slices import Segment, Share, shares
+from moerge_ext.serving.slices import Segment, shares
 from moerge_ext.serving.tables import Tables
 
 NAMES = ("ant", "bee", "cat", "dog")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from serving_cases import DOWN, LINEARS, NAMES, Packed, RowParallel, folders, served, tables_of, tokens
 
+from moerge_ext.routing.shares import share_of_plan
 from moerge_ext.serving.live import Change, LivePool
 from moerge_ext.serving.requests import Choice
 from moerge_ext.serving.settings import Settings
-from moerge_ext.serving.slices import share_of_plan
 
 METHODS = {"arrow": {}, "glider_code": {}}
 

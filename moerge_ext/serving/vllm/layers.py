@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...routing.shares import Share
 from ..branch import Branch
-from ..slices import Segment, Share, shares
+from ..slices import Segment, shares
 
 NAMESPACE, OP = "moerge_serving", "linear"
 CONTEXT = "moerge."  # before a layer's name in vLLM's table of the layers that a forward may ask for

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...methods.base import Plan
+from ...routing.shares import Share, share_of_plan
 from ..branch import Branch
 from ..counts import Counts
 from ..live import Change, LivePool
 from ..pool import Pool, meta_model
 from ..settings import Settings
-from ..slices import Share, share_of_plan
 from ..tables import Tables
 from ..traces import Traces
 from ..watching import Watcher

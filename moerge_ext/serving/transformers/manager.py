@@ -1,0 +1,61 @@
+"""transformers' manager of models, with one model: the routed one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.cli.serving.model_manager import ModelManager
+
+from ...routing.patch import Handle
+from .cache import hold_to_cache
+
+REVISION = "main"  # which transformers' server adds to a name without one
+
+
+class RoutedManager(ModelManager):
+    """Loads the model `name` (folder or hub id) and gives it to `route`, which adds the experts; again after it was
+    unloaded by `/reset`. Every other model is refused by HTTP 404, so that none answers without experts.
+    """
+
+    def __init__(self, name: str, route: Callable[[nn.Module], Handle], **options: Any):
+        self.name, self.route, self._started = name, route, int(time.time())
+        self.handle: Handle | None = None
+        super().__init__(**options)
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        """The name that answers carry: the one that was asked for."""
+        return model_id
+
+    def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+        """The routed model and its tokenizer."""
+        self._check(model_id_and_revision)
+        return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
+
+    def load_model_streaming(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
+        """Tells how far the loading of the routed model is."""
+        self._check(model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}")
+        return super().load_model_streaming(model_id_and_revision)
+
+    def get_gen_models(self) -> list[dict[str, Any]]:
+        """What `/v1/models` lists."""
+        return [{"id": self.name, "object": "model", "created": self._started, "owned_by": "moerge_ext"}]
+
+    def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+        model = super()._load_model(f"{model_id_and_revision}@{REVISION}", *args, **kwargs)
+        self.handle = self.route(model)
+        hold_to_cache(model)
+        return model
+
+    def _load_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
+        return super()._load_processor(f"{model_id_and_revision}@{REVISION}", *args, **kwargs)
+
+    def _check(self, name: str) -> None:
+        from fastapi import HTTPException
+
+        if name != self.name:
+            said = f"moerge: this server has one model, {self.name!r}; got {name!r}"
+            raise HTTPException(status_code=404, detail=said)

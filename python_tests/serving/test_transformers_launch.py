@@ -1,0 +1,51 @@
+"""How transformers' server ends; `test_transformers_server.py` has the real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from moerge_ext.serving.transformers import launch
+
+
+class Served:
+    """What `launch` asks of transformers' `Serve`: a server in a thread, which ends when it is killed."""
+
+    def __init__(self, started: bool = True):
+        self.ended = threading.Event()
+        self.model = SimpleNamespace(forward=lambda: "an answer")
+        self.server = SimpleNamespace(started=started, config=SimpleNamespace(timeout_graceful_shutdown=None))
+        self._model_manager = SimpleNamespace(loaded_models={"base": SimpleNamespace(model=self.model)})
+        self._thread = threading.Thread(target=self.ended.wait, daemon=True)
+        self._thread.start()
+
+    def kill_server(self) -> None:
+        if self._thread.is_alive():  # as theirs does
+            self.ended.set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server(number):
+    """Also under Python 3.11, where a thread whose join is interrupted counts as dead and would run on."""
+    served, before = Served(), signal.getsignal(number)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), number))
+    timer.start()
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt):
+            launch.wait(served)
+    else:
+        assert launch.wait(served) == 128 + signal.SIGTERM
+    assert served.ended.is_set() and served.server.config.timeout_graceful_shutdown == launch.GRACE
+    with pytest.raises(RuntimeError, match="the server is stopping"):
+        served.model.forward()
+    assert signal.getsignal(number) == before
+
+
+def test_a_server_that_could_not_start_is_status_1():
+    served = Served(started=False)
+    served.ended.set()
+    assert launch.wait(served) == 1

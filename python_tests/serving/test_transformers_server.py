@@ -1,0 +1,216 @@
+"""transformers' own server with a routed model, over HTTP: its real app, its real client."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from importlib.util import find_spec
+
+import builders
+import pytest
+import torch
+from query_cases import wide_tokenizer
+
+import moerge_ext as moerge
+from moerge_ext.serving.settings import Settings
+from moerge_ext.serving.transformers import launch
+from moerge_ext.serving.transformers.checks import checked
+
+NEEDED = ("fastapi", "uvicorn", "openai", "accelerate")
+if lost := [name for name in NEEDED if find_spec(name) is None]:
+    pytest.skip(f"needs {', '.join(lost)}: pip install 'moerge_ext[serve]'", allow_module_level=True)
+
+import openai  # noqa: E402
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPTS = ("the cat sat", "a", "of dogs and of birds: ", "zz. zz. zz.")
+TOKENS = 12
+CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}.{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+BATCHING = ("--continuous-batching", "--cb-num-blocks", "2")  # of 256 tokens
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(the model's folder, those of its experts)."""
+    root = tmp_path_factory.mktemp("server")
+    model = builders.tiny_llama()
+    tokenizer = wide_tokenizer(root / "model")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(root / "model")
+    model.config.eos_token_id = model.generation_config.eos_token_id = None  # so that every answer has its length
+    model.save_pretrained(root / "model")
+    experts = builders.random_experts(model, root / "experts", ("ant", "bee", "cat"), LINEARS)
+    return str(root / "model"), [str(path) for path in experts.values()]
+
+
+def serve(folders, port: int, *words: str, method: str = "phatgoose"):
+    model, experts = folders
+    settings = Settings.parse({"experts": experts, "method": method})
+    found = checked(settings, model)
+    context = launch.options_of(model, ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", *words])
+    served = launch.start(settings, model, *found, context)
+    end = time.monotonic() + 60
+    while not served.server.started and served._thread.is_alive() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert served.server.started
+    return served
+
+
+def free_port() -> int:
+    import socket
+
+    with closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=[(), BATCHING], ids=["one by one", "continuous batching"])
+def server(request, folders):
+    """(transformers' Serve, the openai client of it)."""
+    port = free_port()
+    served = serve(folders, port, *request.param)
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield served, client
+    launch.stop(served)
+    assert not served._thread.is_alive()
+
+
+def wanted(folders, prompt: str, method: str | None = "phatgoose", tokens: int = TOKENS) -> str:
+    """What the patched model (None: the base) writes after a prompt by itself."""
+    model, tokenizer = builders.tiny_llama().eval(), wide_tokenizer(folders[0] + "-wanted")
+    if method is not None:
+        moerge.patch(model, moerge.load_experts(folders[1]), method)
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    made = model.generate(ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def asked(client, model: str, prompt: str, stream: bool = False, tokens: int = TOKENS) -> str:
+    said = client.completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0, stream=stream)
+    return "".join(part.choices[0].text or "" for part in said) if stream else said.choices[0].text
+
+
+def posted(client, path: str, body: dict) -> tuple[int, str]:
+    said = client._client.post(str(client.base_url).removesuffix("/v1/") + path, json=body)
+    return said.status_code, said.text
+
+
+def test_answers_are_those_of_the_patched_model(server, folders):
+    """Together, streamed and whole: the tokens of the patched model asked one by one."""
+    _, client = server
+    want = [wanted(folders, prompt) for prompt in PROMPTS]
+    assert want != [wanted(folders, prompt, None) for prompt in PROMPTS]
+    with ThreadPoolExecutor(8) as pool:
+        for stream in (False, True):
+            got = pool.map(lambda prompt, how=stream: asked(client, folders[0], prompt, how), PROMPTS * 2)
+            assert list(got) == want * 2
+    messages = [{"role": "user", "content": "hello"}]
+    said = client.chat.completions.create(model=folders[0], messages=messages, max_tokens=TOKENS, temperature=0)
+    assert said.choices[0].message.content == wanted(folders, "u:hello.a:") and said.model == folders[0]
+
+
+def test_there_is_one_model(server, folders):
+    served, client = server
+    assert [model.id for model in client.models.list().data] == [folders[0]]
+    with pytest.raises(openai.BadRequestError) as refused:
+        asked(client, "gpt", "a")
+    assert "requested 'gpt'" in refused.value.response.text
+    for name in ("gpt", folders[1][0], f"{folders[0]}@other", f"{folders[0]}:x.gguf"):
+        status, said = posted(client, "/load_model", {"model": name})
+        assert status == 404 and "this server has one model" in said, said
+    status, said = posted(client, "/load_model", {"model": folders[0]})
+    assert status == 200 and "ready" in said
+    assert list(served._model_manager.loaded_models) == [folders[0]]
+
+
+def test_a_model_that_was_unloaded_comes_back_routed(server, folders):
+    served, client = server
+    before = served._model_manager.handle
+    assert posted(client, "/reset", {})[0] == 200 and not served._model_manager.loaded_models
+    assert asked(client, folders[0], "a") == wanted(folders, "a")
+    assert served._model_manager.handle is not before
+
+
+def test_a_request_says_nothing_of_its_routing(server, folders):
+    _, client = server
+    body = {"model": folders[0], "prompt": "a", "max_tokens": 2, "moerge": {"expert": "ant"}}
+    status, said = posted(client, "/v1/completions", body)
+    assert status == 422 and "moerge" in said
+
+
+def test_a_client_that_leaves_keeps_nobody_waiting(server, folders):
+    _, client = server
+    long = {"max_tokens": 400, "temperature": 0, "stream": True}
+    with client.completions.create(model=folders[0], prompt="a", **long) as stream:
+        next(iter(stream))
+    assert asked(client, folders[0], "zz", tokens=3) == wanted(folders, "zz", tokens=3)
+
+
+@pytest.mark.parametrize("server", [BATCHING], indirect=True, ids=["continuous batching"])
+def test_a_request_larger_than_the_cache_is_refused_alone(server, folders):
+    """transformers ends its batching, for all requests, at one that does not fit."""
+    _, client = server
+    for stream in (False, True):
+        body = {"model": folders[0], "prompt": "a", "max_tokens": 600, "stream": stream}
+        status, said = posted(client, "/v1/completions", body)
+        assert status == 400 and "has 1 tokens, and 600 more do not fit the cache of 512" in said
+    body = {"model": folders[0], "prompt": "a" * 600, "max_tokens": 2}
+    assert posted(client, "/v1/completions", body)[0] == 400
+    assert asked(client, folders[0], "a") == wanted(folders, "a")
+    asked(client, folders[0], "a" * 500, tokens=12)  # all that there is
+    assert client._client.get(str(client.base_url).removesuffix("/v1/") + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("words", [(), BATCHING], ids=["one by one", "continuous batching"])
+def test_it_stops_while_answers_run(folders, words):
+    port = free_port()
+    served = serve(folders, port, *words)
+    long = {"model": folders[0], "prompt": "a", "max_tokens": 500, "temperature": 0}
+    ended = []
+
+    def ask(stream: bool) -> None:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            try:
+                said = client.completions.create(**long, stream=stream)
+                ended.extend(said if stream else [said])
+            except openai.OpenAIError as error:
+                ended.append(error)
+
+    model = served._model_manager.loaded_models[folders[0]].model
+    running = threading.Event()
+    model.register_forward_pre_hook(lambda *_: (running.set(), time.sleep(0.02))[0])
+    asking = [threading.Thread(target=ask, args=(stream,), daemon=True) for stream in (False, True)]
+    for thread in asking:
+        thread.start()
+    assert running.wait(30)
+    begun = time.monotonic()
+    launch.stop(served)
+    assert time.monotonic() - begun < 8 and not served._thread.is_alive()
+    for thread in asking:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert ended
+
+
+@pytest.mark.parametrize("method", ["arrow", "merged", "expert:bee"])
+def test_other_methods(folders, method):
+    port = free_port()
+    served = serve(folders, port, *BATCHING, method=method)
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        with client, ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda prompt: asked(client, folders[0], prompt), PROMPTS))
+        assert got == [wanted(folders, prompt, method) for prompt in PROMPTS]
+    finally:
+        launch.stop(served)
+
+
+def test_what_answers_is_json(server, folders):
+    """The usage that clients are billed by."""
+    _, client = server
+    status, said = posted(client, "/v1/completions", {"model": folders[0], "prompt": "abc", "max_tokens": 4})
+    usage = json.loads(said)["usage"]
+    assert status == 200 and usage == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
