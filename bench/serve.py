@@ -25,6 +25,7 @@ MODEL, EXPERTS, RANK = "SmolLM2-135M-Instruct", 8, 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONCURRENT, PROMPT, ANSWER = (1, 8, 32), 32, 32
 PLAIN, AGAIN, ROUTED, LORA, GENERATE = "plain", "plain_again", "ours", "vllm_lora", "generate"
+BLOCKS = 64  # of each engine's cache, of 128 tokens on a CPU: every request has one
 SIZE = 0.15  # of an expert's B: enough to change what is said
 LOG_PROB = 1e-3  # what a log-probability may differ from the patched model's
 
@@ -71,6 +72,7 @@ class Engine:
         import vllm
 
         sizes = {"max_model_len": 512, "max_num_seqs": max(CONCURRENT), "dtype": "float32"}
+        sizes["num_gpu_blocks_override"] = BLOCKS
         options = {"enable_prefix_caching": False, "skip_tokenizer_init": True} | sizes | options
         self.engine = vllm.LLM(model=str(model), **options).llm_engine
         self._count = 0

@@ -23,7 +23,8 @@ def task(folder: Path, metric: str, rows: int = 24) -> Path:
     choices = ["w10", "w20 w21", "w30"]
     lines = [{"input": f"w{3 + i} w{90 - i} w{5 + 2 * i}", "target": choices[i % 3]} for i in range(rows)]
     (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    meta = {"task": folder.name, "split": "heldout", "metric": metric} | {"choices": choices} * (metric == "rank")
+    meta = {"task": folder.name, "split": "heldout", "metric": metric}
+    meta |= {"choices": choices} if metric == "rank" else {}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
