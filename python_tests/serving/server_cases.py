@@ -56,6 +56,7 @@ def server(
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment.pop("VLLM_PLUGINS", None)
+    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks may be more than NUMA nodes
     with (root / "log").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
     try:
