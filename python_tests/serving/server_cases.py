@@ -22,7 +22,7 @@ import transformers
 from serving_cases import LINEARS
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-START = 600  # seconds that a server may take on a slow machine
+START = 1800  # seconds that a server may take on a slow machine
 
 
 def tiny(root: Path, names: Sequence[str], others: Sequence[str] = ()) -> tuple[Path, list[str]]:
