@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,17 @@ def server(
     environment.pop("VLLM_PLUGINS", None)
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # ranks may be more than NUMA nodes
     with (root / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         wait(port, process, root / "log")
         yield f"http://127.0.0.1:{port}/v1", process
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):  # whatever it has left, such as workers of a start that was cut off
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait(port: int, process: subprocess.Popen, log: Path) -> None:
