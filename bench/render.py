@@ -281,19 +281,18 @@ def serve(rows: list[Row], folder: Path) -> str:
     """Requests at once to vLLM: throughput, and the time to the first and to each further token."""
     out = []
     for title, mine in _machines(_suite(rows, "serve")):
-        lines, loads = [], sorted({row["load"] for row in mine})
+        lines = []
         for row in sorted(mine, key=lambda r: int(r["mode"].split()[0].removeprefix("C="))):
             count, way = row["mode"].split()
             line = [f"{count.removeprefix('C=')} ({way})", _SERVED[row["candidate"]], f"{row['tokens_per_second']:.1f}"]
-            line += [_spread(row, "seconds"), f"{row['cpu_ms_per_token']:.1f}", _spread(row, "cpu")]
+            cpu = f"{row['cpu_ms_per_token']:.1f}" if "cpu_ms_per_token" in row else ""
+            line += [_spread(row, "seconds"), cpu, _spread(row, "cpu")]
             line += [f"{row[f'{key}_ms']:.0f}" if f"{key}_ms" in row else "" for key in ("first", "each")]
-            lines.append(line + [_spread(row, "first"), _spread(row, "each")])
+            lines.append([*line, _spread(row, "first"), _spread(row, "each"), str(row.get("load", "not noted"))])
         head = ["at once", "", "tokens/s", "time / plain", "CPU ms per token", "CPU / plain"]
-        head += ["ms to the first token", "ms per token", "first / plain", "per token / plain"]
-        about = (
-            f"{mine[0]['size']}, E={mine[0]['E']}, R={mine[0]['R']}, {mine[0]['dtype']}; load of the machine before "
-        )
-        about += f"each row: {loads[0]:g} to {loads[-1]:g}. Medians of {mine[0]['rounds']} rounds [smallest–largest]."
+        head += ["ms to the first token", "ms per token", "first / plain", "per token / plain", "load"]
+        about = f"{mine[0]['size']}, E={mine[0]['E']}, R={mine[0]['R']}, {mine[0]['dtype']}. Medians of "
+        about += f"{mine[0]['rounds']} rounds [smallest–largest]; load: of the machine, when a row was begun."
         out.append(f"{title}\n\n{about}\n\n{_table(head, lines)}")
     return "\n\n".join(out) or NOTHING
 
