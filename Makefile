@@ -27,7 +27,7 @@ test: build
 test-slow: build
 	$(BIN)/python -m pytest -m slow
 
-# The plugin in the real vLLM, on a CPU: 1 GB of packages, then about ten minutes.
+# The plugin in the real vLLM, on a CPU: 1 GB of packages, then up to an hour on two cores.
 test-serve: $(SERVE)/.built
 	$(SERVE_BIN)/python -m pytest -m slow python_tests/serving
 

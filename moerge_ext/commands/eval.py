@@ -13,6 +13,7 @@ from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..methods import METHODS
 from ..methods.fixed import PREFIX
+from .engine_options import BATCH, TORCH, add_engine, check_engine, check_runs_of, engine_answerers, outline
 from .ensemble_options import build_answerers, deciding_answerers
 from .expert_options import gates_of, load_bank, routers_of, with_routers
 from .options import (
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep with every answer the experts' parts of its routing weight; slower, as the router is recorded",
     )
     add("--cost", action="store_true", help="print what the answers cost as well; results.* have it in any case")
-    add("--batch-size", type=int, default=16, help="sequences per forward (default: %(default)s)")
+    add("--batch-size", type=int, help="sequences per forward (default: 16), or that vllm is asked at once (1024)")
     add("--max-new-tokens", type=int, help="of generated answers (default: the longest target of the task)")
     add(
         "--calibrate",
@@ -68,10 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("moerge-eval"),
         help="answers, tables, chart (default: %(default)s)",
     )
+    add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
+    check_engine(args)
+    args.batch_size = BATCH[args.engine] if args.batch_size is None else args.batch_size
     check_writer(args)
     gates_of(args)
     trained = routers_of(args)
@@ -88,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     check_experts(args, texts)
 
     from .. import load_experts
-    from ..evaluation.evaluate import check_routers, evaluate
+    from ..evaluation.asked_routers import check_routers
+    from ..evaluation.evaluate import evaluate
     from ..evaluation.report import write
     from ..evaluation.scores import derive
     from ..routing.patch import check_patch
@@ -99,8 +104,10 @@ def run(args: argparse.Namespace) -> int:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names, args.top_k)
     runs = with_routers(runs, trained)
+    if args.engine != TORCH:
+        check_runs_of(runs)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
-    loaded = cache(partial(load, args))
+    loaded = cache(partial(load if args.engine == TORCH else outline, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     settings = replace(settings, similar=similar_of_task(args, routers))
     if args.calibrate:
@@ -110,8 +117,11 @@ def run(args: argparse.Namespace) -> int:
     if one is not None:
         check_patch(model, one, ALONE.method)
     options = {"output": args.output, "progress": not args.no_progress}
-    answerers = build_answerers(args, runs, tasks, model, tokenizer)
-    answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole_models(args, runs)
+    if args.engine == TORCH:
+        answerers = build_answerers(args, runs, tasks, model, tokenizer)
+        answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole_models(args, runs)
+    else:
+        answerers = engine_answerers(args, runs, experts, model, tokenizer, routers)
     given = {"routers": routers, "answerers": answerers}
     scores = evaluate(model, tokenizer, experts, runs, tasks, settings, **given, **options) if runs else []
     scores += derive(scores, derived)

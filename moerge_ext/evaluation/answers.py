@@ -22,11 +22,12 @@ class Answerer:
     tokenizer's own special tokens in front, none behind for a decoder.
 
     meter: a `Meter` that is told what the answers take; trace: a `RowTrace` of as many rows as prompts, in which a row
-    counts until its answer ends.
+    counts until its answer ends; room: tokens that must fit the context beside a prompt and its choice.
     """
 
     meter: Any = None
     trace: Any = None
+    room = 0
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
@@ -38,7 +39,7 @@ class Answerer:
     facts: Mapping[str, Any] = {}  # what answers depend on besides the model and the task
 
     def ready(self) -> AbstractContextManager:
-        """A block in which it answers."""
+        """A block in which it answers; perhaps with what stands for the handle of a patched model."""
         return nullcontext()
 
     def prompts(self, rows: Sequence[Mapping[str, Any]], form: PromptFormat) -> list[Prompt]:

@@ -53,7 +53,8 @@ def _too_long(answerer: Answerer, task: Task, form: PromptFormat, max_new_tokens
             continue
         if not answerer.seq2seq:
             choices = [row["target"]] if given else task.choices_of(row) if task.metric == "rank" else []
-            length += max((len(answerer.target_ids(choice)) for choice in choices), default=limit)
+            ends = [len(answerer.target_ids(choice)) + answerer.room for choice in choices]
+            length += max(ends, default=limit)
         if length > longest:
             longest, which = length, number
     if context is not None and longest > context:

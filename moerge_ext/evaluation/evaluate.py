@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from ..experts.bank import ExpertBank
 from ..experts.prompt_notes import warn_of_other_prompts
 from ..methods import get_method
 from ..models.prompt import INPUT, PromptFormat
-from ..queries.describe import draw
-from ..queries.router import QueryRouter
-from ..queries.similar import similar_examples
 from ..routing.patch import Handle, check_patch, patch
 from . import identity
 from .answers import Answerer
+from .asked_routers import check_examples, check_routers, router_of, row_queries, show_similar, task_queries
 from .checks import check_prompts, token_limit
 from .cost import Meter, cost_of, since
 from .metrics import GRADED, SCORES
@@ -85,7 +82,8 @@ def evaluate(
         runs: from `parse_run`; all of them are checked against the model before the first answer, and so is whether
             every prompt of every task can be made and fits the model's context.
         routers: {"instruction": QueryRouter, ...} for the runs that route by the query's text.
-        answerers: {label: who answers} of the runs that are `apart`, with `facts` that the answers depend on.
+        answerers: {label: who answers} of the runs that are `apart`, and of others that no patched `model` shall answer
+            (it may be one without weights then), with `facts` that the answers depend on.
         output: folder of the answers, `<output>/answers/<task>/<run>.<digest>.jsonl`. What is there of the same model,
             experts, tokenizer and settings, by content, is not computed again. One evaluation at a time.
     """
@@ -95,11 +93,14 @@ def evaluate(
     twice = {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}
     if twice:
         raise ValueError(f"tasks must have distinct names; several are called {', '.join(sorted(twice))}")
-    check_runs(model, experts, runs, routers)
-    if unknown := ", ".join(sorted({run.label for run in runs if run.apart} - set(answerers or ()))):
+    answerers = answerers or {}
+    check_runs(model, experts, [run for run in runs if run.label not in answerers], routers)
+    check_routers(runs, routers)
+    if unknown := ", ".join(sorted({run.label for run in runs if run.apart} - set(answerers))):
         raise ValueError(f"runs of others than the base need answerers={{label: ...}}: there is none for {unknown}")
     answerer = Answerer(model, tokenizer)
-    check_prompts(answerer, tasks, settings.format, settings.max_new_tokens)
+    wider = max((answerer, *answerers.values()), key=lambda who: who.room)
+    check_prompts(wider, tasks, settings.format, settings.max_new_tokens)
     check_examples(runs, routers, tasks, settings)
     warn_of_other_prompts(experts, [settings.format.seen_in(task.rows) for task in tasks])
     scores = []
@@ -108,8 +109,9 @@ def evaluate(
         stored = _stored(model, tokenizer, experts, runs, tasks, settings, routers, answerers, output)
         with tqdm(total=total, unit="item", disable=not progress) as bar:
             for run in runs:
-                asked = answerers[run.label] if run.apart else answerer
-                with patched(model, experts, run, routers) as handle, asked.ready():
+                asked = answerers.get(run.label, answerer)
+                ready = asked.ready() if run.label in answerers else patched(model, experts, run, routers)
+                with ready as handle:
                     for task in tasks:
                         mine = stored[run.label, task.name]
                         bar.set_description(f"{run.label}: {task.name}")
@@ -128,7 +130,7 @@ def _stored(
     tasks: Sequence[Task],
     settings: Settings,
     routers: Mapping[str, Any] | None,
-    answerers: Mapping[str, Answerer] | None,
+    answerers: Mapping[str, Answerer],
     output: Path | None,
 ) -> dict[tuple[str, str], Answers]:
     """What is there of every run on every task, {(label, task): answers}. One ValueError for all that is damaged."""
@@ -141,7 +143,7 @@ def _stored(
         for task in tasks:
             show_similar(router, task, settings)
             depends = {**_header(run, task, settings, router), **content, "experts": used}
-            depends |= answerers[run.label].facts if run.apart else {}
+            depends |= answerers[run.label].facts if run.label in answerers else {}
             folder = output / "answers" / task.name if output is not None else None
             try:
                 found[run.label, task.name] = Answers(folder, run.label, depends)
@@ -150,40 +152,6 @@ def _stored(
     if problems:
         raise ValueError("\n".join(problems))
     return found
-
-
-def check_examples(
-    runs: Sequence[Run], routers: Mapping[str, Any] | None, tasks: Sequence[Task], settings: Settings
-) -> None:
-    """One ValueError for all tasks that lack the solved rows of train.jsonl which a run will read."""
-    needed: dict[str, int] = {}
-    for run in runs:
-        router = None if run.method is None else router_of(run, routers)
-        if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
-            needed[run.label] = settings.similar
-        elif router is not None and _reads_solved_rows(run.method):
-            needed[run.label] = 1
-    problems = []
-    for task in tasks if needed else ():
-        try:
-            count = len(task.examples())
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        problems += [
-            f"task {task.name}: method '{name}' reads {least} solved examples, and its train.jsonl has {count}"
-            for name, least in needed.items()
-            if count < least
-        ]
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def check_routers(runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
-    """ValueError for the first run that lacks a router, or a setting of it; needs no model."""
-    for run in runs:
-        if run.method is not None:
-            router_of(run, routers)
 
 
 def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], routers: Mapping[str, Any] | None) -> None:
@@ -211,22 +179,6 @@ def patched(model: nn.Module, experts: ExpertBank, run: Run, routers: Mapping[st
     handle = patch(model, experts, run.method, **run.options)
     handle.router = router_of(run, routers)
     return handle
-
-
-def router_of(run: Run, routers: Mapping[str, Any] | None) -> Any:
-    """The router of a run, None for a method that has none; ValueError for one that is missing or lacks a setting."""
-    method = get_method(run.method)
-    if method.bias is None:
-        return None
-    router = (routers or {}).get(method.router)
-    if method.source is None:
-        raise ValueError(
-            f"method '{run.label}' takes weights from you: it is for Python, inside `with handle.affinities(weights):`"
-        )
-    if router is None:
-        raise ValueError(f"method '{run.label}' routes by more than the tokens: it needs a router by {method.router}")
-    router.settings(run.method, method.configure(**run.options)[2])
-    return router
 
 
 def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, Any]:
@@ -350,45 +302,6 @@ def recorded(
             ]
         finally:
             answerer.trace = None
-
-
-def _reads_solved_rows(name: str) -> bool:
-    """Whether a method decides for a task by solved rows of its train.jsonl, not by inputs of the evaluated file."""
-    method = get_method(name)
-    return method.per_task and "queries" not in method.options
-
-
-def show_similar(router: Any, task: Task, settings: Settings) -> None:
-    """Let a QueryRouter write from solved examples of the task as well, when the settings ask for it.
-
-    They are embedded when the first query is.
-    """
-    if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
-        nearest = cache(lambda: similar_examples(router.embedder, task.examples(), settings.similar))
-        router.similar = lambda query: nearest()(query)
-
-
-def task_queries(handle: Handle | None, task: Task, settings: Settings):
-    """A context in which a router that decides for a whole task has done so; nothing for the other methods.
-
-    With an option `queries`: from so many random inputs of the evaluated file; else from solved rows of train.jsonl.
-    """
-    router = getattr(handle, "router", None)
-    if router is None or not handle.method.per_task:
-        return nullcontext()
-    if "queries" in handle.options:
-        inputs = task.inputs()
-        return handle.queries(random.Random(settings.seed).sample(inputs, min(handle.options["queries"], len(inputs))))
-    examples = draw(task.examples(), router.task_examples, settings.seed)
-    return handle.affinities(router.task_affinities(examples, handle))
-
-
-def row_queries(handle: Handle | None, rows: Sequence[dict], tokenizer: Any):
-    """A context in which a router that decides for every query has seen the rows; nothing for the other methods."""
-    router = getattr(handle, "router", None)
-    if router is None or handle.method.per_task:
-        return nullcontext()
-    return handle.queries([row["input"] for row in rows], tokenizer=tokenizer)
 
 
 def _score(name: str, task: Task, stored: Answers) -> Score:

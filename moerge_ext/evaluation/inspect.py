@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from ..experts.bank import ExpertBank
 from ..experts.prompt_notes import warn_of_other_prompts
 from .answers import Answerer
+from .asked_routers import row_queries, show_similar, task_queries
 from .checks import check_prompts
-from .evaluate import Settings, check_runs, label, patched, row_queries, show_similar, task_queries
+from .evaluate import Settings, check_runs, label, patched
 from .probe import TINY, ModuleSums, probe
 from .runs import Run
 from .tasks import Task

@@ -30,7 +30,7 @@ class WholeModel(Answerer):
     @cached_property
     def facts(self) -> Mapping[str, Any]:
         """What the answers depend on: the content of the folder's files, and the type that is computed in."""
-        return {"model": {"files": _content(self.folder), "dtype": self.dtype}}
+        return {"model": {"files": content(self.folder), "dtype": self.dtype}}
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -43,7 +43,7 @@ class WholeModel(Answerer):
             del self.model, self.tokenizer
 
 
-def _content(folder: Path) -> str:
+def content(folder: Path) -> str:
     """One digest of the names and bytes of a folder's files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):

@@ -21,6 +21,7 @@ from bench import (
     render,
     results,
     run,
+    serve,
     table,
     timing,
     triton_peers,
@@ -292,6 +293,26 @@ def test_loading_suite_runs(tmp_path):
     assert rows.keys() == set(render._LOADING) and rows["patch"]["bank_mib"] > 0
     text = render.loading(list(rows.values()), tmp_path)
     assert all(name in text for name in render._LOADING.values())
+
+
+def test_serve_rows_are_medians_of_ratios_round_by_round(tmp_path):
+    def runs(*seconds):
+        return [{"seconds": s, "cpu": s / 2, "first": s / 4, "each": s / 8} for s in seconds]
+
+    found = {"plain": runs(1.0, 2.0, 4.0), "ours": runs(1.1, 2.6, 4.8)}
+    found["generate"] = [{"seconds": 8.0, "cpu": 8.0, "requests": 4}]
+    rows = {row["candidate"]: row for row in serve.rows_of(found, 8)}
+    assert rows["ours"]["seconds_ratio"] == rows["ours"]["cpu_ratio"] == 1.2
+    assert rows["ours"]["each_ratio_range"] == [1.1, 1.3]
+    assert rows["plain"]["tokens_per_second"] == 8 * serve.ANSWER / 2.0
+    assert rows["generate"]["tokens_per_second"] == 4 * serve.ANSWER / 8.0
+    assert rows["generate"]["cpu_ms_per_token"] == 1e3 * 8.0 / (4 * serve.ANSWER)
+    facts = dict(suite="serve", mode="C=8 compiled", size="small", E=8, R=16, dtype="float32", load=1.5)
+    facts |= dict(machine="m", threads=1, isa="avx2", torch="2", peft="0", commit="c", time="2026-01-01T00")
+    text = render.serve([row | facts for row in rows.values()], tmp_path)
+    assert (
+        "| 8 (compiled) | with routed experts | 98.5 | 1.20 [1.10–1.30] | 5.1 | 1.20 [1.10–1.30] | 650 | 325 |" in text
+    )
 
 
 def test_what_a_machine_is_held_to_has_a_file_of_its_own(monkeypatch):

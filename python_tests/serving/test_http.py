@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import socket
+import re
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import builders
 import pytest
 import torch
 import transformers
-from serving_cases import LINEARS, NAMES
-from tokenizers import Tokenizer, models, pre_tokenizers
+from server_cases import answer, said, server, tiny
+from serving_cases import NAMES
+
+import moerge_ext as moerge
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm", reason="needs vLLM: make test-serve")
 openai = pytest.importorskip("openai")
-
-START = 600  # seconds that a server may take on a slow machine
 
 
 @pytest.fixture(scope="module")
@@ -34,64 +32,15 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(root):
     """That of a running server."""
-    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, initializer_range=0.2))
-    model.float().save_pretrained(root / "model")
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 96)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-    fast.save_pretrained(root / "model")
-    experts = builders.random_experts(model, root / "experts", (*NAMES, "eel"), LINEARS)
-    experts.pop("eel")
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    ours = ["--model", str(root / "model"), "--experts", *map(str, experts.values()), "--methods", "arrow"]
-    ours += ["--live-experts", "1", "--routing-metrics", "--traces", "4"]
-    theirs = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny"]
-    words = [sys.executable, "-m", "moerge_ext", "serve", *ours, "--", *theirs, "--max-model-len", "256"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    environment.pop("VLLM_PLUGINS", None)
-    log = (root / "log").open("w")
-    server = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
-    try:
-        wait(port, server, root / "log")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def wait(port: int, server: subprocess.Popen, log) -> None:
-    end = time.monotonic() + START
-    while time.monotonic() < end:
-        assert server.poll() is None, log.read_text()[-4000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(2)
-    pytest.fail(f"no server after {START} s:\n" + log.read_text()[-4000:])
-
-
-def said(**routing) -> dict:
-    return {"vllm_xargs": {"moerge": json.dumps(routing)}}
+    ours = ["--methods", "arrow", "--live-experts", "1", "--routing-metrics", "--traces", "4"]
+    model, experts = tiny(root, NAMES, ("eel",))
+    with server(root, model, experts, ours) as (address, _):
+        yield address
 
 
 @pytest.fixture
 def client(address):
     return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
-
-
-def answer(client, **more) -> str:
-    asked = {"model": "tiny", "prompt": "w5 w6 w7 w8", "max_tokens": 8, "temperature": 0}
-    asked |= {key: more.pop(key) for key in list(more) if key in asked}
-    return client.completions.create(**asked, extra_body=more).choices[0].text
 
 
 def test_the_openai_client_and_what_it_may_say(client):
@@ -219,3 +168,57 @@ def test_metrics_count_what_was_routed(address, client):
     assert grown['moerge_tokens_total{method="given"}'] == grown['moerge_tokens_total{method="phatgoose"}'] == 7
     assert grown["moerge_routed_token_modules_total"] == 7 * 14
     assert sum(v for name, v in grown.items() if name.startswith("moerge_expert_weight")) == pytest.approx(7 * 14)
+
+
+def run(*words: str) -> str:
+    """What another program of this environment prints."""
+    made = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=900)
+    assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-4000:]
+    return made.stdout
+
+
+def test_lm_eval_scores_choices_as_the_patched_model_does(address, root, tmp_path):
+    """Its `local-completions`, on a multiple-choice task of its own: the same accuracy."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval: make test-serve")
+    choices, rows = [" w10", " w20 w21", " w30"], []
+    for i in range(24):
+        rows.append({"text": f"w{3 + i} w{90 - i} w{5 + 2 * i}", "choices": choices, "gold": i % 3})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task = {"task": "tiny", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/rows.json"}}}
+    task |= {"output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{text}}", "doc_to_target": "gold"}
+    task |= {"doc_to_choice": "{{choices}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(task))  # YAML holds JSON
+    said = f"model=tiny,base_url={address}/completions,tokenizer={root / 'model'},num_concurrent=4,max_length=256"
+    asked = ("run", "--model", "local-completions", "--model_args", said, "--tasks", "tiny")
+    run("-m", "lm_eval", *asked, "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"))
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    accuracy = json.loads(found.read_text())["results"]["tiny"]["acc,none"]
+    right = [best(root, row["text"], choices) == row["gold"] for row in rows]
+    assert accuracy == pytest.approx(sum(right) / len(right)) and 0 < accuracy < 1
+
+
+def best(root, text: str, choices: list[str]) -> int:
+    """The likeliest choice after a text by the patched model of transformers."""
+    model, tokenizer = patched(root)
+    values = []
+    for choice in choices:
+        start, whole = (tokenizer(part, return_tensors="pt").input_ids for part in (text, text + choice))
+        with torch.no_grad():
+            scores = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])
+        values.append(scores[start.shape[1] - 1 :].sum().item())
+    return values.index(max(values))
+
+
+@functools.cache
+def patched(root):
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
+    moerge.patch(model, moerge.load_experts([root / "experts" / name for name in NAMES]))
+    return model, transformers.AutoTokenizer.from_pretrained(root / "model")
+
+
+def test_vllm_bench_serve(address, root):
+    length = ("--random-input-len", "16", "--random-output-len", "8", "--num-prompts", "24", "--max-concurrency", "8")
+    said = ("--base-url", address.removesuffix("/v1"), "--model", "tiny", "--tokenizer", str(root / "model"))
+    way = ("-m", "moerge_ext.serving.vllm.launch", "bench", "serve", "--backend", "openai", "--dataset-name", "random")
+    printed = run(*way, *said, *length)
+    assert re.search(r"Successful requests: +24\b", printed), printed
