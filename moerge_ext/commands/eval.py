@@ -14,7 +14,7 @@ from ..files.atomic import check_can_write
 from ..methods import METHODS
 from ..methods.fixed import PREFIX
 from .ensemble_options import build_answerers, deciding_answerers
-from .expert_options import gates_of, load_bank, routers_of, with_routers
+from .expert_options import gates_of, load_bank, placed, placing_of, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -25,6 +25,8 @@ from .options import (
     similar_of_task,
 )
 from .prompt_options import prompt_of
+from .results import check_results, keep_arguments
+from .training_options import add_overwrite
 
 ABLATED = ("glider", "glider_code")
 ALONE = Run(MULTITASK, PREFIX + MULTITASK)
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("moerge-eval"),
         help="answers, tables, chart (default: %(default)s)",
     )
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
     check_experts(args, texts)
+    check_results(args, "results.json", grows=("methods", "tasks", "ablation", "multitask"))
 
     from .. import load_experts
     from ..evaluation.evaluate import check_routers, evaluate
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names, args.top_k)
-    runs = with_routers(runs, trained)
+    runs = placed(with_routers(runs, trained), args)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
@@ -108,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     check_routers(runs, routers)
     model, tokenizer = loaded()
     if one is not None:
-        check_patch(model, one, ALONE.method)
+        check_patch(model, one, ALONE.method, **placing_of(args))
     options = {"output": args.output, "progress": not args.no_progress}
     answerers = build_answerers(args, runs, tasks, model, tokenizer)
     answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole_models(args, runs)
@@ -116,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
     scores = evaluate(model, tokenizer, experts, runs, tasks, settings, **given, **options) if runs else []
     scores += derive(scores, derived)
     if one is not None:
-        scores += evaluate(model, tokenizer, one, [ALONE], tasks, settings, **options)
-    tell(args, scores, derived, write(scores, args.output))
+        scores += evaluate(model, tokenizer, one, placed([ALONE], args), tasks, settings, **options)
+    tell(args, scores, derived, [*write(scores, args.output), keep_arguments(args)])
     return 0
 
 

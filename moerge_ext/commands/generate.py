@@ -14,7 +14,17 @@ from ..files.examples import Example
 from ..files.rows import read_prompts
 from ..methods.base import Method
 from ..methods.option_text import ALL, parse_option, top_k
-from .expert_options import add_experts, add_gates, add_routers, gates_of, load_bank, routers_of
+from .expert_options import (
+    add_experts,
+    add_gates,
+    add_placing,
+    add_routers,
+    add_selection,
+    gates_of,
+    load_bank,
+    placing_of,
+    routers_of,
+)
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
@@ -59,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace", action="store_true", help="tell afterwards which experts were used")
     add("--instruction", metavar="TEXT", help="what {instruction} in --template stands for; {input} is the prompt")
     add_prompt(parser)
+    add_selection(parser)
+    add_placing(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
@@ -99,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if method.decodes:
         answer_together(args, experts, model, tokenizer, rows, asked, kwargs, options)
         return 0
-    handle = patch(model, experts, method.name, backend=args.backend, **options)
+    handle = patch(model, experts, method.name, backend=args.backend, **placing_of(args), **options)
     if method.source is not None:
         handle.router = build_routers(args, experts, [method.name], lambda: (model, tokenizer))[method.router]
     if args.prompts is None and not args.json:

@@ -17,7 +17,7 @@ from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
 from ..queries.hidden import GENERIC, base_name
 from ..queries.writer import InstructionWriter
-from .expert_options import add_experts, add_gates, add_routers
+from .expert_options import add_experts, add_gates, add_placing, add_routers, add_selection
 from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
 from .query_router_options import add_query_routers, trained_routers
@@ -221,6 +221,8 @@ def add_tasks_and_model(parser: argparse.ArgumentParser, *, experts: bool = True
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add_progress(parser)
     add_prompt(parser)
+    add_selection(parser)
+    add_placing(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
