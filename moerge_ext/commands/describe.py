@@ -16,6 +16,7 @@ from ..queries.describe import EXAMPLES, describe, draw
 from ..queries.embedder import Embedder
 from ..queries.hidden import base_name
 from ..queries.index import index_examples, index_file
+from .needs import embedder_problems
 from .options import add_embedder, add_writer, build_embedder, build_writer, check_writer
 from .progress import add_progress
 from .training_options import add_overwrite
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="of the models (default: %(default)s)")
     add_overwrite(parser)
     add_writer(parser)
-    add_embedder(parser, required=True)
+    add_embedder(parser)
     add_progress(parser)
 
 
@@ -86,10 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, describing: bool) -> None:
     """ValueError for arguments that do not go together."""
+    problems = embedder_problems(args) if args.hidden_layer is None else []
+    if args.hidden_layer is not None and not args.embedder:
+        problems.append("--embedder MODEL, which is the base model with --hidden-layer")
     if not describing and args.index is None:
-        raise ValueError(
-            "pass --examples FILE and --writer MODEL, or --instruction TEXT, or --examples FILE and --index N"
-        )
+        problems.append("--examples FILE and --writer MODEL, or --instruction TEXT, or --examples FILE and --index N")
+    if problems:
+        raise ValueError("pass " + "; and pass ".join(problems))
     if args.instruction is not None and (args.writer or (args.examples is not None and args.index is None)):
         raise ValueError("--instruction is used as it is: leave --writer out, and --examples unless there is --index")
     if args.index is not None and (args.index < 1 or args.examples is None):

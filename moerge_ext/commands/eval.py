@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     experts = load_bank(args)
+    tell_of_added(texts, experts.names)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names, args.top_k)
@@ -123,6 +125,18 @@ def run(args: argparse.Namespace) -> int:
         scores += evaluate(model, tokenizer, one, placed([ALONE], args), tasks, settings, **options)
     tell(args, scores, derived, [*write(scores, args.output), keep_arguments(args)])
     return 0
+
+
+def tell_of_added(texts: list[str], names: Sequence[str]) -> None:
+    """Say, before it takes its time, which rows are evaluated that nobody has named."""
+    derived = [text for text in texts if text in DERIVED]
+    added = [name for name in names if PREFIX + name not in texts]
+    if derived and added:
+        print(
+            f"{' and '.join(derived)}: made of the answers of every expert alone, so {len(added)} more rows are "
+            f"evaluated, {PREFIX}{added[0]}{' ...' if added[1:] else ''}, and are in the table",
+            flush=True,
+        )
 
 
 def check_experts(args: argparse.Namespace, texts: list[str]) -> None:

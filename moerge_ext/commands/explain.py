@@ -23,6 +23,7 @@ from .expert_options import (
     placing_of,
 )
 from .generate import check_method
+from .needs import check_needs
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_file
 from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     asked = form.prompt(row, tokenizer)
     check_length(asked, tokenizer, load_config(args.model), args.max_new_tokens)
     experts = load_bank(args)
+    check_needs(args, experts, [method])
     warn_of_other_prompts(experts, [form])
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **placing_of(args), **options)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..methods.option_text import parse_option
 from .expert_options import add_experts, add_gates, add_selection, gates_of, load_bank, pairs
+from .needs import DESCRIBE
 from .training_options import Training, add_data, add_training, check_finished, defaults, load, my_rows
 
 OBJECTIVE = ("balance", "z", "dropout", "sparsity", "train_experts")  # what only `train_routers` takes
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.output)
     experts = load_bank(args)
     check_data(get_method(args.method), experts.names, what.rows, own or None)
+    check_prompts(args, experts, options)
     model, tokenizer = load(args)
     shared = {"default": _defaults(args.method), "examples": max(map(len, [what.rows or [], *own.values()]))}
     shared |= {"method": args.method, "expert_data": own or None, "options": options, **what.shared(tokenizer)}
@@ -98,6 +100,23 @@ def run(args: argparse.Namespace) -> int:
     if what.ranks.first:
         print(f"use it with --methods {args.method} --routers {result.path} (moerge eval)")
     return 0
+
+
+def check_prompts(args: argparse.Namespace, experts: Any, options: dict[str, Any]) -> None:
+    """ValueError with all that a method lacks which reads what the task and the experts are for."""
+    from ..experts.kinds import INSTRUCTION
+    from ..methods import get_method
+
+    if get_method(args.method).learned.common is None:
+        return
+    problems = []
+    if not options.get("description"):
+        problems.append('--option description="...", a sentence of what the task asks for')
+    facts = experts.global_metadata.get(INSTRUCTION, {})
+    if lost := [name for name in experts.names if not facts.get(name, {}).get("instruction")]:
+        problems.append(f"an instruction of {', '.join(lost)}: `{DESCRIBE} --instruction TEXT`")
+    if problems:
+        raise ValueError(f"method '{args.method}' cannot be trained yet; it needs:\n- " + "\n- ".join(problems))
 
 
 def check(args: argparse.Namespace, options: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_from_answers_to_a_row_of_the_table(setup, tmp_path, capsys):
 def test_what_is_missing_is_said(setup, tmp_path, capsys):
     root, where = setup
     assert cli.main(evaluation(root, where, "zooter")) == 2
-    assert "pass --query-router DIR, made by `moerge train-query-router zooter`" in capsys.readouterr().err
+    assert "- --query-router DIR, made by `moerge train-query-router zooter`" in capsys.readouterr().err
     shutil.copytree(root / "out", tmp_path / "out")
     answers = tmp_path / "out" / "answers" / "one"
     (file,) = answers.glob("expert_bee.*")

@@ -106,7 +106,7 @@ def test_other_routers_give_other_answers(root, capsys):
         (("--method", "mole", *DATA, "--option", "routers=x"), "this command makes them"),
         (("--method", "mole", *DATA, "--expert-data", "a"), "--expert-data takes NAME=FILE"),
         (("--method", "mole", *DATA, "--dropout", "1.5"), "dropout must be in"),
-        (("--method", "pemt", *DATA), "needs description, a sentence of what the task asks for"),
+        (("--method", "pemt", *DATA), 'it needs:\n- --option description="...", a sentence of what the task asks for'),
         (("--method", "co_llm", *DATA, "--balance", "1"), "one gate, without balance"),
     ],
 )

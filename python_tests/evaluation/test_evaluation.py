@@ -375,8 +375,8 @@ def test_solved_examples_that_are_missing_are_named_before_the_first_answer(setu
     ("more", "text"),
     [
         ([], "nothing to evaluate: pass --methods"),
-        (["--methods", "glider"], "--embedder is needed"),
-        (["--methods", "ask_llm"], "ask_llm needs --writer"),
+        (["--methods", "glider"], "glider cannot route yet; it needs:\n- --embedder MODEL"),
+        (["--methods", "ask_llm"], "- --writer MODEL, the language model that picks the expert"),
         (["--methods", "given"], "method 'given' takes weights from you"),
         (["--methods", "base", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--methods", "base", "--calibrate", "x"], "--calibrate is for glider"),
