@@ -13,7 +13,9 @@ from contextlib import contextmanager
 
 # what a message says: what the shell says; in this order
 WORDS = (
-    (r"\b[a-z_]+(?:=(?:[\w.\"']+|\{[^{}]*\}))? \((--[a-z][^()]*)\)", r"\1"),  # both are named
+    # both are named: an argument with its value, or by its name alone
+    (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\})|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
+    (r"\b([a-z]+) \((--\1\b[^():;]*)\)", r"\2"),
     (r"\(output_dir, (--output DIR)\)", r"(\1)"),
     (r"load_experts\(\.\.\., gates=\{name: DIR\}\) or --gates", "--gates"),
     (r"(`moerge [^`]+`) or moerge_ext\.\w+\([^()]*\)", r"\1"),

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
     random_experts(model, tmp_path, ["a", "b"], ["q_proj"])
     for task in ("one", "two"):
         (tmp_path / task).mkdir()
-        rows = [{"input": f"{c}:", "target": c} for c in "abcdef"]
+        rows = [{"input": f"copy {c}:", "target": c} for c in "abcdef"]
         (tmp_path / task / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -40,7 +40,7 @@ def run(words: str) -> int:
 
 
 TRAINING = "--data one/test.jsonl --device cpu --no-progress --steps 1"
-WAY_OUT = "is there already: pass --overwrite to replace it, or name another --output"
+WAY_OUT = "is there already: pass --overwrite to replace it, or name another folder (--output)"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_whole_model_is_never_replaced(folder, capsys, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
     for words in (f"train-mix model {TRAINING} --output model", f"train-calm model model {TRAINING} --output model"):
         assert run(words) == 2
-        assert "model/config.json is there already: name another --output" in capsys.readouterr().err
+        assert "model/config.json is there already: name another folder (--output)" in capsys.readouterr().err
 
 
 EVAL = "eval --model model --experts a b --no-progress --output out --tasks"

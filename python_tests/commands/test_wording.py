@@ -69,6 +69,7 @@ def test_no_message_of_a_command_speaks_python():
     ("text", "shown"),
     [
         ("resume=True (--resume) goes on from it", "--resume goes on from it"),
+        ("pass data (--data) of other rows (--tasks: a there)", "pass --data of other rows (--tasks: a there)"),
         ("say where to write (output_dir, --output DIR)", "say where to write (--output DIR)"),
         ("load_experts(..., rename={'a.b': 'c'}) if it is", "--rename a.b=c if it is"),
         ('patch(..., missing="drop") leaves it out', "--missing drop leaves it out"),
