@@ -53,11 +53,22 @@ def embedder(monkeypatch):
 
 
 def evaluation(root, where, methods, *more):
-    return ["eval", "--model", str(root / "model"), *where, "--methods", methods, "--output", str(root / "out"), *more]
+    return [
+        "eval",
+        "--overwrite",
+        "--model",
+        str(root / "model"),
+        *where,
+        "--methods",
+        methods,
+        "--output",
+        str(root / "out"),
+        *more,
+    ]
 
 
 def training(root, where, kind, *more):
-    common = ["train-query-router", kind, *where, "--output", str(root / kind), "--embedder", "bag"]
+    common = ["train-query-router", kind, "--overwrite", *where, "--output", str(root / kind), "--embedder", "bag"]
     return [*common, "--no-progress", *more]
 
 

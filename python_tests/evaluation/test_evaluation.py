@@ -260,7 +260,7 @@ def test_derived_baselines():
 
 def command(setup, tmp_path, *more):
     root, _, _, folders, tasks = setup
-    words = ["eval", "--model", root / "model", "--experts", *folders.values(), "--tasks", *tasks]
+    words = ["eval", "--overwrite", "--model", root / "model", "--experts", *folders.values(), "--tasks", *tasks]
     return cli.main(
         [str(w) for w in [*words, "--output", tmp_path / "out", "--no-progress", "--max-new-tokens", 3, *more]]
     )
