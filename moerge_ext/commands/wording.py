@@ -38,7 +38,7 @@ WORDS = (
     (r"call calibrate_threshold\([^()]*\), or pass threshold=\.\.\.", "pass --calibrate DIR or the option threshold"),
     (r"\b(\w+)=\"(\w+)\"", r"\1=\2"),  # an option of a method
     (r"Leave `with handle\.disabled\(\):`, and choose", "Choose"),
-    (r"(?<![\w-])(lr|steps|accumulate|rank|alpha|balance|z|sparsity|dropout|samples|seed) must", r"--\1 must"),
+    (r"(?<![\w-])(lr|steps|epochs|accumulate|rank|alpha|balance|z|sparsity|dropout|samples|seed) must", r"--\1 must"),
     (r"\bTrue or False\b", "true or false"),
     (r"(?<!')\bNone\b(?!')", "none"),
 )
