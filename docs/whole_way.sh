@@ -37,7 +37,7 @@ methods=base,merged,phatgoose,arrow_phatgoose,oracle_dataset,best_individual
 text=()
 if [ -n "${EMBEDDER:-}" ]; then
   for task in "$@"; do
-    $moerge describe --adapter "$output/experts/$task" --examples "$tasks/$task/train.jsonl" --index 100 \
+    $moerge describe --adapter "$output/experts/$task" --examples "$tasks/$task/train.jsonl" --index 100 --overwrite \
       --embedder "$EMBEDDER" --instruction "$(instruction "$task")"
   done
   methods+=,retrieval,glider_code

@@ -108,7 +108,8 @@ def generators():
 
 
 def quiet(**options):
-    return {"progress": False, "steps": 6, **options}
+    """Options of a short training, which replaces what an earlier one has made."""
+    return {"progress": False, "steps": 6, "overwrite": True, **options}
 
 
 class Killed(Exception):

@@ -21,7 +21,7 @@ def batches(count: int = 3) -> list[dict[str, Tensor]]:
 
 def trained(model: nn.Module, experts: moerge.ExpertBank, folder, method: str, data=None, **options) -> Routers:
     """Routers after a few steps at a high rate."""
-    training = {"steps": 8, "lr": 0.05, "progress": False} | options
+    training = {"steps": 8, "lr": 0.05, "progress": False, "overwrite": True} | options
     result = moerge.train_routers(model, experts, data or batches(), folder, method=method, **training)
     return moerge.read_routers(result.path)
 

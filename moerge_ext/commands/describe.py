@@ -6,15 +6,20 @@ import argparse
 from pathlib import Path
 
 from ..experts.formats import inspect_adapter
+from ..experts.gates import gates_file
 from ..experts.hub import find_adapter, output_folder
+from ..experts.kinds import INSTRUCTION
 from ..files.atomic import check_can_write
+from ..files.kept import check_replaced
 from ..files.rows import read_rows
 from ..queries.describe import EXAMPLES, describe, draw
 from ..queries.embedder import Embedder
 from ..queries.hidden import base_name
-from ..queries.index import index_examples
+from ..queries.index import index_examples, index_file
+from .needs import embedder_problems
 from .options import add_embedder, add_writer, build_embedder, build_writer, check_writer
 from .progress import add_progress
+from .training_options import add_overwrite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="where to write (default: the adapter's folder)")
     add("--device", default="cpu", help="of the models (default: %(default)s)")
+    add_overwrite(parser)
     add_writer(parser)
-    add_embedder(parser, required=True)
+    add_embedder(parser)
     add_progress(parser)
 
 
@@ -51,11 +57,16 @@ def run(args: argparse.Namespace) -> int:
     describing = args.instruction is not None or bool(args.writer)
     check(args, describing)
     inspect_adapter(*find_adapter(args.adapter))
-    check_can_write(output_folder(args.adapter, args.output))
+    target = output_folder(args.adapter, args.output)
+    check_can_write(target)
+    if describing:
+        check_replaced(gates_file(target, INSTRUCTION), overwrite=args.overwrite)
     rows = read_rows(args.examples, text=True) if args.examples is not None else []
     if args.writer:  # they are looked at before a model is read
         draw(rows, args.count, args.seed)
     embedder = build_embedder(args, args.device) if args.hidden_layer is None else base_embedder(args)
+    if args.index is not None:
+        check_replaced(target / index_file(embedder.name), overwrite=args.overwrite)
     if describing:
         made = describe(
             args.adapter,
@@ -76,10 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, describing: bool) -> None:
     """ValueError for arguments that do not go together."""
+    problems = embedder_problems(args) if args.hidden_layer is None else []
+    if args.hidden_layer is not None and not args.embedder:
+        problems.append("--embedder MODEL, which is the base model with --hidden-layer")
     if not describing and args.index is None:
-        raise ValueError(
-            "pass --examples FILE and --writer MODEL, or --instruction TEXT, or --examples FILE and --index N"
-        )
+        problems.append("--examples FILE and --writer MODEL, or --instruction TEXT, or --examples FILE and --index N")
+    if problems:
+        raise ValueError("pass " + "; and pass ".join(problems))
     if args.instruction is not None and (args.writer or (args.examples is not None and args.index is None)):
         raise ValueError("--instruction is used as it is: leave --writer out, and --examples unless there is --index")
     if args.index is not None and (args.index < 1 or args.examples is None):

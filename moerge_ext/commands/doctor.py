@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..native.health import examine
-from .expert_options import add_gates, gates_of, load_bank
+from .expert_options import add_gates, add_placing, add_selection, gates_of, load_bank, placing_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", default="arrow", help="with --model (default: %(default)s, which needs no gates)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
+    add_selection(parser)
+    add_placing(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,4 +51,4 @@ def ways(args: argparse.Namespace) -> str:
     experts = load_bank(args)
     model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
     options = {"top_k": min(4, len(experts))} if args.method == "arrow" else {}
-    return str(patch(model, experts, args.method, **options).explain())
+    return str(patch(model, experts, args.method, **placing_of(args), **options).explain())

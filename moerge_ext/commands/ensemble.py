@@ -15,6 +15,8 @@ from .ensemble_options import (
     read_config,
     read_questions,
 )
+from .results import check_results, keep_arguments
+from .training_options import add_overwrite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--single-label-router", type=Path, metavar="DIR", help="from `moerge train-router --single-label`")
     add("--top-k", type=int, nargs="+", metavar="K", help="experts mixed (default: 1 .. 4, or as many as there are)")
     add("--output", type=Path, metavar="DIR", default=Path("moerge-ensemble"), help="(default: %(default)s)")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """The table, the plot, and the best ensemble against the best expert; returns the exit status."""
     check_can_write(args.output)
+    check_results(args, "results.json")
     questions = read_questions(args)
 
     from rich.console import Console
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             answer_after=config.answer_after,
             **answering(args, config),
         )
-    paths = [args.output / ITEMS, *write(scores, args.output)]
+    paths = [args.output / ITEMS, *write(scores, args.output), keep_arguments(args)]
     mixed = max((f"{MIXED}{k}" for k in top_ks), key=lambda name: macro(scores, name))
     best = max(ensemble.names, key=lambda name: macro(scores, name))
     mean, low, high = macro_difference(scores, mixed, best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..methods import METHODS
 from ..methods.fixed import PREFIX
 from .engine_options import BATCH, TORCH, add_engine, check_engine, check_runs_of, engine_answerers, outline
 from .ensemble_options import build_answerers, deciding_answerers
-from .expert_options import gates_of, load_bank, routers_of, with_routers
+from .expert_options import gates_of, load_bank, placed, placing_of, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -26,6 +27,8 @@ from .options import (
     similar_of_task,
 )
 from .prompt_options import prompt_of
+from .results import check_results, keep_arguments
+from .training_options import add_overwrite
 
 ABLATED = ("glider", "glider_code")
 ALONE = Run(MULTITASK, PREFIX + MULTITASK)
@@ -70,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="answers, tables, chart (default: %(default)s)",
     )
     add_engine(parser)
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
     check_experts(args, texts)
+    check_results(args, "results.json", grows=("methods", "tasks", "ablation", "multitask"))
 
     from .. import load_experts
     from ..evaluation.asked_routers import check_routers
@@ -100,10 +105,11 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     experts = load_bank(args)
+    tell_of_added(texts, experts.names)
     if args.ablation:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names, args.top_k)
-    runs = with_routers(runs, trained)
+    runs = placed(with_routers(runs, trained), args)
     if args.engine != TORCH:
         check_runs_of(runs)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
@@ -115,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     check_routers(runs, routers)
     model, tokenizer = loaded()
     if one is not None:
-        check_patch(model, one, ALONE.method)
+        check_patch(model, one, ALONE.method, **placing_of(args))
     options = {"output": args.output, "progress": not args.no_progress}
     if args.engine == TORCH:
         answerers = build_answerers(args, runs, tasks, model, tokenizer)
@@ -126,9 +132,21 @@ def run(args: argparse.Namespace) -> int:
     scores = evaluate(model, tokenizer, experts, runs, tasks, settings, **given, **options) if runs else []
     scores += derive(scores, derived)
     if one is not None:
-        scores += evaluate(model, tokenizer, one, [ALONE], tasks, settings, **options)
-    tell(args, scores, derived, write(scores, args.output))
+        scores += evaluate(model, tokenizer, one, placed([ALONE], args), tasks, settings, **options)
+    tell(args, scores, derived, [*write(scores, args.output), keep_arguments(args)])
     return 0
+
+
+def tell_of_added(texts: list[str], names: Sequence[str]) -> None:
+    """Say, before it takes its time, which rows are evaluated that nobody has named."""
+    derived = [text for text in texts if text in DERIVED]
+    added = [name for name in names if PREFIX + name not in texts]
+    if derived and added:
+        print(
+            f"{' and '.join(derived)}: made of the answers of every expert alone, so {len(added)} more rows are "
+            f"evaluated, {PREFIX}{added[0]}{' ...' if added[1:] else ''}, and are in the table",
+            flush=True,
+        )
 
 
 def check_experts(args: argparse.Namespace, texts: list[str]) -> None:

@@ -24,6 +24,50 @@ def add_experts(parser: Any, *, required: bool = True) -> None:
     )
 
 
+def add_selection(parser: Any) -> None:
+    """Declare what `load_bank` takes of --experts."""
+    add = parser.add_argument_group("what is taken of the experts").add_argument
+    add("--names", nargs="+", action="extend", metavar="NAME", help="only these of --experts, in this order")
+    add("--modules", metavar="PATTERN", help="only these modules of theirs: a regular expression (default: all)")
+    add(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="a part OLD of the modules' paths, between dots, is NEW on this model; repeatable",
+    )
+    add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
+
+
+def selection_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load_experts` takes of `add_selection`, but for the type."""
+    return {"names": args.names, "modules": args.modules, "rename": pairs(args.rename, "--rename", "NEW") or None}
+
+
+def add_placing(parser: Any) -> None:
+    """Declare how experts are put on a model that they do not quite fit."""
+    add = parser.add_argument_group("where experts and model differ").add_argument
+    add(
+        "--missing",
+        choices=("error", "drop"),
+        default="error",
+        help="modules that the model does not have are an error, or left out with a warning (default: %(default)s)",
+    )
+    add(
+        "--absent",
+        choices=("mask", "base"),
+        default="mask",
+        help="in a module that not every expert has only those that have it compete, or the others too, adding zero "
+        "(default: %(default)s)",
+    )
+
+
+def placing_of(args: argparse.Namespace) -> dict[str, str]:
+    """What `patch` takes of `add_placing`, where it is not its own default."""
+    given = {"missing": args.missing, "absent": args.absent}
+    return {name: value for name, value in given.items() if value not in ("error", "mask")}
+
+
 def add_gates(parser: Any) -> None:
     """Declare --gates."""
     parser.add_argument(
@@ -61,6 +105,11 @@ def routers_of(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def placed(runs: list[Run], args: argparse.Namespace) -> list[Run]:
+    """The runs, on a model that the experts do not quite fit, as `add_placing` says."""
+    return [run if run.method is None else replace(run, placing=placing_of(args)) for run in runs]
+
+
 def with_routers(runs: list[Run], routers: dict[str, Any]) -> list[Run]:
     """The runs, those of trained methods with their routers. ValueError for a run without, and a file without a run."""
     from ..methods import get_method
@@ -93,8 +142,11 @@ def pairs(texts: list[str], option: str, value: str) -> dict[str, str]:
 
 def load_bank(args: argparse.Namespace) -> ExpertBank:
     """The experts of --experts with the gates of --gates, for --model; an empty bank where none may be given."""
+    import torch
+
     from ..experts.bank import ExpertBank, load_experts
 
     if not args.experts:
         return ExpertBank((), {})
-    return load_experts(args.experts, base=args.model, gates=gates_of(args))
+    dtype = args.expert_dtype and getattr(torch, args.expert_dtype)
+    return load_experts(args.experts, dtype, base=args.model, gates=gates_of(args), **selection_of(args))

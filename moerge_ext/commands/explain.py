@@ -11,8 +11,19 @@ from typing import Any
 
 from ..methods.option_text import top_k
 from ..models.prompt import Prompt
-from .expert_options import add_experts, add_gates, add_routers, gates_of, load_bank
+from ..models.stored import MODEL_CONFIG
+from .expert_options import (
+    add_experts,
+    add_gates,
+    add_placing,
+    add_routers,
+    add_selection,
+    gates_of,
+    load_bank,
+    placing_of,
+)
 from .generate import check_method
+from .needs import check_needs
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_file
 from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
@@ -50,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--instruction", metavar="TEXT", help="what {instruction} in --template stands for; {input} is the prompt")
     add_progress(parser)
     add_prompt(parser)
+    add_selection(parser)
+    add_placing(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
@@ -59,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status; ValueError and OSError for what the user can mend."""
+    check_order(args)
     method, options = check_method(args)
     gates_of(args)
     if method.routing is None:
@@ -81,9 +95,10 @@ def run(args: argparse.Namespace) -> int:
     asked = form.prompt(row, tokenizer)
     check_length(asked, tokenizer, load_config(args.model), args.max_new_tokens)
     experts = load_bank(args)
+    check_needs(args, experts, [method])
     warn_of_other_prompts(experts, [form])
     model = load_model(args.model, dtype=args.dtype, device=device)
-    handle = patch(model, experts, method.name, backend=args.backend, **options)
+    handle = patch(model, experts, method.name, backend=args.backend, **placing_of(args), **options)
     rows = nullcontext()
     if method.source is not None:
         routers = build_routers(args, experts, [method.name], lambda: (model, tokenizer))
@@ -94,6 +109,23 @@ def run(args: argparse.Namespace) -> int:
         )
     _show(args, found)
     return 0
+
+
+def check_order(args: argparse.Namespace) -> None:
+    """ValueError for MODEL and PROMPT in the order of `moerge generate`, whose prompt comes first."""
+    if is_model(args.prompt) and not is_model(args.model):
+        raise ValueError(
+            f"PROMPT is the folder of a model, {args.prompt!r}, and MODEL is none, {args.model!r}: swapped? It is "
+            f"`moerge explain MODEL PROMPT`"
+        )
+
+
+def is_model(text: str) -> bool:
+    """Whether a folder of this name holds a model."""
+    try:
+        return (Path(text) / MODEL_CONFIG).is_file()
+    except OSError:  # a text too long for a name
+        return False
 
 
 def check_length(asked: Prompt, tokenizer: Any, config: Any, max_new_tokens: int) -> None:

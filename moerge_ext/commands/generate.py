@@ -7,18 +7,32 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.runs import BASE, DERIVED, MULTITASK, PELMO, WHOLE
 from ..files.examples import Example
 from ..files.rows import read_prompts
 from ..methods.base import Method
 from ..methods.option_text import ALL, parse_option, top_k
-from .expert_options import add_experts, add_gates, add_routers, gates_of, load_bank, routers_of
+from .expert_options import (
+    add_experts,
+    add_gates,
+    add_placing,
+    add_routers,
+    add_selection,
+    gates_of,
+    load_bank,
+    placing_of,
+    routers_of,
+)
+from .needs import check_needs
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
 
+METHOD = "phatgoose"  # when nobody says which
 NEW_TOKENS = 128  # of an answer, when nobody says how many
 
 
@@ -37,14 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help='JSON lines {"row", "prompt", "text"}, with --trace also "experts"')
     add("--batch-size", type=int, default=16, help="of --prompts (default: %(default)s)")
     add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
-    add_experts(parser)
+    add_experts(parser, required=False)
     add_gates(parser)
     add_routers(parser)
     add(
         "--method",
-        default="phatgoose",
-        help="a row of `moerge methods`, or expert:<name> (default: %(default)s, for experts with trained gates; arrow "
-        "needs none)",
+        help=f"a row of `moerge methods`, expert:<name>, or {BASE} (default: {METHOD}, for experts with trained gates; "
+        f"arrow needs none; without --experts {BASE}, the model alone)",
     )
     add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")
     add(
@@ -59,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trace", action="store_true", help="tell afterwards which experts were used")
     add("--instruction", metavar="TEXT", help="what {instruction} in --template stands for; {input} is the prompt")
     add_prompt(parser)
+    add_selection(parser)
+    add_placing(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)
@@ -69,9 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status; ValueError and OSError for what the user can mend."""
     # all that can be refused is refused before the model is read
-    method, options = check_method(args)
+    alone = check_alone(args)
+    method, options = (None, {}) if alone else check_method(args)
     check_decoding(args)
-    if args.sample and method.decodes:
+    if args.sample and not alone and method.decodes:
         raise ValueError(f"--sample: method '{method.name}' decodes greedily")
     gates_of(args)
 
@@ -90,23 +106,59 @@ def run(args: argparse.Namespace) -> int:
     from .. import patch
     from ..experts.prompt_notes import warn_of_other_prompts
 
-    experts = load_bank(args)
-    warn_of_other_prompts(experts, [form.seen_in(rows)])
+    if not alone:
+        experts = load_bank(args)
+        check_needs(args, experts, [method])
+        warn_of_other_prompts(experts, [form.seen_in(rows)])
     model = load_model(args.model, dtype=args.dtype, device=device)
     kwargs: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": args.sample}
     if args.temperature is not None:
         kwargs["temperature"] = args.temperature
-    if method.decodes:
+    if alone:
+        handle = Alone(model)
+    elif method.decodes:
         answer_together(args, experts, model, tokenizer, rows, asked, kwargs, options)
         return 0
-    handle = patch(model, experts, method.name, backend=args.backend, **options)
-    if method.source is not None:
-        handle.router = build_routers(args, experts, [method.name], lambda: (model, tokenizer))[method.router]
+    else:
+        handle = patch(model, experts, method.name, backend=args.backend, **placing_of(args), **options)
+        if method.source is not None:
+            handle.router = build_routers(args, experts, [method.name], lambda: (model, tokenizer))[method.router]
     if args.prompts is None and not args.json:
         stream(args, handle, tokenizer, rows[0], asked[0], kwargs)
     else:
         answer_all(args, handle, tokenizer, rows, asked, kwargs)
     return 0
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A model without experts, where a handle is expected."""
+
+    model: Any
+    router: Any = None
+
+
+def check_alone(args: argparse.Namespace) -> bool:
+    """Whether the model answers without experts; ValueError for a method that is for something else."""
+    method = (BASE if not args.experts else METHOD) if args.method is None else args.method
+    if method.startswith(WHOLE):
+        raise ValueError(
+            f"--method {method} is a row of `moerge eval`: here another model is --model "
+            f"{method.removeprefix(WHOLE) or 'DIR'}, without --experts"
+        )
+    if method.startswith(PELMO) or method in (*DERIVED, MULTITASK):
+        raise ValueError(f"--method {method} is a row of `moerge eval`: expected a row of `moerge methods`, or {BASE}")
+    if method != BASE:
+        if not args.experts:
+            raise ValueError(
+                f"method '{method}' needs --experts DIR ...; without them only {BASE} answers, the model alone"
+            )
+        args.method = method
+        return False
+    routing = ("gates", "routers", "top_k", "option", "trace", "query_router")
+    if given := [f"--{name.replace('_', '-')}" for name in routing if getattr(args, name)]:
+        raise ValueError(f"method '{BASE}', the model alone, routes nothing: leave {', '.join(given)} out")
+    return True
 
 
 def rows_of(args: argparse.Namespace) -> list[Example]:
@@ -266,25 +318,14 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
             f"method '{method.name}' searches its weights with solved examples of a task: use `moerge eval`, or "
             "moerge_ext.lorahub(model, experts, data) in Python"
         )
-    if method.bias is not None and (lack := lacking(method, args)):
-        raise ValueError(f"method '{method.name}' {lack}")
+    if method.bias is not None and method.source is None:
+        raise ValueError(
+            f"method '{method.name}' takes weights from you: run it from Python inside `with "
+            "handle.affinities(weights):`"
+        )
     if args.trace and not (method.routes or method.decodes):
         raise ValueError(f"--trace: method '{method.name}' routes nothing; leave --trace out")
     return method, options
-
-
-def lacking(method: Method, args: argparse.Namespace) -> str | None:
-    """What a method that routes by the query's text needs beside the arguments; None for nothing."""
-    if method.source is None:
-        return "takes weights from you: run it from Python inside `with handle.affinities(weights):`"
-    if method.router in ("instruction", "examples") and not args.embedder:
-        return (
-            "needs the affinity of the query to every expert: pass the --embedder that the experts were described or "
-            "indexed with, or run it from Python inside `with handle.affinities(scores):`"
-        )
-    if method.router == "ask" and not args.writer:
-        return "needs --writer, the language model that picks the expert"
-    return None
 
 
 def check_decoding(args: argparse.Namespace) -> None:
@@ -296,7 +337,7 @@ def check_decoding(args: argparse.Namespace) -> None:
     if args.prompt is None and args.prompts is None:
         raise ValueError(
             "no prompt: put it first, or after another option than --experts, which takes everything up to the next "
-            f"option (its last one is {args.experts[-1]!r}); "
+            f"option{f' (its last one is {args.experts[-1]!r})' if args.experts else ''}; "
             'such as: moerge generate "prompt" --model DIR --experts DIR DIR; many prompts: --prompts FILE'
         )
     if args.temperature is not None and not args.sample:

@@ -14,7 +14,7 @@ from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
-from .expert_options import gates_of, load_bank, routers_of, with_routers
+from .expert_options import gates_of, load_bank, placed, routers_of, with_routers
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -26,6 +26,8 @@ from .options import (
     similar_of_task,
 )
 from .prompt_options import prompt_of
+from .results import check_results, keep_arguments
+from .training_options import add_overwrite
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
 
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--html", type=Path, metavar="FILE", help="both views as one page with zoom that opens offline (needs plotly)")
     add("--output", type=Path, metavar="DIR", default=Path("moerge-inspect"), help="where to (default: %(default)s)")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     check_writer(args)
     gates_of(args)
     check_can_write(args.output)
+    check_results(args, "inspect.json", grows=("methods", "tasks"))
     check_matplotlib()
     if args.html is not None:
         check_plotly()
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     experts = load_bank(args)
     runs, derived = parse_runs(methods, experts.names, args.top_k)
-    runs = with_routers(runs, routers_of(args))
+    runs = placed(with_routers(runs, routers_of(args)), args)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
     loaded = cache(partial(load, args))
@@ -113,6 +117,7 @@ def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], 
     write_atomically(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
     made = args.output / "composition.md"
     write_atomically(made, lambda file: file.write_text(made_of, encoding="utf-8"))
+    keep_arguments(args)
     table = Table(*COLUMNS)
     for row in rows:
         table.add_row(*(Text(_text(row[column])) for column in COLUMNS))

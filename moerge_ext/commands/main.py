@@ -11,6 +11,7 @@ from importlib import import_module
 
 from .._version import __version__
 from .progress import bars
+from .wording import plain_warnings, said
 
 # command: (the module with its `add_arguments` and `run`, what it does); imported when it is called
 COMMANDS = {
@@ -51,7 +52,7 @@ FOREIGN = ("lm-eval",)  # commands whose arguments are those of another program
 
 
 def _run(args: argparse.Namespace) -> int:
-    with bars(shown=not getattr(args, "no_progress", False)):
+    with plain_warnings(vars(args)), bars(shown=not getattr(args, "no_progress", False)):
         return import_module(COMMANDS[args.command][0], __package__).run(args)
 
 
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except (ValueError, OSError, ImportError) as error:  # ImportError: an optional library is missing
         what = "standard output cannot be written: " if _output_is_lost(error) else ""
-        print(f"moerge {args.command}: {what}{error}", file=sys.stderr)
+        print(f"moerge {args.command}: {what}{said(str(error), vars(args))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"moerge {args.command}: interrupted", file=sys.stderr)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from .progress import add_progress
-from .train_expert import targets_of
-from .training_options import defaults, range_problems
+from .train_expert import check_named, targets_of
+from .training_options import add_overwrite, check_finished, defaults, range_problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=default["seed"], help="of its A; B is zero (default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
+    add_overwrite(parser)
     add_progress(parser)
 
 
@@ -35,15 +36,15 @@ def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     if problems := range_problems(args):
         raise ValueError("; ".join(problems))
-    if (args.output / "adapter_config.json").exists():
-        raise ValueError(f"{args.output} holds an expert: a new one would overwrite it; choose another --output")
 
     from ..files.atomic import check_writable
     from ..models.pretrained import load_model, usable_device
-    from ..training.experts import new_expert
+    from ..training.experts import WEIGHTS, new_expert
 
+    check_finished(args, args.output / WEIGHTS)
+    check_named(args)
     check_writable(args.output)
-    options = {"rank": args.rank, "alpha": args.alpha, "seed": args.seed}
+    options = {"rank": args.rank, "alpha": args.alpha, "seed": args.seed, "overwrite": args.overwrite}
     if args.target_modules:
         options["target_modules"] = targets_of(args.target_modules)
     model = load_model(args.model, dtype=args.dtype, device=usable_device("cpu"))

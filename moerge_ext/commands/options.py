@@ -15,9 +15,10 @@ from ..files.rows import read_rows, read_text
 from ..methods.base import HIDDEN_STATES
 from ..methods.option_text import top_k
 from ..queries.embedder import Embedder
-from ..queries.hidden import GENERIC, base_name
+from ..queries.hidden import base_name
 from ..queries.writer import InstructionWriter
-from .expert_options import add_experts, add_gates, add_routers
+from .expert_options import add_experts, add_gates, add_placing, add_routers, add_selection
+from .needs import check_needs, embedder_problems
 from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
 from .query_router_options import add_query_routers, trained_routers
@@ -26,10 +27,10 @@ HIDDEN_LAYER = -2  # DAM: the penultimate one
 KEY = "OPENAI_API_KEY"  # the environment variable that clients of such servers read
 
 
-def add_embedder(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+def add_embedder(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the embedder."""
     add = parser.add_argument_group("embedder").add_argument
-    add("--embedder", metavar="MODEL", required=required, help="a sentence-transformers model: hub id or folder")
+    add("--embedder", metavar="MODEL", help="a sentence-transformers model: hub id or folder")
     add(
         "--mean-pool",
         action="store_true",
@@ -77,15 +78,10 @@ def add_similar(parser: argparse.ArgumentParser, *, of_task: str = "") -> None:
 
 def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
     """The embedder of the arguments; ValueError without one."""
-    if not args.embedder:
-        raise ValueError("--embedder is needed: a sentence-transformers model, or with --mean-pool any encoder")
-    name = args.embedder_name
-    if name is None and Path(args.embedder).is_dir() and Path(args.embedder).name in GENERIC:
-        raise ValueError(
-            f"--embedder {args.embedder} does not say which model it is: pass --embedder-name, such as all-MiniLM-L6-v2"
-        )
+    if problems := embedder_problems(args):
+        raise ValueError(f"this needs {problems[0]}")
     make = Embedder.from_transformers if args.mean_pool else Embedder.from_sentence_transformers
-    return make(args.embedder, name=name, prefix=args.embedder_prefix, device=device)
+    return make(args.embedder, name=args.embedder_name, prefix=args.embedder_prefix, device=device)
 
 
 def check_writer(args: argparse.Namespace) -> None:
@@ -145,12 +141,12 @@ def build_routers(
     from ..queries.example_router import ExampleRouter
     from ..queries.router import AskRouter, QueryRouter
 
-    kinds = {get_method(name).router for name in methods if name is not None} - {None}
+    rows = [get_method(name) for name in methods if name is not None]
+    check_needs(args, experts, rows)
+    kinds = {row.router for row in rows} - {None}
     routers: dict[str, Any] = {}
     writer = build_writer(args, args.device) if kinds & {"instruction", "ask"} else None
     if "ask" in kinds:
-        if writer is None:
-            raise ValueError("ask_llm needs --writer, the language model that picks the expert")
         routers["ask"] = AskRouter(experts, writer)
     embedder = build_embedder(args, args.device) if kinds & {"instruction", "examples"} else None
     if "instruction" in kinds:
@@ -221,6 +217,8 @@ def add_tasks_and_model(parser: argparse.ArgumentParser, *, experts: bool = True
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
     add_progress(parser)
     add_prompt(parser)
+    add_selection(parser)
+    add_placing(parser)
     add_embedder(parser)
     add_hidden_layer(parser)
     add_writer(parser)

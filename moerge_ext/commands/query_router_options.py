@@ -23,7 +23,7 @@ def add_query_routers(parser: argparse.ArgumentParser) -> None:
 def trained_routers(
     args: argparse.Namespace, experts: Any, kinds: set[str], embedder: Callable[[], Embedder]
 ) -> dict[str, Any]:
-    """{kind: router} for those of `kinds` that are trained; ValueError for one that --query-router does not bring."""
+    """{kind: router} for those of `kinds` that are trained, all of which --query-router brings."""
     from ..queries.load_text_router import CLASSES, OWN, load_text_router, read_stored
 
     wanted = kinds & set(CLASSES)
@@ -35,9 +35,5 @@ def trained_routers(
         if stored.kind in folders:
             raise ValueError(f"--query-router: both {folders[stored.kind]} and {folder} are of kind {stored.kind}")
         folders[stored.kind] = folder
-    if missing := sorted(wanted - set(folders)):
-        raise ValueError(
-            "; ".join(f"pass --query-router DIR, made by `moerge train-query-router {kind}`" for kind in missing)
-        )
     shared = embedder() if wanted - set(OWN) else None
     return {kind: load_text_router(folders[kind], experts, shared) for kind in sorted(wanted)}

@@ -6,12 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .prompt_options import prompt_of
-from .training_options import add_data, add_schedule, defaults, load, my_rows, plan, range_problems, resumable, tell
-
-TRAINING = (
-    "steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "eval_every", "checkpoint_every", "seed", "resume",
-)  # fmt: skip
+from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 
 def _defaults() -> dict[str, Any]:
@@ -39,52 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--heads", type=int, default=composing["heads"], help="of every connection (default: %(default)s)")
     add_data(parser, default)
-    group = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
-    add_schedule(group, default, kept="weights")
-    more = group.add_argument
-    more("--weight-decay", type=float, help=f"AdamW's (default: {default['weight_decay']:g})")
-    more("--checkpoint-every", type=int, help=f"steps between saved states (default: {default['checkpoint_every']})")
+    add_training(parser, default, kept="weights", overwrite=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError for what the user can mend."""
-    if problems := range_problems(args):
-        raise ValueError("; ".join(problems))
+    what = Training(args)
     connections = connections_of(args.connections)
 
     from ..files.atomic import check_can_write
     from ..models.composition import compose_models
+    from ..models.stored import MODEL_CONFIG
     from ..training.composition import train_calm
-    from ..training.ranks import current_ranks
 
-    ranks, prompt = current_ranks(), prompt_of(args)
-    rows = my_rows(args.data, ranks, prompt)
-    training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
-    if hasattr(args, "validation"):
-        training["validation"] = my_rows(args.validation, ranks, prompt)
+    check_finished(args, args.output / MODEL_CONFIG, never=True)
     check_can_write(args.output)
 
     def composed() -> Any:
         return compose_models(args.model, args.augmenting, connections=connections, heads=args.heads,
-                              seed=training.get("seed", 0), dtype=args.dtype)  # fmt: skip
+                              seed=what.training.get("seed", 0), dtype=args.dtype)  # fmt: skip
 
     model, tokenizer = load(args, composed)
-    if ranks.first:
-        print(plan(len(rows), _defaults(), batch_size=args.batch_size, ranks=ranks.size, **training), flush=True)
-    with resumable(args):
-        result = train_calm(
-            model,
-            rows,
-            args.output,
-            tokenizer=tokenizer,
-            max_length=args.max_length,
-            prompt=prompt,
-            batch_size=args.batch_size,
-            progress=not args.no_progress,
-            **training,
-        )
-    if ranks.first:
-        tell(result)
+    shared = {"default": _defaults(), "examples": len(what.rows), **what.shared(tokenizer)}
+    result = what.go(train_calm, model, what.rows, args.output, **shared)
+    if what.ranks.first:
         print(f"ask it: moerge eval --model {result.path} --tasks DIR --methods base")
     return 0
 

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
-from .prompt_options import prompt_of
-from .training_options import (
-    add_data,
-    add_schedule,
-    defaults,
-    load,
-    my_rows,
-    plan,
-    range_problems,
-    resumable,
-    tell,
-)
+from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
-# what `train_expert` takes besides data and machine; one that is not given keeps the function's default
-TRAINING = (
-    "rank", "alpha", "target_modules", "steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "validation",
-    "eval_every", "checkpoint_every", "seed", "resume",
-)  # fmt: skip
+LORA = ("rank", "alpha", "target_modules")  # what only `train_expert` takes
 
 
 def _defaults() -> dict[str, Any]:
@@ -38,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder (or hub id) of the base model, with its tokenizer")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the expert's folder, to be made")
     add_data(parser, default)
-    group = parser.add_argument_group("training", argument_default=argparse.SUPPRESS)
-    add = group.add_argument
+    add = add_training(parser, default, kept="weights").add_argument
     add("--rank", type=int, help=f"of the LoRA (default: {default['rank']})")
     add("--alpha", type=float, help=f"its scale is alpha / rank (default: {default['alpha']:g})")
     add(
@@ -48,46 +33,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"names of linear layers, or one regular expression (default: {default['target_modules']})",
     )
-    add_schedule(group, default, kept="weights")
-    add("--weight-decay", type=float, help=f"AdamW's (default: {default['weight_decay']:g})")
-    add("--checkpoint-every", type=int, help=f"steps between saved states (default: {default['checkpoint_every']})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError for what the user can mend."""
-    if problems := range_problems(args):
-        raise ValueError("; ".join(problems))
-    training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
-    if "target_modules" in training:
-        training["target_modules"] = targets_of(training["target_modules"])
+    what = Training(args, *LORA)
+    if "target_modules" in what.training:
+        what.training["target_modules"] = targets_of(what.training["target_modules"])
 
     from ..files.atomic import check_writable
-    from ..training.experts import train_expert
-    from ..training.ranks import current_ranks
+    from ..training.experts import WEIGHTS, train_expert
 
-    ranks, prompt = current_ranks(), prompt_of(args)
-    rows = my_rows(args.data, ranks, prompt)
-    if "validation" in training:
-        training["validation"] = my_rows(training["validation"], ranks, prompt)
+    check_finished(args, args.output / WEIGHTS)
+    check_named(args)
     check_writable(args.output)
     model, tokenizer = load(args)
-    if ranks.first:
-        print(plan(len(rows), _defaults(), batch_size=args.batch_size, ranks=ranks.size, **training), flush=True)
-    with resumable(args):
-        result = train_expert(
-            model,
-            rows,
-            args.output,
-            tokenizer=tokenizer,
-            max_length=args.max_length,
-            prompt=prompt,
-            batch_size=args.batch_size,
-            progress=not args.no_progress,
-            **training,
-        )
-    if ranks.first:
-        tell(result)
+    shared = {"default": _defaults(), "examples": len(what.rows), **what.shared(tokenizer)}
+    what.go(train_expert, model, what.rows, args.output, **shared)
     return 0
+
+
+def check_named(args: argparse.Namespace) -> None:
+    """ValueError for --target-modules that name no layer of the model, before its weights are read."""
+    if not (words := getattr(args, "target_modules", None)):
+        return
+    from ..models.linear import skeleton_to_train
+    from ..training.experts import check_targets
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is warned of is warned of again, of the model
+        if (model := skeleton_to_train(args.model)) is not None:
+            check_targets(model, targets_of(words))
 
 
 def targets_of(words: list[str]) -> str | list[str]:

@@ -7,25 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
-from .prompt_options import prompt_of
-from .training_options import (
-    add_data,
-    add_schedule,
-    defaults,
-    load,
-    my_rows,
-    plan,
-    range_problems,
-    resumable,
-    tell,
-)
+from .training_options import Training, add_data, add_training, check_finished, defaults, given, load
 
 PAPER_BATCH = 1024  # sequences per step in PHATGOOSE, arXiv 2402.05859, section 4.1
 SAMPLES = 1000  # of `average_activation`: section 4.2
 
-# what only training takes; an option that is not given is absent from the arguments, so that train_gates's own
-# defaults hold and --kind average-activation can refuse the rest
-TRAINING = ("steps", "lr", "warmup_ratio", "accumulate", "eval_every", "validation", "joint", "resume")
+BOTH = ("seed", "overwrite")  # options of the training that --kind average-activation takes as well
 
 
 def _defaults() -> dict[str, Any]:
@@ -54,51 +41,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--output", type=Path, metavar="DIR", help="where to write (default: the adapter's folder)")
     add_data(parser, default)
-    group = parser.add_argument_group(f"training, of --kind {SIGMOID_GATE}", argument_default=argparse.SUPPRESS)
     forwards = PAPER_BATCH // default["batch_size"]
     paper = f"; {forwards}, with --batch-size {default['batch_size']}, are the paper's {PAPER_BATCH} sequences per step"
-    add_schedule(group, default, accumulate=paper, kept="gates")
+    title = f"training, of --kind {SIGMOID_GATE}"
+    group = add_training(parser, default, title=title, accumulate=paper, kept="gates", weight_decay=False)
     group.add_argument("--joint", action="store_true", help="train the LoRA as well; needs --output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError for what the user can mend."""
-    training = {name: getattr(args, name) for name in TRAINING if hasattr(args, name)}
-    check(args, training)
-    seed = {"seed": args.seed} if hasattr(args, "seed") else {}
+    check(args)
+    what = Training(args, "joint")
 
     from ..experts.formats import inspect_adapter
+    from ..experts.formats.peft import WEIGHTS_FILE
+    from ..experts.gates import gates_file
     from ..experts.hub import find_adapter, output_folder
     from ..files.atomic import check_writable
     from ..training.activation import average_activation
     from ..training.gates import train_gates
-    from ..training.ranks import current_ranks
 
-    ranks, prompt = current_ranks(), prompt_of(args)
-    rows = my_rows(args.data, ranks, prompt)
-    if "validation" in training:
-        training["validation"] = my_rows(training["validation"], ranks, prompt)
     name, folder = find_adapter(args.adapter)
     inspect_adapter(name, folder, args.model)
     target = output_folder(args.adapter, args.output)
+    check_finished(args, gates_file(target, args.kind), *([target / WEIGHTS_FILE] if hasattr(args, "joint") else []))
     check_writable(target)
     model, tokenizer = load(args)
-    common = {"tokenizer": tokenizer, "max_length": args.max_length, "prompt": prompt}
-    common |= {"batch_size": args.batch_size, "output_dir": args.output, "progress": not args.no_progress}
+    shared = {"output_dir": args.output, **what.shared(tokenizer)}
     if args.kind == AVERAGE_ACTIVATION:
-        path = average_activation(model, args.adapter, rows, samples=args.samples or SAMPLES, **seed, **common)
-        if ranks.first:
+        shared |= {"samples": args.samples or SAMPLES, **what.training}
+        path = average_activation(model, args.adapter, what.rows, **shared)
+        if what.ranks.first:
             print(f"wrote {path}")
-            say_where(name, folder, target)
-        return 0
-    if ranks.first:
-        print(plan_of(len(rows), batch_size=args.batch_size, ranks=ranks.size, **training), flush=True)
-    with resumable(args):
-        result = train_gates(model, args.adapter, rows, **training, **seed, **common)
-    if ranks.first:
-        tell(result)
-        if not hasattr(args, "joint"):
-            say_where(name, folder, target)
+    else:
+        shared |= {"default": _defaults(), "examples": len(what.rows)}
+        what.go(train_gates, model, args.adapter, what.rows, **shared)
+    if what.ranks.first and not hasattr(args, "joint"):
+        say_where(name, folder, target)
     return 0
 
 
@@ -108,14 +87,15 @@ def say_where(name: str, folder: Path, target: Path) -> None:
         print(f"they are not beside the adapter: use them with --gates {name}={target}")
 
 
-def check(args: argparse.Namespace, training: dict[str, Any]) -> None:
-    """ValueError for arguments that are out of range or do not go together; `training`: those given of TRAINING."""
-    if args.kind != SIGMOID_GATE and training:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in training)
+def check(args: argparse.Namespace) -> None:
+    """ValueError for arguments that do not go together."""
+    training = given(args, "joint")
+    if args.kind != SIGMOID_GATE and (wrong := [name for name in training if name not in BOTH]):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise ValueError(
-            f"--kind {args.kind} trains nothing and takes no {given}; leave that out, or use --kind {SIGMOID_GATE}"
+            f"--kind {args.kind} trains nothing and takes no {named}; leave that out, or use --kind {SIGMOID_GATE}"
         )
-    problems = range_problems(args)
+    problems = []
     if args.samples is not None and args.kind != AVERAGE_ACTIVATION:
         problems.append(f"--samples is for --kind {AVERAGE_ACTIVATION}")
     if args.samples is not None and args.samples < 1:
@@ -124,8 +104,3 @@ def check(args: argparse.Namespace, training: dict[str, Any]) -> None:
         problems.append("--joint changes the adapter's weights: pass --output DIR")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def plan_of(examples: int, *, batch_size: int, **training: Any) -> str:
-    """One line that says how much data a run will see, before it starts."""
-    return plan(examples, _defaults(), batch_size=batch_size, **training)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.atomic import check_can_write
+from ..files.kept import check_replaced
 from ..files.rows import read_rows
-from .expert_options import add_experts, add_gates, load_bank, pairs
+from ..queries.text_router import FILE
+from .expert_options import add_experts, add_gates, add_selection, load_bank, pairs
 from .options import add_embedder, build_embedder
 from .progress import add_progress
+from .training_options import add_overwrite
 
 if TYPE_CHECKING:
     from ..experts.bank import ExpertBank
@@ -61,13 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--strong", metavar="NAME", help="routellm-classifier: the better expert")
     group.add_argument("--weak", metavar="NAME", help="routellm-classifier: the cheaper one, or base")
     parser.add_argument("--device", default="cpu", help="of the embedder (default: %(default)s)")
+    add_overwrite(parser)
     add_progress(parser)
+    add_selection(parser)
     add_embedder(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what `add_arguments` declared; returns the exit status. ValueError and OSError for what the user can mend."""
     options = own_options(args)
+    # an encoder lies beside a retriever, and experts that come later are added to its index
+    check_replaced(args.output / FILE, overwrite=None if args.kind == "retriever" else args.overwrite)
     if args.kind in DATA:
         data = read_data(args)
         check_can_write(args.output)

@@ -12,6 +12,7 @@ import torch
 from ..ensemble.config import read_parts
 from ..ensemble.questions import Question, domains, split, warn_of_shown
 from ..files.atomic import check_can_write
+from ..files.kept import check_replaced
 from .ensemble_options import (
     add_prompts_and_model,
     answering,
@@ -22,6 +23,7 @@ from .ensemble_options import (
 )
 from .options import build_embedder
 from .prompt_options import prompt_of
+from .training_options import add_overwrite
 
 SIMILAR, DROP = "similar", "drop"
 
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=512, help="tokens of a question (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the training and of the validation share (default: %(default)s)")
     add("--resume", action="store_true", help="go on where a killed training stopped; answers are always kept")
+    add_overwrite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,8 +63,11 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     questions = read_questions(args)
 
-    from ..ensemble.router import note_of
-    from ..ensemble.train import check_encoder, check_training, train_router
+    from ..ensemble.router import ROUTER_FILE, note_of
+    from ..ensemble.train import CHECKPOINT_FOLDER, check_encoder, check_training, train_router
+
+    if not (args.resume and (args.output / CHECKPOINT_FOLDER).is_dir()):
+        check_replaced(args.output / ROUTER_FILE, overwrite=args.overwrite)
 
     check_training(args.lr, epochs=args.epochs, max_length=args.max_length)
     check_encoder(args.router)

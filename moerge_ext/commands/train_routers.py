@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..methods.option_text import parse_option
-from .expert_options import add_experts, add_gates, gates_of, load_bank, pairs
-from .prompt_options import prompt_of
-from .training_options import add_data, add_schedule, defaults, load, my_rows, plan, range_problems, resumable, tell
+from .expert_options import add_experts, add_gates, add_selection, gates_of, load_bank, pairs
+from .needs import DESCRIBE
+from .training_options import Training, add_data, add_training, check_finished, defaults, load, my_rows
 
-# an option that is not given is absent from the arguments, so that the method's own numbers hold
-NUMBERS = ("steps", "lr", "warmup_ratio", "accumulate", "eval_every", "seed", "balance", "z", "dropout", "sparsity")
+OBJECTIVE = ("balance", "z", "dropout", "sparsity", "train_experts")  # what only `train_routers` takes
 
 
 def _defaults(method: str | None = None) -> dict[str, Any]:
@@ -21,6 +20,19 @@ def _defaults(method: str | None = None) -> dict[str, Any]:
 
     made = defaults(train_routers) | DEFAULTS
     return made | dict(METHODS[method].learned.training) if method is not None else made
+
+
+def of_methods(name: str) -> str:
+    """The default of an option that is its method's own: "250 for a; 400 for b, c; else 1000"."""
+    from ..methods import METHODS
+
+    values: dict[Any, list[str]] = {}
+    for method, row in METHODS.items():
+        if row.learned is not None:
+            values.setdefault(_defaults(method)[name], []).append(method)
+    usual = max(values, key=lambda value: len(values[value]))
+    said = [f"{value:g} for {', '.join(methods)}" for value, methods in sorted(values.items()) if value != usual]
+    return "; ".join([*said, f"else {usual:g}" if said else f"{usual:g}"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--output", type=Path, required=True, metavar="DIR", help="where moerge_routers.safetensors is written")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method, repeatable")
-    add_data(parser, default | {"batch_size": None}, required=False)
+    add_data(parser, default | {"batch_size": None}, required=False, batch_size=of_methods("batch_size"))
     add(
         "--expert-data",
         action="append",
@@ -48,19 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="the data of one expert, as --data: all of them for pwe_moe, and for pi_tuning to find the nearest",
     )
-    group = parser.add_argument_group(
-        "training (None or not given: the method's own)", argument_default=argparse.SUPPRESS
-    )
-    add_schedule(group, default | dict.fromkeys(("steps", "lr"), "the method's"), kept="routers")
-    more = group.add_argument
-    more("--balance", type=float, help="coefficient of the loss that keeps all experts in use (default: the method's)")
-    more("--z", type=float, help="coefficient of the loss that keeps scores small (default: the method's)")
-    more(
-        "--sparsity",
-        type=float,
-        help="coefficient of the loss that prefers experts whose outputs are the layer's own (default: the method's)",
-    )
-    more("--dropout", type=float, help="share of experts that sits out a step (default: the method's)")
+    own = {name: of_methods(name) for name in ("steps", "lr")}
+    more = add_training(parser, default | own, kept="routers").add_argument
+    for name, what in (
+        ("balance", "coefficient of the loss that keeps all experts in use"),
+        ("z", "coefficient of the loss that keeps scores small"),
+        ("sparsity", "coefficient of the loss that prefers experts whose outputs are the layer's own"),
+        ("dropout", "share of experts that sits out a step"),
+    ):
+        more(f"--{name}", type=float, help=f"{what} (default: {of_methods(name)})")
+    add_selection(parser)
     more("--train-experts", action="store_true", help="train A and B too; the file keeps them, the folders stay")
 
 
@@ -70,61 +79,52 @@ def run(args: argparse.Namespace) -> int:
     options = dict(parse_option(text) for text in args.option)
     own_files = pairs(args.expert_data, "--expert-data", "FILE")
     check(args, options)
+    what = Training(args, *OBJECTIVE)
 
+    from ..experts.routers import ROUTERS_FILE
     from ..files.atomic import check_writable
     from ..methods import get_method
-    from ..training.ranks import current_ranks
     from ..training.routers.data import check_data
     from ..training.routers.train import train_routers
 
-    ranks, prompt = current_ranks(), prompt_of(args)
-    rows = None if args.data is None else my_rows(args.data, ranks, prompt)
-    own = {name: my_rows(Path(file), ranks, prompt) for name, file in own_files.items()}
-    training = {name: getattr(args, name) for name in (*NUMBERS, "train_experts", "resume") if hasattr(args, name)}
-    if hasattr(args, "validation"):
-        training["validation"] = my_rows(args.validation, ranks, prompt)
+    own = {name: my_rows(Path(file), what.ranks, what.prompt) for name, file in own_files.items()}
+    check_finished(args, args.output / ROUTERS_FILE)
     check_writable(args.output)
     experts = load_bank(args)
-    check_data(get_method(args.method), experts.names, rows, own or None)
+    check_data(get_method(args.method), experts.names, what.rows, own or None)
+    check_prompts(args, experts, options)
     model, tokenizer = load(args)
-    if ranks.first:
-        print(plan_of(max(map(len, [rows or [], *own.values()])), args, ranks=ranks.size), flush=True)
-    with resumable(args):
-        result = train_routers(
-            model,
-            experts,
-            rows,
-            args.output,
-            method=args.method,
-            expert_data=own or None,
-            options=options,
-            batch_size=args.batch_size,
-            tokenizer=tokenizer,
-            max_length=args.max_length,
-            prompt=prompt,
-            progress=not args.no_progress,
-            **training,
-        )
-    if ranks.first:
-        tell(result)
+    shared = {"default": _defaults(args.method), "examples": max(map(len, [what.rows or [], *own.values()]))}
+    shared |= {"method": args.method, "expert_data": own or None, "options": options, **what.shared(tokenizer)}
+    result = what.go(train_routers, model, experts, what.rows, args.output, **shared)
+    if what.ranks.first:
         print(f"use it with --methods {args.method} --routers {result.path} (moerge eval)")
     return 0
 
 
+def check_prompts(args: argparse.Namespace, experts: Any, options: dict[str, Any]) -> None:
+    """ValueError with all that a method lacks which reads what the task and the experts are for."""
+    from ..experts.kinds import INSTRUCTION
+    from ..methods import get_method
+
+    if get_method(args.method).learned.common is None:
+        return
+    problems = []
+    if not options.get("description"):
+        problems.append('--option description="...", a sentence of what the task asks for')
+    facts = experts.global_metadata.get(INSTRUCTION, {})
+    if lost := [name for name in experts.names if not facts.get(name, {}).get("instruction")]:
+        problems.append(f"an instruction of {', '.join(lost)}: `{DESCRIBE} --instruction TEXT`")
+    if problems:
+        raise ValueError(f"method '{args.method}' cannot be trained yet; it needs:\n- " + "\n- ".join(problems))
+
+
 def check(args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """ValueError for numbers out of range and options that the method does not take."""
+    """ValueError for options that the method does not take."""
     from ..methods import get_method
 
     if args.batch_size is None:
         args.batch_size = _defaults(args.method)["batch_size"]
-    if problems := range_problems(args):
-        raise ValueError("; ".join(problems))
     if "routers" in options:
         raise ValueError("--option routers=...: this command makes them")
     get_method(args.method).configure(**options)
-
-
-def plan_of(examples: int, args: argparse.Namespace, *, ranks: int = 1) -> str:
-    """One line that says how much data a run will see, before it starts."""
-    given = {name: getattr(args, name) for name in ("steps", "accumulate") if hasattr(args, name)}
-    return plan(examples, _defaults(args.method), batch_size=args.batch_size, ranks=ranks, **given)

@@ -1,4 +1,4 @@
-"""What `moerge train-expert` and `moerge train-gates` share: their options, and how a run begins and is told of."""
+"""What the commands that train share: their options, and how a run begins and is told of."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.examples import Example
+from ..files.kept import check_replaced
 from ..files.meta import read_instructed_rows
 from ..files.rows import read_rows
 from ..models.prompt import PromptFormat
@@ -23,8 +24,21 @@ if TYPE_CHECKING:
     from ..training.options import TrainingResult
     from ..training.ranks import Ranks
 
+# of every training that the command has them for; what else a command takes is its own
+TRAINING = (
+    "steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "validation", "eval_every", "checkpoint_every", "seed",
+    "resume", "overwrite",
+)  # fmt: skip
 # the least value of each number
-LEAST = {"max_length": 2, "batch_size": 1, "steps": 1, "accumulate": 1, "eval_every": 1, "rank": 1}
+LEAST = {
+    "max_length": 2,
+    "batch_size": 1,
+    "steps": 1,
+    "accumulate": 1,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "rank": 1,
+}
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
@@ -32,8 +46,10 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(function).parameters.items()}
 
 
-def add_data(parser: argparse.ArgumentParser, default: dict[str, Any], *, required: bool = True) -> None:
-    """Declare the options of the data and of the machine."""
+def add_data(
+    parser: argparse.ArgumentParser, default: dict[str, Any], *, required: bool = True, batch_size: str | None = None
+) -> None:
+    """Declare the options of the data and of the machine. batch_size: says its default, where that is no number."""
     add = parser.add_argument
     add(
         "--data",
@@ -47,7 +63,7 @@ def add_data(parser: argparse.ArgumentParser, default: dict[str, Any], *, requir
         "--batch-size",
         type=int,
         default=default["batch_size"],
-        help="sequences per forward (default: %(default)s)",
+        help=f"sequences per forward (default: {batch_size or '%(default)s'})",
     )
     add(
         "--max-length",
@@ -61,17 +77,95 @@ def add_data(parser: argparse.ArgumentParser, default: dict[str, Any], *, requir
     add_prompt(parser)
 
 
-def add_schedule(group: Any, default: dict[str, Any], *, accumulate: str = "", kept: str) -> None:
-    """Declare the options of training on an argument group; one that is not given is absent from the arguments."""
+def add_training(
+    parser: argparse.ArgumentParser,
+    default: dict[str, Any],
+    *,
+    kept: str,
+    title: str = "training",
+    accumulate: str = "",
+    weight_decay: bool = True,
+    overwrite: bool = True,
+) -> Any:
+    """Declare the options of a training, in a group that is returned; one that is not given is absent from the
+    arguments, so that the function's own default holds.
+
+    default: what the texts name; kept: what `--validation` chooses; accumulate: more about `--accumulate`;
+    weight_decay, overwrite: whether the command has them.
+    """
+    group = parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
     add = group.add_argument
     add("--steps", type=int, help=f"optimizer steps (default: {default['steps']})")
     add("--lr", type=float, help=f"AdamW's rate (default: {default['lr']})")
     add("--warmup-ratio", type=float, help=f"share of the steps (default: {default['warmup_ratio']})")
     add("--accumulate", type=int, help=f"forwards per step (default: {default['accumulate']}){accumulate}")
+    if weight_decay:
+        add("--weight-decay", type=float, help=f"AdamW's (default: {default['weight_decay']:g})")
     add("--validation", type=Path, metavar="FILE", help=f"as --data; the {kept} with the lowest loss are kept")
     add("--eval-every", type=int, help=f"steps between validations (default: {default['eval_every']})")
+    add("--checkpoint-every", type=int, help=f"steps between saved states (default: {default['checkpoint_every']})")
     add("--seed", type=int, help=f"of the shuffle and of dropout (default: {default['seed']})")
     add("--resume", action="store_true", help="go on where a run stopped, by a kill or Ctrl-C")
+    if overwrite:
+        add_overwrite(group)
+    return group
+
+
+def add_overwrite(parser: Any) -> None:
+    """Declare --overwrite."""
+    parser.add_argument("--overwrite", action="store_true", help="replace a result that is there, refused without")
+
+
+def given(args: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """The options of `add_training`, and `more`, that were given."""
+    return {name: getattr(args, name) for name in (*TRAINING, *more) if hasattr(args, name)}
+
+
+def check_finished(args: argparse.Namespace, *files: Path, never: bool = False) -> None:
+    """ValueError where a run would replace one of `files`, of a finished one; under --resume that is seen when it is
+    known which run it is. never: the command has no --overwrite."""
+    for file in () if getattr(args, "resume", False) else files:
+        check_replaced(file, overwrite=None if never else getattr(args, "overwrite", False))
+
+
+class Training:
+    """A training that the arguments describe: its rows (this process's part of them), and what is told of it.
+
+    training: what was given of `given`, with the rows of --validation.
+    """
+
+    def __init__(self, args: argparse.Namespace, *more: str):
+        from ..training.ranks import current_ranks
+
+        if problems := range_problems(args):
+            raise ValueError("; ".join(problems))
+        self.args, self.ranks, self.prompt = args, current_ranks(), prompt_of(args)
+        self.training = given(args, *more)
+        self.rows = None if args.data is None else my_rows(args.data, self.ranks, self.prompt)
+        if "validation" in self.training:
+            self.training["validation"] = my_rows(self.training["validation"], self.ranks, self.prompt)
+
+    def shared(self, tokenizer: Any) -> dict[str, Any]:
+        """What every function of `moerge_ext.training` takes of the arguments beside the rows."""
+        args = self.args
+        shared = {"tokenizer": tokenizer, "max_length": args.max_length, "prompt": self.prompt}
+        return shared | {"batch_size": args.batch_size, "progress": not args.no_progress}
+
+    def go(
+        self, train: Callable[..., TrainingResult], *place: Any, default: dict[str, Any], examples: int, **options: Any
+    ) -> TrainingResult:
+        """The result of `train(*place, ...)`; what it is about to do and what came of it are printed.
+
+        default: of its arguments; examples: rows of a pass over the data.
+        """
+        if self.ranks.first:
+            about = {"batch_size": self.args.batch_size, "ranks": self.ranks.size}
+            print(plan(examples, default, **about, **self.training), flush=True)
+        with resumable(self.args):
+            result = train(*place, **self.training, **options)
+        if self.ranks.first:
+            tell(result)
+        return result
 
 
 def range_problems(args: argparse.Namespace) -> list[str]:
@@ -130,7 +224,7 @@ def resumable(args: argparse.Namespace) -> Iterator[None]:
 def tell(result: TrainingResult) -> None:
     """Print what came of a run."""
     if result.already:
-        print(f"finished before, in {result.steps} steps: {result.path} (without --resume it is trained anew)")
+        print(f"finished before, in {result.steps} steps: {result.path}")
         return
     print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {result.steps} steps")
     if result.validation:

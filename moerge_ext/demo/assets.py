@@ -171,6 +171,7 @@ def train_skill(base: Path, folder: Path, skill: str, recipe: Recipe) -> str:
         weight_decay=recipe.expert_decay,
         validation=batches("validation", 4, recipe.batch),
         eval_every=50,
+        overwrite=True,
         progress=False,
     )
     store_as(folder / "adapter_model.safetensors", torch.float16)
@@ -181,6 +182,7 @@ def train_skill(base: Path, folder: Path, skill: str, recipe: Recipe) -> str:
         steps=recipe.gate_steps,
         lr=recipe.gate_lr,
         accumulate=recipe.gate_accumulate,
+        overwrite=True,
         progress=False,
     )
     tidy(folder)

@@ -89,6 +89,7 @@ def train_skill(model: nn.Module, tokenizer: Any, skill: str, folder: Path, reci
     def data(steps: int, batch_size: int, seed: int) -> dict[str, Any]:
         features = encoder.features(training_rows(skill, steps, batch_size, seed))
         options = {"collate_fn": partial(collate, pad=tokenizer.pad_token_id), "shuffle": False, "resume": True}
+        options["overwrite"] = True  # of a build that was killed between expert and gates
         return {"data": features, "steps": steps, "batch_size": batch_size, **options}
 
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):

@@ -171,7 +171,7 @@ def _drawn(name: str, rows: Sequence[Row], count: int, seed: int, keys: tuple[st
         raise ValueError(f"expert '{name}': count must be a whole number, not negative, got {count!r}")
     if len(rows) < count:
         raise ValueError(
-            f"expert '{name}': expected {count} demonstrations, got {len(rows)}; pass count={len(rows)} to use those"
+            f"expert '{name}': expected {count} demonstrations, got {len(rows)}: a count of {len(rows)} uses those"
         )
     for i, row in enumerate(rows if count else ()):
         missing = [key for key in keys if not isinstance(row.get(key), str)]

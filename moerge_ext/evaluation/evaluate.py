@@ -158,7 +158,7 @@ def check_runs(model: nn.Module, experts: ExpertBank, runs: Sequence[Run], route
     """ValueError for the first run that cannot patch the model or lacks a router; nothing is patched or built."""
     for run in runs:
         if run.method is not None and not run.apart:
-            check_patch(model, experts, run.method, **run.options)
+            check_patch(model, experts, run.method, **run.options, **run.placing)
     check_routers(runs, routers)
 
 
@@ -176,7 +176,7 @@ def patched(model: nn.Module, experts: ExpertBank, run: Run, routers: Mapping[st
     """A context with the run's handle, None for the base and for who patches the model for himself."""
     if run.method is None or run.apart:
         return nullcontext()
-    handle = patch(model, experts, run.method, **run.options)
+    handle = patch(model, experts, run.method, **run.options, **run.placing)
     handle.router = router_of(run, routers)
     return handle
 
@@ -196,6 +196,8 @@ def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, 
         header["length_norm"] = settings.length_norm
     if (trained := run.options.get("routers")) is not None:
         header["routers"] = identity.of_trained(trained)
+    if run.placing:
+        header["placing"] = run.placing
     if shared(run, settings):
         header["shares"] = True
     if router is not None:

@@ -27,13 +27,14 @@ ALPHAS, TOP_KS, TOP_PS = (1, 3, 10, 100, 1000, 3000), (1, 2, 3), (0.25, 0.5, 0.7
 @dataclass(frozen=True)
 class Run:
     """One row of the table. `method` is None for the base, for an ensemble, which the file `ensemble` describes, and
-    for another model, which lies in the folder `model`."""
+    for another model, which lies in the folder `model`. placing: `missing` and `absent` of `patch`."""
 
     label: str
     method: str | None
     options: dict[str, Any] = field(default_factory=dict)
     ensemble: str | None = None
     model: str | None = None
+    placing: dict[str, str] = field(default_factory=dict)
 
     @property
     def apart(self) -> bool:

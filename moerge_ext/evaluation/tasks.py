@@ -68,6 +68,7 @@ def load_task(
             f"a task is a folder that holds {split}.jsonl, got the file {folder}: pass its folder, or move it to "
             f"{folder.with_suffix('') / (split + '.jsonl')} and pass {folder.with_suffix('')}"
         )
+    _check_one(folder, f"{split}.jsonl")
     rows = read_instructed_rows(folder / f"{split}.jsonl")
     if limit is not None:
         if limit < 1:
@@ -105,6 +106,21 @@ def load_task(
                 f'{bad[0]} (from 0) has none: give rows "choices", or meta.json a list "choices"'
             )
     return task
+
+
+def _check_one(folder: Path, file: str) -> None:
+    """ValueError for a folder of tasks, and for one without the file, with those that it has."""
+    if not folder.is_dir() or (folder / file).is_file():
+        return
+    if inside := sorted(other.parent.name for other in folder.glob(f"*/{file}")):
+        raise ValueError(
+            f"{folder} is no task but holds {len(inside)} ({', '.join(inside[:3])}{', ...' if inside[3:] else ''}): "
+            f"pass them, {folder}/*"
+        )
+    raise ValueError(
+        f"{folder} holds no {file}: a task is a folder with that file; it has "
+        f"{', '.join(sorted(other.name for other in folder.glob('*.jsonl'))) or 'no .jsonl at all'}"
+    )
 
 
 def _choices(meta: dict, metric: str, folder: Path, rows: Sequence[dict]) -> tuple[str, ...] | None:

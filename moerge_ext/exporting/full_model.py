@@ -23,8 +23,8 @@ def check_can_hold(model: nn.Module, modules: Mapping[str, bool]) -> None:
         problems += [f"{path}: {why}"] if why else []
     if problems:
         raise ValueError(
-            "the merge cannot be put into the weights of this model (without --full, full=True it can be written as an "
-            "adapter):\n- " + "\n- ".join(grouped(problems))
+            "the merge cannot be put into the weights of this model (without full=True (--full) it can be written as "
+            "an adapter):\n- " + "\n- ".join(grouped(problems))
         )
 
 

@@ -18,8 +18,7 @@ def read_rows(path: Path, *, text: bool = False) -> list[Example]:
 
     One ValueError for a file that is not there or has no rows, or with every bad line.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: expected JSON lines {TEXTS if text else PAIRS}")
+    expect_file(path, f"JSON lines {TEXTS if text else PAIRS}")
     return _rows(read_text(path), path, lambda row: as_example(row, text=text))
 
 
@@ -27,13 +26,34 @@ def read_prompts(path: Path | None) -> list[Example]:
     """What is to be answered, of a file or (None) of standard input: JSON lines in the forms of `as_prompt`, where the
     first line is a JSON object; else every line that is not empty is a prompt. One ValueError as `read_rows`.
     """
-    if path is not None and not path.is_file():
-        raise ValueError(f"there is no file {path}: expected a prompt in every line, or JSON lines {ASKED}")
+    if path is not None:
+        expect_file(path, f"a prompt in every line, or JSON lines {ASKED}")
     text = sys.stdin.read() if path is None else read_text(path)
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-    if not lines or _is_object(lines[0]):
+    if not lines or _is_object(lines[0]) or "{" in text and _document(text) is not None:
         return _rows(text, path or "standard input", as_prompt)
     return [Example(input=line) for line in lines]
+
+
+def expect_file(path: Path, expected: str) -> None:
+    """ValueError, with what was expected and the files that there are, for a path that is no file."""
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+        held = f"; it holds {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}" if inside else ""
+        raise ValueError(f"{path} is a folder, expected a file: {expected}{held}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: expected {expected}")
+
+
+def _document(text: str) -> str | None:
+    """What a text is that is JSON as a whole and no row: a list, or an object over several lines; None for others."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if isinstance(whole, list):
+        return f"a list of {len(whole)}"
+    return f"an object with {len(whole)} keys" if isinstance(whole, dict) and "\n" in text.strip() else None
 
 
 def _is_object(line: str) -> bool:
@@ -60,6 +80,11 @@ def _rows(text: str, path: Path | str, read: Callable[[Any], Example]) -> list[E
             problems.append(f"line {number}: {error}")
     if not rows and not problems:
         problems.append("the file has no rows")
+    if problems and (document := _document(text)) is not None:
+        raise ValueError(
+            f"{path} is one JSON document ({document}), not JSON lines: expected one object a line, such as "
+            f"`jq -c '.[]' {path}` makes of a list"
+        )
     if problems:
         more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
         raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems[:MAX_LISTED] + more))
@@ -68,8 +93,7 @@ def _rows(text: str, path: Path | str, read: Callable[[Any], Example]) -> list[E
 
 def read_json(path: Path, expected: str) -> Any:
     """What a JSON file holds; ValueError, naming the file, when it is not there or not JSON."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: expected {expected}")
+    expect_file(path, expected)
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:

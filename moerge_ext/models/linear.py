@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .pretrained import location
+from .pretrained import is_seq2seq, load_config, location
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -48,3 +48,19 @@ def skeleton(base: Any) -> nn.Module:
         raise ValueError(f"its config names {name!r}, which is no class of transformers")
     with torch.device("meta"):
         return transformers.AutoModel.from_config(config) if kind is None else kind(config)
+
+
+def skeleton_to_train(path: str) -> nn.Module | None:
+    """The modules of what `load_model` makes of a path, without weights; None where it cannot be built without.
+
+    Errors of a path without a model are those of `load_config`.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = load_config(path)
+    auto = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except Exception:  # whatever a model's own code does with values that are not there
+        return None

@@ -19,6 +19,7 @@ from ..experts.hub import output_folder
 from ..experts.kinds import AVERAGE_ACTIVATION
 from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable
+from ..files.kept import check_replaced
 from ..files.listing import grouped
 from ..models.prompt import PromptFormat
 from ..routing.fused_experts import Pairs
@@ -47,6 +48,7 @@ def average_activation(
     samples: int | None = SAMPLES,
     seed: int = 0,
     output_dir: str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Write, for every LoRA module of an expert, the mean of its input u [D] over the tokens of `batches`.
@@ -56,7 +58,8 @@ def average_activation(
 
     The expert's LoRA is applied in every module, so these are the expert's own activations; dropout is off.
     Sums are float64, the result is float32, kind "average-activation". Returns the file written (in
-    `output_dir`, default `adapter_folder`, which may be a hub id with `output_dir`). The model is as before afterwards.
+    `output_dir`, default `adapter_folder`, which may be a hub id with `output_dir`); one that is there is replaced by
+    `overwrite` alone. The model is as before afterwards.
 
     Padding does not count: in a decoder-only model or an encoder the tokens where `attention_mask` is 0; in
     the decoder of an encoder-decoder those where `decoder_attention_mask` is 0 or, without one, where
@@ -87,6 +90,7 @@ def average_activation(
     )
     source = BatchSource(prepared.data, name="batches", collate_fn=prepared.collate_fn, batch_size=batch_size)
     target = output_folder(adapter_folder, output_dir)
+    ranks.from_first(lambda: check_replaced(gates_file(target, AVERAGE_ACTIVATION), overwrite=overwrite))
     with gated_model(model, adapter_folder, gate=False) as gated:
         with ranks.together():
             check_writable(target)

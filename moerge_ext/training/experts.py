@@ -15,6 +15,7 @@ from torch import nn
 
 from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable, disk_error, permit_as_new
+from ..files.kept import check_replaced
 from ..models.prompt import PromptFormat
 from ..models.wrappers import trainable_inside
 from ..routing.layers import linear_features, replace_module
@@ -58,6 +59,7 @@ def train_expert(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 100,
     resume: bool = False,
+    overwrite: bool = False,
     shuffle: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -77,8 +79,9 @@ def train_expert(
 
     `target_modules` is PEFT's: names, a regular expression, or "all-linear". `data` (batches, features, or rows of text
     with `tokenizer`), `prompt`, `validation`, `accumulate`, `resume` and the state file are as in `train_gates`; the
-    default `checkpoint_dir` is `.moerge-train-expert` in `output_dir`. The model comes back as it was, without PEFT's
-    layers, its buffers bit-identical, also after an exception.
+    default `checkpoint_dir` is `.moerge-train-expert` in `output_dir`, where a finished expert is replaced by
+    `overwrite` alone. The model comes back as it was, without PEFT's layers, its buffers bit-identical, also after an
+    exception.
 
     Errors: ImportError with the install line when peft is missing; ValueError as in `train_gates`, for rank
     < 1, and for a model that already carries PEFT layers.
@@ -87,7 +90,7 @@ def train_expert(
     options = TrainingOptions(
         steps=steps, lr=lr, warmup_ratio=warmup_ratio, accumulate=accumulate, weight_decay=weight_decay,
         eval_every=eval_every, seed=seed, checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER),
-        checkpoint_every=checkpoint_every, resume=resume, progress=progress,
+        checkpoint_every=checkpoint_every, resume=resume, overwrite=overwrite, progress=progress,
     )  # fmt: skip
     prepared = prepare(
         model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
@@ -144,12 +147,15 @@ def new_expert(
     alpha: float = 1.0,
     target_modules: str | list[str] = "all-linear",
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Path:
     """Save an untrained LoRA (B = 0) as a PEFT folder: where `train_gates(joint=True)` starts from scratch.
 
     PHATGOOSE, arXiv 2402.05859, appendix A, trains expert and gates together in this way and finds it worse than one
-    after the other. rank, alpha, target_modules as in `train_expert`; returns the folder. ValueError as there.
+    after the other. rank, alpha, target_modules, overwrite as in `train_expert`; returns the folder. ValueError as
+    there.
     """
+    check_replaced(Path(output_dir) / WEIGHTS, overwrite=overwrite)
     with _peft_model(trainable_inside(model), rank, alpha, target_modules, seed) as peft_model:
         _save_atomically(peft_model, Path(output_dir))
     return Path(output_dir)
@@ -168,6 +174,7 @@ def _peft_model(
         raise ValueError(f"rank must be at least 1, got {rank}")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(f"{type(model).__name__} already carries wrapped layers: unload or remove() them first")
+    check_targets(model, target_modules)
     excluded = _without_effect(model) if target_modules == "all-linear" else []
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modules = {name: module for name, module in model.named_modules() if name}
@@ -185,7 +192,10 @@ def _peft_model(
                 fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
                 task_type=_task_type(model),
             )
-            peft_model = get_peft_model(model, config)
+            with warnings.catch_warnings():
+                # PEFT asks transformers by the name that it had before version 5
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+                peft_model = get_peft_model(model, config)
         if without := no_effect(peft_model, peft_layers(peft_model)):
             raise ValueError(
                 "a LoRA cannot be trained on these layers, which target_modules names:\n- "
@@ -205,6 +215,32 @@ def _peft_model(
                 del module._forward_hooks[key]
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def check_targets(model: nn.Module, target_modules: str | list[str]) -> None:
+    """ValueError when no layer is meant by `target_modules`, with the names there are; a warning for names of a list
+    that mean none."""
+    if target_modules == "all-linear":
+        return
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    paths = [path for path, _ in model.named_modules() if path]
+
+    def meant(targets: str | list[str]) -> bool:
+        config = LoraConfig(target_modules=targets)
+        return any(check_target_module_exists(config, path) for path in paths)
+
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    lost = [name for name in names if not meant(name if isinstance(target_modules, str) else [name])]
+    if not lost:
+        return
+    leaves = {path.rpartition(".")[2]: None for path, module in model.named_modules() if linear_features(module)}
+    said = f"target_modules (--target-modules) {', '.join(lost)}: no layer of {type(model).__name__} is called so; "
+    said += f"its linear layers are {', '.join(leaves)}"
+    if len(lost) == len(names):
+        raise ValueError(f"{said}; or leave it out for all of them")
+    warnings.warn(said, stacklevel=2)
 
 
 def _without_effect(model: nn.Module) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..experts.formats.peft import WEIGHTS_FILE
 from ..experts.gates import gates_file
 from ..experts.hub import output_folder
 from ..experts.kinds import SIGMOID_GATE
@@ -47,6 +48,7 @@ def train_gates(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = False,
+    overwrite: bool = False,
     shuffle: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -77,6 +79,7 @@ def train_gates(
                     default: `.moerge-train-gates` in the output folder
     resume          go on from that state, if any, as if there had been no break, given the same batches in the same
                     order; a run that was finished is not made again (`result.already`)
+    overwrite       replace what another run that was finished has written, which is refused without
 
     Modules that never ran get no gate: a warning names them, `patch` masks the expert there. Errors: ValueError for
     arguments, data or adapter (every problem listed), a loss that is missing, not finite or depends on no gate, a state
@@ -86,7 +89,7 @@ def train_gates(
     options = TrainingOptions(
         steps=steps, lr=lr, warmup_ratio=warmup_ratio, accumulate=accumulate, eval_every=eval_every, seed=seed,
         checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER), checkpoint_every=checkpoint_every,
-        resume=resume, progress=progress,
+        resume=resume, overwrite=overwrite, progress=progress,
     )  # fmt: skip
     prepared = prepare(
         model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
@@ -99,7 +102,8 @@ def _target(adapter_folder: str | Path, output_dir: str | Path | None, joint: bo
     """The folder to write into."""
     if joint and output_dir is None:
         raise ValueError(
-            "joint=True changes the adapter's weights: pass output_dir (adapter_folder itself to overwrite it)"
+            "joint=True (--joint) changes the adapter's weights: pass output_dir (--output), adapter_folder itself and "
+            "overwrite=True (--overwrite) to replace them"
         )
     return output_folder(adapter_folder, output_dir)
 
@@ -119,7 +123,10 @@ def _train(
     with gated_model(model, folder, joint=joint) as gated:
         facts = {"joint": joint, "adapter": None if joint else _fingerprint(gated)}
         settings = settings_of(options, train, validation, facts)
-        done = ranks.from_first(lambda: finished_before(options, settings, file, file=file, state_file=STATE_FILE))
+        replaced = [file, target / WEIGHTS_FILE] if joint else [file]
+        done = ranks.from_first(
+            lambda: finished_before(options, settings, file, file=file, state_file=STATE_FILE, replaced=replaced)
+        )
         if done is not None:
             return done
         with ranks.together():

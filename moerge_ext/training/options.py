@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.kept import check_replaced
 from .batches import BatchSource
-from .record import read_record, record_text
+from .record import differences, read_record, record_text
 
 # the options on which the result depends; a run can be resumed with other values of the rest
 _DECIDING = ("steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "eval_every", "seed")
@@ -32,6 +34,7 @@ class TrainingOptions:
     checkpoint_dir  where the state file lies while training; None writes none
     checkpoint_every  steps between two state files
     resume          go on from the state file when there is one; otherwise start over and replace it
+    overwrite       replace the result of a run that was finished, which is refused without; None: it never is
     progress        show a bar with the mean loss of the last steps
     """
 
@@ -45,6 +48,7 @@ class TrainingOptions:
     checkpoint_dir: Path | None = None
     checkpoint_every: int = 10
     resume: bool = False
+    overwrite: bool | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -93,16 +97,27 @@ def settings_of(
 
 
 def finished_before(
-    options: TrainingOptions, settings: dict[str, Any], path: Path, *, file: Path, state_file: str
+    options: TrainingOptions,
+    settings: dict[str, Any],
+    path: Path,
+    *,
+    file: Path,
+    state_file: str,
+    replaced: Sequence[Path] | None = None,
 ) -> TrainingResult | None:
-    """The result in `path` of this very run, as its `file` notes it, when `resume` finds nothing left to do."""
-    if not options.resume or (options.checkpoint_dir is not None and (options.checkpoint_dir / state_file).is_file()):
-        return None
-    facts = read_record(file, settings)
-    if facts is None:
-        return None
-    validation = {int(step): loss for step, loss in facts["validation"].items()}
-    return TrainingResult(path, facts["steps"], facts["best_step"], facts["losses"], validation, already=True)
+    """The result in `path` of this very run, as its `file` notes it, when `resume` finds nothing left to do.
+
+    ValueError where one of `replaced` (default: `file`) is there, of another run, and nobody says `overwrite`.
+    """
+    if options.resume and options.checkpoint_dir is not None and (options.checkpoint_dir / state_file).is_file():
+        return None  # the run that left it was allowed to begin
+    facts, other = read_record(file) if options.resume else None, []
+    if facts is not None and not (other := differences(facts["settings"], settings)):
+        validation = {int(step): loss for step, loss in facts["validation"].items()}
+        return TrainingResult(path, facts["steps"], facts["best_step"], facts["losses"], validation, already=True)
+    for there in (file,) if replaced is None else replaced:
+        check_replaced(there, f"of other settings ({'; '.join(other)})" if other else "", overwrite=options.overwrite)
+    return None
 
 
 def note_of(result: TrainingResult, settings: dict[str, Any]) -> dict[str, str]:

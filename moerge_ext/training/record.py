@@ -16,15 +16,25 @@ def record_text(settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, st
     return {RECORD_KEY: json.dumps({"settings": settings, **facts})}
 
 
-def read_record(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What `record_text` noted in `file`; None where there is no file, nothing noted, or a run of other settings."""
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What `record_text` noted in `file`, its settings among it; None where there is no file, or nothing noted."""
     if not file.is_file():
         return None
     try:
         content = json.loads(_header(file)[RECORD_KEY])
-        return content if content["settings"] == json.loads(json.dumps(settings)) else None
+        return content if isinstance(content["settings"], dict) else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def differences(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What is not alike in the settings of two runs, those of the first as they were read."""
+    here = json.loads(json.dumps(settings))
+    return [
+        f"{key}: saved with {saved.get(key)!r}, now {here.get(key)!r}"
+        for key in sorted(saved.keys() | here.keys())
+        if saved.get(key) != here.get(key)
+    ]
 
 
 def _header(file: Path) -> dict[str, str]:

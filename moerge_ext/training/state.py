@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files.atomic import write_atomically
+from .record import differences
 
 STATE_FILE = "moerge_gates.checkpoint.safetensors"
 _FORMAT = "moerge-training-state"
@@ -79,11 +80,7 @@ class TrainingState:
             raise ValueError(f"{path} cannot be read ({error}); {way_out}") from error
 
         saved = header["settings"]
-        problems = [
-            f"{key}: saved with {saved.get(key)!r}, now {settings.get(key)!r}"
-            for key in sorted(saved.keys() | settings.keys())
-            if saved.get(key) != settings.get(key)
-        ]
+        problems = differences(saved, settings)
         groups = {
             group: {key.removeprefix(f"{group}:"): t for key, t in tensors.items() if key.startswith(f"{group}:")}
             for group in _GROUPS

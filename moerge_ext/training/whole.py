@@ -54,14 +54,17 @@ class WholeRun:
         settings = settings_of(options, *sources, facts)
         done = ranks.from_first(
             lambda: finished_before(
-                options, settings, self.target, file=self.target / self.record, state_file=self.state_file
+                options,
+                settings,
+                self.target,
+                file=self.target / self.record,
+                state_file=self.state_file,
+                replaced=[self.target / MODEL_CONFIG],
             )
         )
         if done is not None:
             return done
         with ranks.together():
-            if (self.target / MODEL_CONFIG).exists():
-                raise ValueError(f"{self.target} holds a model already: name another folder")
             check_writable(self.target)
         with frozen(self.model) as still, gradients_pass_checkpoints(self.model), _only(self.model, self.parameters):
             state = fit(

@@ -35,7 +35,17 @@ def test_compose_train_and_evaluate(tmp_path, capsys):
     assert "loss " in capsys.readouterr().out and (made / "config.json").is_file()
     assert main([*words, "--connections", "1:0", "3:2", "--resume"]) == 0
     assert "finished before" in capsys.readouterr().out
-    evaluated = ["eval", "--tasks", str(task), "--limit", "3", "--no-progress", "--output", str(tmp_path / "eval")]
+    evaluated = [
+        "eval",
+        "--overwrite",
+        "--tasks",
+        str(task),
+        "--limit",
+        "3",
+        "--no-progress",
+        "--output",
+        str(tmp_path / "eval"),
+    ]
     assert main([*evaluated, "--model", str(paths["anchor"]), "--methods", f"base,model:{made}"]) == 0
     assert main([*evaluated, "--model", str(made), "--methods", "base", "--output", str(tmp_path / "alone")]) == 0
     (file,) = (tmp_path / "alone" / "answers" / "copy").glob("base*")

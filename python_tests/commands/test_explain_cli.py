@@ -85,7 +85,18 @@ def test_inspect_page_and_views(words, tmp_path, capsys):
     task.mkdir()
     (task / "test.jsonl").write_text(json.dumps({"input": "ab", "target": "c"}) + "\n")
     (task / "meta.json").write_text(json.dumps({"task": "bee", "metric": "exact_match"}))
-    same = ["inspect", "--model", words[1], *words[3:], "--tasks", str(task), "--limit", "1", "--no-progress"]
+    same = [
+        "inspect",
+        "--overwrite",
+        "--model",
+        words[1],
+        *words[3:],
+        "--tasks",
+        str(task),
+        "--limit",
+        "1",
+        "--no-progress",
+    ]
     out = ["--output", str(tmp_path / "out"), "--view", "both", "--html", str(page)]
     assert cli.main([*same, *out]) == 0
     assert f"{page} (4.8 MB)" in capsys.readouterr().out

@@ -16,7 +16,8 @@ from gate_builders import (
 )
 
 from moerge_ext.commands.main import main
-from moerge_ext.commands.train_gates import TRAINING, add_arguments, plan_of, run
+from moerge_ext.commands.train_gates import BOTH, add_arguments, run
+from moerge_ext.commands.training_options import TRAINING, defaults, plan
 from moerge_ext.experts.formats.peft import read_gates
 from moerge_ext.training.gates import train_gates
 
@@ -71,6 +72,7 @@ GIVEN = {
     "--warmup-ratio": "0.5",
     "--accumulate": "2",
     "--eval-every": "3",
+    "--checkpoint-every": "3",
     "--validation": "missing.jsonl",
     "--joint": None,
     "--resume": None,
@@ -96,30 +98,34 @@ def test_samples_are_for_average_activations():
 
 
 def test_every_training_option_is_known():
-    assert {f"--{name.replace('_', '-')}" for name in TRAINING} == set(GIVEN)
+    declared = {name for name in (*TRAINING, "joint") if f"--{name.replace('_', '-')}" in parser().format_help()}
+    assert {f"--{name.replace('_', '-')}" for name in declared - set(BOTH)} == set(GIVEN)
+    assert set(TRAINING) - declared == {"weight_decay"}
 
 
 def test_the_commands_defaults_are_the_functions(monkeypatch, tmp_path):
     args = parser().parse_args(["model", "expert", "--data", "file"])
     assert not [name for name in TRAINING if hasattr(args, name)]
-    defaults = {name: p.default for name, p in inspect.signature(train_gates).parameters.items()}
-    assert args.batch_size == defaults["batch_size"]
-    sequences = defaults["batch_size"] * defaults["accumulate"]
-    plan = plan_of(10_000, batch_size=args.batch_size)
-    assert plan.startswith(f"{defaults['steps']} steps of up to {sequences} sequences")
+    default = {name: p.default for name, p in inspect.signature(train_gates).parameters.items()}
+    assert args.batch_size == default["batch_size"]
+    sequences = default["batch_size"] * default["accumulate"]
+    assert plan(10_000, default, batch_size=args.batch_size).startswith(
+        f"{default['steps']} steps of up to {sequences} sequences"
+    )
     text = " ".join(parser().format_help().split())
     assert (
-        f"forwards per step (default: {defaults['accumulate']}); 128, with --batch-size 8, are the paper's 1024" in text
+        f"forwards per step (default: {default['accumulate']}); 128, with --batch-size 8, are the paper's 1024" in text
     )
 
 
 def test_the_plan_counts_what_is_read():
-    assert "7 steps of up to 8 sequences (batch size 4, accumulate 2): 49 sequences in all" in plan_of(
-        7, batch_size=4, steps=7, accumulate=2
+    own = defaults(train_gates)
+    assert "7 steps of up to 8 sequences (batch size 4, accumulate 2): 49 sequences in all" in plan(
+        7, own, batch_size=4, steps=7, accumulate=2
     )
-    assert "1 steps of up to 1024 sequences" in plan_of(5000, batch_size=8, steps=1, accumulate=128)
-    assert "2 steps of up to 3 sequences (batch size 8, accumulate 1): 6 sequences in all, from 3 examples" in plan_of(
-        3, batch_size=8, steps=2
+    assert "1 steps of up to 1024 sequences" in plan(5000, own, batch_size=8, steps=1, accumulate=128)
+    assert "2 steps of up to 3 sequences (batch size 8, accumulate 1): 6 sequences in all, from 3 examples" in plan(
+        3, own, batch_size=8, steps=2
     )
 
 

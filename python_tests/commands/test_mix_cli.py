@@ -52,7 +52,19 @@ def test_mix_train_and_evaluate(root, capsys):
     assert "loss " in capsys.readouterr().out and (root / "moe" / "config.json").is_file()
     assert call(root, *words, "--lr", "0.05", "--no-progress", "--resume") == 0
     assert "finished before" in capsys.readouterr().out
-    evaluated = ("eval", "--model", "@seed", "--tasks", "@task", "--limit", "3", "--no-progress", "--output", "@eval")
+    evaluated = (
+        "eval",
+        "--overwrite",
+        "--model",
+        "@seed",
+        "--tasks",
+        "@task",
+        "--limit",
+        "3",
+        "--no-progress",
+        "--output",
+        "@eval",
+    )
     mixed = f"model:{root / 'moe'}"
     for _ in range(2):
         assert call(root, *evaluated, "--experts", "@lora", "--methods", f"base,merged,{mixed}", "--cost") == 0
@@ -89,7 +101,7 @@ def test_refused(root, capsys):
     refused("two models or more are needed", "mix", "--models", "@seed", *out)
     refused("--models takes NAME=DIR", "mix", "--models", "a=b", "a=", *out)
     refused("is no mixture of experts", "train-mix", "@seed", "--data", "@task/train.jsonl", *out)
-    evaluated = ("eval", "--model", "@seed", "--tasks", "@task", *out, "--methods")
+    evaluated = ("eval", "--overwrite", "--model", "@seed", "--tasks", "@task", *out, "--methods")
     refused("--experts is needed for arrow, oracle_dataset", *evaluated, "base,arrow,oracle_dataset")
     refused("expected model:DIR", *evaluated, "model:")
     refused("no such model for you", *evaluated, "model:/not/there")

@@ -46,7 +46,7 @@ def call(*words):
 
 def trained(folder, *form):
     data, expert = ["--data", folder / "task" / "train.jsonl"], folder / "expert"
-    more = ["--device", "cpu", "--no-progress", *form]
+    more = ["--device", "cpu", "--no-progress", "--overwrite", *form]
     assert call("train-expert", folder / "model", *data, "--output", expert, "--rank", 2, "--steps", 1, *more) == 0
     assert call("train-gates", folder / "model", expert, *data, "--steps", 1, *more) == 0
     assert call("train-gates", folder / "model", expert, *data, "--kind", "average-activation", *more) == 0
@@ -54,7 +54,17 @@ def trained(folder, *form):
 
 
 def evaluated(folder, expert, *more, command="eval"):
-    words = [command, "--model", folder / "model", "--experts", expert, "--tasks", folder / "task", "--no-progress"]
+    words = [
+        command,
+        "--overwrite",
+        "--model",
+        folder / "model",
+        "--experts",
+        expert,
+        "--tasks",
+        folder / "task",
+        "--no-progress",
+    ]
     return call(*words, "--output", folder / "out", "--methods", "phatgoose", "--top-k", 1, *more)
 
 

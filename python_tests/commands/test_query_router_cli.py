@@ -53,11 +53,22 @@ def embedder(monkeypatch):
 
 
 def evaluation(root, where, methods, *more):
-    return ["eval", "--model", str(root / "model"), *where, "--methods", methods, "--output", str(root / "out"), *more]
+    return [
+        "eval",
+        "--overwrite",
+        "--model",
+        str(root / "model"),
+        *where,
+        "--methods",
+        methods,
+        "--output",
+        str(root / "out"),
+        *more,
+    ]
 
 
 def training(root, where, kind, *more):
-    common = ["train-query-router", kind, *where, "--output", str(root / kind), "--embedder", "bag"]
+    common = ["train-query-router", kind, "--overwrite", *where, "--output", str(root / kind), "--embedder", "bag"]
     return [*common, "--no-progress", *more]
 
 
@@ -88,7 +99,7 @@ def test_from_answers_to_a_row_of_the_table(setup, tmp_path, capsys):
 def test_what_is_missing_is_said(setup, tmp_path, capsys):
     root, where = setup
     assert cli.main(evaluation(root, where, "zooter")) == 2
-    assert "pass --query-router DIR, made by `moerge train-query-router zooter`" in capsys.readouterr().err
+    assert "- --query-router DIR, made by `moerge train-query-router zooter`" in capsys.readouterr().err
     shutil.copytree(root / "out", tmp_path / "out")
     answers = tmp_path / "out" / "answers" / "one"
     (file,) = answers.glob("expert_bee.*")

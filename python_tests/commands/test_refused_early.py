@@ -65,7 +65,7 @@ def test_outputs_that_cannot_be_written(folder, capsys, monkeypatch):
         (["--theta", "0.5", "--embedder", "x"], "--theta is for --nobody-right similar"),
         (["--theta", "2", "--embedder", "x"], "--theta is a cosine and must be in [-1, 1], got 2"),
         (["--judge", "numeric"], "row 0 (from 0): the numeric judge needs a number in the gold answer, got 'a'"),
-        (["--epochs", "0", "--lr", "0"], "epochs must be at least 1, got 0; lr must be in (0, 1), got 0.0"),
+        (["--epochs", "0", "--lr", "0"], "--epochs must be at least 1, got 0; --lr must be in (0, 1), got 0.0"),
         (["--router", "prompts.json"], "'prompts.json' is a file: pass the folder of a model"),
         (["--template", "{oops}"], "the template asks for {oops}"),
     ],

@@ -97,11 +97,11 @@ def test_inspect_and_eval_take_the_tasks_own(place):
     ]
     with server(completion("Please do it well.")) as (url, seen):
         words += ["--writer", "m", "--writer-url", url, "--similar", "3"]
-        assert call("inspect", *words, "--output", place / "inspect") == 0
+        assert call("inspect", "--overwrite", *words, "--output", place / "inspect") == 0
         assert prompts(seen)[-1].count("- Input: train ") == 3 and prompts(seen)[-1].endswith("- Input: test a")
         rows = json.loads((place / "inspect" / "inspect.json").read_text())["rows"]
         assert rows[0]["method"] == "glider/threshold=0.5 (few-shot)"
-        assert call("eval", *words, "--solved", place / "solved.jsonl", "--output", place / "eval") == 0
+        assert call("eval", "--overwrite", *words, "--solved", place / "solved.jsonl", "--output", place / "eval") == 0
         assert prompts(seen)[-1].count("- Input: solved ") == 3
 
 

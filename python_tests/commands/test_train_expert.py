@@ -19,12 +19,11 @@ from gate_builders import (
 )
 
 from moerge_ext.commands.main import main, parser
-from moerge_ext.commands.train_expert import TRAINING
+from moerge_ext.commands.train_expert import LORA
+from moerge_ext.commands.training_options import TRAINING
 from moerge_ext.experts.bank import load_experts
 from moerge_ext.training import loop
 from moerge_ext.training.experts import train_expert
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture(params=["llama"])
@@ -95,9 +94,9 @@ def test_what_is_wrong_is_said_before_the_model_is_read(base, capsys):
 
 
 def test_the_options_are_the_functions():
-    assert set(TRAINING) < set(inspect.signature(train_expert).parameters)
+    assert {*TRAINING, *LORA} < set(inspect.signature(train_expert).parameters)
     bare = parser("train-expert").parse_args(["train-expert", "m", "--data", "f", "--output", "d"])
-    assert not [name for name in TRAINING if hasattr(bare, name)]
+    assert not [name for name in (*TRAINING, *LORA) if hasattr(bare, name)]
 
 
 @pytest.mark.slow
@@ -124,6 +123,7 @@ def test_expert_and_gates_together_from_scratch(base, capsys):
     for path, module in trained.modules.items():
         assert module.lora_B.any() and not torch.equal(module.lora_A, start.modules[path].lora_A)
         assert module.gates["sigmoid-gate"].any()
-    assert main(made) == 2 and "holds an expert: a new one would overwrite it" in capsys.readouterr().err
+    assert main(made) == 2 and "is there already: pass overwrite" in capsys.readouterr().err
+    assert main([*made, "--overwrite"]) == 0
     assert main([*made[:3], f"{folder}-other", "--rank", "0"]) == 2
     assert "--rank must be at least 1, got 0" in capsys.readouterr().err

@@ -70,7 +70,18 @@ def test_train_evaluate_and_generate(root, method, more, capsys):
     file = root / f"out-{method}" / ROUTERS_FILE
     assert read_routers(file).method == method
     model = ("--model", "@model", "--experts", "@a", "@b")
-    evaluated = ("eval", *model, "--tasks", "@task", "--limit", "2", "--no-progress", "--output", f"@eval-{method}")
+    evaluated = (
+        "eval",
+        "--overwrite",
+        *model,
+        "--tasks",
+        "@task",
+        "--limit",
+        "2",
+        "--no-progress",
+        "--output",
+        f"@eval-{method}",
+    )
     assert call(root, *evaluated, "--methods", f"{method},base", "--routers", file) == 0
     out = capsys.readouterr().out
     assert method in out and "stored answers reused" not in out
@@ -90,7 +101,20 @@ def test_other_routers_give_other_answers(root, capsys):
         out = ("--output", f"@seed{seed}", "--seed", seed, "--lr", "0.1")
         assert call(root, "train-routers", *COMMON, "--method", "lora_flow", *DATA, *out) == 0
     capsys.readouterr()
-    words = ("eval", "--model", "@model", "--experts", "@a", "@b", "--tasks", "@task", "--limit", "2", "--no-progress")
+    words = (
+        "eval",
+        "--overwrite",
+        "--model",
+        "@model",
+        "--experts",
+        "@a",
+        "@b",
+        "--tasks",
+        "@task",
+        "--limit",
+        "2",
+        "--no-progress",
+    )
     for seed in ("1", "2"):
         words_of = (*words, "--output", "@seeds", "--methods", "lora_flow", "--routers", f"@seed{seed}")
         assert call(root, *words_of) == 0
@@ -106,7 +130,7 @@ def test_other_routers_give_other_answers(root, capsys):
         (("--method", "mole", *DATA, "--option", "routers=x"), "this command makes them"),
         (("--method", "mole", *DATA, "--expert-data", "a"), "--expert-data takes NAME=FILE"),
         (("--method", "mole", *DATA, "--dropout", "1.5"), "dropout must be in"),
-        (("--method", "pemt", *DATA), "needs description, a sentence of what the task asks for"),
+        (("--method", "pemt", *DATA), 'it needs:\n- --option description="...", a sentence of what the task asks for'),
         (("--method", "co_llm", *DATA, "--balance", "1"), "one gate, without balance"),
     ],
 )
@@ -138,10 +162,10 @@ def test_co_llm_answers_many_prompts_and_is_refused_where_layers_are_asked(root,
     assert answers[rows[1]] == answers["base"] != answers[rows[0]] and passes[rows[1]] == 3 * passes["base"]
     capsys.readouterr()
     for command in (
-        ("inspect", *words, "--tasks", "@task", "--methods", "co_llm", "--output", "@i"),
+        ("inspect", "--overwrite", *words, "--tasks", "@task", "--methods", "co_llm", "--output", "@i"),
         ("explain", "@model", "x", *words[2:], "--method", "co_llm"),
         ("generate", "x", *words, "--method", "co_llm", "--sample"),
-        ("eval", *words, "--tasks", "@task", "--methods", "co_llm/threshold=2"),
+        ("eval", "--overwrite", *words, "--tasks", "@task", "--methods", "co_llm/threshold=2"),
     ):
         assert call(root, *command) == 2, command
         said = capsys.readouterr().err

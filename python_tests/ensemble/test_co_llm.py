@@ -18,7 +18,7 @@ from moerge_ext.training.routers.run import STATE_FILE
 from moerge_ext.training.routers.train import CHECKPOINT_FOLDER
 
 ROWS = [{"input": f"say {c}:", "target": c * 3} for c in "abcdefgh"]
-TRAINING = {"method": "co_llm", "progress": False, "batch_size": 4, "lr": 0.05, "steps": 8}
+TRAINING = {"overwrite": True, "method": "co_llm", "progress": False, "batch_size": 4, "lr": 0.05, "steps": 8}
 INIT = {"init_steps": 6}
 
 

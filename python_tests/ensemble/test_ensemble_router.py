@@ -283,14 +283,14 @@ def command(*words):
 def test_both_commands(files, encoder, capsys, recwarn):
     pytest.importorskip("matplotlib")
     root, shared = files
-    train = ["train-router", *shared, "--router", encoder, "--epochs", 1, "--output"]
+    train = ["train-router", "--overwrite", *shared, "--router", encoder, "--epochs", 1, "--output"]
     assert command(*train, root / "multi", "--nobody-right", "drop") == 0
     out = capsys.readouterr().out
     assert "one: right in 100.0% of 12 questions" in out and "epoch 1: validation loss" in out
     assert "left out, as no expert is right: 0 of 12" in out
     assert command(*train, root / "single", "--single-label") == 0
     routers = ["--router", root / "multi", "--single-label-router", root / "single"]
-    assert command("ensemble", *shared, *routers, "--output", root / "out") == 0
+    assert command("ensemble", "--overwrite", *shared, *routers, "--output", root / "out") == 0
     out = capsys.readouterr().out
     assert "paired 95 % interval" in out and "oracle_question" in out
     rows = {row["method"]: row["score"] for row in json.loads((root / "out" / "results.json").read_text())}
@@ -299,7 +299,7 @@ def test_both_commands(files, encoder, capsys, recwarn):
     assert (root / "out" / "top_k.png").stat().st_size > 5000 and (root / "out" / "paired.json").is_file()
     assert not [w for w in recwarn.list if "router may not fit" in str(w.message)]
     (root / "short.jsonl").write_text((root / "data.jsonl").read_text().split("\n")[0])
-    words = ["ensemble", *shared, *routers, "--data", root / "short.jsonl", "--output", root / "other"]
+    words = ["ensemble", "--overwrite", *shared, *routers, "--data", root / "short.jsonl", "--output", root / "other"]
     with pytest.warns(UserWarning, match="it was trained with --template '{input}', and is asked with --template 'x"):
         assert command(*words, "--template", "x{input}") == 0
 
@@ -316,11 +316,22 @@ def test_datasets_from_the_shell(files, encoder, capsys):
     parts["few_shot"]["template"] = {"question": "{input}:", "answer": "{target}."}
     (root / "prompts.json").write_text(json.dumps(parts))
     data = [*shared, "--data", root / "nq" / "test.jsonl", root / "gsm8k" / "test.jsonl", "--judge", "exact"]
-    train = ["train-router", *data, "gsm8k=numeric", "--router", encoder, "--epochs", 1, "--output", root / "multi"]
+    train = [
+        "train-router",
+        "--overwrite",
+        *data,
+        "gsm8k=numeric",
+        "--router",
+        encoder,
+        "--epochs",
+        1,
+        "--output",
+        root / "multi",
+    ]
     assert command(*train, "--nobody-right", "drop") == 0
     assert "left out, as no expert is right: 6 of 12" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="demonstrations: 1 by specific few-shot nq, 1 by specific few-shot gsm8k"):
-        assert command("ensemble", *data, "gsm8k=numeric", "--output", root / "out") == 0
+        assert command("ensemble", "--overwrite", *data, "gsm8k=numeric", "--output", root / "out") == 0
     lines = (root / "out" / "results.md").read_text().splitlines()
     assert "| nq (n=6) | gsm8k (n=6) |" in lines[0] and lines[2].startswith("| specific few-shot |")
     (one,) = [line for line in lines if line.startswith("| one |")]
@@ -331,7 +342,7 @@ def test_a_language_model_judges_from_the_shell(files, encoder, capsys, tmp_path
     root, shared = files
     monkeypatch.setenv("MOERGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    train = ["train-router", *shared, "--router", encoder, "--epochs", 1, "--output", root / "multi"]
+    train = ["train-router", "--overwrite", *shared, "--router", encoder, "--epochs", 1, "--output", root / "multi"]
     with server(completion("yes")) as (url, seen):
         judge = ["--judge", "llm", "--judge-model", "gpt", "--judge-url", url, "--nobody-right", "drop"]
         assert command(*train, *judge) == 0
@@ -349,14 +360,14 @@ def test_a_language_model_judges_from_the_shell(files, encoder, capsys, tmp_path
 
 def test_commands_explain(files, encoder, capsys):
     root, shared = files
-    train = ["train-router", *shared, "--router", encoder, "--output", root / "router"]
+    train = ["train-router", "--overwrite", *shared, "--router", encoder, "--output", root / "router"]
     for words, text in (
         ([*train, "--theta", "0.5"], "--theta needs --embedder"),
         (train, "pass --embedder MODEL and --theta X"),
         ([*train, "--validation-share", "1"], "--validation-share must be in [0, 1), got 1"),
         ([*train, "--nobody-right", "drop", "--limit", "0"], "--limit must be at least 1, got 0"),
-        (["ensemble", *shared, "--router", root / "nowhere"], "holds no router"),
-        (["ensemble", *shared], "a router is needed: --router DIR"),
+        (["ensemble", "--overwrite", *shared, "--router", root / "nowhere"], "holds no router"),
+        (["ensemble", "--overwrite", *shared], "a router is needed: --router DIR"),
     ):
         assert command(*words) == 2
         assert text in capsys.readouterr().err

@@ -91,7 +91,16 @@ def folder(tmp_path):
 
 
 def evaluate(folder, methods, *more):
-    words = ["eval", "--model", folder / "model", "--experts", folder / "ant", folder / "bee", "--no-progress"]
+    words = [
+        "eval",
+        "--overwrite",
+        "--model",
+        folder / "model",
+        "--experts",
+        folder / "ant",
+        folder / "bee",
+        "--no-progress",
+    ]
     words += ["--tasks", folder / "open", folder / "closed", "--max-new-tokens", 4, "--output", folder / "out"]
     return cli.main([str(word) for word in [*words, "--methods", methods, *more]])
 
@@ -148,7 +157,16 @@ def test_rows_explain_what_is_missing(folder, capsys, monkeypatch):
     ):
         assert evaluate(folder, run) == 2
         assert text in capsys.readouterr().err
-    words = ["inspect", "--model", folder / "model", "--experts", folder / "ant", "--tasks", folder / "open"]
+    words = [
+        "inspect",
+        "--overwrite",
+        "--model",
+        folder / "model",
+        "--experts",
+        folder / "ant",
+        "--tasks",
+        folder / "open",
+    ]
     assert cli.main([str(word) for word in [*words, "--methods", f"pelmo:{file}"]]) == 2
     assert "this model routes nothing" in capsys.readouterr().err
 
@@ -174,7 +192,15 @@ def files_up_to(size):
 
 def test_a_full_disk_names_the_picture_and_keeps_the_answers(folder, capsys):
     pytest.importorskip("matplotlib")
-    words = ["ensemble", "--model", folder / "model", "--prompts", folder / "prompts.json", "--no-progress"]
+    words = [
+        "ensemble",
+        "--overwrite",
+        "--model",
+        folder / "model",
+        "--prompts",
+        folder / "prompts.json",
+        "--no-progress",
+    ]
     words += ["--data", folder / "open" / "test.jsonl", "--max-new-tokens", 2, "--output", folder / "made"]
     with files_up_to(6000):
         assert cli.main([*map(str, words)]) == 2

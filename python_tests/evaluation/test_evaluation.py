@@ -260,7 +260,7 @@ def test_derived_baselines():
 
 def command(setup, tmp_path, *more):
     root, _, _, folders, tasks = setup
-    words = ["eval", "--model", root / "model", "--experts", *folders.values(), "--tasks", *tasks]
+    words = ["eval", "--overwrite", "--model", root / "model", "--experts", *folders.values(), "--tasks", *tasks]
     return cli.main(
         [str(w) for w in [*words, "--output", tmp_path / "out", "--no-progress", "--max-new-tokens", 3, *more]]
     )
@@ -375,8 +375,8 @@ def test_solved_examples_that_are_missing_are_named_before_the_first_answer(setu
     ("more", "text"),
     [
         ([], "nothing to evaluate: pass --methods"),
-        (["--methods", "glider"], "--embedder is needed"),
-        (["--methods", "ask_llm"], "ask_llm needs --writer"),
+        (["--methods", "glider"], "glider cannot route yet; it needs:\n- --embedder MODEL"),
+        (["--methods", "ask_llm"], "- --writer MODEL, the language model that picks the expert"),
         (["--methods", "given"], "method 'given' takes weights from you"),
         (["--methods", "base", "--limit", "0"], "limit must be at least 1, got 0"),
         (["--methods", "base", "--calibrate", "x"], "--calibrate is for glider"),

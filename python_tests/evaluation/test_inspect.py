@@ -127,7 +127,18 @@ def test_inspect_command(family, tmp_path, capsys):
     rows = [("phatgoose", "ant", 0.1), ("phatgoose", "bee", 0.5), ("phatgoose", "other", 0.2)]
     rows += [("expert:ant", "other", 0.1), ("expert:cat", "other", 0.4), ("expert:cat", "bee", 0.0)]
     results.write_text(json.dumps([{"method": m, "task": t, "score": s} for m, t, s in rows]))
-    words = ["inspect", "--model", tmp_path / "model", "--experts", *folders.values(), "--tasks", *tasks, "--limit", 2]
+    words = [
+        "inspect",
+        "--overwrite",
+        "--model",
+        tmp_path / "model",
+        "--experts",
+        *folders.values(),
+        "--tasks",
+        *tasks,
+        "--limit",
+        2,
+    ]
     words += ["--results", results, "--oracle", "bee=bee", "--no-progress", "--output", tmp_path / "out"]
     assert cli.main([str(w) for w in [*words, "--methods", "phatgoose,arrow", "--top-k", "2"]]) == 0
     report = json.loads((tmp_path / "out" / "inspect.json").read_text())

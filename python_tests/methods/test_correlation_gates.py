@@ -22,7 +22,7 @@ from moerge_ext.training.routers.objective import Objective, cosines
 SAID = "please do digging, then count"
 OPTIONS = {"description": SAID, "task_rank": 3}
 ROWS = [{"input": f"say {c}:", "target": c * 3} for c in "abcdefgh"]
-TRAINING = {"method": "pemt", "progress": False, "batch_size": 4, "lr": 0.05, "steps": 6}
+TRAINING = {"overwrite": True, "method": "pemt", "progress": False, "batch_size": 4, "lr": 0.05, "steps": 6}
 
 
 @pytest.fixture(scope="module")

@@ -362,7 +362,7 @@ def test_describe_and_generate_commands(folders, encoder, tmp_path, capsys):
     data.write_text("\n".join(json.dumps({"input": f"a {i}", "target": "b"}) for i in "xyz"))
     for name, folder in folders.items():
         words = ["--adapter", str(folder), "--instruction", f"please do {WORDS[name]}", *encoder]
-        assert cli.main(["describe", *words, "--examples", str(data), "--index", "2"]) == 0
+        assert cli.main(["describe", "--overwrite", *words, "--examples", str(data), "--index", "2"]) == 0
     assert "instruction: please do purring" in capsys.readouterr().out
     words = ["generate", "abc", "--model", str(writer), "--method", "glider", "--max-new-tokens", "3", "--trace"]
     words += ["--experts", *map(str, folders.values())]
@@ -375,7 +375,7 @@ def test_describe_and_generate_commands(folders, encoder, tmp_path, capsys):
     assert "belongs to nomic-embed-text-v1.5" in capsys.readouterr().err
     before = read_gates(folders["ant"])[KIND].metadata
     words = ["--adapter", str(folders["ant"]), "--examples", str(data), "--writer", str(writer)]
-    assert cli.main(["describe", *words, *encoder]) == 2
+    assert cli.main(["describe", "--overwrite", *words, *encoder]) == 2
     assert "more than the model's context of 128" in capsys.readouterr().err
     assert read_gates(folders["ant"])[KIND].metadata == before
 

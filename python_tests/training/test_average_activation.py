@@ -88,7 +88,7 @@ def test_a_thousand_random_rows_are_enough(adapter, monkeypatch):
     assert inspect.signature(average_activation).parameters["samples"].default == 1000
 
     def means(data, **options):
-        average_activation(llama(), adapter, data, collate_fn=collate, progress=False, **options)
+        average_activation(llama(), adapter, data, collate_fn=collate, progress=False, overwrite=True, **options)
         return read_gates(adapter)["average-activation"]
 
     few = means(rows, samples=4, seed=3)

@@ -46,7 +46,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(paths, tmp_path):
     resumed = run("cut", [batch()], resume=True)
     assert resumed.losses == whole.losses and not resumed.already
     assert run("cut", [batch()], resume=True).already
-    with pytest.raises(ValueError, match="holds a model already"):
+    with pytest.raises(ValueError, match="config.json is there already: name another folder"):
         run("cut", [batch()])
     with pytest.raises(ValueError, match="LlamaForCausalLM is no composition: make one with"):
         moerge.train_calm(tiny_llama(), [batch()], tmp_path / "no", progress=False)

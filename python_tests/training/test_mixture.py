@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(source, tmp_path):
     a, b = loaded(tmp_path / "whole").state_dict(), loaded(tmp_path / "cut").state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a) and not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
     assert run("cut", batches(), resume=True).already
-    with pytest.raises(ValueError, match="holds a model already: name another folder"):
+    with pytest.raises(ValueError, match="config.json is there already: name another folder"):
         run("cut", batches())
 
 

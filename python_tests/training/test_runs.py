@@ -140,7 +140,15 @@ def test_a_finished_run_is_known(name, adapter, tmp_path):
     again = run(data, validation=data, resume=True)
     assert again.already and not first.already and file.stat().st_mtime_ns == before
     assert (again.path, again.losses, again.validation) == (first.path, first.losses, first.validation)
-    assert not run(data, validation=data).already  # without resume: anew
+    for options, said in (
+        ({}, ""),
+        ({"resume": True, "lr": 0.1}, r", of other settings \(lr: saved with .*, now 0.1\)"),
+    ):
+        way_out = r": pass overwrite=True \(--overwrite\) to replace it, or name another folder"
+        with pytest.raises(ValueError, match=f"^{file} is there already{said}{way_out}"):
+            run(data, validation=data, overwrite=False, **options)
+        assert file.stat().st_mtime_ns == before
+    assert not run(data, validation=data).already  # overwritten, without resume: anew
     assert not run(data, validation=data, resume=True, lr=0.1).already  # another run
 
 

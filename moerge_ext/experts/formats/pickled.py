@@ -42,7 +42,7 @@ def open_pickle(folder: Path, name: str = WEIGHTS_FILE) -> Iterator[_OpenPickle]
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the interpreter's refusals, and whatever a crafted file provokes
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path.name} cannot be read with weights_only=True: {reason}") from None
+        raise ValueError(f"{path.name} cannot be read as weights alone: {reason}") from None
     tensors = _plain_tensors(path, loaded)
     headers = {
         key: TensorHeader(tuple(t.shape), _NAMES.get(t.dtype, str(t.dtype).removeprefix("torch.")))

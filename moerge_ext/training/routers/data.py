@@ -15,11 +15,14 @@ def check_data(row: Method, names: Sequence[str], data: Any, expert_data: Mappin
     """ValueError for data that the method does not take, and for data that it lacks, by the experts' names."""
     by_expert, said = row.learned.loss == "tasks", f"method '{row.name}'"
     if expert_data is not None and not (by_expert or row.learned.own_data):
-        raise ValueError(f"{said} takes no data of single experts: leave expert_data out, or put it into data")
+        raise ValueError(f"{said} takes no data of single experts: leave expert_data out, or put it into data (--data)")
     if by_expert and (expert_data is None or data is not None):
-        raise ValueError(f"{said} is trained on every expert's data: pass expert_data={{name: rows}}, and no data")
+        raise ValueError(
+            f"{said} is trained on every expert's data: pass expert_data={{name: rows}} "
+            "(--expert-data NAME=FILE), and no data (--data)"
+        )
     if not by_expert and data is None:
-        raise ValueError(f"{said} is trained on the data of a task: pass data")
+        raise ValueError(f"{said} is trained on the data of a task: pass data (--data)")
     if expert_data is None:
         return
     lost, more = sorted(set(names) - expert_data.keys()), sorted(expert_data.keys() - set(names))

@@ -55,6 +55,7 @@ def train_routers(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 10,
     resume: bool = False,
+    overwrite: bool = False,
     shuffle: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -89,7 +90,7 @@ def train_routers(
     training = TrainingOptions(
         steps=own["steps"], lr=own["lr"], warmup_ratio=warmup_ratio, accumulate=accumulate, weight_decay=weight_decay,
         eval_every=eval_every, seed=seed, checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER),
-        checkpoint_every=checkpoint_every, resume=resume, progress=progress,
+        checkpoint_every=checkpoint_every, resume=resume, overwrite=overwrite, progress=progress,
     )  # fmt: skip
     check_data(row, experts.names, data, expert_data)
     # a method with prompts reads them with the tokenizer, whatever the data are

@@ -1,0 +1,67 @@
+"""Messages as the shell shows them: what the library says in Python is said in flags, and a warning is one line.
+
+A message that is the commands' as well as Python's names both, as in "resume=True (--resume)", of which the flag is
+kept; ways out that many messages share are in the table.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+# what a message says: what the shell says; in this order
+WORDS = (
+    # both are named: an argument with its value, or by its name alone
+    (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\})|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
+    (r"\b([a-z]+) \((--\1\b[^():;]*)\)", r"\2"),
+    (r"\(output_dir, (--output DIR)\)", r"(\1)"),
+    (r"load_experts\(\.\.\., gates=\{name: DIR\}\) or --gates", "--gates"),
+    (r"(`moerge [^`]+`) or moerge_ext\.\w+\([^()]*\)", r"\1"),
+    (r"moerge_ext\.\w+ \((moerge [^()]+)\)", r"`\1`"),
+    (r"\(names=\[\.\.\.\] loads the others without them\)", "(--names NAME ... loads the others without them)"),
+    (r"(?:load_experts\(\.\.\., )?names=\[\.\.\.\]\)?", "--names"),
+    (r"load_experts\(\.\.\., modules=\.\.\.\) --modules", "--modules PATTERN"),
+    (r"load_experts\(\.\.\., modules=\.\.\.\)", "--modules PATTERN"),
+    (r"\bmodules=\.\.\.", "--modules"),
+    (r"load_experts\(\.\.\., rename=\{'?([^':}]+)'?: '?([^'}]+)'?\}\)", r"--rename \1=\2"),
+    (r"load_experts\(\{name: path\}\) gives names", "an expert's name is its folder's"),
+    (r"patch\(\.\.\., missing=\"drop\"\)", "--missing drop"),
+    (r"patch\(\.\.\., backend=\"reference\"\)|\bbackend=\"reference\"", "--backend reference"),
+    (r"\babsent=\"base\"", "--absent base"),
+    (r"(?:load_experts\(\.\.\., )?\bdtype=torch\.(\w+)\)?", r"--expert-dtype \1"),
+    (r"\bjoint=True\b", "--joint"),
+    (r"\btexts=True\b", "--index-texts"),
+    (r"\bpass resume=False\b", "leave out --resume"),
+    (r"pass top_k=(\d+), or None for all", r"pass --top-k \1, or all"),
+    (r"call calibrate_threshold\([^()]*\), or pass threshold=\.\.\.", "pass --calibrate DIR or the option threshold"),
+    (r"\b(\w+)=\"(\w+)\"", r"\1=\2"),  # an option of a method
+    (r"Leave `with handle\.disabled\(\):`, and choose", "Choose"),
+    (r"(?<![\w-])(lr|steps|epochs|accumulate|rank|alpha|balance|z|sparsity|dropout|samples|seed) must", r"--\1 must"),
+    (r"\bTrue or False\b", "true or false"),
+    (r"(?<!')\bNone\b(?!')", "none"),
+)
+
+NO_FLAGS = ("repo_id", "top_k")  # a place, and what is set by --option as well
+
+
+def said(text: str, names: Iterable[str] = ()) -> str:
+    """The message in the words of the shell. names: of the command's arguments, such as batch_size of --batch-size."""
+    for pattern, words in WORDS:
+        text = re.sub(pattern, words, text)
+    if found := sorted(name for name in names if "_" in name and name not in NO_FLAGS):
+        bare = rf"(?<![\w/.'\"`{{-])(?:{'|'.join(found)})(?![\w.'\"`(-])"
+        text = re.sub(bare, lambda match: f"--{match[0].replace('_', '-')}", text)
+    return text
+
+
+@contextmanager
+def plain_warnings(names: Iterable[str] = ()) -> Iterator[None]:
+    """A block whose warnings are printed as "warning: ...", without the line of code that gave them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {said(str(message), names)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

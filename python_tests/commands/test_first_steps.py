@@ -1,0 +1,106 @@
+"""What a newcomer gets wrong first, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from builders import make_tokenizer, random_experts
+from gate_builders import (
+    llama,
+    one_thread,  # noqa: F401 (used by being here)
+)
+
+from moerge_ext.commands import main as cli
+from moerge_ext.commands.main import COMMANDS, FOREIGN, parser
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    model = llama()
+    model.save_pretrained(folder / "model")
+    make_tokenizer(folder / "model")
+    random_experts(model, folder, ["a", "b"], ["q_proj"])
+    for task in ("one", "two"):
+        (folder / "tasks" / task).mkdir(parents=True)
+        (folder / "tasks" / task / "test.jsonl").write_text(json.dumps({"input": "a:", "target": "b"}))
+    (folder / "list.json").write_text(json.dumps([{"input": "a:", "target": "b"}] * 2, indent=1))
+    return folder
+
+
+@pytest.fixture
+def refused(there, monkeypatch, capsys):
+    """words -> what the command says when it refuses, before a model is read."""
+
+    def call(words: str) -> str:
+        with monkeypatch.context() as patched:
+            patched.chdir(there)
+            patched.setattr(
+                "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("the model was read")
+            )
+            assert cli.main(words.split()) == 2
+        return capsys.readouterr().err
+
+    return call
+
+
+TRAIN = "--output made --device cpu --no-progress --steps 1"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"train-expert model --data tasks/one {TRAIN}", "tasks/one is a folder, expected a file: JSON lines"),
+        (f"train-expert model --data tasks/one {TRAIN}", "; it holds test.jsonl"),
+        (f"train-expert model --data list.json {TRAIN}", "is one JSON document (a list of 2), not JSON lines"),
+        ("generate --prompts list.json --model model", "list.json is one JSON document (a list of 2)"),
+        ("eval --model model --tasks tasks --methods base", "is no task but holds 2 (one, two): pass them, tasks/*"),
+        ("eval --model model --tasks tasks/one --split dev --methods base", "holds no dev.jsonl: a task is a"),
+        ("explain hello model --experts a", "PROMPT is the folder of a model, 'model', and MODEL is none"),
+        (f"train-expert model --data tasks/one/test.jsonl {TRAIN} --target-modules nope",
+         "--target-modules nope: no layer of LlamaForCausalLM is called so; its linear layers are q_proj, k_proj"),
+        ("new-expert model --output made --target-modules .*nope",
+         "--target-modules .*nope: no layer of LlamaForCausalLM is called so"),
+        (f"train-routers model --experts a b --method pemt --data tasks/one/test.jsonl {TRAIN}",
+         "an instruction of a, b: `moerge describe --adapter DIR --embedder MODEL --instruction TEXT`"),
+        ("describe --adapter a --embedder model",
+         "pass --examples FILE and --writer MODEL, or --instruction TEXT, or --examples FILE and --index N"),
+        ("describe --adapter a", "model, or with --mean-pool any encoder; and pass --examples FILE"),
+        ("generate a --model model --method arrow", "method 'arrow' needs --experts DIR ..."),
+    ],
+)  # fmt: skip
+def test_it_is_said(refused, words, said):
+    assert said in refused(words)
+
+
+def test_a_name_among_others_is_warned_of(there, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(there)
+    with pytest.warns(UserWarning, match="nope: no layer of LlamaForCausalLM is called so"):
+        assert cli.main(["new-expert", "model", "--output", "x", "--target-modules", "q_proj", "nope"]) == 0
+
+
+def test_a_model_alone_answers(there, monkeypatch, capsys):
+    monkeypatch.chdir(there)
+    words = ["generate", "copy a:", "--model", "model", "--max-new-tokens", "4", "--no-progress"]
+    assert cli.main(words) == 0
+    alone = capsys.readouterr().out
+    assert cli.main([*words, "--method", "base", "--experts", "a"]) == 0 and capsys.readouterr().out == alone
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"].strip() == alone.strip()
+
+
+def test_no_default_is_none(capsys):
+    for name in COMMANDS.keys() - set(FOREIGN):
+        with pytest.raises(SystemExit):
+            parser(name).parse_args([name, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "default: None" not in text and "(None" not in text, name
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        parser("train-routers").parse_args(["train-routers", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "optimizer steps (default: 250 for lora_flow; 400 for mole, ramole; 500 for" in text and "else 8)" in text
