@@ -130,7 +130,7 @@ def test_queries_are_the_contexts_of_the_batch(ready, tmp_path, monkeypatch, cap
     for i, folder in enumerate(folders.values()):
         moerge.index_examples(folder, [{"input": text} for text in ASKED[2 * i : 2 * i + 2]], fake_embedder())
     monkeypatch.setattr("moerge_ext.commands.options.build_embedder", lambda *_: fake_embedder())
-    args = (experts_of(ready), "method=centroid")
+    args = (experts_of(ready), "method=centroid", "embedder=bag")
     samples = asked(ready, tmp_path, "choice,written", *args)
     experts = moerge.load_experts(folders)
     with moerge.patch(model, experts, "centroid") as handle:

@@ -56,6 +56,8 @@ def evaluation(root, where, methods, *more):
     return [
         "eval",
         "--overwrite",
+        "--embedder",
+        "bag",
         "--model",
         str(root / "model"),
         *where,

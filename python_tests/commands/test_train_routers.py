@@ -125,8 +125,8 @@ def test_other_routers_give_other_answers(root, capsys):
     ("words", "said"),
     [
         (("--method", "mole", *DATA, "--option", "reads=x"), "reads must be"),
-        (("--method", "mole"), "pass data"),
-        (("--method", "pwe_moe", *DATA), "pass expert_data"),
+        (("--method", "mole"), "pass --data"),
+        (("--method", "pwe_moe", *DATA), "pass --expert-data NAME=FILE, and no --data"),
         (("--method", "mole", *DATA, "--option", "routers=x"), "this command makes them"),
         (("--method", "mole", *DATA, "--expert-data", "a"), "--expert-data takes NAME=FILE"),
         (("--method", "mole", *DATA, "--dropout", "1.5"), "dropout must be in"),

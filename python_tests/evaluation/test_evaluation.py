@@ -309,7 +309,18 @@ def test_the_base_indexes_and_routes_from_the_shell(setup, tmp_path, monkeypatch
     assert "moerge_examples.tiny_hidden_state_-1.safetensors" in capsys.readouterr().out
     assert command(setup, tmp_path, "--methods", "dam", "--base-name", "tiny") == 2
     assert "indexed only by bag, tiny_hidden_state_-1" in capsys.readouterr().err
-    more = ["--methods", "dam,token_level", "--base-name", "tiny", "--hidden-layer", "-1", "--limit", 2]
+    more = [
+        "--embedder",
+        "bag",
+        "--methods",
+        "dam,token_level",
+        "--base-name",
+        "tiny",
+        "--hidden-layer",
+        "-1",
+        "--limit",
+        2,
+    ]
     assert command(setup, tmp_path, *more) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(rows) == 6 and {row["method"] for row in rows} == {"dam", "token_level"}
@@ -323,7 +334,7 @@ def test_ablation_is_one_command(setup, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         calibration.Calibration, "plot", lambda self, path: drawn.update(vars(self)) or real(self, path)
     )
-    more = ["--ablation", "glider", "--calibrate", tasks[0], "--limit", 2]
+    more = ["--embedder", "bag", "--ablation", "glider", "--calibrate", tasks[0], "--limit", 2]
     assert command(setup, tmp_path, *more) == 0
     assert "threshold" in capsys.readouterr().out and (tmp_path / "out" / "threshold.png").is_file()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -348,7 +359,7 @@ def test_glider_is_zero_shot_unless_it_sees_similar_examples(setup):
 def test_a_threshold_that_is_missing_is_named_before_the_model_is_read(setup, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("moerge_ext.commands.options.build_embedder", lambda *_: fake_embedder())
     monkeypatch.setattr("moerge_ext.models.pretrained.load_model", lambda *_, **__: pytest.fail("the model was read"))
-    assert command(setup, tmp_path, "--methods", "glider") == 2
+    assert command(setup, tmp_path, "--methods", "glider", "--embedder", "bag") == 2
     assert "its threshold of 0.8 belongs to nomic-embed-text-v1.5" in capsys.readouterr().err
 
 
