@@ -309,18 +309,8 @@ def test_the_base_indexes_and_routes_from_the_shell(setup, tmp_path, monkeypatch
     assert "moerge_examples.tiny_hidden_state_-1.safetensors" in capsys.readouterr().out
     assert command(setup, tmp_path, "--methods", "dam", "--base-name", "tiny") == 2
     assert "indexed only by bag, tiny_hidden_state_-1" in capsys.readouterr().err
-    more = [
-        "--embedder",
-        "bag",
-        "--methods",
-        "dam,token_level",
-        "--base-name",
-        "tiny",
-        "--hidden-layer",
-        "-1",
-        "--limit",
-        2,
-    ]
+    more = ["--methods", "dam,token_level", "--embedder", "bag", "--base-name", "tiny"]
+    more += ["--hidden-layer", "-1", "--limit", 2]
     assert command(setup, tmp_path, *more) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(rows) == 6 and {row["method"] for row in rows} == {"dam", "token_level"}
