@@ -2,7 +2,6 @@
 // every size, type and stride; what differs is the instruction set that it was compiled for.
 #include "../common/check_lora.h"
 #include "micro.h"
-#include "word.h"
 
 namespace moerge::cpu {
 

@@ -86,10 +86,10 @@ class Router {
 };
 
 std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b,
-                                               int64_t top_k, std::string normalize, bool absolute,
+                                               int64_t top_k, Word normalize, bool absolute,
                                                std::optional<double> scale, std::optional<Tensor> bias,
                                                std::optional<Tensor> rows, std::optional<Tensor> mask,
-                                               std::optional<double> top_p, std::string weighting,
+                                               std::optional<double> top_p, Word weighting,
                                                std::optional<Tensor> lora_bias, bool factored,
                                                std::optional<Tensor> packed) {
   const Check check{"routed_lora", kDevice};
@@ -112,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   return {out, router.weights, router.experts};
 }
 
-void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                  std::string normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
-                  std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
-                  std::string weighting, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
+void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k, Word normalize,
+                  bool absolute, std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
+                  std::optional<Tensor> mask, std::optional<double> top_p, Word weighting,
+                  std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
   const Check check{"routed_lora_", kDevice};
   base = flattened(check, base, "base");
   x = flattened(check, x, "x");
@@ -137,10 +137,10 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
 }
 
 std::string routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                             std::string normalize, bool absolute, std::optional<double> scale,
-                             std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
-                             std::optional<double> top_p, std::string weighting, std::optional<Tensor> lora_bias,
-                             bool factored, std::optional<Tensor> packed) {
+                             Word normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
+                             std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
+                             Word weighting, std::optional<Tensor> lora_bias, bool factored,
+                             std::optional<Tensor> packed) {
   const Check check{"routed_lora_ways", kDevice};
   check_base(check, base, x);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
@@ -202,10 +202,10 @@ void many_tokens(Router& router, const Linear& linear, const Tensor& y) {
 
 std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
                                                  Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                                                 std::string normalize, bool absolute, std::optional<double> scale,
+                                                 Word normalize, bool absolute, std::optional<double> scale,
                                                  std::optional<Tensor> bias, std::optional<Tensor> rows,
                                                  std::optional<Tensor> mask, std::optional<double> top_p,
-                                                 std::string weighting, std::optional<Tensor> lora_bias, bool factored,
+                                                 Word weighting, std::optional<Tensor> lora_bias, bool factored,
                                                  std::optional<Tensor> packed) {
   const Check check{"routed_linear", kDevice};
   const Tensor tokens = flattened(check, x, "x");
