@@ -48,9 +48,10 @@ STABLE_TORCH_LIBRARY(moerge, m) {
   m.def("routed_lora_(Tensor(a!) base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, " MOERGE_ROUTE_OPTIONS
         ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> ()");
 
-  // For people: which kernels routed_lora would run for these arguments, and why not faster ones, a line each.
+  // For people: which kernels routed_lora would run for these arguments, and why not faster ones, a line each; the
+  // bytes of the text, since torch (2.13) never frees a `str` that an op returns.
   m.def("routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, " MOERGE_ROUTE_OPTIONS
-        ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> str");
+        ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> Tensor");
 
   // The base layer too: x [T,D] or [...,D] contiguous, weight [O,D], linear_bias [O] -> y [T,O] or [...,O] in x's
   // dtype, weights [T,K], experts [T,K]

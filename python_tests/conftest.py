@@ -19,7 +19,6 @@ NOT_ON_CUDA = {
     "rows value": "values of rows cannot be checked without waiting for the device",
     "test_backward_ops_check_the_ids_they_are_given": "ids out of range are skipped",
     "test_no_intermediate_is_larger_than_the_contract": "scores have a workspace [T, E]",
-    "test_a_call_leaves_no_memory_behind": "torch's own conversion of strings leaks them",
     "test_any_number_of_threads_gives_the_same_bits": "about threads of the CPU",
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "tensors.h"
+#include "word.h"
 
 namespace moerge {
 

@@ -1,6 +1,8 @@
 // Small words over torch's stable tensors, for both devices.
 #pragma once
 
+#include <cstring>
+
 #include "check.h"
 #include "types.h"
 
@@ -32,6 +34,14 @@ inline Tensor dense(const Tensor& tensor, ScalarType type) {
 
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, sizes, type);
+}
+
+// A text as an op may return it: uint8 on the CPU. (A `str` would be kept for ever: torch copies it out of a string
+// that nobody deletes, 80 bytes a call.)
+inline Tensor bytes_of(const std::string& said) {
+  const Tensor bytes = torch::stable::empty({static_cast<int64_t>(said.size())}, ScalarType::Byte);
+  std::memcpy(bytes.data_ptr(), said.data(), said.size());
+  return bytes;
 }
 
 // [..., C] -> [T, C] ([C] is one token), as a view: a contiguous tensor, or a slice of its columns, whose rows lie at

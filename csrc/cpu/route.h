@@ -22,7 +22,6 @@
 
 #include "../common/check_route.h"
 #include "view.h"
-#include "word.h"
 
 namespace moerge::cpu {
 

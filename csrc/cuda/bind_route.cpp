@@ -49,9 +49,9 @@ void run_route(Route p, Call& call, const Tensor& weights, const Tensor& experts
 
 namespace {
 
-std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::string normalize, bool absolute,
+std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, Word normalize, bool absolute,
                                  std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
-                                 std::optional<Tensor> mask, std::optional<double> top_p, std::string weighting) {
+                                 std::optional<Tensor> mask, std::optional<double> top_p, Word weighting) {
   const Check check{"route", kDevice};
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const RoutePlan plan = check_route(check, x, gates, options);
@@ -64,11 +64,11 @@ std::tuple<Tensor, Tensor> route(Tensor x, Tensor gates, int64_t top_k, std::str
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_backward_op(Tensor grad_weights, Tensor weights, Tensor experts, Tensor x,
-                                                     Tensor gates, int64_t needs, int64_t top_k, std::string normalize,
+                                                     Tensor gates, int64_t needs, int64_t top_k, Word normalize,
                                                      bool absolute, std::optional<double> scale,
                                                      std::optional<Tensor> bias, std::optional<Tensor> rows,
                                                      std::optional<Tensor> mask, std::optional<double> top_p,
-                                                     std::string weighting) {
+                                                     Word weighting) {
   const Check check{"route_backward", kDevice};
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const RoutePlan plan = check_route(check, x, gates, options);

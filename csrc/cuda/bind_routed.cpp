@@ -86,10 +86,10 @@ class Router {
 };
 
 std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b,
-                                               int64_t top_k, std::string normalize, bool absolute,
+                                               int64_t top_k, Word normalize, bool absolute,
                                                std::optional<double> scale, std::optional<Tensor> bias,
                                                std::optional<Tensor> rows, std::optional<Tensor> mask,
-                                               std::optional<double> top_p, std::string weighting,
+                                               std::optional<double> top_p, Word weighting,
                                                std::optional<Tensor> lora_bias, bool factored,
                                                std::optional<Tensor> packed) {
   const Check check{"routed_lora", kDevice};
@@ -112,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   return {out, router.weights, router.experts};
 }
 
-void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                  std::string normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
-                  std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
-                  std::string weighting, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
+void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k, Word normalize,
+                  bool absolute, std::optional<double> scale, std::optional<Tensor> bias, std::optional<Tensor> rows,
+                  std::optional<Tensor> mask, std::optional<double> top_p, Word weighting,
+                  std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
   const Check check{"routed_lora_", kDevice};
   base = flattened(check, base, "base");
   x = flattened(check, x, "x");
@@ -136,24 +136,23 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
   if (target.data_ptr() != base.data_ptr()) torch::stable::copy_(base, target);
 }
 
-std::string routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                             std::string normalize, bool absolute, std::optional<double> scale,
-                             std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
-                             std::optional<double> top_p, std::string weighting, std::optional<Tensor> lora_bias,
-                             bool factored, std::optional<Tensor> packed) {
+Tensor routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
+                        Word normalize, bool absolute, std::optional<double> scale, std::optional<Tensor> bias,
+                        std::optional<Tensor> rows, std::optional<Tensor> mask, std::optional<double> top_p,
+                        Word weighting, std::optional<Tensor> lora_bias, bool factored, std::optional<Tensor> packed) {
   const Check check{"routed_lora_ways", kDevice};
   check_base(check, base, x);
   const RouteOptions options{top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting};
   const LoraPlan plan = check_bank(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, packed);
   const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
   Router router(check, plan, routing);
-  if (plan.T == 0) return "nothing to do: no tokens\n";
+  if (plan.T == 0) return bytes_of("nothing to do: no tokens\n");
   const Tensor from = readable_rows(base), out = new_tensor(base, {plan.T, plan.O}, base.scalar_type());
   Call call(base);
   const Matrix base_rows = matrix(from, call.read(from)), out_rows = matrix(out, call.write(out));
   const Reason split =
       against_decode(router.one_launch([&](Call&, Decode& decode) { decode.base = base_rows, decode.out = out_rows; }));
-  if (!split) return "one launch for router and branch\n";
+  if (!split) return bytes_of("one launch for router and branch\n");
   const LoraArguments args = router.chosen(call);
   std::string said = std::string("several launches: ") + split + "\n";
   const auto kernel = [&](const char* name, Reason reason) {
@@ -162,7 +161,7 @@ std::string routed_lora_ways(Tensor base, Tensor x, Tensor gates, Tensor lora_a,
   kernel("scores", scores_against_tensor_cores(router.route()));
   kernel("shrink", shrink_against_tensor_cores(args.lora, args.x, args.a));
   kernel("expand", expand_against_tensor_cores(args.lora, args.b, base_rows, out_rows));
-  return said;
+  return bytes_of(said);
 }
 
 // The base layer of routed_linear: x [T,D] weight^T + bias.
@@ -202,10 +201,10 @@ void many_tokens(Router& router, const Linear& linear, const Tensor& y) {
 
 std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
                                                  Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
-                                                 std::string normalize, bool absolute, std::optional<double> scale,
+                                                 Word normalize, bool absolute, std::optional<double> scale,
                                                  std::optional<Tensor> bias, std::optional<Tensor> rows,
                                                  std::optional<Tensor> mask, std::optional<double> top_p,
-                                                 std::string weighting, std::optional<Tensor> lora_bias, bool factored,
+                                                 Word weighting, std::optional<Tensor> lora_bias, bool factored,
                                                  std::optional<Tensor> packed) {
   const Check check{"routed_linear", kDevice};
   const Tensor tokens = flattened(check, x, "x");

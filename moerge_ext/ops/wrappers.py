@@ -206,7 +206,7 @@ def routed_lora_ways(
     """
     with torch.no_grad():
         said = call(_ops.routed_lora_ways.default, base, x, gates, lora_a, lora_b, *filled(BRANCH, options).values())
-    return said.splitlines()
+    return bytes(said.tolist()).decode().splitlines()
 
 
 @documented(BranchOptions)
