@@ -26,9 +26,9 @@ TEXTS = (
     "benchmark_routing_query", "routellm_mf", "routellm_classifier", "twin_merging", "weight_tfidf", "weight_uniform",
     "arrow_mttl", "dam",
 )  # fmt: skip
-LEARNED = ("lora_flow", "pi_tuning", "mixda", "we_moe", "pemt", "adapter_fusion", "ramole")
+LEARNED = ("lora_flow", "pi_tuning", "mixda", "we_moe", "pemt")
 SLOW = ("weight_prior", "weight_entropy", "lorahub", "token_level", "ask_llm")  # many passes for a text
-LARGE = ("co_llm", "pwe_moe", "mole")  # every expert's pass for a token, or more than 14 GB to train
+LARGE = ("adapter_fusion", "ramole", "co_llm", "pwe_moe", "mole")  # reads all experts' outputs; mole trains in 14 GB
 FEW_SHOT = "/few-shot"  # behind the base's name, where the prompt has solved examples
 
 
@@ -60,9 +60,11 @@ def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders, scaling: 
     yield Part(_runs(THIRD), pool, deciders.known())
     yield Part(_runs(["base"]), pool, suffix=FEW_SHOT, template=real.FEW_SHOT_TEMPLATE)
     yield Part(_runs(MORE_INSTRUCTIONS), pool, deciders.told(tasks))
-    yield Part(_runs(TEXTS), pool, deciders.trained())
     for name in LEARNED:
         yield _learned((name,), pool, deciders)
+    trained = deciders.trained()
+    for name in TEXTS:
+        yield Part(_runs([name]), pool, trained)
     for name in SLOW:
         yield Part(_runs([name]), pool, deciders.slow(name))
     for name in LARGE:
