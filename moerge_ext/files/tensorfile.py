@@ -57,7 +57,7 @@ class _Place(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What a header says; shared, so nobody writes into it."""
+    """What a header says, shared by the files that have it."""
 
     metadata: dict[str, str] | None
     headers: dict[str, TensorHeader]
@@ -124,8 +124,8 @@ class TensorFile:
         self._file.close()
 
     def metadata(self) -> dict[str, str] | None:
-        """The texts of its header."""
-        return self._metadata
+        """The texts of its header, the caller's own."""
+        return None if self._metadata is None else dict(self._metadata)
 
     def read(self, key: str) -> Tensor:
         """A whole tensor. ValueError when the file does not hold it any more, or torch has no such type."""

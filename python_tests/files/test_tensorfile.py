@@ -32,6 +32,13 @@ def test_every_type_and_shape(tmp_path):
         assert torch.equal(opened.rows("torch.int64", -1, 9), tensors["torch.int64"][-1:])
 
 
+def test_what_one_reader_does_with_the_texts_is_not_seen_by_the_next(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / FILE, {"kind": "x"})
+    for _ in range(2):
+        with open_tensors(tmp_path / FILE) as opened:
+            assert opened.metadata().pop("kind") == "x"
+
+
 @pytest.mark.parametrize("left", [0, 4, 100, -1])
 def test_a_file_that_is_cut_short_after_its_check(tmp_path, left):
     """A mapping would end the process (SIGBUS)."""
