@@ -123,7 +123,7 @@ def test_expert_and_gates_together_from_scratch(base, capsys):
     for path, module in trained.modules.items():
         assert module.lora_B.any() and not torch.equal(module.lora_A, start.modules[path].lora_A)
         assert module.gates["sigmoid-gate"].any()
-    assert main(made) == 2 and "is there already: pass overwrite" in capsys.readouterr().err
+    assert main(made) == 2 and "is there already: pass --overwrite" in capsys.readouterr().err
     assert main([*made, "--overwrite"]) == 0
     assert main([*made[:3], f"{folder}-other", "--rank", "0"]) == 2
     assert "--rank must be at least 1, got 0" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_every_demonstration_carries_sampled_answers():
 
 def test_prompts_explain_what_is_missing():
     for make, text in (
-        (lambda: few_shot("a", ROWS[:3]), "expected 16 demonstrations, got 3; pass count=3"),
+        (lambda: few_shot("a", ROWS[:3]), "expected 16 demonstrations, got 3: a count of 3 uses those"),
         (lambda: few_shot("a", ROWS, count=-1), "count must be a whole number, not negative, got -1"),
         (lambda: few_shot("a", ROWS, count="4"), "count must be a whole number, not negative, got '4'"),
         (lambda: chain_of_thought("a", [{"input": "", "target": ""}], count=1), "demonstration 0 .* has no rationale"),

@@ -168,5 +168,5 @@ def test_choices_leave_room_for_the_token_that_is_written(setup, stood_in, tmp_p
     (task / "test.jsonl").write_text(json.dumps(row) + "\n")
     words = words_of((root, None, None, folders, [task]), "base", tmp_path / "out")
     assert cli.main(words) == 0
-    assert cli.main([*words, "--engine", "vllm"]) == 2
+    assert cli.main([*words, "--engine", "vllm", "--overwrite"]) == 2
     assert "has 129 tokens, more than the context of 128" in capsys.readouterr().err

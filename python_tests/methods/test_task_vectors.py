@@ -112,7 +112,7 @@ def test_the_loss_of_pwe_moe_is_the_tasks_losses_by_the_preference(setup):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "pwe_moe"}, "pass expert_data={name: rows}, and no data"),
+        ({"method": "pwe_moe"}, r"pass expert_data=\{name: rows\} .*, and no data"),
         ({"method": "pwe_moe", "expert_data": {"ant": batches()}, "data": None}, "there is none of bee, cat"),
         ({"method": "mole", "expert_data": {"ant": batches()}}, "takes no data of single experts"),
         ({"method": "mole", "data": None}, "pass data"),
