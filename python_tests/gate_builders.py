@@ -64,7 +64,7 @@ def batches(count=4, rows=2, length=8, seed=1) -> list[dict[str, torch.Tensor]]:
 
 def make_adapter(model, folder, scale=0.3):
     """A PEFT folder on every linear of the model, both factors random."""
-    new_expert(model, folder, rank=4, alpha=4)
+    new_expert(model, folder, rank=4, alpha=4, overwrite=True)
     tensors = load_file(folder / "adapter_model.safetensors")
     generator = torch.Generator().manual_seed(3)
     tensors = {key: torch.randn(t.shape, generator=generator) * scale for key, t in tensors.items()}

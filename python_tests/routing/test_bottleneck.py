@@ -192,7 +192,7 @@ def test_gates_are_trained(pfeiffer, tmp_path):
         assert error(logits(model, input_ids=tokens()), want) < 1e-5
     with torch.enable_grad():
         data = [{"input_ids": tokens(), "labels": tokens()}]
-        moerge.train_gates(model, folder, data, steps=2, progress=False)
+        moerge.train_gates(model, folder, data, steps=2, progress=False, overwrite=True)
     bank = moerge.load_experts(folder)
     assert bank.get_gates("own")[LAYER].abs().max() < 1  # no longer the random ones
     moerge.average_activation(model, folder, data, progress=False)
