@@ -36,7 +36,7 @@ from .routed_linear import RoutedLinear
 from .router_kinds import ROUTERS
 from .row_trace import RowTrace
 from .rows import Rows
-from .shared_linear import agreed, layer_at, plan_problems
+from .shared_linear import agreed, layers_at, plan_problems
 from .slots import Slots, for_slots, spare_problems
 from .state import Affinities, RoutingState
 from .tokens import RealTokens
@@ -328,8 +328,8 @@ def patch(
     handle = Handle(model, row, experts.names, state, settings)
     handle._slots = Slots(spare, row, options, absent, missing) if spare else None
     routed = {
-        name: layer_at(model, name, plan)(plan=plan, routing=routing, name=name, spare=spare, **shared)
-        for name, plan in plans.items()
+        name: make(plan=plans[name], routing=routing, name=name, spare=spare, **shared)
+        for name, make in layers_at(model, plans).items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
     notes = [*fitted.notes, alone_note(everywhere, experts.names, routing), *provenance_notes(model, experts)]

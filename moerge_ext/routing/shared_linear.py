@@ -94,12 +94,17 @@ class PartialLinear(RoutedLinear):
         return weights, experts
 
 
-def layer_at(model: nn.Module, path: str, plan: Plan) -> Callable[..., RoutedLinear]:
-    """What makes the routed layer for the layer at `path`: of the plan, the routing and the options of RoutedLinear."""
-    layer, place = model.get_submodule(path), place_of(model, path)
-    if place is None:
-        return partial(layer_of(plan), layer)
-    return partial(SharedLinear if place.share.columns is None else PartialLinear, layer, place=place)
+def layers_at(model: nn.Module, plans: Mapping[str, Plan]) -> dict[str, Callable[..., RoutedLinear]]:
+    """{path: what makes the routed layer for the layer there: of the plan, the routing and options of RoutedLinear}."""
+    parallel, found = is_parallel(model), {}
+    for path, plan in plans.items():
+        layer, place = model.get_submodule(path), place_of(model, path) if parallel else None
+        if place is None:
+            found[path] = partial(layer_of(plan), layer)
+        else:
+            kind = SharedLinear if place.share.columns is None else PartialLinear
+            found[path] = partial(kind, layer, place=place)
+    return found
 
 
 def plan_problems(model: nn.Module, plans: Mapping[str, Plan], spare: int) -> list[str]:

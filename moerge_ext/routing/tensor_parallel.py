@@ -83,8 +83,11 @@ def style_of(model: nn.Module, path: str) -> str | None:
 
 
 def place_of(model: nn.Module, path: str) -> Place | None:
-    """The part of the layer at `path` that this rank has; None where it has all. For layers of no `place_problem`."""
-    style = style_of(model, path) if is_parallel(model) else None
+    """The part of the layer at `path` of a parallel model that this rank has; None where it has all.
+
+    For layers of no `place_problem`.
+    """
+    style = style_of(model, path)
     if style in WHOLE:
         return None
     weight = model.get_submodule(path).weight
