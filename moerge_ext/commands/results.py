@@ -13,7 +13,7 @@ from ..files.atomic import write_atomically
 from ..files.kept import check_replaced
 from ..files.rows import read_json
 
-ASKED = "asked.json"  # the arguments that the tables beside it are of
+ASKED = "asked.{}.json"  # the arguments that the tables of a command beside it are of
 # on which no number of a table depends
 APART = (
     "command",
@@ -35,12 +35,13 @@ def check_results(args: argparse.Namespace, name: str, grows: Sequence[str] = ()
     file = args.output / name
     if args.overwrite or not file.exists():
         return
-    here, there = _asked(args), _earlier(args.output / ASKED)
+    noted = ASKED.format(args.command)
+    here, there = _asked(args), _earlier(args.output / noted)
     if there is None:
-        check_replaced(file, f"of arguments that are not known ({ASKED} beside it would say them)")
+        check_replaced(file, f"of arguments that are not known ({noted} beside it would say them)")
         return
     more = {key for key in grows if _among(there.get(key), here[key])}
-    other = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key) and key not in more)
+    other = sorted(key for key in {*here, *there} - more if (here.get(key) or None) != (there.get(key) or None))
     if other:
         said = "; ".join(f"{_flag(key)}: {_text(there.get(key))} there, {_text(here.get(key))} here" for key in other)
         check_replaced(file, f"of other arguments ({said})")
@@ -48,7 +49,7 @@ def check_results(args: argparse.Namespace, name: str, grows: Sequence[str] = ()
 
 def keep_arguments(args: argparse.Namespace) -> Path:
     """Note what the tables in --output are of."""
-    file, text = args.output / ASKED, json.dumps(_asked(args), indent=1, sort_keys=True)
+    file, text = args.output / ASKED.format(args.command), json.dumps(_asked(args), indent=1, sort_keys=True)
     write_atomically(file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return file
 

@@ -122,7 +122,10 @@ def stale_note_of(source: Any, own: str) -> str | None:
     stale = [kind for kind, made in noted.items() if made != own]
     if not stale:
         return None
-    return f"its {', '.join(stale)} gates were made for other weights than the adapter has: make them again"
+    return (
+        f"its {', '.join(stale)} gates were made for other weights than the adapter has: make them again "
+        "(`moerge train-gates`, `moerge describe`, with --overwrite)"
+    )
 
 
 def save_gates(

@@ -101,7 +101,7 @@ def test_inspect_page_and_views(words, tmp_path, capsys):
     assert cli.main([*same, *out]) == 0
     assert f"{page} (4.8 MB)" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "asked.json",
+        "asked.inspect.json",
         "composition.md",
         "inspect.json",
         "modules-phatgoose.png",

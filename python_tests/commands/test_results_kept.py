@@ -123,7 +123,7 @@ def test_results_grow_and_are_made_again(folder, capsys):
     assert out.startswith("oracle_dataset: made of the answers of every expert alone, so 2 more rows are evaluated")
     rows = json.loads((folder / "out" / "results.json").read_text())
     assert len(rows) == 2 * 5 and "6 stored answers reused" in out
-    (folder / "out" / "asked.json").unlink()
+    (folder / "out" / "asked.eval.json").unlink()
     assert run(f"{EVAL} one two --methods arrow,base,oracle_dataset") == 2
     assert "of arguments that are not known" in capsys.readouterr().err
 
@@ -134,3 +134,5 @@ def test_inspections(folder, capsys):
     assert run(f"{words} --methods arrow") == 0 and run(f"{words} two --methods arrow") == 0
     assert run(f"{words} --methods arrow") == 2
     assert "seen/inspect.json is there already, of other arguments (--tasks:" in capsys.readouterr().err
+    assert run(f"{EVAL.replace(' out ', ' seen ')} one --methods arrow") == 0
+    assert run(f"{words} two --methods arrow") == 0, "what `eval` asked for is noted apart"

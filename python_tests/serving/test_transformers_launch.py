@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from query_cases import wide_tokenizer
 
 from moerge_ext.serving.transformers import launch
 
@@ -49,3 +50,14 @@ def test_a_server_that_could_not_start_is_status_1():
     served = Served(started=False)
     served.ended.set()
     assert launch.wait(served) == 1
+
+
+def test_a_tokenizer_that_puts_no_chat_is_warned_of(tmp_path, recwarn):
+    tokenizer = wide_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match=r"no chat template.*/v1/completions answers"):
+        launch.warn_of_chats(str(tmp_path))
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path)
+    recwarn.clear()
+    launch.warn_of_chats(str(tmp_path))
+    assert not [warning for warning in recwarn if "chat" in str(warning.message)]

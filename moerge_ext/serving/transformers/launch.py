@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ...experts.bank import ExpertBank
+from ...models.pretrained import load_tokenizer
 from ...routing.patch import Handle, patch
 from ..settings import Settings
 from .cache import bounded
@@ -65,8 +67,19 @@ def start(settings: Settings, name: str, experts: ExpertBank, config: Any, conte
     options = context.params
     options |= bounded(options, config)
     check_address(options["host"], options["port"])
+    warn_of_chats(name)
     with _managed(partial(_manager(), name, partial(route, settings, experts))):
         return context.command.invoke(context)
+
+
+def warn_of_chats(name: str) -> None:
+    """Warns where the model's tokenizer cannot put a chat: the server would answer each with HTTP 500."""
+    if load_tokenizer(name).chat_template is None:
+        warnings.warn(
+            f"{name}: its tokenizer has no chat template, so that /v1/chat/completions and /v1/responses fail "
+            "(HTTP 500); /v1/completions answers",
+            stacklevel=2,
+        )
 
 
 def route(settings: Settings, experts: ExpertBank, model: nn.Module) -> Handle:
