@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         served = f"{len(args.experts)} experts can be served with {', '.join(settings.variants())}"
         print(f"moerge serve: {served} by {engine}")
+        if engine == "vllm" and find_spec("vllm") is None:
+            print(f"not here yet: {INSTALL}")
         return 0
     if engine == "transformers":
         from ..serving.transformers import launch

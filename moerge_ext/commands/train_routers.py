@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     shared |= {"method": args.method, "expert_data": own or None, "options": options, **what.shared(tokenizer)}
     result = what.go(train_routers, model, experts, what.rows, args.output, **shared)
     if what.ranks.first:
-        print(f"use it with --methods {args.method} --routers {result.path} (moerge eval)")
+        print(f"use it with --methods {args.method} --routers {result.path} (moerge eval; generate: --method)")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from importlib.util import find_spec
 
 import builders
 import pytest
@@ -30,7 +31,9 @@ def called(folders, *more: str, engine: str = "vllm") -> int:
 
 def test_check_says_that_it_can_be_served(folders, capsys):
     assert called(folders, "--methods", "arrow", "--check") == 0
-    assert "2 experts can be served with phatgoose, arrow by vllm" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 experts can be served with phatgoose, arrow by vllm" in out
+    assert ("not here yet: --engine vllm needs vLLM" in out) == (find_spec("vllm") is None)
     assert called(folders, "--method", "merged", "--check", engine="transformers") == 0
     assert "2 experts can be served with merged by transformers" in capsys.readouterr().out
 
