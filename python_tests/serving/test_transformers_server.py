@@ -164,6 +164,7 @@ def test_a_request_larger_than_the_cache_is_refused_alone(server, folders):
     assert client._client.get(str(client.base_url).removesuffix("/v1/") + "/health").status_code == 200
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("words", [(), BATCHING], ids=["one by one", "continuous batching"])
 def test_it_stops_while_answers_run(folders, words):
     port = free_port()
