@@ -129,6 +129,9 @@ def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], 
     written = list(map(str, [path, made, *pictures]))
     if args.html is not None:
         written.append(f"{args.html} ({write_page(found, args.html) / 1e6:.1f} MB)")
+    if not any(row["oracle"] for row in rows):
+        notes = [*notes, "no oracle, nor what is measured against it: --oracle TASK=EXPERT names one, or --results the "
+                 "results.json of `moerge eval --methods oracle_dataset`, where one expert is best"]  # fmt: skip
     for line in (*notes, "wrote " + ", ".join(written)):
         console.print(Text(line), soft_wrap=True)
 

@@ -75,6 +75,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(refuse=sub.error)
         if command in (name, None):
             import_module(module, __package__).add_arguments(sub)
     return root
@@ -85,8 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     root = parser(argv[0] if argv else "doctor")
     args, args.rest = root.parse_known_args(argv)
+    refuse = vars(args).pop("refuse")
     if args.rest and args.command not in FOREIGN:
-        root.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        refuse(f"unrecognized arguments: {' '.join(args.rest)}")
     args.words = argv  # a command that is interrupted says how to go on
     try:
         status = _run(args)

@@ -19,6 +19,7 @@ from ..files.rows import read_rows
 from ..models.prompt import PromptFormat
 from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
+from .wording import said
 
 if TYPE_CHECKING:
     from ..training.options import TrainingResult
@@ -215,7 +216,7 @@ def resumable(args: argparse.Namespace) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         words = getattr(args, "words", sys.argv[1:])
         for note in getattr(interrupt, "__notes__", ()):
-            print(f"\n{note}", file=sys.stderr)
+            print(f"\n{said(note)}", file=sys.stderr)
         more = [] if "--resume" in words else ["--resume"]
         print(f"go on with: {shlex.join(['moerge', *words, *more])}", file=sys.stderr)
         raise

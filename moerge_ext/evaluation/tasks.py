@@ -65,8 +65,13 @@ def load_task(
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(
-            f"a task is a folder that holds {split}.jsonl, got the file {folder}: pass its folder, or move it to "
-            f"{folder.with_suffix('') / (split + '.jsonl')} and pass {folder.with_suffix('')}"
+            f"a task is a folder that holds {split}.jsonl, got the file {folder}: "
+            + (
+                f"pass {folder.parent}"
+                if folder.name == f"{split}.jsonl"
+                else f"pass its folder, or move it to {folder.with_suffix('') / (split + '.jsonl')} and pass "
+                f"{folder.with_suffix('')}"
+            )
         )
     _check_one(folder, f"{split}.jsonl")
     rows = read_instructed_rows(folder / f"{split}.jsonl")

@@ -239,7 +239,7 @@ def check_targets(model: nn.Module, target_modules: str | list[str]) -> None:
     said = f"target_modules (--target-modules) {', '.join(lost)}: no layer of {type(model).__name__} is called so; "
     said += f"its linear layers are {', '.join(leaves)}"
     if len(lost) == len(names):
-        raise ValueError(f"{said}; or leave it out for all of them")
+        raise ValueError(f"{said}; or leave it out for all but the head")
     warnings.warn(said, stacklevel=2)
 
 

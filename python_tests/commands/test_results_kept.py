@@ -131,8 +131,12 @@ def test_results_grow_and_are_made_again(folder, capsys):
 def test_inspections(folder, capsys):
     pytest.importorskip("matplotlib")
     words = "inspect --model model --experts a b --no-progress --output seen --limit 2 --oracle one=a two=b --tasks one"
-    assert run(f"{words} --methods arrow") == 0 and run(f"{words} two --methods arrow") == 0
+    assert run(f"{words} --methods arrow") == 0 and "no oracle" not in capsys.readouterr().out
+    assert run(f"{words} two --methods arrow") == 0
     assert run(f"{words} --methods arrow") == 2
     assert "seen/inspect.json is there already, of other arguments (--tasks:" in capsys.readouterr().err
     assert run(f"{EVAL.replace(' out ', ' seen ')} one --methods arrow") == 0
+    capsys.readouterr()
+    assert run(f"{words.partition(' --oracle')[0].replace('seen', 'bare')} --tasks one --methods arrow") == 0
+    assert "no oracle, nor what is measured against it: --oracle TASK=EXPERT" in capsys.readouterr().out
     assert run(f"{words} two --methods arrow") == 0, "what `eval` asked for is noted apart"

@@ -87,6 +87,17 @@ def test_the_same_table_as_without(setup, stood_in, tmp_path):
     assert len(STARTED) == 4 and not STARTED[2].said and len(first.said) == again, "stored answers are asked for again"
 
 
+def test_what_is_taken_of_the_experts_reaches_the_engine(setup, stood_in, tmp_path):
+    taken = ["--names", cases.NAMES[1], cases.NAMES[0], "--modules", "q_proj", "--absent", "base"]
+    taken += ["--expert-dtype", "float32"]
+    for kind in ("torch", "vllm"):
+        assert cli.main(words_of(setup, "phatgoose", tmp_path / kind, "--engine", kind, *taken)) == 0
+    same(answers(tmp_path / "vllm"), answers(tmp_path / "torch"))
+    found = STARTED[0].settings
+    assert (found.names, found.modules, found.absent) == ([cases.NAMES[1], cases.NAMES[0]], "q_proj", "base")
+    assert (found.dtype, found.missing) == ("float32", "error")
+
+
 def test_the_base_alone_needs_no_experts(setup, stood_in, tmp_path):
     root, _, _, _, tasks = setup
     words = ["eval", "--model", root / "model", "--tasks", *tasks, "--methods", "base", "--no-progress", "--output"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import builders
@@ -87,6 +88,8 @@ def test_tasks_explain_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="there is no .*nowhere"):
         load_task(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"a task is a folder that holds test.jsonl, got the file .*: pass its folder"):
+        load_task(folder / "meta.json")
+    with pytest.raises(ValueError, match=f"test.jsonl: pass {re.escape(str(folder))}$"):
         load_task(folder / "test.jsonl")
     (folder / "test.jsonl").write_text('{"input": "q"}\nnonsense\n')
     with pytest.raises(ValueError, match=r"line 1: expected(.|\n)*line 2: not JSON"):
