@@ -3,8 +3,9 @@
     length of the header (u64), header (JSON), data
     header: {name: {"dtype": ..., "shape": [...], "data_offsets": [start, stop]}, ..., "__metadata__": {text: text}}
 
-The library says whether a file is one. It is not mapped here, as the library does: a mapped file that
-is cut short kills the process that reads on, and a tensor of the mapping takes ten times as long to make.
+The library says whether a file is one. It is not mapped here, as the library does: a mapped file that is cut short
+kills the process that reads on, and the library's tensors of a mapping take as long to make (420 factors: 12 ms, with
+nothing of them read) as these with their data (9 ms).
 """
 
 from __future__ import annotations
