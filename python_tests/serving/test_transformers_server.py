@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 
 import builders
@@ -194,6 +194,27 @@ def test_it_stops_while_answers_run(folders, words):
         thread.join(10)
         assert not thread.is_alive()
     assert ended
+
+
+@pytest.mark.alone
+def test_a_stream_that_gets_no_token_ends_with_the_server(folders):
+    """Such a one came to transformers' batching after it had refused those that waited, and before it was dead."""
+    port = free_port()
+    served = serve(folders, port, *BATCHING)
+    ended = threading.Event()
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        assert asked(client, folders[0], "a")
+        served._generation_state._cb_manager._cb.add_request = lambda *_, request_id, **__: request_id
+        stream = client.completions.create(model=folders[0], prompt="a", stream=True)
+
+        def read() -> None:
+            with suppress(Exception):  # the connection was closed
+                list(stream)
+            ended.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        launch.stop(served)
+        assert ended.wait(5)
 
 
 @pytest.mark.parametrize("method", ["arrow", "merged", "expert:bee"])

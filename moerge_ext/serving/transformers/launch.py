@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import sys
@@ -122,6 +123,17 @@ def stop(served: Any) -> None:
     served.server.config.timeout_graceful_shutdown = GRACE
     served.kill_server()
     served._thread.join()
+    _leave(served.server)
+
+
+def _leave(server: Any) -> None:
+    """Waits for the answers that a server has cancelled, which closes their connections: uvicorn 0.54 ends its loop
+    before that, and their clients would wait as long as this process lives.
+    """
+    for loop in {listener.get_loop() for listener in server.servers}:
+        if left := asyncio.all_tasks(loop):
+            loop.run_until_complete(asyncio.wait(left, timeout=GRACE))
+        loop.run_until_complete(asyncio.sleep(0))  # in which the connections close
 
 
 def check_address(host: str, port: int) -> None:
