@@ -25,9 +25,19 @@ def candidates(cell: Cell, weights: Weights, tokens: Tokens) -> list[Candidate]:
             torch._dynamo.reset()
             call = build(cell, weights, tokens)
             begin = time.perf_counter()
-            call(0)
+            try:
+                call(0)
+            except Exception as error:  # compiled code that fails is this candidate's row and not the run's end
+                call = _failing(error)
             found.append(Candidate(label, call, note=f"compiled in {time.perf_counter() - begin:.0f} s"))
     return found
+
+
+def _failing(error: Exception) -> Callable[[int], Tensor]:
+    def call(i: int) -> Tensor:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    return call
 
 
 def _reference(cell: Cell, weights: Weights, tokens: Tokens) -> Callable[[int], Tensor]:

@@ -13,6 +13,7 @@ from bench_checkout import REPO  # first: bench is importable after it
 
 from bench import (
     cells,
+    compiled,
     data,
     linear,
     machine,
@@ -123,6 +124,18 @@ def test_caps_name_what_they_skip():
     good, rows = linear.admit([late, large, broken], CELL, tokens, ability, run.TINY)
     assert good == [] and [row["status"] for row in rows] == ["skipped", "skipped", "failed"]
     assert "100.0 s" in rows[0]["note"] and "GiB" in rows[1]["note"]
+
+
+def test_a_peer_whose_compiled_code_fails_is_a_row(monkeypatch):
+    def broken(*parts):
+        raise SystemError("kernel returned a result with an exception set")
+
+    monkeypatch.setattr(compiled, "_dense", lambda *_: broken)
+    cell = replace(CELL, also=("compiled_dense",))
+    tokens = data.Tokens(cell, weights := data.Weights(cell, CPU, run.TINY))
+    found = compiled.candidates(cell, weights, tokens)
+    good, (row,) = linear.admit(found, cell, tokens, {"bandwidth": 10.0, "float32": 10.0}, run.TINY)
+    assert good == [] and row["status"] == "failed" and row["note"].startswith("SystemError: kernel")
 
 
 def test_popularity():
