@@ -67,6 +67,8 @@ def differing(model: nn.Module, claims: BaseClaims) -> tuple[dict[str, SavedTens
 
     Equal is what rounds to the same values in the type of one of the two.
     """
+    if not claims.saved:
+        return {}, []
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     changed, problems = {}, []
     for path, saved in claims.saved.items():

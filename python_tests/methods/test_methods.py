@@ -59,6 +59,12 @@ def test_every_method_builds_a_plan(name, dtype):
         assert scale is None or (math.isfinite(scale) and scale > 0)
 
 
+@pytest.mark.parametrize("value", [3.3, 1e-4, 1000.7])
+def test_a_constant_gate_standardizes_to_zeros(value):
+    """Exactly: what is left by rounding would be divided by almost nothing."""
+    assert not standardize(torch.full((2, 577), value)).any()
+
+
 @pytest.mark.parametrize("name", ["phatgoose", "average_activation", "glider", "glider_code"])
 def test_stored_gates_are_standardized_once(name):
     bank = both_kinds(random_bank())
