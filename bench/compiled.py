@@ -35,7 +35,7 @@ def candidates(cell: Cell, weights: Weights, tokens: Tokens) -> list[Candidate]:
 
 def _failing(error: Exception) -> Callable[[int], Tensor]:
     def call(i: int) -> Tensor:
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise error
 
     return call
 
