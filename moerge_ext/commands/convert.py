@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..files.counting import counted
 from .progress import add_progress
 
 
@@ -64,7 +65,7 @@ def _to_lora(args: argparse.Namespace) -> int:
     least, most = min(made.ranks.values()), max(made.ranks.values())
     print(made.path)
     print(
-        f"{made.kind} of {len(made.ranks)} modules as LoRA of rank {least}-{most}; "
+        f"{made.kind} of {counted(len(made.ranks), 'module')} as LoRA of rank {least}-{most}; "
         f"largest relative error {error:.2g} ({module})"
     )
     return 0

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ..files.atomic import check_can_write, write_atomically
+from ..files.counting import counted
 from .ensemble_options import (
     add_prompts_and_model,
     answering,
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"no plot: {error}", highlight=False)
     console.print(terminal(scores))
     console.print(
-        f"{mixed} - {best} (the best of each by the mean over datasets, chosen on these {len(questions)} questions): "
+        f"{mixed} - {best} (the best of each by the mean over datasets, chosen on "
+        f"{counted(len(questions), 'question')}): "
         f"{100 * mean:+.1f} points, paired 95 % interval {100 * low:+.1f} to {100 * high:+.1f}",
         highlight=False,
     )

@@ -16,6 +16,7 @@ from ..ensemble.questions import Question, named_file, question_of
 from ..evaluation import identity
 from ..evaluation.runs import Run
 from ..evaluation.tasks import Task
+from ..files.counting import counted
 from ..files.meta import read_instructed_rows
 from ..queries.cache import TextCache
 from ..queries.embedder import Embedder
@@ -77,7 +78,7 @@ def read_questions(args: argparse.Namespace) -> list[Question]:
         rows = read_instructed_rows(path)[: args.limit]
         wrong = form.problems(rows)
         wrong += [
-            f"row {i}: a prompt expert is asked one question, got {len(row.conversation)} messages"
+            f"row {i}: a prompt expert is asked one question, got {counted(len(row.conversation), 'message')}"
             for i, row in enumerate(rows)
             if row.conversation is not None and len(row.conversation) > 1
         ]

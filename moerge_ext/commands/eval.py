@@ -12,6 +12,7 @@ from typing import Any
 from ..evaluation.runs import BASE, DERIVED, MULTITASK, PELMO, WHOLE, Run, ablation, parse_runs, with_top_k
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
+from ..files.counting import counted
 from ..methods import METHODS
 from ..methods.fixed import PREFIX
 from .engine_options import BATCH, TORCH, add_engine, check_engine, check_runs_of, engine_answerers, outline
@@ -143,8 +144,9 @@ def tell_of_added(texts: list[str], names: Sequence[str]) -> None:
     added = [name for name in names if PREFIX + name not in texts]
     if derived and added:
         print(
-            f"{' and '.join(derived)}: made of the answers of every expert alone, so {len(added)} more rows are "
-            f"evaluated, {PREFIX}{added[0]}{' ...' if added[1:] else ''}, and are in the table",
+            f"{' and '.join(derived)}: made of the answers of every expert alone, so "
+            f"{counted(len(added), 'more row is', 'more rows are')} evaluated, "
+            f"{PREFIX}{added[0]}{' ...' if added[1:] else ''}, and in the table",
             flush=True,
         )
 
@@ -193,7 +195,9 @@ def tell(args: argparse.Namespace, scores: list[Any], derived: list[str], paths:
     if args.cost:
         console.print(terminal_costs(scores))
     if reused := sum(score.reused for score in scores if score.method not in derived):
-        console.print(f"{reused} stored answers reused (same model, experts and settings by content)", highlight=False)
+        console.print(
+            f"{counted(reused, 'stored answer')} reused (same model, experts and settings by content)", highlight=False
+        )
     for name in derived:
         console.print(f"{name}: {DERIVED[name]}", highlight=False)
     console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
@@ -208,4 +212,7 @@ def calibrate(args: argparse.Namespace, routers: dict[str, Any], known: list[Tas
     found = calibrate_threshold(routers["instruction"], held_in, held_out)
     print(f"threshold {found.threshold:.4f}, scores in {found.plot(args.output / 'threshold.png')}")
     for task, share in found.own.items():
-        print(f"{task}: its own expert is the most similar one to {share:.0%} of {len(found.held_in[task])} queries")
+        print(
+            f"{task}: its own expert is the most similar one to {share:.0%} of "
+            f"{counted(len(found.held_in[task]), 'query', 'queries')}"
+        )

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..files.counting import counted
 from ..methods.option_text import top_k
 from ..models.prompt import Prompt
 from ..models.stored import MODEL_CONFIG
@@ -136,8 +137,8 @@ def check_length(asked: Prompt, tokenizer: Any, config: Any, max_new_tokens: int
     length = len(asked.some_ids(tokenizer, (), seq2seq=seq2seq))
     if context is not None and length + (0 if seq2seq else max_new_tokens) > context:
         raise ValueError(
-            f"the prompt has {length} tokens, and with {max_new_tokens} to generate they do not fit the model's "
-            f"context of {context}: shorten the prompt or lower --max-new-tokens"
+            f"the prompt has {counted(length, 'token')}, and with {max_new_tokens} to generate they do not fit the "
+            f"model's context of {context}: shorten the prompt or lower --max-new-tokens"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.runs import BASE, DERIVED, MULTITASK, PELMO, WHOLE
+from ..files.counting import counted
 from ..files.examples import Example
 from ..files.rows import read_prompts
 from ..methods.base import Method
@@ -100,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     new_tokens = new_tokens_of(args.max_new_tokens, longest, config)
     if len(rows) > 1 and new_tokens < (args.max_new_tokens or NEW_TOKENS):
         print(
-            f"moerge generate: answers end after {new_tokens} tokens, what the longest prompt leaves", file=sys.stderr
+            f"moerge generate: answers end after {counted(new_tokens, 'token')}, what the longest prompt leaves",
+            file=sys.stderr,
         )
 
     from .. import patch
@@ -189,7 +191,8 @@ def prompts_of(rows: Sequence[Example], form: Any, tokenizer: Any, config: Any) 
             continue
         if context is not None and (length > context or (length == context and not is_seq2seq(config))):
             problems.append(
-                f"{where}the prompt has {length} tokens, and the model's context is {context}: shorten the prompt"
+                f"{where}the prompt has {counted(length, 'token')}, and the model's context is {context}: shorten the "
+                "prompt"
             )
         longest = max(longest, length)
     if problems:
@@ -356,7 +359,7 @@ def new_tokens_of(wanted: int | None, length: int, config: Any) -> int:
     left = context if is_seq2seq(config) else context - length
     if wanted is not None and wanted > left:
         raise ValueError(
-            f"the prompt has {length} tokens, and {wanted} more do not fit the model's context of {context}: pass "
-            f"--max-new-tokens {left} at most, or shorten the prompt"
+            f"the prompt has {counted(length, 'token')}, and {wanted} more do not fit the model's context of "
+            f"{context}: pass --max-new-tokens {left} at most, or shorten the prompt"
         )
     return wanted or min(NEW_TOKENS, left)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files.counting import counted
 from .expert_options import add_experts, pairs
 from .progress import add_progress
 
@@ -76,7 +77,7 @@ def told(merge: Merge) -> str:
     ranks = sorted(set(merge.ranks.values()))
     span = "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))
     how = "exact" if merge.worst is None else f"{merge.error:.2%} off in all, {merge.worst[1]:.2%} in {merge.worst[0]}"
-    return f"wrote {merge.path}: {len(merge.ranks)} modules, rank {span} ({how})"
+    return f"wrote {merge.path}: {counted(len(merge.ranks), 'module')}, rank {span} ({how})"
 
 
 def _number(text: str) -> float:

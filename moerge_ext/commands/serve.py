@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
+from ..files.counting import counted
 from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_experts
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
         experts, config = checked(settings, args.model)
     if args.check:
-        served = f"{len(args.experts)} experts can be served with {', '.join(settings.variants())}"
+        served = f"{counted(len(args.experts), 'expert')} can be served with {', '.join(settings.variants())}"
         print(f"moerge serve: {served} by {engine}")
         if engine == "vllm" and find_spec("vllm") is None:
             print(f"not here yet: {INSTALL}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.atomic import check_can_write
+from ..files.counting import counted
 from ..files.kept import check_replaced
 from ..files.rows import read_rows
 from ..queries.text_router import FILE
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     judged = read(args, experts)
     path = train(args, judged, experts, options)
     for name, score in zip(judged.names, judged.scores.mean(0).tolist(), strict=True):
-        print(f"{name}: mean score {score:.3f} over {len(judged.texts)} questions")
+        print(f"{name}: mean score {score:.3f} over {counted(len(judged.texts), 'question')}")
     print(f"wrote {path}")
     return 0
 

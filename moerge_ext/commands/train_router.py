@@ -12,6 +12,7 @@ import torch
 from ..ensemble.config import read_parts
 from ..ensemble.questions import Question, domains, split, warn_of_shown
 from ..files.atomic import check_can_write
+from ..files.counting import counted
 from ..files.kept import check_replaced
 from .ensemble_options import (
     add_prompts_and_model,
@@ -142,20 +143,21 @@ def labels_of(args: argparse.Namespace, questions: list[Question]) -> tuple[Any,
         answers = answers_by_experts(ensemble, texts, **options)
     answers = [[final_answer(answer, config.answer_after) for answer in given] for given in answers]
     judge = [judges[question.dataset] for question in questions]
+    asked = counted(len(questions), "question")
     right = judged(judge, texts, answers, golds, progress=not args.no_progress)
     for name, share in zip(ensemble.names, right.float().mean(0).tolist(), strict=True):
-        print(f"{name}: right in {share:.1%} of {len(questions)} questions")
+        print(f"{name}: right in {share:.1%} of {asked}")
     known = right.any(1).nonzero().flatten().tolist()
     if args.nobody_right == DROP:
         if not known:
             raise ValueError(
-                f"no expert is right in any of the {len(questions)} questions: with --nobody-right drop none is left; "
+                f"no expert is right in any of {asked}: with --nobody-right drop none is left; "
                 f"the answers are kept in {args.output}"
             )
-        print(f"left out, as no expert is right: {len(questions) - len(known)} of {len(questions)} questions")
+        print(f"left out, as no expert is right: {len(questions) - len(known)} of {asked}")
         questions, answers = [questions[i] for i in known], [answers[i] for i in known]
         right, golds = right[known], [golds[i] for i in known]
     else:
-        print(f"by similarity, as no expert is right: {len(questions) - len(known)} of {len(questions)} questions")
+        print(f"by similarity, as no expert is right: {len(questions) - len(known)} of {asked}")
     labels = label_matrix(right, answers, golds, ensemble.names, embedder=embedder, theta=args.theta)
     return ensemble.names, questions, labels, note_of(prompt_of(args), config.experts)

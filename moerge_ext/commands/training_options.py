@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.counting import counted
 from ..files.examples import Example
 from ..files.kept import check_replaced
 from ..files.meta import read_instructed_rows
@@ -188,7 +189,7 @@ def my_rows(path: Path, ranks: Ranks, prompt: PromptFormat) -> list[Example]:
     if problems := prompt.problems(rows):
         raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems))
     if len(rows) < ranks.size:
-        raise ValueError(f"{path} has {len(rows)} rows for {ranks.size} processes: each needs one at least")
+        raise ValueError(f"{path} has {counted(len(rows), 'row')} for {ranks.size} processes: each needs one at least")
     return rows[ranks.rank :: ranks.size]
 
 
@@ -225,9 +226,9 @@ def resumable(args: argparse.Namespace) -> Iterator[None]:
 def tell(result: TrainingResult) -> None:
     """Print what came of a run."""
     if result.already:
-        print(f"finished before, in {result.steps} steps: {result.path}")
+        print(f"finished before, in {counted(result.steps, 'step')}: {result.path}")
         return
-    print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {result.steps} steps")
+    print(f"loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f} in {counted(result.steps, 'step')}")
     if result.validation:
         print(f"validation loss {result.validation[result.best_step]:.4f} at step {result.best_step}, kept")
     print(f"wrote {result.path}")
@@ -240,6 +241,7 @@ def plan(examples: int, default: dict[str, Any], *, batch_size: int, ranks: int 
     total = passes * examples + min(examples, rest * batch_size)
     each = "" if ranks == 1 else f"{ranks} processes, each: "
     return (
-        f"{each}{steps} steps of up to {min(batch_size, examples) * accumulate} sequences (batch size {batch_size}, "
-        f"accumulate {accumulate}): {total} sequences in all, from {examples} examples"
+        f"{each}{counted(steps, 'step')} of up to {counted(min(batch_size, examples) * accumulate, 'sequence')} (batch "
+        f"size {batch_size}, accumulate {accumulate}): {counted(total, 'sequence')} in all, from "
+        f"{counted(examples, 'example')}"
     )

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..files.counting import counted
 from ..files.meta import read_instructed_rows
 from ..files.rows import read_json
 from ..models.prompt import PromptFormat
@@ -141,7 +142,8 @@ def read_parts(path: Path) -> dict[str, Any]:
         if key in parts and (not isinstance(parts[key], int) or parts[key] < 1):
             problems.append(f"{key} must be a number of at least 1, got {parts[key]!r}")
     if isinstance(parts.get("top_k"), int) and parts["top_k"] > len(entries):
-        problems.append(f"top_k is {parts['top_k']}, and there are {len(entries)} experts")
+        there = f"there {'is' if len(entries) == 1 else 'are'} {counted(len(entries), 'expert')}"
+        problems.append(f"top_k is {parts['top_k']}, and {there}")
     datasets = [entry["dataset"] for entry in entries if "dataset" in entry]
     twice = [name for name in dict.fromkeys(map(str, datasets)) if list(map(str, datasets)).count(name) > 1]
     if twice or not all(isinstance(name, str) for name in datasets):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files.counting import counted
 from ..files.listing import grouped, listed
 from ..files.safefile import FLOATS
 from .claims import BaseClaims
@@ -91,8 +92,8 @@ class ExpertBank:
         span = "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))) if ranks else "none"
         where = {f"{module.dtype} on {module.device}" for module in self.modules.values()}
         return (
-            f"ExpertBank({len(self)} experts [{names}], {len(self.modules)} modules, rank {span}, "
-            f"{', '.join(sorted(where))}, {self.nbytes / 2**20:.1f} MiB, "
+            f"ExpertBank({counted(len(self), 'expert')} [{names}], {counted(len(self.modules), 'module')}, "
+            f"rank {span}, {', '.join(sorted(where))}, {self.nbytes / 2**20:.1f} MiB, "
             f"gates: {', '.join(self.gate_kinds) or 'none'}, base_model: {self.base_model})"
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..experts.formats.peft import AdapterHeader
 from ..experts.gates import GateSet
 from ..experts.kinds import AVERAGE_ACTIVATION, INSTRUCTION, SIGMOID_GATE
+from ..files.counting import counted
 
 TAGS = ("moerge", "lora", "mixture-of-experts")
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
@@ -51,7 +52,7 @@ def card(
     lines = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {header.name}\n",
-        f"A LoRA expert for {name}: rank {span} on {len(header.modules)} modules.",
+        f"A LoRA expert for {name}: rank {span} on {counted(len(header.modules), 'module')}.",
         *_beside(header.gates, embedders, prompts),
         "\n## Use\n",
         "```python",

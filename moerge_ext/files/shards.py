@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .counting import counted
 from .safefile import TensorHeader, file_inside, open_tensors, read_headers, read_tensor
 from .tensorfile import TensorFile
 
@@ -94,5 +95,7 @@ def _check_index(folder: Path, name: str, headers: dict[str, TensorHeader]) -> N
             raise ValueError(f"{index} is not an index of tensors ({type(error).__name__})") from None
         if lacking:
             such = lacking[0][:200]
-            raise ValueError(f"{index} lists {len(lacking)} tensors that the parts do not hold, such as {such}")
+            raise ValueError(
+                f"{index} lists {counted(len(lacking), 'tensor')} that the parts do not hold, such as {such}"
+            )
         return

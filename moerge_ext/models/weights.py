@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files.counting import counted
 from ..files.safefile import FLOATS, TensorHeader
 from ..files.shards import OpenShards, open_weights
 from .pretrained import load_config, load_tokenizer, location
@@ -73,5 +74,5 @@ def tokens_differ(models: list[tuple[str, Any]]) -> str | None:
         if other != vocabulary:
             tokens = sorted(t for t in vocabulary.keys() | other.keys() if vocabulary.get(t) != other.get(t))
             shown = ", ".join(f"{t!r} ({vocabulary.get(t)} and {other.get(t)})" for t in tokens[:3])
-            return f"the tokenizers of {first} and {name} differ in {len(tokens)} tokens, such as {shown}"
+            return f"the tokenizers of {first} and {name} differ in {counted(len(tokens), 'token')}, such as {shown}"
     return None

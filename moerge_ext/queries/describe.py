@@ -15,6 +15,7 @@ from ..experts.formats import inspect_adapter
 from ..experts.formats.peft import write_gates
 from ..experts.hub import find_adapter, output_folder
 from ..experts.kinds import INSTRUCTION
+from ..files.counting import counted
 from .embedder import Embedder
 from .writer import TEMPLATE, Example, InstructionWriter
 
@@ -90,7 +91,7 @@ def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     if len(examples) < count:
-        raise ValueError(f"expected at least {count} examples, got {len(examples)}")
+        raise ValueError(f"expected at least {counted(count, 'example')}, got {len(examples)}")
     chosen = random.Random(seed).sample(list(examples), count)
     if any("input" not in row or "target" not in row for row in chosen):
         raise ValueError('an instruction is written from rows with "input" and "target", not "text"')

@@ -11,6 +11,7 @@ from ..experts.bank import ExpertBank
 from ..experts.keys import bare_path
 from ..experts.live_peft import is_peft_model
 from ..experts.renaming import renamed_bank
+from ..files.counting import counted
 from ..files.listing import listed
 from ..methods.base import Routing
 from .base_model import BaseCheck, saved_problems
@@ -191,7 +192,7 @@ def renamed_note(names: Sequence[str], namings: Sequence[Naming]) -> str | None:
         if moved:
             old, new = moved[0]
             how = naming.how or "the wrappers of this model"
-            ways.setdefault(f"{len(moved)} modules by {how}, such as {old} -> {new}", []).append(name)
+            ways.setdefault(f"{counted(len(moved), 'module')} by {how}, such as {old} -> {new}", []).append(name)
     if not ways:
         return None
     lines = [f"{said} ({listed([repr(name) for name in who], 'experts')})" for said, who in ways.items()]

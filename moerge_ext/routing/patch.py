@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank
+from ..files.counting import counted
 from ..methods.base import Method
 from ..methods.weighing import Weigher
 from ..models.wrappers import unwrapped
@@ -264,7 +265,7 @@ class Handle:
 
     def __repr__(self) -> str:
         modules = len(self.modules) + len(self.parameters)
-        return f"Handle({self.method.name}, {len(self.names)} experts, {modules} modules)"
+        return f"Handle({self.method.name}, {counted(len(self.names), 'expert')}, {counted(modules, 'module')})"
 
 
 def patch(

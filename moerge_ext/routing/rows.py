@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..files.counting import counted
 from .layers import is_container
 
 _SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -238,8 +239,8 @@ class Rows:
             return None
         if found != self.count:
             raise ValueError(
-                f"{self.count} rows of affinities are set and the batch packs {found} sequences: give as many queries "
-                "as sequences (or one for all)"
+                f"{self.count} rows of affinities are set and the batch packs {counted(found, 'sequence')}: give "
+                "as many queries as sequences (or one for all)"
             )
         return rows.int()
 

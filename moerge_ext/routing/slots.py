@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank
+from ..files.counting import counted
 from ..files.listing import listed
 from ..methods.base import Method, Plan, is_integer
 from .few_experts import own_top_k
@@ -38,7 +39,7 @@ class Slots:
         names = range(count)
         routing, _, options = self.row.configure(**dict(self.overrides) | own_top_k(self.row, names, self.overrides))
         if routing.top_k is not None and routing.top_k > count:
-            raise ValueError(f"top_k={routing.top_k} is more than the {count} experts that would be left")
+            raise ValueError(f"top_k={routing.top_k} is more than the {counted(count, 'expert')} that would be left")
         return routing, options
 
 

@@ -7,6 +7,8 @@ import threading
 import torch
 from torch import Tensor
 
+from ..files.counting import counted
+
 _ADDING = threading.Lock()
 
 
@@ -87,4 +89,4 @@ class Trace:
     def __repr__(self) -> str:
         top = sorted(zip(self.share().tolist(), self.names, strict=True), reverse=True)[:5]
         parts = ", ".join(f"{name} {share:.0%}" for share, name in top)
-        return f"Trace({len(self._weight)} modules; {parts})"
+        return f"Trace({counted(len(self._weight), 'module')}; {parts})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..files.counting import counted
 from ..files.examples import as_example
 from ..files.rows import MAX_LISTED
 from ..models.end_tokens import end_tokens, target_ids
@@ -66,8 +67,9 @@ class Encoder:
     def warn_of_cut(self, total: int) -> None:
         """Says how many of all rows were longer, once."""
         if self.cut:
+            cut = f"{self.cut} of {counted(total, 'row')} {'is' if self.cut == 1 else 'are'}"
             warnings.warn(
-                f"{self.cut} of {total} rows are longer than {self.length} tokens: the beginning of their input, or "
+                f"{cut} longer than {self.length} tokens: the beginning of their input, or "
                 "the end of their target, is cut off",
                 stacklevel=5,
             )

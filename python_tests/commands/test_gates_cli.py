@@ -123,7 +123,7 @@ def test_the_plan_counts_what_is_read():
     assert "7 steps of up to 8 sequences (batch size 4, accumulate 2): 49 sequences in all" in plan(
         7, own, batch_size=4, steps=7, accumulate=2
     )
-    assert "1 steps of up to 1024 sequences" in plan(5000, own, batch_size=8, steps=1, accumulate=128)
+    assert "1 step of up to 1024 sequences" in plan(5000, own, batch_size=8, steps=1, accumulate=128)
     assert "2 steps of up to 3 sequences (batch size 8, accumulate 1): 6 sequences in all, from 3 examples" in plan(
         3, own, batch_size=8, steps=2
     )

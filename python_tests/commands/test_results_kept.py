@@ -70,7 +70,7 @@ def test_a_finished_result_is_refused_before_a_model_is_read(folder, words, file
         assert run(words) == 2
     assert f"{file} {WAY_OUT}" in capsys.readouterr().err
     if "--steps" in words:
-        assert run(f"{words} --resume") == 0 and "finished before, in 1 steps" in capsys.readouterr().out
+        assert run(f"{words} --resume") == 0 and "finished before, in 1 step:" in capsys.readouterr().out
         assert run(f"{words} --resume --seed 9") == 2
         assert "is there already, of other settings (seed: saved with 0, now 9): pass" in capsys.readouterr().err
     assert (folder / file).stat().st_mtime_ns == before

@@ -217,7 +217,7 @@ def test_files_explain_what_is_wrong(tmp_path):
         ('[{"name": "a", "demonstrations": 3, "count": "4"}]', "demonstrations must be a text, got 3; count must be a"),
         ('[{"name": "a", "kind": "retrieval", "passages": "x", "passage_count": "x"}]', "at least 1, got 'x'"),
         ('{"experts": [{"name": "a"}], "few_shot": {"demonstrations": {"nq": 3}}}', "few_shot: expected"),
-        ('{"experts": [{"name": "a"}], "top_k": 2}', "top_k is 2, and there are 1 experts"),
+        ('{"experts": [{"name": "a"}], "top_k": 2}', "top_k is 2, and there is 1 expert"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=text):

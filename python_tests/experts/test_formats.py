@@ -163,7 +163,7 @@ def test_refused_parts(tmp_path):
     refused(twice, "in two parts")
     mixed = folder("mixed")
     (mixed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"gone": "x"}}))
-    refused(mixed, "lists 1 tensors", "gone")
+    refused(mixed, "lists 1 tensor ", "gone")
     for text in ("{", "[]", '{"weight_map": 3}', "[" * 100_000):
         (mixed / "model.safetensors.index.json").write_text(text)
         refused(mixed, "not an index")

@@ -143,7 +143,7 @@ def test_refused(setup, tmp_path):
     setup[1].save_pretrained(tmp_path / "french")
     make_tokenizer(tmp_path / "french")
     (tmp_path / "french" / "tokenizer.json").write_text(json.dumps(tokens))
-    refused("the tokenizers of anchor and augmenting differ in 1 tokens", paths["anchor"], tmp_path / "french")
+    refused("the tokenizers of anchor and augmenting differ in 1 token", paths["anchor"], tmp_path / "french")
     with pytest.raises(ValueError, match=r"attention_mask must be \[2, 12\], got \[2, 5\]"):
         model(batch()["input_ids"], attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="expected the cache that a composition returns, got DynamicCache"):

@@ -151,7 +151,7 @@ def test_refusals_leave_everything_as_it_was(folders, tmp_path):
 
 
 def test_what_must_stay(folders):
-    with pytest.raises(ValueError, match="top_k=2 is more than the 1 experts"):
+    with pytest.raises(ValueError, match="top_k=2 is more than the 1 expert"):
         patched(folders, NAMES[:2], spare=1, top_k=2).drop_expert("ant")
     handle = patched(folders, NAMES[:2], spare=1)
     handle.drop_expert("ant")  # the method's own top_k follows

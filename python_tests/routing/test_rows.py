@@ -148,7 +148,7 @@ def test_packed_sequences(sub):
             assert torch.allclose(got, torch.cat(alone, 1), atol=1e-4)
             with pytest.raises(ValueError, match="2 rows of affinities are set and the model got a batch of 1"):
                 model(packed)
-            with pytest.raises(ValueError, match="the batch packs 1 sequences"):
+            with pytest.raises(ValueError, match="the batch packs 1 sequence:"):
                 model(packed, position_ids=torch.arange(8)[None])
         with handle.affinities(torch.zeros(3, 3)), pytest.raises(ValueError, match="the batch packs 2 sequences"):
             model(packed, **marks)

@@ -131,7 +131,7 @@ def test_requests_that_run_too_long(experts):
     async def run():
         engine, exchange = made(experts, seconds=0.3)
         await engine.add_request("first")
-        with pytest.raises(Busy, match="1 requests still run, so the experts were left as they are"):
+        with pytest.raises(Busy, match="1 request still runs, so the experts were left as they are"):
             await exchange.change(Change("ant"), wait=0.05)
         await engine.add_request("second")
         return engine, exchange

@@ -146,7 +146,7 @@ def test_refusals_leave_everything_as_it_was(experts, tmp_path):
 
 def test_what_must_stay(experts):
     worker = Worker(experts[:2], spare=1, methods={}, top_k=2)
-    with pytest.raises(ValueError, match="'ant' cannot leave: top_k=2 is more than the 1 experts that would be left"):
+    with pytest.raises(ValueError, match="'ant' cannot leave: top_k=2 is more than the 1 expert that would be left"):
         worker.live.prepare(Change("ant"))
     worker = Worker(experts[:1], spare=1, methods={}, top_k=1)
     with pytest.raises(ValueError, match="'ant' is the last expert"):

@@ -156,7 +156,7 @@ def test_a_request_larger_than_the_cache_is_refused_alone(server, folders):
     for stream in (False, True):
         body = {"model": folders[0], "prompt": "a", "max_tokens": 600, "stream": stream}
         status, said = posted(client, "/v1/completions", body)
-        assert status == 400 and "has 1 tokens, and 600 more do not fit the cache of 512" in said
+        assert status == 400 and "has 1 token, and 600 more do not fit the cache of 512" in said
     body = {"model": folders[0], "prompt": "a" * 600, "max_tokens": 2}
     assert posted(client, "/v1/completions", body)[0] == 400
     assert asked(client, folders[0], "a") == wanted(folders, "a")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...experts.memory import free_memory
+from ...files.counting import counted
 from .checks import context
 
 STEP_TOKENS = 512  # of a batch, on a CPU
@@ -85,6 +86,6 @@ def too_large(config: Any, prompt: int, new: int | None) -> str | None:
     if asked <= room:
         return None
     return (
-        f"moerge: the prompt has {prompt} tokens, and {new} more do not fit the cache of {room} tokens: ask for fewer "
-        "by max_tokens, or start the server with a larger --cb-num-blocks"
+        f"moerge: the prompt has {counted(prompt, 'token')}, and {new} more do not fit the cache of {room} tokens: "
+        "ask for fewer by max_tokens, or start the server with a larger --cb-num-blocks"
     )

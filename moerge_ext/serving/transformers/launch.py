@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ...experts.bank import ExpertBank
+from ...files.counting import counted
 from ...models.pretrained import load_tokenizer
 from ...routing.patch import Handle, patch
 from ..settings import Settings
@@ -88,7 +89,11 @@ def route(settings: Settings, experts: ExpertBank, model: nn.Module) -> Handle:
     kept = {"absent": settings.absent, "missing": settings.missing}
     handle = patch(model, experts, settings.method, **kept, **settings.options)
     modules = len(handle.modules) + len(handle.parameters)
-    print(f"moerge: {settings.method} over {len(experts)} experts in {modules} modules", file=sys.stderr, flush=True)
+    print(
+        f"moerge: {settings.method} over {counted(len(experts), 'expert')} in {counted(modules, 'module')}",
+        file=sys.stderr,
+        flush=True,
+    )
     return handle
 
 

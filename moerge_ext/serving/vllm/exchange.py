@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from ...files.counting import counted
 from ..live import Change, change_problem
 from ..settings import Settings
 from .frontend import RULES
@@ -99,7 +100,9 @@ class Exchange:
         running = self.engine.output_processor.get_num_unfinished_requests
         while self._entering or running():
             if asyncio.get_running_loop().time() > end:
-                raise Busy(f"moerge: {running()} requests still run, so the experts were left as they are: try again")
+                left = running()
+                still = f"{counted(left, 'request')} still {'runs' if left == 1 else 'run'}"
+                raise Busy(f"moerge: {still}, so the experts were left as they are: try again")
             await asyncio.sleep(STEP)
 
     async def _commit(self, change: Change) -> None:
