@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..files.counting import counted
+from .model_options import a_place
 from .progress import add_progress
 
 
@@ -14,7 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="MLX-LM folder, GGUF file of llama.cpp, PEFT folder in parts, or a hub id of one")
     add("output", type=Path, help="the PEFT folder to write: empty, or not there yet")
-    add("--base", metavar="DIR", help="folder or hub id of the base model, for GGUF files that need it and --to-lora")
+    add(
+        "--model",
+        "--base",
+        dest="base",
+        type=a_place,
+        metavar="DIR",
+        help="folder or hub id of the base model: for GGUF files that need it and --to-lora",
+    )
     add(
         "--allow-pickle",
         action="store_true",
@@ -56,7 +64,7 @@ def _to_lora(args: argparse.Namespace) -> int:
     from ..experts.to_lora import convert_to_lora
 
     if args.base is None:
-        raise ValueError("--to-lora needs --base, the model that the adapter was trained on")
+        raise ValueError("--to-lora needs --model, the base that the adapter was trained on")
     if args.allow_pickle:
         raise ValueError("--to-lora opens no pickle: save the adapter as safetensors first")
     bounds = {"rank": args.rank, "max_error": args.max_error}

@@ -6,12 +6,13 @@ import argparse
 
 from ..native.health import examine
 from .expert_options import add_gates, add_placing, add_selection, gates_of, load_bank, placing_of
+from .model_options import add_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add = parser.add_argument
-    add("--model", metavar="DIR", help="also say which way the layers of this model take, and why not a faster one")
+    add_model(parser, required=False, more=": also say which way its layers take, and why not a faster one")
     add(
         "--experts", nargs="+", action="extend", default=[], metavar="DIR", help="with --model: PEFT folders or hub ids"
     )

@@ -21,6 +21,7 @@ from ..files.meta import read_instructed_rows
 from ..queries.cache import TextCache
 from ..queries.embedder import Embedder
 from ..queries.writer import InstructionWriter
+from .model_options import add_model
 from .options import KEY, add_embedder, build_embedder, load
 from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
@@ -32,7 +33,7 @@ NEW_TOKENS = 64
 def add_prompts_and_model(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder or hub id of the backbone, with its tokenizer")
+    add_model(parser)
     add("--prompts", required=True, type=Path, metavar="FILE", help="the prompt experts, see docs/ensemble.md")
     add(
         "--data",

@@ -24,6 +24,7 @@ from .expert_options import (
     placing_of,
 )
 from .generate import check_method
+from .model_options import add_placed_model
 from .needs import check_needs
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_file
 from .progress import add_progress
@@ -35,7 +36,7 @@ TABLE = 40  # tokens, up to which each is listed where there are no colours
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or hub id of the base model, with its tokenizer")
+    add_placed_model(parser, "prompt")
     add("prompt", metavar="PROMPT", help="the text; '-' reads standard input")
     add_experts(parser)
     add_gates(parser)
@@ -117,7 +118,7 @@ def check_order(args: argparse.Namespace) -> None:
     if is_model(args.prompt) and not is_model(args.model):
         raise ValueError(
             f"PROMPT is the folder of a model, {args.prompt!r}, and MODEL is none, {args.model!r}: swapped? It is "
-            f"`moerge explain MODEL PROMPT`"
+            f"`moerge explain MODEL PROMPT`, or `moerge explain PROMPT --model MODEL`"
         )
 
 

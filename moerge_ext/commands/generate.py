@@ -28,6 +28,7 @@ from .expert_options import (
     placing_of,
     routers_of,
 )
+from .model_options import add_model
 from .needs import check_needs
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
 from .progress import add_progress
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help='JSON lines {"row", "prompt", "text"}, with --trace also "experts"')
     add("--batch-size", type=int, default=16, help="of --prompts (default: %(default)s)")
-    add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
+    add_model(parser)
     add_experts(parser, required=False)
     add_gates(parser)
     add_routers(parser)

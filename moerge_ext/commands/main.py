@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     root = parser(argv[0] if argv else "doctor")
     args, args.rest = root.parse_known_args(argv)
-    refuse = vars(args).pop("refuse")
+    refuse, settle = vars(args).pop("refuse"), vars(args).pop("settle", None)
+    if settle is not None:
+        settle(args, refuse)
     if args.rest and args.command not in FOREIGN:
         refuse(f"unrecognized arguments: {' '.join(args.rest)}")
     args.words = argv  # a command that is interrupted says how to go on

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..files.counting import counted
 from .expert_options import add_experts, pairs
+from .model_options import add_model
 from .progress import add_progress
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--rank", type=int, metavar="R", help="at most, by singular values, the error is said (default: exact)")
     add("--modules", metavar="PATTERN", help="which modules of the experts: a regular expression (default: all)")
-    add("--model", metavar="DIR", help="folder or hub id of the base model: to hold the experts against it")
+    add_model(parser, required=False, more=": to hold the experts against it")
     add("--full", action="store_true", help="write the base of --model with the merge in its weights")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .model_options import add_placed_model
 from .progress import add_progress
 from .train_expert import check_named, targets_of
 from .training_options import add_overwrite, check_finished, defaults, range_problems
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     default = defaults(new_expert)
     add = parser.add_argument
-    add("model", help="folder (or hub id) of the base model")
+    add_placed_model(parser)
     add("--output", type=Path, required=True, metavar="DIR", help="the expert's folder, to be made")
     add("--rank", type=int, default=default["rank"], help="of the LoRA (default: %(default)s)")
     add("--alpha", type=float, default=default["alpha"], help="its scale is alpha / rank (default: %(default)g)")

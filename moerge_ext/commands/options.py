@@ -18,6 +18,7 @@ from ..queries.embedder import Embedder
 from ..queries.hidden import base_name
 from ..queries.writer import InstructionWriter
 from .expert_options import add_experts, add_gates, add_placing, add_routers, add_selection
+from .model_options import add_model
 from .needs import check_needs, embedder_problems
 from .progress import add_progress
 from .prompt_options import add_prompt, check_chat, prompt_of
@@ -200,7 +201,7 @@ def similar_of_task(args: argparse.Namespace, routers: dict[str, Any]) -> int:
 def add_tasks_and_model(parser: argparse.ArgumentParser, *, experts: bool = True) -> None:
     """Declare what `eval` and `inspect` share: model, experts (whether they are required), tasks."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
+    add_model(parser)
     add_experts(parser, required=experts)
     add_gates(parser)
     add_routers(parser)

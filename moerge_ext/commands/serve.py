@@ -13,6 +13,7 @@ from typing import Any
 from ..files.counting import counted
 from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_experts
+from .model_options import add_model
 
 VARIABLE, PLUGIN = "VLLM_PLUGINS", "moerge"
 ENGINES = ("vllm", "transformers")
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=ENGINES,
         help="whose server: `vllm serve`, or `transformers serve` (default: vllm where it is installed)",
     )
-    add("--model", required=True, metavar="DIR", help="folder or hub id of the base model, with its tokenizer")
+    add_model(parser)
     add_experts(parser)
     add("--method", default="phatgoose", help="a row of `moerge methods`, or expert:<name> (default: %(default)s)")
     add("--top-k", type=top_k, metavar="K", help="experts per token, or 'all' (default: the method's)")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .model_options import add_placed_model
 from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     default, composing = _defaults(), defaults(compose_models)
     add = parser.add_argument
-    add("model", metavar="ANCHOR", help="folder or hub id of the model that answers, with its tokenizer")
+    text = "folder or hub id of the model that answers, with its tokenizer"
+    add_placed_model(parser, "augmenting", place="ANCHOR", text=text)
     add("augmenting", metavar="AUGMENTING", help="folder or hub id of the model that it attends to, of the same tokens")
     add("--output", type=Path, required=True, metavar="DIR", help="where the composition is written")
     add(

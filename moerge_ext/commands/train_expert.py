@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from .model_options import add_placed_model
 from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 LORA = ("rank", "alpha", "target_modules")  # what only `train_expert` takes
@@ -21,7 +22,7 @@ def _defaults() -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     default = _defaults()
-    parser.add_argument("model", help="folder (or hub id) of the base model, with its tokenizer")
+    add_placed_model(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the expert's folder, to be made")
     add_data(parser, default)
     add = add_training(parser, default, kept="weights").add_argument

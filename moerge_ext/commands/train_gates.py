@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
+from .model_options import add_placed_model
 from .training_options import Training, add_data, add_training, check_finished, defaults, given, load
 
 PAPER_BATCH = 1024  # sequences per step in PHATGOOSE, arXiv 2402.05859, section 4.1
@@ -25,8 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     default = _defaults()
     add = parser.add_argument
-    add("model", help="folder (or hub id) of the base model, with its tokenizer")
-    add("adapter", help="the expert's LoRA folder, or with --output its hub id (user/repo[/sub][@rev])")
+    add_placed_model(parser, "adapter")
+    add(
+        "adapter",
+        metavar="ADAPTER",
+        help="the expert's LoRA folder, or with --output its hub id (user/repo[/sub][@rev])",
+    )
     add(
         "--kind",
         choices=(SIGMOID_GATE, AVERAGE_ACTIVATION),

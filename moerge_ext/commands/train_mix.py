@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .model_options import add_placed_model
 from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..training.mixture import RATES
 
     default = _defaults()
-    parser.add_argument("model", help="folder (or hub id) of the mixture, as `moerge mix` writes it")
+    add_placed_model(parser, text="folder or hub id of the mixture, as `moerge mix` writes it")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the trained model is written")
     add_data(parser, default)
     parser.set_defaults(dtype="float32")

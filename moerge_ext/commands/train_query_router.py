@@ -12,6 +12,7 @@ from ..files.kept import check_replaced
 from ..files.rows import read_rows
 from ..queries.text_router import FILE
 from .expert_options import add_experts, add_gates, add_selection, load_bank, pairs
+from .model_options import add_model
 from .options import add_embedder, build_embedder
 from .progress import add_progress
 from .training_options import add_overwrite
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("kind", choices=tuple(KINDS), help="the router; docs/text_routers.md says what each is")
     add_experts(parser)
-    add("--model", metavar="DIR", help="their base model, for experts whose paths depend on it")
+    add_model(parser, required=False, more=": for experts whose paths depend on it")
     add_gates(parser)
     add("--output", required=True, type=Path, metavar="DIR", help="the router's folder, for --query-router of `eval`")
     data = parser.add_argument_group("judged answers").add_argument

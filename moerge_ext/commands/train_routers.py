@@ -8,6 +8,7 @@ from typing import Any
 
 from ..methods.option_text import parse_option
 from .expert_options import add_experts, add_gates, add_selection, gates_of, load_bank, pairs
+from .model_options import add_placed_model
 from .needs import DESCRIBE
 from .training_options import Training, add_data, add_training, check_finished, defaults, load, my_rows
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     default = _defaults()
     add = parser.add_argument
-    add("model", help="folder (or hub id) of the base model, with its tokenizer")
+    add_placed_model(parser)
     add_experts(parser)
     add_gates(parser)
     add(

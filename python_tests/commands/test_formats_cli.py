@@ -40,7 +40,7 @@ def test_convert(tmp_path, capsys):
 def test_convert_says_what_is_wrong(tmp_path, capsys):
     write_gguf(tmp_path / "a.gguf", modules_of(tiny_llama()), "llama", heads=(4, 2))
     assert cli.main(["convert", str(tmp_path / "a.gguf"), str(tmp_path / "out")]) == 2
-    assert "--base" in capsys.readouterr().err
+    assert "of the command: --model" in capsys.readouterr().err
     write_adapter(tmp_path / "peft", {"q": (torch.ones(4, 8), torch.ones(6, 4))})
     assert cli.main(["convert", str(tmp_path / "peft"), str(tmp_path / "peft")]) == 2
     assert "is there already" in capsys.readouterr().err

@@ -119,6 +119,6 @@ def test_the_command(tmp_path, capsys):
     folder, _ = adapter("LOHA", tmp_path / "own")
     builders.tiny_llama().save_pretrained(tmp_path / "base")
     call = ["convert", str(folder), str(tmp_path / "out"), "--to-lora"]
-    assert main(call) != 0 and "needs --base" in capsys.readouterr().err
+    assert main(call) != 0 and "needs --model" in capsys.readouterr().err
     assert main([*call, "--base", str(tmp_path / "base"), "--rank", "2", "--no-progress"]) == 0
     assert "LOHA of 4 modules as LoRA of rank 2-2; largest relative error 0." in capsys.readouterr().out

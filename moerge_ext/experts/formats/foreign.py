@@ -39,7 +39,7 @@ def what_kind(kind: object) -> str:
     if not isinstance(kind, str):
         return ""
     if kind in ("LOHA", "LOKR", "VERA", "HIRA"):
-        return f"; a LoRA can be made of {kind}: moerge convert FOLDER OUT --to-lora --base MODEL [--rank R]"
+        return f"; a LoRA can be made of {kind}: moerge convert FOLDER OUT --to-lora --model MODEL [--rank R]"
     if kind in _CONVERTIBLE:
         return (
             f"; {kind} adds to the weights, so PEFT can convert it: peft.save_as_lora(OUT, "

@@ -211,7 +211,7 @@ def _heads_of(base: Any) -> Heads:
     if base is None:
         raise ValueError(
             "keeps q and k in llama.cpp's order of rows, head by head, and does not say how many heads there are: pass "
-            "base=, the base model or its folder (of the command: --base)"
+            "base=, the base model or its folder (of the command: --model)"
         )
     config = base_config(base)
     query = config.get("num_attention_heads")

@@ -70,7 +70,7 @@ _USED = frozenset(
     ]
 )
 _REFUSED = {
-    "use_dora": "DoRA rescales the whole weight: moerge convert FOLDER OUT --to-lora --base MODEL --rank R",
+    "use_dora": "DoRA rescales the whole weight: moerge convert FOLDER OUT --to-lora --model MODEL --rank R",
     "use_qalora": "QALoRA pools the layer's input",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "alora_invocation_tokens": "aLoRA switches on at an invocation string",
