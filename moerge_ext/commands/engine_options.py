@@ -82,7 +82,7 @@ def outline(args: argparse.Namespace) -> tuple[Any, Any]:
     import transformers
 
     from ..evaluation.engine import rules_problems
-    from ..models.pretrained import is_seq2seq, load_config, load_tokenizer
+    from ..models.pretrained import is_seq2seq, load_config, load_tokenizer, location
     from ..serving.pool import meta_model
 
     tokenizer, config = load_tokenizer(args.model), load_config(args.model)
@@ -90,8 +90,9 @@ def outline(args: argparse.Namespace) -> tuple[Any, Any]:
     if is_seq2seq(config):
         raise ValueError(CANNOT + f"{args.model} is an encoder-decoder, which vLLM does not serve")
     model = meta_model(config)
+    where, options = location(args.model)
     with suppress(OSError):  # for want of its own, the model has one that was made of its config
-        model.generation_config = transformers.GenerationConfig.from_pretrained(args.model)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(where, **options)
     if problems := rules_problems(model.generation_config):
         raise ValueError(CANNOT + "\n- ".join(problems))
     return model, tokenizer

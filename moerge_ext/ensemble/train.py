@@ -104,10 +104,11 @@ def check_encoder(base: str) -> None:
     """ValueError when there is no encoder of that name, or no tokenizer; its weights are not read."""
     from transformers import AutoConfig
 
-    from ..models.pretrained import load_tokenizer, named
+    from ..models.pretrained import load_tokenizer, location, named
 
+    where, options = location(base)
     with named(base, "encoder"):
-        AutoConfig.from_pretrained(base)
+        AutoConfig.from_pretrained(where, **options)
     load_tokenizer(base)
 
 
@@ -115,12 +116,14 @@ def _classifier(base: str, names: Sequence[str], kind: str, seed: int) -> tuple[
     """(the encoder with a new head for the experts, its tokenizer)."""
     from transformers import AutoModelForSequenceClassification
 
-    from ..models.pretrained import load_tokenizer, named
+    from ..models.pretrained import load_tokenizer, location, named
 
+    where, options = location(base)
     with torch.random.fork_rng(devices=[]), named(base, "encoder"):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            base,
+            where,
+            **options,
             problem_type="multi_label_classification" if kind == MULTI else "single_label_classification",
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},

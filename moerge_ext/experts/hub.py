@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from ..files.hub import not_there, only_cached
 from ..files.safefile import file_inside, in_hub_cache
 from .formats import mlx
 from .formats.foreign import what_model
@@ -110,13 +111,10 @@ def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
     patterns = [f"{subfolder}/{name}" if subfolder else name for name in ALLOWED_FILES]
     patterns = [subfolder] if one_file else patterns
     try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **only_cached()))
     except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"there is no local folder {where!r}, and the hub has no such adapter for you ({reason}): check the path, "
-            "or the id, the revision, the network and your access"
-        ) from error
+        raise ValueError(f"there is no local folder {where!r}, and {not_there('adapter', reason)}") from error
     if one_file:
         return file_inside(root.resolve(), subfolder)
     folder = root / subfolder
@@ -130,7 +128,7 @@ def _model_there(repo: str, subfolder: str, revision: str | None) -> str | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        config = hf_hub_download(repo, "config.json", subfolder=subfolder or None, revision=revision)
+        config = hf_hub_download(repo, "config.json", subfolder=subfolder or None, revision=revision, **only_cached())
     except Exception:  # as in `_snapshot`; there is none, and the adapter's reader says what is missing
         return None
     return what_model(Path(config).parent)

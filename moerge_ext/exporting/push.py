@@ -18,6 +18,7 @@ from ..experts.formats.peft import CONFIG_FILE, WEIGHTS_FILE, AdapterHeader, int
 from ..experts.gate_files import stale_note
 from ..experts.manifest import MANIFEST_FILE, manifest_of
 from ..experts.prompt_notes import noted_prompts
+from ..files.hub import unreached
 from ..files.safefile import file_inside, open_tensors
 from .card import card, is_untouched
 
@@ -110,6 +111,11 @@ def send(parcel: Parcel, *, private: bool = False, api: Any = None) -> tuple[str
     """(the commit's URL, the names of the files that went there)."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    if api is None and (why := unreached()) is not None:
+        raise ValueError(
+            f"{parcel.repo_id} could not be pushed, as the hub cannot be reached ({why}): check the network and "
+            "HF_ENDPOINT; --dry-run shows what would be sent"
+        )
     api = HfApi() if api is None else api
     repo_id, revision = parcel.repo_id, parcel.revision
     names = list(parcel.files)

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..files.hub import model_options
 from .cross_attention import CompositionCache, CrossAttention, decoder_layers, evenly, seen_positions
 from .stored import COMPOSITION, WEIGHTS, digest_of
 
@@ -253,10 +254,11 @@ class _Adding:
 
 
 def _decoder(path: str, dtype: Any) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path)
+    options = model_options(path)
+    config = AutoConfig.from_pretrained(path, **options)
     if config.is_encoder_decoder or config.model_type == COMPOSITION:
         raise ValueError(f"{path!r} is of type '{config.model_type}': a composition is of two plain decoders")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
 
 
 def _checked(connections: Sequence[Sequence[int]], depths: Sequence[int]) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..files.gguffile import read_gguf
+from ..files.hub import model_options, not_there, only_cached
 from .stored import COMPOSITION, MODEL_CONFIG
 
 GGUF = ".gguf"
@@ -34,17 +35,18 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def location(path: str) -> tuple[str, dict[str, str]]:
-    """(path, further arguments) of transformers' `from_pretrained` for a folder, hub id or GGUF file.
+def location(path: str) -> tuple[str, dict[str, Any]]:
+    """(path, further arguments) of transformers' `from_pretrained` for a folder, hub id or GGUF file; where the hub
+    cannot be reached, its cache is asked alone.
 
     ImportError, with how to install it, when a GGUF file is given and the gguf package is not there; ValueError for an
-    adapter in place of a model.
+    adapter in place of a model, and for a path that is not there and no hub id.
     """
-    file = Path(path)
+    file, options = Path(path), model_options(path)
     if (file / ADAPTER_CONFIG).is_file() and not (file / MODEL_CONFIG).is_file():
         raise ValueError(_swapped(path, file / ADAPTER_CONFIG))
     if file.suffix != GGUF or not file.is_file():
-        return path, {}
+        return path, options
     if _is_adapter(file):
         raise ValueError(_swapped(path))
     if find_spec("gguf") is None:
@@ -67,7 +69,7 @@ def _swapped_on_hub(path: str) -> str | None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
-        found = None if Path(path).exists() else find_adapter_config_file(path)
+        found = None if Path(path).exists() else find_adapter_config_file(path, **only_cached())
     except (OSError, ValueError):
         return None
     return None if found is None else _swapped(path, Path(found))
@@ -95,8 +97,9 @@ def _no_text_model(path: str) -> str | None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    where, options = location(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError):
         return None
     auto = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
@@ -180,8 +183,7 @@ def named(path: str, what: str) -> Iterator[None]:
             raise ValueError(f"{path!r} is a file: pass the folder of a model, a {GGUF} file or a hub id") from error
         missing = "model" if what == "tokenizer" and not _has_config(path) else what
         raise ValueError(
-            f"{missing} {path!r} was not found: there is no local folder of that name, and the hub has no such "
-            f"{missing} for you ({reason}): check the path, or the id, the network and your access"
+            f"{missing} {path!r} was not found: there is no local folder of that name, and {not_there(missing, reason)}"
         ) from error
 
 

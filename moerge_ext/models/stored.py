@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..files.hub import model_options, not_there
 from ..files.shards import has_weights, open_weights
 
 MODEL_CONFIG = "config.json"
@@ -40,14 +41,12 @@ def model_folder(path: str) -> Path:
 def _snapshot(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    options = model_options(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=list(FETCHED)))
+        return Path(snapshot_download(path, allow_patterns=list(FETCHED), **options))
     except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"there is no local folder {path!r}, and the hub has no such model for you ({reason}): check the path, or "
-            "the id, the network and your access"
-        ) from error
+        raise ValueError(f"there is no local folder {path!r}, and {not_there('model', reason)}") from error
 
 
 def digest_of(path: str) -> str:

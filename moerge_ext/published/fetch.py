@@ -15,12 +15,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..files.atomic import check_can_write, write_atomically
+from ..files.hub import unreached
 from ..files.meta import META_FILE
 from ..files.rows import read_json
 from .collections import COLLECTIONS, Collection, Source
 from .layouts import check_columns
 
 SCORES = "*_score_eval"  # P3's other form of the same examples, a row per choice
+WITHOUT = "where there is no hub, give copies of the repositories (--from DIR, `copies`)"
 SPLITS = ("train", "validation", "test")
 
 
@@ -60,6 +62,8 @@ def fetch(
     chosen = _chosen(row, tasks)
     library = _library()
     check_can_write(output)
+    if copies is None and (why := unreached()) is not None:
+        raise ConnectionError(f"the hub cannot be reached ({why}): {WITHOUT}; HF_HUB_OFFLINE=1 goes by the cache alone")
     if not progress:
         library.disable_progress_bars()
     with _reached():
@@ -104,9 +108,7 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
-        raise ConnectionError(
-            f"{error}: where there is no hub, give copies of the repositories (--from DIR, `copies`)"
-        ) from error
+        raise ConnectionError(f"{error}: {WITHOUT}") from error
 
 
 def _place(source: Source, copies: Path | None) -> str:

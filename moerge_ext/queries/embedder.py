@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.hub import model_options
 from .cache import TextCache, model_identity, model_name
 from .vectors import mean_pool
 
@@ -65,9 +66,9 @@ class Embedder:
             raise ImportError('this embedder needs sentence-transformers: pip install "moerge_ext[embed]"') from error
         from ..models.pretrained import named, usable_device
 
-        device = str(usable_device(device))
+        device, options = str(usable_device(device)), model_options(path)
         with named(path, "sentence-transformers model"):
-            model = SentenceTransformer(path, device=device, trust_remote_code=trust_remote_code)
+            model = SentenceTransformer(path, device=device, trust_remote_code=trust_remote_code, **options)
 
         def embed(texts: list[str]) -> Tensor:
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False, batch_size=batch_size)
@@ -91,11 +92,11 @@ class Embedder:
         """
         from transformers import AutoModel
 
-        from ..models.pretrained import is_seq2seq, load_tokenizer, named, usable_device
+        from ..models.pretrained import is_seq2seq, load_tokenizer, location, named, usable_device
 
-        tokenizer, device = load_tokenizer(path), usable_device(device)
+        (where, options), tokenizer, device = location(path), load_tokenizer(path), usable_device(device)
         with named(path, "encoder"):
-            model = AutoModel.from_pretrained(path).float().eval().to(device)
+            model = AutoModel.from_pretrained(where, **options).float().eval().to(device)
         model = model.get_encoder() if is_seq2seq(model.config) else model
 
         def embed(texts: list[str]) -> Tensor:

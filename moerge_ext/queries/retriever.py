@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..experts.bank import ExpertBank
 from ..files.atomic import write_folder_atomically
+from ..files.hub import model_options
 from .embedder import Embedder
 from .text_router import BASE, FILE, Stored, TextRouter, described_experts, embedded, read_stored
 from .vectors import unit
@@ -130,8 +131,9 @@ def _fit(
         raise ImportError('training a retriever needs its libraries: pip install "moerge_ext[retriever]"') from error
     from ..models.pretrained import named
 
+    options = model_options(base)
     with named(base, "sentence-transformers model"):
-        model = SentenceTransformer(base, device=None if torch.cuda.is_available() else "cpu")
+        model = SentenceTransformer(base, device=None if torch.cuda.is_available() else "cpu", **options)
     pairs = [(instruction + first, instruction + second) for first, second in pairs_of(data, rounds, seed)]
     rows = Dataset.from_dict({"anchor": [pair[0] for pair in pairs], "positive": [pair[1] for pair in pairs]})
     arguments = SentenceTransformerTrainingArguments(

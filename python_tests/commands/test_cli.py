@@ -112,6 +112,7 @@ def test_what_is_not_there_is_named(folders, capsys, monkeypatch, name):
     def nothing(*_args, **_kwargs):
         raise OSError("the hub says no\nand much more")
 
+    monkeypatch.setattr("moerge_ext.files.hub.unreached", lambda: None)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
     told = "was not found: there is no local folder of that name, and the hub has no such {} for you (the hub says no)"
     for config, what in ((lambda *_: "there", "tokenizer"), (nothing, "model")):

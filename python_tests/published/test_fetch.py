@@ -260,6 +260,10 @@ def test_a_hub_that_is_not_there_is_said(tmp_path, capsys, monkeypatch):
     def unreachable(*_args, **_options):
         raise ConnectionError("Couldn't reach 'x' on the Hub")
 
+    monkeypatch.setattr("moerge_ext.published.fetch.unreached", lambda: "ConnectError: no network")
+    assert main(["fetch-tasks", "t0", "--output", str(tmp_path / "out"), "--no-progress"]) == 2
+    assert "the hub cannot be reached (ConnectError: no network): where there is no" in capsys.readouterr().err
+    monkeypatch.setattr("moerge_ext.published.fetch.unreached", lambda: None)
     monkeypatch.setattr(datasets, "get_dataset_config_names", unreachable)
     assert main(["fetch-tasks", "t0", "--output", str(tmp_path / "out"), "--no-progress"]) == 2
     assert "Couldn't reach 'x' on the Hub: where there is no hub, give copies" in capsys.readouterr().err
