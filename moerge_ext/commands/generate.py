@@ -311,9 +311,14 @@ def check_method(args: argparse.Namespace) -> tuple[Method, dict[str, Any]]:
     method = get_method(args.method)
     if method.learned is not None or args.routers:
         found = routers_of(args)
-        if method.learned is None or list(found) != [method.name]:
-            has = f"got one of {', '.join(found)}" if found else "got none"
-            raise ValueError(f"--routers: method '{method.name}' takes the routers trained for it, {has}")
+        if method.learned is None:
+            raise ValueError(f"--routers: method '{method.name}' has no routers that are trained: leave it out")
+        if list(found) != [method.name]:
+            has = f", got one of {', '.join(found)}" if found else ""
+            raise ValueError(
+                f"method '{method.name}' needs --routers FILE, which `moerge train-routers --method {method.name}` "
+                f"writes{has}"
+            )
         options["routers"] = found[method.name]
     method.configure(**options)
     check_writer(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ..experts.bank import ExpertBank
     from ..methods.base import Method
 
-DESCRIBE = "moerge describe --adapter DIR --embedder MODEL"
+DESCRIBE = "moerge describe --adapter DIR"
 EMBEDDER = "--embedder MODEL, a sentence-transformers model, or with --mean-pool any encoder"
 
 
@@ -21,7 +22,7 @@ def check_needs(args: argparse.Namespace, experts: ExpertBank, methods: Iterable
     """ValueError with everything that the methods lack: options, routers, descriptions, indices, gates."""
     methods = list(methods)
     kinds = {method.router for method in methods} - {None}
-    problems = [*_of_options(args, kinds), *_of_experts(experts, kinds)]
+    problems = [*_of_options(args, kinds), *_of_experts(args, experts, kinds)]
     for method in methods if problems else ():  # alone it is said with the model's layers
         problems += method.lacks(experts)[:1] if method.lacks is not None else []
     if problems:
@@ -33,12 +34,27 @@ def embedder_problems(args: argparse.Namespace) -> list[str]:
     """What is missing of --embedder."""
     if not args.embedder:
         return [EMBEDDER]
-    generic = Path(args.embedder).is_dir() and Path(args.embedder).name in GENERIC
-    if generic and args.embedder_name is None:
+    if _says_nothing(args.embedder) and args.embedder_name is None:
         return [
             f"--embedder-name NAME, such as all-MiniLM-L6-v2: --embedder {args.embedder} does not say which model it is"
         ]
     return []
+
+
+def describing(args: argparse.Namespace) -> str:
+    """`moerge describe` with the embedder that these arguments name, as queries and experts must have the same."""
+    given = getattr(args, "embedder", None)
+    words = [DESCRIBE, "--embedder", shlex.quote(given) if given else "MODEL"]
+    if given and (args.embedder_name or _says_nothing(given)):
+        words += ["--embedder-name", shlex.quote(args.embedder_name or "NAME")]
+    if given and args.embedder_prefix:
+        words += ["--embedder-prefix", shlex.quote(args.embedder_prefix)]
+    return " ".join([*words, *(["--mean-pool"] if given and args.mean_pool else [])])
+
+
+def _says_nothing(embedder: str) -> bool:
+    """Whether it is a folder whose name tells not which model is in it."""
+    return Path(embedder).is_dir() and Path(embedder).name.lower() in ("", "..", *GENERIC)
 
 
 def _of_options(args: argparse.Namespace, kinds: set[str]) -> list[str]:
@@ -54,7 +70,7 @@ def _of_options(args: argparse.Namespace, kinds: set[str]) -> list[str]:
     return problems
 
 
-def _of_experts(experts: ExpertBank, kinds: set[str]) -> list[str]:
+def _of_experts(args: argparse.Namespace, experts: ExpertBank, kinds: set[str]) -> list[str]:
     from ..experts.kinds import INSTRUCTION
     from ..queries.index import PREFIX
 
@@ -62,12 +78,12 @@ def _of_experts(experts: ExpertBank, kinds: set[str]) -> list[str]:
     if "instruction" in kinds:
         described = experts.global_vectors.get(INSTRUCTION, {})
         if lost := [name for name in experts.names if name not in described]:
-            ways = f"`{DESCRIBE} --instruction TEXT`, or with --examples FILE --writer MODEL"
+            ways = f"`{describing(args)} --instruction TEXT`, or with --examples FILE --writer MODEL"
             problems.append(f"a description of {', '.join(lost)}: {ways}")
     if "examples" in kinds:
         lost = [
             name for name in experts.names if not any([*place.glob(f"{PREFIX}*")] for place in experts.places(name))
         ]
         if lost:
-            problems.append(f"indexed examples of {', '.join(lost)}: `{DESCRIBE} --examples FILE --index 1000`")
+            problems.append(f"indexed examples of {', '.join(lost)}: `{describing(args)} --examples FILE --index 1000`")
     return problems

@@ -9,7 +9,7 @@ from typing import Any
 from ..methods.option_text import parse_option
 from .expert_options import add_experts, add_gates, add_selection, gates_of, load_bank, pairs
 from .model_options import add_placed_model
-from .needs import DESCRIBE
+from .needs import describing
 from .training_options import Training, add_data, add_training, check_finished, defaults, load, my_rows
 
 OBJECTIVE = ("balance", "z", "dropout", "sparsity", "train_experts")  # what only `train_routers` takes
@@ -115,7 +115,7 @@ def check_prompts(args: argparse.Namespace, experts: Any, options: dict[str, Any
         problems.append('--option description="...", a sentence of what the task asks for')
     facts = experts.global_metadata.get(INSTRUCTION, {})
     if lost := [name for name in experts.names if not facts.get(name, {}).get("instruction")]:
-        problems.append(f"an instruction of {', '.join(lost)}: `{DESCRIBE} --instruction TEXT`")
+        problems.append(f"an instruction of {', '.join(lost)}: `{describing(args)} --instruction TEXT`")
     if problems:
         raise ValueError(f"method '{args.method}' cannot be trained yet; it needs:\n- " + "\n- ".join(problems))
 

@@ -11,8 +11,16 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+FUNCTIONS = (
+    "load_experts|patch|add_expert|drop_expert|save_gates|convert_to_lora|train_routers|train_mix|ExpertBank|ModuleBank"
+)
 # what a message says: what the shell says; in this order
 WORDS = (
+    # what a message of a function begins with; an argument that is at fault comes next
+    (r"(?m)(^|: )load_experts: (rename|modules|names|gates)\b", r"\1--\2"),
+    (r"(?m)(^|: )load_experts: (?=no expert named)", r"\1--names: "),
+    (r"(?m)(^|: )train_mix: (?=train |balance )", r"\1--"),
+    (rf"(?m)(^|: )(?:{FUNCTIONS}): ", r"\1"),
     # both are named: an argument with its value, or by its name alone
     (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\})|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
     (r"\b([a-z]+) \((--\1\b[^():;]*)\)", r"\2"),
@@ -26,6 +34,7 @@ WORDS = (
     (r"load_experts\(\.\.\., modules=\.\.\.\)", "--modules PATTERN"),
     (r"\bmodules=\.\.\.", "--modules"),
     (r"load_experts\(\.\.\., rename=\{'?([^':}]+)'?: '?([^'}]+)'?\}\)", r"--rename \1=\2"),
+    (r"pass \{name: path\} to name them apart", "rename a folder, or link to it under another name"),
     (r"load_experts\(\{name: path\}\) gives names", "an expert's name is its folder's"),
     (r"patch\(\.\.\., missing=\"drop\"\)", "--missing drop"),
     (r"patch\(\.\.\., backend=\"reference\"\)|\bbackend=\"reference\"", "--backend reference"),
@@ -38,7 +47,10 @@ WORDS = (
     (r"call calibrate_threshold\([^()]*\), or pass threshold=\.\.\.", "pass --calibrate DIR or the option threshold"),
     (r"\b(\w+)=\"(\w+)\"", r"\1=\2"),  # an option of a method
     (r"Leave `with handle\.disabled\(\):`, and choose", "Choose"),
-    (r"(?<![\w-])(lr|steps|epochs|accumulate|rank|alpha|balance|z|sparsity|dropout|samples|seed) must", r"--\1 must"),
+    (
+        r"(?<![\w-])(lr|steps|epochs|accumulate|rank|alpha|balance|z|sparsity|dropout|samples|seed|limit|count) must",
+        r"--\1 must",
+    ),
     (r"\bTrue or False\b", "true or false"),
     (r"(?<!')\bNone\b(?!')", "none"),
 )

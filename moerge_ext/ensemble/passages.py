@@ -74,7 +74,7 @@ def read_passages(file: Path) -> list[str] | FoundPassages:
     if file.suffix != ".jsonl":
         return [line for line in read_text(file).splitlines() if line.strip()]
     found, problems = {}, []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .examples import ASKED, PAIRS, TEXTS, Example, as_example, as_prompt
+from .other_formats import binary_kind, text_kind
 
 MAX_LISTED = 20  # bad lines that are shown
 
@@ -18,8 +19,14 @@ def read_rows(path: Path, *, text: bool = False) -> list[Example]:
 
     One ValueError for a file that is not there or has no rows, or with every bad line.
     """
-    expect_file(path, f"JSON lines {TEXTS if text else PAIRS}")
-    return _rows(read_text(path), path, lambda row: as_example(row, text=text))
+    expected = f"JSON lines {TEXTS if text else PAIRS}"
+    expect_file(path, expected)
+    if (kind := binary_kind(path)) is not None:
+        raise ValueError(f"{path} looks like {kind}; what is read are {expected}")
+    found = read_text(path)
+    if (kind := _no_json(found, path, texts=text)) is not None:
+        raise ValueError(f"{path} looks like {kind}; what is read are {expected}")
+    return _rows(found, path, lambda row: as_example(row, text=text))
 
 
 def read_prompts(path: Path | None) -> list[Example]:
@@ -28,6 +35,10 @@ def read_prompts(path: Path | None) -> list[Example]:
     """
     if path is not None:
         expect_file(path, f"a prompt in every line, or JSON lines {ASKED}")
+    if path is not None and (kind := binary_kind(path)) is not None:
+        raise ValueError(
+            f"{path} looks like {kind}; what is read are prompts, one in every line, or JSON lines {ASKED}"
+        )
     text = sys.stdin.read() if path is None else read_text(path)
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not lines or _is_object(lines[0]) or "{" in text and _document(text) is not None:
@@ -54,6 +65,22 @@ def _document(text: str) -> str | None:
     if isinstance(whole, list):
         return f"a list of {len(whole)}"
     return f"an object with {len(whole)} keys" if isinstance(whole, dict) and "\n" in text.strip() else None
+
+
+def _no_json(text: str, path: Path, *, texts: bool) -> str | None:
+    """What a text is of which no line is JSON; None for JSON lines, if only one, and for JSON over several lines."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines or any(map(_is_json, lines)) or lines[0].lstrip()[0] in "{[":
+        return None
+    return text_kind(text, path, texts=texts)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _is_object(line: str) -> bool:
@@ -101,8 +128,8 @@ def read_json(path: Path, expected: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The file's text; ValueError, naming the file, when it is not UTF-8."""
+    """The file's text, without the mark that some editors begin it with; ValueError, with its name, if not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error})") from error

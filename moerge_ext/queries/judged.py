@@ -64,7 +64,7 @@ def read_judged(path: Path) -> Judged:
     if not path.is_file():
         raise ValueError(f"there is no file {path}: expected JSON lines {FORM}")
     rows, problems = [], []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -212,7 +212,8 @@ def _check_experts(experts: ExpertBank, embedder: Embedder) -> dict[str, str]:
     missing = [name for name in experts.names if name not in vectors]
     if missing:
         problems.append(
-            f"no global vector for {', '.join(missing)}: make it with `moerge describe --adapter DIR --examples FILE`"
+            f"no global vector for {', '.join(missing)}: make it with `moerge describe --adapter DIR --embedder MODEL` "
+            "with --instruction TEXT, or --examples FILE --writer MODEL"
         )
     sizes = {name: len(vector) for name, vector in vectors.items()}
     if len(set(sizes.values())) > 1:

@@ -104,3 +104,28 @@ def test_no_default_is_none(capsys):
         parser("train-routers").parse_args(["train-routers", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "optimizer steps (default: 250 for lora_flow; 400 for mole, ramole; 500 for" in text and "else 8)" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--embedder model", "--embedder-name NAME, such as all-MiniLM-L6-v2: --embedder model does not say which"),
+        ("--embedder model", "--adapter DIR --embedder model --embedder-name NAME --instruction TEXT`"),
+        ("--embedder model --embedder-name mini --embedder-prefix q: --mean-pool",
+         "--embedder model --embedder-name mini --embedder-prefix q: --mean-pool --instruction TEXT`"),
+        ("--embedder org/mini", "--adapter DIR --embedder org/mini --instruction TEXT`"),
+    ],
+)  # fmt: skip
+def test_describe_is_told_with_the_embedder_of_the_call(refused, more, said):
+    told = refused(f"eval --model model --experts a b --tasks tasks/one --methods glider --output out {more}")
+    assert said in told, told
+
+
+def test_what_makes_the_routers_is_said(refused):
+    for command in ("generate x", "explain x"):
+        told = refused(f"{command} --model model --method mole --experts a b")
+        assert "'mole' needs --routers FILE, which `moerge train-routers --method mole` writes" in told
+    told = refused("eval --model model --experts a b --tasks tasks/one --methods mole --output out")
+    assert "mole needs --routers FILE, from `moerge train-routers --method mole`" in told
+    told = refused("generate x --model model --experts a b --method mole --routers model")
+    assert "`moerge train-routers` writes such files" in told

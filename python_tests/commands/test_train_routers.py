@@ -180,4 +180,4 @@ def test_a_file_of_another_method(root, capsys):
     assert call(root, "eval", *words, "--methods", "meteora", "--routers", "@m", f"@m/{ROUTERS_FILE}") == 2
     assert "two files are for method 'meteora'" in capsys.readouterr().err
     assert call(root, "generate", "x", *words[:5], "--method", "mole", "--routers", "@m") == 2
-    assert "takes the routers trained for it, got one of meteora" in capsys.readouterr().err
+    assert "which `moerge train-routers --method mole` writes, got one of meteora" in capsys.readouterr().err

@@ -58,6 +58,13 @@ def messages():
                     yield f"{path.name}:{node.lineno}", node.value
 
 
+def test_no_message_of_a_command_begins_with_a_function():
+    functions = {*moerge_ext.__all__} - {*moerge_ext.METHODS}  # a method's name is the shell's as well
+    begins = re.compile(rf"(^|: )(?:{'|'.join(sorted(functions))}): ")
+    left = {where: text for where, text in messages() if begins.search(said(text))}
+    assert not left, json.dumps(left, indent=1)
+
+
 def test_no_message_of_a_command_speaks_python():
     shown = {where: re.sub(r"--option \S+", "", said(text)) for where, text in messages()}
     found = {where: text for where, text in shown.items() if PYTHON.search(text)}
@@ -76,6 +83,15 @@ def test_no_message_of_a_command_speaks_python():
         ("E=2: pass top_k=2, or None for all", "E=2: pass --top-k 2, or all"),
         ("a number in (0, 1] or None, got 'None'", "a number in (0, 1] or none, got 'None'"),
         ("batch_size must be at least 1; x/batch_size.py", "--batch-size must be at least 1; x/batch_size.py"),
+        (
+            "load_experts: 1 of 2 experts cannot be used:\n  - expert 'a'",
+            "1 of 2 experts cannot be used:\n  - expert 'a'",
+        ),
+        ("patch: one expert is alone", "one expert is alone"),
+        ("multitask: load_experts: rename has 'x', which", "multitask: --rename has 'x', which"),
+        ("load_experts: no expert named x; there are y", "--names: no expert named x; there are y"),
+        ("load_experts: gates for 'x', which is no expert here", "--gates for 'x', which is no expert here"),
+        ("limit must be at least 1, got 0", "--limit must be at least 1, got 0"),
         ("by `moerge train-gates` or moerge_ext.train_gates(m, f)", "by `moerge train-gates`"),
     ],
 )

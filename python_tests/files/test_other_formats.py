@@ -1,0 +1,108 @@
+"""Files that hold no JSON lines are said to be what they are, with a way to JSON lines that works."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moerge_ext.files.rows import read_prompts, read_rows
+from moerge_ext.queries.judged import read_judged
+
+
+def refused(path, **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        read_rows(path, **options)
+    return str(caught.value)
+
+
+def done(told: str, folder) -> None:
+    """Does what the message says."""
+    command = re.search(r'JSON lines of it: (python -c ".*?" < \S+ > \S+)', told)[1]
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=folder, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said", "rows"),
+    [
+        ("a.csv", 'question,answer\n"How, many?",3\nWhy?,so\n', "CSV with the columns question, answer",
+         [("How, many?", "3"), ("Why?", "so")]),
+        ("a.tsv", "id\tinput\ttarget\n1\tx\ty\n", "TSV with the columns id, input, target", [("x", "y")]),
+        ("a.txt", "q;a\nx;y\n", "CSV (with semicolons) with the columns q, a", [("x", "y")]),
+        ("a.csv", 'input,target\n"two\nlines",y\n', "CSV with the columns input, target", [("two\nlines", "y")]),
+    ],
+)  # fmt: skip
+def test_tables(tmp_path, monkeypatch, name, text, said, rows):
+    (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    told = refused(Path(name))
+    assert f"{name} looks like {said}" in told and 'what is read are JSON lines {"input": str' in told
+    done(told, tmp_path)
+    assert [(row["input"], row["target"]) for row in read_rows(tmp_path / "a.jsonl")] == rows
+
+
+def test_text(tmp_path, monkeypatch):
+    path = tmp_path / "notes.txt"
+    path.write_text("One line, with a comma.\n\nAnother one.\n")
+    assert "looks like plain text; what is read are" in refused(path)
+    told = refused(path, text=True)
+    done(told, tmp_path)
+    assert [row["text"] for row in read_rows(tmp_path / "notes.jsonl", text=True)] == [
+        "One line, with a comma.", "Another one."
+    ]  # fmt: skip
+    assert [row["input"] for row in read_prompts(path)] == ["One line, with a comma.", "Another one."]
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (b"PAR1\x15\x04\x15", "looks like Parquet; JSON lines of it: python -c"),
+        (b"PK\x03\x04", "looks like a zip archive or a spreadsheet"),
+        (b"\x1f\x8b\x08", "looks like a file compressed by gzip: unpack it first"),
+        ("\ufeff{}".encode("utf-16-le"), "looks like UTF-16 text: save it as UTF-8"),
+        (b"\x80\x81", "is not UTF-8 text"),
+    ],
+)
+def test_binary_files(tmp_path, first, said):
+    path = tmp_path / "rows.data"
+    path.write_bytes(first + bytes(20))
+    assert said in refused(path)
+    with pytest.raises(ValueError, match=re.escape(said.partition(";")[0])):
+        read_prompts(path)
+
+
+def test_parquet_as_it_is_told(tmp_path):
+    pytest.importorskip("datasets").Dataset.from_dict({"input": ["x"], "target": ["y"]}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    command = re.search(r'python -c ".*?"', refused(tmp_path / "a.parquet"))[0].replace("python", sys.executable, 1)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
+    subprocess.run(command, shell=True, check=True, env=environment, timeout=120)
+    assert read_rows(tmp_path / "a.jsonl")[0]["target"] == "y"
+
+
+def test_nothing_of_the_file_is_put_into_a_command_that_a_shell_would_run(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("$(touch x),`b`\n1,2\n")
+    assert "CSV with the columns $(touch x), `b`" in (told := refused(path)) and "python -c" not in told
+
+
+def test_lines_of_json_are_listed_one_by_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input": "a", "target": "b"}\noops, yes\n')
+    assert "line 2: not JSON" in refused(path)
+    path.write_text('{"input": "a",\n')
+    assert "line 1: not JSON" in refused(path)
+
+
+def test_the_mark_of_some_editors_and_other_line_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = {"input": "a\u2028b", "target": "c", "scores": {"x": 1}}
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert read_rows(path)[0]["input"] == "a\u2028b"
+    assert read_judged(path).texts == ("a\u2028b",)
