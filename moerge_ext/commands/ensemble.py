@@ -17,6 +17,7 @@ from .ensemble_options import (
     read_questions,
 )
 from .results import check_results, keep_arguments
+from .terminal import console
 from .training_options import add_overwrite
 
 
@@ -36,8 +37,6 @@ def run(args: argparse.Namespace) -> int:
     check_can_write(args.output)
     check_results(args, "results.json")
     questions = read_questions(args)
-
-    from rich.console import Console
 
     from ..ensemble.figure import plot_top_k
     from ..ensemble.measure import ITEMS, MIXED, macro, macro_difference, measure
@@ -75,17 +74,17 @@ def run(args: argparse.Namespace) -> int:
     facts = {"ensemble": mixed, "expert": best, "n": len(questions), "mean": mean, "low": low, "high": high}
     paths.append(args.output / "paired.json")
     write_atomically(paths[-1], lambda file: file.write_text(json.dumps(facts) + "\n", encoding="utf-8"))
-    console = Console(width=None if Console().is_terminal else 160)
+    screen = console()
     try:
         paths.append(plot_top_k(scores, ensemble.names, args.output / "top_k.png"))
     except ImportError as error:
-        console.print(f"no plot: {error}", highlight=False)
-    console.print(terminal(scores))
-    console.print(
+        screen.print(f"no plot: {error}", highlight=False)
+    screen.print(terminal(scores))
+    screen.print(
         f"{mixed} - {best} (the best of each by the mean over datasets, chosen on "
         f"{counted(len(questions), 'question')}): "
         f"{100 * mean:+.1f} points, paired 95 % interval {100 * low:+.1f} to {100 * high:+.1f}",
         highlight=False,
     )
-    console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+    screen.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
     return 0

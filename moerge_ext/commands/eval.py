@@ -29,6 +29,7 @@ from .options import (
 )
 from .prompt_options import prompt_of
 from .results import check_results, keep_arguments
+from .terminal import console
 from .training_options import add_overwrite
 
 ABLATED = ("glider", "glider_code")
@@ -186,21 +187,19 @@ def settings_of(args: argparse.Namespace) -> Any:
 
 def tell(args: argparse.Namespace, scores: list[Any], derived: list[str], paths: list[Path]) -> None:
     """Print the tables, and what one must know to read them."""
-    from rich.console import Console
-
     from ..evaluation.report import terminal, terminal_costs
 
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(terminal(scores))
+    screen = console()
+    screen.print(terminal(scores))
     if args.cost:
-        console.print(terminal_costs(scores))
+        screen.print(terminal_costs(scores))
     if reused := sum(score.reused for score in scores if score.method not in derived):
-        console.print(
+        screen.print(
             f"{counted(reused, 'stored answer')} reused (same model, experts and settings by content)", highlight=False
         )
     for name in derived:
-        console.print(f"{name}: {DERIVED[name]}", highlight=False)
-    console.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+        screen.print(f"{name}: {DERIVED[name]}", highlight=False)
+    screen.print("wrote " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
 
 
 def calibrate(args: argparse.Namespace, routers: dict[str, Any], known: list[Task], tasks: list[Task]) -> None:

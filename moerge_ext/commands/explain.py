@@ -29,6 +29,7 @@ from .needs import check_needs
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_file
 from .progress import add_progress
 from .prompt_options import add_prompt, prompt_of
+from .terminal import console
 
 TABLE = 40  # tokens, up to which each is listed where there are no colours
 
@@ -144,7 +145,6 @@ def check_length(asked: Prompt, tokenizer: Any, config: Any, max_new_tokens: int
 
 
 def _show(args: argparse.Namespace, found) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from ..evaluation.explain_page import write_explanation
@@ -153,16 +153,16 @@ def _show(args: argparse.Namespace, found) -> None:
     if args.json:
         print(json.dumps(as_json(found)))
     else:
-        console = Console(width=None if Console().is_terminal else 160)
+        screen = console()
         short = sum(len(stream.ids) for stream in found.streams) <= TABLE
-        colourless = console.color_system is None or console.no_color
-        console.print(as_text(found, parts=args.bands, table=args.table or (colourless and short)))
+        colourless = screen.color_system is None or screen.no_color
+        screen.print(as_text(found, parts=args.bands, table=args.table or (colourless and short)))
         if colourless and not short and not args.table:
-            console.print("no colours here: --table lists every token")
+            screen.print("no colours here: --table lists every token")
     if args.html is not None:
         size = write_explanation(found, args.html, parts=args.bands)
         line = Text(f"wrote {args.html} ({size / 1e6:.2f} MB)")
-        Console(stderr=args.json).print(line, soft_wrap=True)
+        console(stderr=args.json).print(line, soft_wrap=True)
 
 
 def numbers(text: str) -> set[int]:

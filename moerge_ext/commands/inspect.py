@@ -27,6 +27,7 @@ from .options import (
 )
 from .prompt_options import prompt_of
 from .results import check_results, keep_arguments
+from .terminal import console
 from .training_options import add_overwrite
 
 COLUMNS = ("method", "task", "oracle", "entropy", "kl_oracle_routing", "weight_of_oracle", "score")
@@ -107,7 +108,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], related: dict, made_of: str) -> None:
     """inspect.json, what tasks are made of, and the pictures; the table is printed."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -121,10 +121,10 @@ def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], 
     table = Table(*COLUMNS)
     for row in rows:
         table.add_row(*(Text(_text(row[column])) for column in COLUMNS))
-    console = Console(width=None if Console().is_terminal else 160)
-    console.print(table)
+    screen = console()
+    screen.print(table)
     for method, value in related.items():
-        console.print(Text(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}"))
+        screen.print(Text(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}"))
     pictures, notes = draw(found, args.output, args.view)
     written = list(map(str, [path, made, *pictures]))
     if args.html is not None:
@@ -133,7 +133,7 @@ def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], 
         notes = [*notes, "no oracle, nor what is measured against it: --oracle TASK=EXPERT names one, or --results the "
                  "results.json of `moerge eval --methods oracle_dataset`, where one expert is best"]  # fmt: skip
     for line in (*notes, "wrote " + ", ".join(written)):
-        console.print(Text(line), soft_wrap=True)
+        screen.print(Text(line), soft_wrap=True)
 
 
 def _text(value: str | float | None) -> str:

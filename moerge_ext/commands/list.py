@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from .terminal import console
+
 if TYPE_CHECKING:
     from ..experts.catalogue import Entry
 
@@ -35,21 +37,20 @@ def run(args: argparse.Namespace) -> int:
 
 def show(entries: list[Entry]) -> None:
     """The table, and below it, one line each, why a folder cannot be used."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 200)
+    screen = console(width=200)
     table = Table(*COLUMNS)
     for entry in entries:
         cells = _cells(entry)
         table.add_row(
             *(escape(_printable(cells[column])) for column in COLUMNS), style="red" if entry.problem else None
         )
-    console.print(table)
+    screen.print(table)
     for entry in entries:
         for text in filter(None, (entry.problem, *entry.notes)):
-            console.print(_printable(f"{entry.path}: {text}"), highlight=False, markup=False, soft_wrap=True)
+            screen.print(_printable(f"{entry.path}: {text}"), highlight=False, markup=False, soft_wrap=True)
 
 
 def _printable(text: str) -> str:

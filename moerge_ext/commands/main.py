@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 
 from .._version import __version__
@@ -48,6 +49,7 @@ COMMANDS = {
     "demo": (".demo", "the embedded model and experts: a table and a routing heatmap"),
 }
 LOST = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+NOBODY_READS = 128 + 13  # the status of what SIGPIPE ends, as in `moerge list | head -1`
 FOREIGN = ("lm-eval",)  # commands whose arguments are those of another program
 
 
@@ -81,25 +83,45 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     return root
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; an error that the user can mend is one line (or a list) on standard error, status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    root = parser(argv[0] if argv else "doctor")
-    args, args.rest = root.parse_known_args(argv)
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """The arguments; argparse's exit, with the usage, for those that are none."""
+    args, rest = parser(argv[0] if argv else "doctor").parse_known_args(argv)
+    args.rest, args.words = rest, argv  # a command that is interrupted says how to go on
     refuse, settle = vars(args).pop("refuse"), vars(args).pop("settle", None)
     if settle is not None:
         settle(args, refuse)
     if args.rest and args.command not in FOREIGN:
         refuse(f"unrecognized arguments: {' '.join(args.rest)}")
-    args.words = argv  # a command that is interrupted says how to go on
+    return args
+
+
+@contextlib.contextmanager
+def _flushed() -> Iterator[None]:
+    """A block whose output is written when it ends, however it ends: later nobody would see what became of it."""
     try:
-        status = _run(args)
+        yield
+    finally:
         sys.stdout.flush()
-        return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; an error that the user can mend is one line (or a list) on standard error, status 2; output
+    that nobody reads any more ends it quietly."""
+    argv = sys.argv[1:] if argv is None else argv
+    names: dict[str, object] = {}
+    name = f"moerge {argv[0]}" if argv else "moerge"
+    try:
+        with _flushed():
+            args = _parsed(argv)
+            names = vars(args)
+            return _run(args)
     except (ValueError, OSError, ImportError) as error:  # ImportError: an optional library is missing
-        what = "standard output cannot be written: " if _output_is_lost(error) else ""
-        print(f"moerge {args.command}: {what}{said(str(error), vars(args))}", file=sys.stderr)
+        lost = _output_is_lost(error)
+        if lost and isinstance(error, BrokenPipeError):
+            return NOBODY_READS
+        what = "standard output cannot be written: " if lost else ""
+        print(f"{name}: {what}{said(str(error), names)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"moerge {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from .terminal import console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns the exit status."""
-    from rich.console import Console
-
     from ..methods import table
 
-    table.render(Console() if sys.stdout.isatty() else Console(width=160), verbose=args.verbose)
+    table.render(console(), verbose=args.verbose)
     return 0
