@@ -6,6 +6,7 @@ import argparse
 
 from ..native.health import examine
 from .expert_options import add_gates, add_placing, add_selection, gates_of, load_bank, placing_of
+from .fits import check_fits
 from .model_options import add_model
 
 
@@ -50,6 +51,7 @@ def ways(args: argparse.Namespace) -> str:
     from ..routing.patch import patch
 
     experts = load_bank(args)
-    model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
     options = {"top_k": min(4, len(experts))} if args.method == "arrow" else {}
+    check_fits(args, experts, args.method, options)
+    model = load_model(args.model, dtype=args.dtype, device=usable_device(args.device))
     return str(patch(model, experts, args.method, **placing_of(args), **options).explain())

@@ -13,11 +13,13 @@ from ..evaluation.runs import BASE, DERIVED, MULTITASK, PELMO, WHOLE, Run, ablat
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..files.counting import counted
-from ..methods import METHODS
+from ..methods import METHODS, get_method
 from ..methods.fixed import PREFIX
 from .engine_options import BATCH, TORCH, add_engine, check_engine, check_runs_of, engine_answerers, outline
 from .ensemble_options import build_answerers, deciding_answerers
 from .expert_options import gates_of, load_bank, placed, placing_of, routers_of, with_routers
+from .fits import check_runs_fit
+from .needs import check_needs
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -112,8 +114,11 @@ def run(args: argparse.Namespace) -> int:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names, args.top_k)
     runs = placed(with_routers(runs, trained), args)
+    check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
     if args.engine != TORCH:
         check_runs_of(runs)
+    else:
+        check_runs_fit(args, experts, runs)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
     loaded = cache(partial(load if args.engine == TORCH else outline, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)

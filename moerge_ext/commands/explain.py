@@ -23,6 +23,7 @@ from .expert_options import (
     load_bank,
     placing_of,
 )
+from .fits import check_fits
 from .generate import check_method
 from .model_options import add_placed_model
 from .needs import check_needs
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     check_length(asked, tokenizer, load_config(args.model), args.max_new_tokens)
     experts = load_bank(args)
     check_needs(args, experts, [method])
+    check_fits(args, experts, method.name, options)
     warn_of_other_prompts(experts, [form])
     model = load_model(args.model, dtype=args.dtype, device=device)
     handle = patch(model, experts, method.name, backend=args.backend, **placing_of(args), **options)

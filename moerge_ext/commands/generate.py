@@ -28,6 +28,7 @@ from .expert_options import (
     placing_of,
     routers_of,
 )
+from .fits import check_fits
 from .model_options import add_model
 from .needs import check_needs
 from .options import add_embedder, add_hidden_layer, add_similar, add_writer, build_routers, check_writer
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     if not alone:
         experts = load_bank(args)
         check_needs(args, experts, [method])
+        if not method.decodes:
+            check_fits(args, experts, method.name, options)
         warn_of_other_prompts(experts, [form.seen_in(rows)])
     model = load_model(args.model, dtype=args.dtype, device=device)
     kwargs: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": args.sample}

@@ -14,7 +14,10 @@ from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
+from ..methods import get_method
 from .expert_options import gates_of, load_bank, placed, routers_of, with_routers
+from .fits import check_runs_fit
+from .needs import check_needs
 from .options import (
     add_tasks_and_model,
     build_routers,
@@ -82,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     runs = placed(with_routers(runs, routers_of(args)), args)
     if derived or not runs:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
+    check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
+    check_runs_fit(args, experts, runs)
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()

@@ -10,6 +10,7 @@ from gate_builders import (
     llama,
     one_thread,  # noqa: F401 (used by being here)
 )
+from safetensors.torch import load_file, save_file
 
 from moerge_ext.commands import main as cli
 from moerge_ext.commands.main import COMMANDS, FOREIGN, parser
@@ -129,3 +130,50 @@ def test_what_makes_the_routers_is_said(refused):
     assert "mole needs --routers FILE, from `moerge train-routers --method mole`" in told
     told = refused("generate x --model model --experts a b --method mole --routers model")
     assert "`moerge train-routers` writes such files" in told
+
+
+TASK = "--tasks tasks/one --output out --methods"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate x --model model --experts a b --method expert:nope", "no expert named 'nope'; there are: a, b"),
+        (
+            "generate x --model model --experts a b --top-k 3",
+            "top_k=3 is more than the number of experts, E=2: pass --top",
+        ),
+        ("generate x --model model --experts a b --option top_k=3", "top_k=3 is more than the number of experts"),
+        ("generate x --model model --experts a b --method average_activation", "compute it with `moerge train-gates"),
+        ("generate x --model model --experts a other", "on_proj"),
+        ("explain x --model model --experts a b --top-k 3", "top_k=3 is more than the number of experts"),
+        ("doctor --model model --experts a b --method expert:nope", "no expert named 'nope'"),
+        (f"eval --model model --experts a b {TASK} phatgoose/top_k=3", "top_k=3 is more than the number of experts"),
+        (f"eval --model model --experts a b {TASK} expert:nope", "no expert named 'nope'"),
+        (f"eval --model model --experts a b {TASK} average_activation", "compute it with `moerge train-gates"),
+        (f"inspect --model model --experts a b {TASK} average_activation", "compute it with `moerge train-gates"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_weights_are_read(refused, there, words, said):
+    if not (there / "other").exists():
+        other = llama()
+        for layer in other.model.layers:
+            layer.self_attn.on_proj = layer.self_attn.v_proj
+            del layer.self_attn.v_proj
+        random_experts(other, there, ["other"], ["on_proj"])
+    assert said in refused(words)
+
+
+def test_the_weights_have_a_say_where_an_expert_brings_some_of_its_own(there, monkeypatch, capsys):
+    """Such an expert is held against the model's values, which are read for it."""
+    monkeypatch.chdir(there)
+    random_experts(llama(), there, ["own"], ["q_proj"])
+    weights, head = there / "own" / "adapter_model.safetensors", llama().lm_head.weight.detach()
+    save_file(load_file(weights) | {"base_model.model.lm_head.weight": head.contiguous()}, weights)
+    config = json.loads((there / "own" / "adapter_config.json").read_text())
+    (there / "own" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    words = ["generate", "a:", "--model", "model", "--experts", "a", "own", "--max-new-tokens", "1", "--no-progress"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    assert cli.main([*words, "--top-k", "3"]) == 2
+    assert "top_k=3 is more than the number of experts, E=2" in capsys.readouterr().err

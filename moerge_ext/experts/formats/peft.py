@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...files.counting import counted
 from ...files.safefile import FLOATS, AdapterError, TensorHeader, file_inside
 from ...files.shards import has_weights, open_weights
 from ..claims import BaseClaims, SavedTensor
@@ -113,11 +114,14 @@ def resolve(name: str, path: str | os.PathLike) -> Path:
 def view_peft(folder: Path, opener: Callable[[], AbstractContextManager[OpenTensors]] | None = None) -> AdapterView:
     """A resolved PEFT folder, as it is; `opener` opens tensors that are not in the usual file."""
     config, problems = None, []
+    there = os.path.lexists(folder / CONFIG_FILE), opener is not None or has_weights(folder, WEIGHTS_FILE)
+    if not any(there):
+        return AdapterView(None, None, [_no_adapter(folder)])
     try:
         config = read_config(file_inside(folder, CONFIG_FILE))
     except (ValueError, OSError) as error:
-        problems.append(str(error) + _adapters_below(folder))
-    if opener is None and not has_weights(folder, WEIGHTS_FILE):
+        problems.append(str(error))
+    if not there[1]:
         problems.append(f"{WEIGHTS_FILE} is missing{what_else(folder)}")
         return AdapterView(config, None, problems)
     opener = opener or (lambda: open_weights(folder, WEIGHTS_FILE))
@@ -187,10 +191,8 @@ def heading(name: str, folder: Path | None) -> str:
     return f"adapter {name!r}{f' in {folder}' if folder is not None else ''} cannot be used"
 
 
-def _adapters_below(folder: Path) -> str:
-    """A hint when a folder without a config is the parent of adapters."""
-    if os.path.lexists(folder / CONFIG_FILE):
-        return ""
+def _no_adapter(folder: Path) -> str:
+    """What to say of a folder with nothing of an adapter: what it holds instead, such as adapters."""
     try:
         with os.scandir(folder) as entries:
             found = sorted(
@@ -199,11 +201,14 @@ def _adapters_below(folder: Path) -> str:
                 if os.path.lexists(os.path.join(entry.path, CONFIG_FILE))
             )
     except OSError:  # a hint is not worth an error of its own
-        return ""
+        found = []
     if not found:
-        return ""
-    more = f", and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-    return f"; it has adapters in: {', '.join(found[:MAX_NAMED])}{more}. Pass these folders"
+        return f"it is no adapter: {CONFIG_FILE} is missing, and so is {WEIGHTS_FILE}{what_else(folder)}"
+    more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    return (
+        f"it is no adapter but holds {counted(len(found), 'adapter folder')} ({', '.join(found[:MAX_NAMED])}{more}): "
+        f"pass {'that' if len(found) == 1 else 'those'}, such as {folder / found[0]}"
+    )
 
 
 def read_headers(view: AdapterView, problems: list[str]) -> dict[str, TensorHeader]:
