@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .model_options import add_placed_model
+from .resuming import check_resumed
 from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 
@@ -46,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
 
     from ..files.atomic import check_can_write
     from ..models.composition import compose_models
-    from ..models.stored import MODEL_CONFIG
-    from ..training.composition import train_calm
+    from ..models.stored import MODEL_CONFIG, WEIGHTS
+    from ..training.composition import CHECKPOINT_FOLDER, STATE_FILE, train_calm
 
     check_finished(args, args.output / MODEL_CONFIG, never=True)
+    state = args.output / CHECKPOINT_FOLDER / STATE_FILE
+    check_resumed(what, _defaults(), state, args.output / WEIGHTS, never=args.output / MODEL_CONFIG, text=False)
     check_can_write(args.output)
 
     def composed() -> Any:

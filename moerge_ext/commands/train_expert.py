@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .model_options import add_placed_model
+from .resuming import check_resumed
 from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 LORA = ("rank", "alpha", "target_modules")  # what only `train_expert` takes
@@ -43,13 +44,18 @@ def run(args: argparse.Namespace) -> int:
         what.training["target_modules"] = targets_of(what.training["target_modules"])
 
     from ..files.atomic import check_writable
-    from ..training.experts import WEIGHTS, train_expert
+    from ..training.experts import CHECKPOINT_FOLDER, STATE_FILE, WEIGHTS, train_expert
 
     check_finished(args, args.output / WEIGHTS)
+    default, folder = _defaults(), args.output / CHECKPOINT_FOLDER
+    lora = {name: what.training.get(name, default[name]) for name in LORA}
+    if not isinstance(lora["target_modules"], str):
+        lora["target_modules"] = sorted(lora["target_modules"])
+    check_resumed(what, default, folder / STATE_FILE, args.output / WEIGHTS, **lora)
     check_named(args)
     check_writable(args.output)
     model, tokenizer = load(args)
-    shared = {"default": _defaults(), "examples": len(what.rows), **what.shared(tokenizer)}
+    shared = {"default": default, "examples": len(what.rows), **what.shared(tokenizer)}
     what.go(train_expert, model, what.rows, args.output, **shared)
     return 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..experts.kinds import AVERAGE_ACTIVATION, SIGMOID_GATE
 from .model_options import add_placed_model
+from .resuming import check_resumed
 from .training_options import Training, add_data, add_training, check_finished, defaults, given, load
 
 PAPER_BATCH = 1024  # sequences per step in PHATGOOSE, arXiv 2402.05859, section 4.1
@@ -64,12 +65,14 @@ def run(args: argparse.Namespace) -> int:
     from ..experts.hub import find_adapter, output_folder
     from ..files.atomic import check_writable
     from ..training.activation import average_activation
-    from ..training.gates import train_gates
+    from ..training.gates import CHECKPOINT_FOLDER, STATE_FILE, train_gates
 
     name, folder = find_adapter(args.adapter)
     inspect_adapter(name, folder, args.model)
     target = output_folder(args.adapter, args.output)
     check_finished(args, gates_file(target, args.kind), *([target / WEIGHTS_FILE] if hasattr(args, "joint") else []))
+    state, joint = target / CHECKPOINT_FOLDER / STATE_FILE, hasattr(args, "joint")
+    check_resumed(what, _defaults(), state, gates_file(target, args.kind), joint=joint)
     check_writable(target)
     model, tokenizer = load(args)
     shared = {"output_dir": args.output, **what.shared(tokenizer)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .model_options import add_placed_model
+from .resuming import check_resumed
 from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 
@@ -37,13 +38,24 @@ def run(args: argparse.Namespace) -> int:
 
     from ..files.atomic import check_can_write
     from ..models.pretrained import load_config
-    from ..models.stored import MODEL_CONFIG
-    from ..training.mixture import train_mix
+    from ..models.stored import MIX_FILE, MODEL_CONFIG
+    from ..training.mixture import CHECKPOINT_FOLDER, RATES, STATE_FILE, train_mix
 
     check_finished(args, args.output / MODEL_CONFIG, never=True)
+    default = _defaults()
+    own = {name: what.training.get(name, default[name]) for name in ("train", "balance")}
+    state = args.output / CHECKPOINT_FOLDER / STATE_FILE
+    check_resumed(
+        what,
+        default | {"lr": RATES[own["train"]]},
+        state,
+        args.output / MIX_FILE,
+        never=args.output / MODEL_CONFIG,
+        **own,
+    )
     check_can_write(args.output)
     model, tokenizer = load(args)
-    shared = {"default": _defaults(), "examples": len(what.rows), **what.shared(tokenizer)}
+    shared = {"default": default, "examples": len(what.rows), **what.shared(tokenizer)}
     shared["dtype"] = load_config(args.model).dtype
     result = what.go(train_mix, model, what.rows, args.output, **shared)
     if what.ranks.first:

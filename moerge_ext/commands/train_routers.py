@@ -10,6 +10,7 @@ from ..methods.option_text import parse_option
 from .expert_options import add_experts, add_gates, add_selection, gates_of, load_bank, pairs
 from .model_options import add_placed_model
 from .needs import describing
+from .resuming import check_resumed
 from .training_options import Training, add_data, add_training, check_finished, defaults, load, my_rows
 
 OBJECTIVE = ("balance", "z", "dropout", "sparsity", "train_experts")  # what only `train_routers` takes
@@ -86,16 +87,23 @@ def run(args: argparse.Namespace) -> int:
     from ..files.atomic import check_writable
     from ..methods import get_method
     from ..training.routers.data import check_data
-    from ..training.routers.train import train_routers
+    from ..training.routers.run import NUMBERS, STATE_FILE
+    from ..training.routers.train import CHECKPOINT_FOLDER, train_routers
 
     own = {name: my_rows(Path(file), what.ranks, what.prompt) for name, file in own_files.items()}
     check_finished(args, args.output / ROUTERS_FILE)
+    default, learned = _defaults(args.method), get_method(args.method).learned
+    settings = {name: what.training.get(name, default[name]) for name in NUMBERS}
+    settings |= {"method": args.method, "joint": what.training.get("train_experts", learned.experts)}
+    settings |= {} if learned.own_data else {"options": {name: str(value) for name, value in options.items()}}
+    state = args.output / CHECKPOINT_FOLDER / STATE_FILE
+    check_resumed(what, default, state, args.output / ROUTERS_FILE, **settings)
     check_writable(args.output)
     experts = load_bank(args)
     check_data(get_method(args.method), experts.names, what.rows, own or None)
     check_prompts(args, experts, options)
     model, tokenizer = load(args)
-    shared = {"default": _defaults(args.method), "examples": max(map(len, [what.rows or [], *own.values()]))}
+    shared = {"default": default, "examples": max(map(len, [what.rows or [], *own.values()]))}
     shared |= {"method": args.method, "expert_data": own or None, "options": options, **what.shared(tokenizer)}
     result = what.go(train_routers, model, experts, what.rows, args.output, **shared)
     if what.ranks.first:

@@ -13,7 +13,7 @@ from .batches import BatchSource
 from .record import differences, read_record, record_text
 
 # the options on which the result depends; a run can be resumed with other values of the rest
-_DECIDING = ("steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "eval_every", "seed")
+DECIDING = ("steps", "lr", "warmup_ratio", "accumulate", "weight_decay", "eval_every", "seed")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def settings_of(
     options: TrainingOptions, batches: BatchSource, validation: BatchSource | None, facts: dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides what comes out of a run, and must not change between it and its resumption."""
-    deciding = {name: getattr(options, name) for name in _DECIDING}
+    deciding = {name: getattr(options, name) for name in DECIDING}
     return deciding | {"validation": validation is not None, **batches.facts(), **facts}
 
 

@@ -30,10 +30,12 @@ def read_record(file: Path) -> dict[str, Any] | None:
 def differences(saved: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """What is not alike in the settings of two runs, those of the first as they were read."""
     here = json.loads(json.dumps(settings))
+    found = [key for key in sorted(saved.keys() | here.keys()) if saved.get(key) != here.get(key)]
     return [
-        f"{key}: saved with {saved.get(key)!r}, now {here.get(key)!r}"
-        for key in sorted(saved.keys() | here.keys())
-        if saved.get(key) != here.get(key)
+        "data: the rows, or how they are put and cut (prompt, max_length), are others"
+        if key == "data"
+        else f"{key}: saved with {saved.get(key)!r}, now {here.get(key)!r}"
+        for key in found
     ]
 
 

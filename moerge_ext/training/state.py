@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class TrainingState:
     @classmethod
     def read(cls, path: Path, *, settings: dict[str, Any], shapes: dict[str, torch.Size]) -> TrainingState:
         """Read `path` for a run with these settings and parameters; ValueError with all that differs."""
-        way_out = f"pass resume=False (or delete {path}) to start over"
+        way_out = _way_out(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -94,7 +95,7 @@ class TrainingState:
                 if name in shapes and tensor.shape != shapes[name]
             ]
         if problems:
-            raise ValueError(f"{path} belongs to another run; {way_out}:\n- " + "\n- ".join(sorted(problems)))
+            raise ValueError(other_run(path, problems))
         return cls(
             settings=saved,
             step=header["step"],
@@ -105,3 +106,24 @@ class TrainingState:
             validation={int(step): loss for step, loss in header["validation"].items()},
             **groups,
         )
+
+
+def stored_settings(path: Path) -> dict[str, Any] | None:
+    """The settings of the run whose state lies in `path`; None where no state can be read."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads(file.metadata()["state"])["settings"]
+        return settings if isinstance(settings, dict) else None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def other_run(path: Path, problems: Sequence[str]) -> str:
+    """What to say of a state that belongs to another run than the one that is to go on from it."""
+    return f"{path} belongs to another run; {_way_out(path)}:\n- " + "\n- ".join(sorted(problems))
+
+
+def _way_out(path: Path) -> str:
+    return f"pass resume=False (or delete {path}) to start over"

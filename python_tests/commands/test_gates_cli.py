@@ -31,7 +31,10 @@ def parser():
 
 
 def command(*words):
-    return run(parser().parse_args([str(word) for word in words]))
+    args = parser().parse_args([str(word) for word in words])
+    args.rest = []
+    args.settle(args, pytest.fail)
+    return run(args)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
