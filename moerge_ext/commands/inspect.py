@@ -14,6 +14,7 @@ from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, read_results, record
 from ..evaluation.runs import parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
+from ..files.listing import listed as listed_names
 from ..methods import get_method
 from .expert_options import gates_of, load_bank, placed, routers_of, with_routers
 from .fits import check_runs_fit
@@ -128,17 +129,33 @@ def _write(args: argparse.Namespace, found: list[Inspection], rows: list[dict], 
         table.add_row(*(Text(_text(row[column])) for column in COLUMNS))
     screen = console()
     screen.print(table)
-    for method, value in related.items():
+    for method, value in related.items() if args.results else ():
         screen.print(Text(f"{method}: Pearson correlation of KL and score over tasks: {_text(value)}"))
     pictures, notes = draw(found, args.output, args.view)
     written = list(map(str, [path, made, *pictures]))
     if args.html is not None:
         written.append(f"{args.html} ({write_page(found, args.html) / 1e6:.1f} MB)")
-    if not any(row["oracle"] for row in rows):
-        notes = [*notes, "no oracle, nor what is measured against it: --oracle TASK=EXPERT names one, or --results the "
-                 "results.json of `moerge eval --methods oracle_dataset`, where one expert is best"]  # fmt: skip
-    for line in (*notes, "wrote " + ", ".join(written)):
+    for line in (*notes, *dashes(args, rows, related), "wrote " + ", ".join(written)):
         screen.print(Text(line), soft_wrap=True)
+
+
+def dashes(args: argparse.Namespace, rows: list[dict], related: dict[str, float | None]) -> list[str]:
+    """What a "-" in the table, or of a correlation, stands for; one line for each kind that there is."""
+    notes = []
+    blind = sorted({row["task"] for row in rows if not row["oracle"]})
+    if len(blind) == len({row["task"] for row in rows}):
+        notes.append("no oracle, nor what is measured against it: --oracle TASK=EXPERT names one, or --results the "
+                     "results.json of `moerge eval --methods oracle_dataset`, where one expert is best")  # fmt: skip
+    elif blind:
+        notes.append(f"no oracle of {', '.join(blind)}: --oracle {blind[0]}=EXPERT names one")
+    without = [f"{row['method']} on {row['task']}" for row in rows if row["score"] is None]
+    if without and args.results:
+        notes.append(f"no score of {listed_names(without)}: {args.results} has no such rows")
+    elif without:
+        notes.append("no scores: --results FILE, the results.json of `moerge eval` on these tasks, brings them")
+    if args.results and None in related.values():
+        notes.append("no correlation: it takes at least three tasks with an oracle and a score, and not all alike")
+    return notes
 
 
 def _text(value: str | float | None) -> str:

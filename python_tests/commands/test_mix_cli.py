@@ -104,7 +104,7 @@ def test_refused(root, capsys):
     evaluated = ("eval", "--overwrite", "--model", "@seed", "--tasks", "@task", *out, "--methods")
     refused("--experts is needed for arrow, oracle_dataset", *evaluated, "base,arrow,oracle_dataset")
     refused("expected model:DIR", *evaluated, "model:")
-    refused("no such model for you", *evaluated, "model:/not/there")
+    refused("there is no folder", *evaluated, "model:/not/there")
     refused("is of whole models, not of experts on one: moerge mix, then", *evaluated, "branch_train_mix",
             "--experts", "@lora")  # fmt: skip
     assert not (root / "none").exists()

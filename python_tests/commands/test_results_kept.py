@@ -131,7 +131,10 @@ def test_results_grow_and_are_made_again(folder, capsys):
 def test_inspections(folder, capsys):
     pytest.importorskip("matplotlib")
     words = "inspect --model model --experts a b --no-progress --output seen --limit 2 --oracle one=a two=b --tasks one"
-    assert run(f"{words} --methods arrow") == 0 and "no oracle" not in capsys.readouterr().out
+    assert run(f"{words} --methods arrow") == 0
+    out = capsys.readouterr().out
+    assert "no oracle" not in out and "Pearson" not in out
+    assert "no scores: --results FILE, the results.json of `moerge eval` on these tasks, brings them" in out
     assert run(f"{words} two --methods arrow") == 0
     assert run(f"{words} --methods arrow") == 2
     assert "seen/inspect.json is there already, of other arguments (--tasks:" in capsys.readouterr().err
@@ -139,4 +142,9 @@ def test_inspections(folder, capsys):
     capsys.readouterr()
     assert run(f"{words.partition(' --oracle')[0].replace('seen', 'bare')} --tasks one --methods arrow") == 0
     assert "no oracle, nor what is measured against it: --oracle TASK=EXPERT" in capsys.readouterr().out
+    known = f"{words.replace(' seen ', ' known ')} two --methods arrow --results seen/results.json"
+    assert run(known) == 0
+    out = capsys.readouterr().out
+    assert "no score of arrow on two: seen/results.json has no such rows" in out
+    assert "correlation of KL and score over tasks: -" in out and "no correlation: it takes at least three tasks" in out
     assert run(f"{words} two --methods arrow") == 0, "what `eval` asked for is noted apart"

@@ -242,6 +242,7 @@ def test_an_unknown_embedder_is_named(monkeypatch, tmp_path):
     monkeypatch.undo()
     sentence_transformers = pytest.importorskip("sentence_transformers")
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", nothing)
+    monkeypatch.setattr("moerge_ext.files.hub.unreached", lambda: None)
     with pytest.raises(ValueError, match="the hub has no such sentence-transformers model for you"):
         Embedder.from_sentence_transformers("nosuch")
     with pytest.raises(ValueError, match="holds no sentence-transformers model that transformers can load"):
