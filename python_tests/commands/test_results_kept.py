@@ -128,6 +128,35 @@ def test_results_grow_and_are_made_again(folder, capsys):
     assert "of arguments that are not known" in capsys.readouterr().err
 
 
+def test_results_of_arguments_that_mean_the_same(folder, tmp_path_factory, monkeypatch, capsys):
+    """However paths are typed, with what is the default anyway, and where all was moved; not from another folder."""
+    assert run(f"{EVAL} one --methods base,arrow") == 0
+    here, again = folder.resolve(), "--methods arrow,base --no-progress --output"
+    (folder / "link").symlink_to(folder / "a")
+    for words in (
+        f"--model {here}/model --experts ./a/ {here}/b --tasks {here}/one {again} out",
+        f"--model model/../model --experts link b --names link b --tasks one {again} {here}/out",
+        f"--model model --experts a b --tasks one --top-k 4 {again} {here}/out",
+        f"--model model --experts a b --tasks one --base-name model --split test --writer-timeout 9 {again} out",
+    ):
+        fits = "link" not in words and "--top-k" not in words
+        assert run(f"eval {words}") == (0 if fits else 2), words
+        told = capsys.readouterr()
+        assert ("4 stored answers reused" in told.out) == fits or "2 stored" in told.out, told
+    moved = tmp_path_factory.mktemp("moved") / "all"
+    folder.rename(moved)
+    monkeypatch.chdir(moved)
+    assert run(f"{EVAL} one --methods base,arrow") == 0, "all of it was moved"
+    (moved / "sub").mkdir()
+    for name in ("model", "a", "b", "one"):
+        (moved / "sub" / name).mkdir()
+    monkeypatch.chdir(moved / "sub")
+    (moved / "sub" / "one" / "test.jsonl").write_text('{"input": "x", "target": "y"}')
+    capsys.readouterr()
+    assert run(f"{EVAL.replace(' out ', ' ../out ')} one --methods base,arrow") == 2
+    assert f"--model: '{moved}/model' there, '{moved}/sub/model' here" in capsys.readouterr().err
+
+
 def test_inspections(folder, capsys):
     pytest.importorskip("matplotlib")
     words = "inspect --model model --experts a b --no-progress --output seen --limit 2 --oracle one=a two=b --tasks one"
