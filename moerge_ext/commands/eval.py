@@ -18,7 +18,7 @@ from ..methods.fixed import PREFIX
 from .engine_options import BATCH, TORCH, add_engine, check_engine, check_runs_of, engine_answerers, outline
 from .ensemble_options import build_answerers, deciding_answerers
 from .expert_options import gates_of, load_bank, placed, placing_of, routers_of, with_routers
-from .fits import check_runs_fit
+from .fits import check_fits, check_runs_fit
 from .needs import check_needs
 from .options import (
     add_tasks_and_model,
@@ -114,12 +114,8 @@ def run(args: argparse.Namespace) -> int:
         texts += ablation(args.ablation, len(experts))
     runs, derived = parse_runs(texts, experts.names, args.top_k)
     runs = placed(with_routers(runs, trained), args)
-    check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
-    if args.engine != TORCH:
-        check_runs_of(runs)
-    else:
-        check_runs_fit(args, experts, runs)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
+    check_before(args, runs, experts, one)
     loaded = cache(partial(load if args.engine == TORCH else outline, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     settings = replace(settings, similar=similar_of_task(args, routers))
@@ -142,6 +138,18 @@ def run(args: argparse.Namespace) -> int:
         scores += evaluate(model, tokenizer, one, placed([ALONE], args), tasks, settings, **options)
     tell(args, scores, derived, [*write(scores, args.output), keep_arguments(args)])
     return 0
+
+
+def check_before(args: argparse.Namespace, runs: Sequence[Run], experts: Any, one: Any) -> None:
+    """ValueError for what the runs lack, and for experts (or the one of --multitask) that do not fit the model, before
+    its weights are read."""
+    check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
+    if args.engine != TORCH:
+        check_runs_of(runs)
+        return
+    check_runs_fit(args, experts, runs)
+    if one is not None:
+        check_fits(args, one, ALONE.method, {})
 
 
 def tell_of_added(texts: list[str], names: Sequence[str]) -> None:

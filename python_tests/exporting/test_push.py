@@ -295,6 +295,10 @@ def test_command(expert, capsys, monkeypatch):
     assert said.startswith("would be sent to user/sql@v2:\n") and "bytes  moerge_gates.safetensors" in said
     assert "secret" not in said and ".env" not in said and "library_name: peft" in said
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("moerge_ext.exporting.push.unreached", lambda: "ConnectError: nobody")
+    assert cli.main(["push", str(expert), "user/sql"]) == 2
+    assert "could not be pushed, as the hub cannot be reached (ConnectError: nobody)" in capsys.readouterr().err
+    monkeypatch.setattr("moerge_ext.exporting.push.unreached", lambda: None)
     assert cli.main(["push", str(expert), "user/sql"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("sent adapter_config.json, ") and "README.md of the repository is kept" in said
