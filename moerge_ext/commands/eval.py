@@ -9,7 +9,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.runs import BASE, DERIVED, MULTITASK, PELMO, WHOLE, Run, ablation, parse_runs, with_top_k
+from ..evaluation.runs import (
+    BASE,
+    DERIVED,
+    MULTITASK,
+    PELMO,
+    WHOLE,
+    Run,
+    ablation,
+    check_named,
+    parse_runs,
+    with_top_k,
+)
 from ..evaluation.tasks import METRICS, Task, load_task
 from ..files.atomic import check_can_write
 from ..files.counting import counted
@@ -97,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     texts = with_top_k(listed(args.methods), args.top_k)
     if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
+    check_named(texts)
     check_experts(args, texts)
     check_results(args, "results.json", grows=("methods", "tasks", "ablation", "multitask"))
 

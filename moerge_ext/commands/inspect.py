@@ -12,7 +12,7 @@ from ..evaluation.heatmaps import VIEWS, draw
 from ..evaluation.inspect import Inspection, correlations, inspect
 from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, read_results, record
-from ..evaluation.runs import parse_runs, with_top_k
+from ..evaluation.runs import check_named, parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
 from ..files.listing import listed as listed_names
 from ..methods import get_method
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     check_writer(args)
     gates_of(args)
     check_can_write(args.output)
+    check_named(listed(args.methods))
     check_results(args, "inspect.json", grows=("methods", "tasks"))
     check_matplotlib()
     if args.html is not None:

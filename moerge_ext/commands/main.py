@@ -85,7 +85,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
     """The arguments; argparse's exit, with the usage, for those that are none."""
-    args, rest = parser(argv[0] if argv else "doctor").parse_known_args(argv)
+    args, rest = parser(argv[0]).parse_known_args(argv)
     args.rest, args.words = rest, argv  # a command that is interrupted says how to go on
     refuse, settle = vars(args).pop("refuse"), vars(args).pop("settle", None)
     if settle is not None:
@@ -108,8 +108,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; an error that the user can mend is one line (or a list) on standard error, status 2; output
     that nobody reads any more ends it quietly."""
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser("doctor").print_help(sys.stderr)
+        return 2
     names: dict[str, object] = {}
-    name = f"moerge {argv[0]}" if argv else "moerge"
+    name = f"moerge {argv[0]}"
     try:
         with _flushed():
             args = _parsed(argv)

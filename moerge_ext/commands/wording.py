@@ -24,7 +24,7 @@ WORDS = (
     # both are named: an argument with its value, or by its name alone
     (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\})|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
     (r"\b([a-z]+) \((--\1\b[^():;]*)\)", r"\2"),
-    (r"\(output_dir, (--output DIR)\)", r"(\1)"),
+    (r"\((?:output_dir|base_model=ID), (--[a-z][^()]*)\)", r"(\1)"),
     (r"load_experts\(\.\.\., gates=\{name: DIR\}\) or --gates", "--gates"),
     (r"(`moerge [^`]+`) or moerge_ext\.\w+\([^()]*\)", r"\1"),
     (r"moerge_ext\.\w+ \((moerge [^()]+)\)", r"`\1`"),
@@ -60,8 +60,11 @@ NO_FLAGS = ("repo_id", "top_k")  # a place, and what is set by --option as well
 
 def said(text: str, names: Iterable[str] = ()) -> str:
     """The message in the words of the shell. names: of the command's arguments, such as batch_size of --batch-size."""
+    names = set(names)
     for pattern, words in WORDS:
         text = re.sub(pattern, words, text)
+    if names and "routers" not in names:  # a command without --routers takes them as an option of the method
+        text = text.replace("--routers FILE", "--option routers=FILE")
     if found := sorted(name for name in names if "_" in name and name not in NO_FLAGS):
         bare = rf"(?<![\w/.'\"`{{-])(?:{'|'.join(found)})(?![\w.'\"`(-])"
         text = re.sub(bare, lambda match: f"--{match[0].replace('_', '-')}", text)

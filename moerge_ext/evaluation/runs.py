@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,13 @@ def with_top_k(texts: Sequence[str], top_k: int | str | None) -> list[str]:
     if not routed:
         raise ValueError(f"--top-k {top_k}: of the methods {', '.join(texts) or '(none)'} no one routes")
     return made
+
+
+def check_named(texts: Iterable[str]) -> None:
+    """ValueError for a method that there is not, or an option that it does not take, whatever the experts are."""
+    for text in texts:
+        if text not in DERIVED:
+            parse_run(text)
 
 
 def parse_runs(

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from ..files.hub import not_there, only_cached
+from ..files.hub import beside, not_there, only_cached
 from ..files.safefile import file_inside, in_hub_cache
 from .formats import mlx
 from .formats.foreign import what_model
@@ -88,8 +88,8 @@ def _found(source: str | os.PathLike) -> tuple[str, Path]:
         raise ValueError(f"{str(source)[:200]!r} is not a usable path") from None
     if (hub := _hub_id(source)) is None:
         raise ValueError(
-            f"there is no local folder {text!r}, and it is no hub id (user/repo, user/repo/subfolder, each with "
-            "@revision or without): check the path"
+            f"there is no local folder {text!r}{beside(text)}, and it is no hub id (user/repo, user/repo/subfolder, "
+            "each with @revision or without): check the path"
         )
     repo, subfolder, _ = hub
     return f"{repo}/{subfolder}".rstrip("/").rsplit("/", 1)[-1].removesuffix(GGUF), _snapshot(*hub)
@@ -114,7 +114,9 @@ def _snapshot(repo: str, subfolder: str, revision: str | None) -> Path:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **only_cached()))
     except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"there is no local folder {where!r}, and {not_there('adapter', reason)}") from error
+        raise ValueError(
+            f"there is no local folder {where!r}{beside(where)}, and {not_there('adapter', reason)}"
+        ) from error
     if one_file:
         return file_inside(root.resolve(), subfolder)
     folder = root / subfolder

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..files.counting import counted
 from ..files.listing import grouped
 from ..files.safefile import AdapterError
 from ..models.wrappers import unwrapped
@@ -178,7 +179,7 @@ def _named_folders(paths: Any, bad: dict[str, list[str]], selection: Selection) 
 def _refusal(bad: Mapping[str, Sequence[str]], total: int) -> AdapterError:
     """One error for all experts; `problems` holds a line per problem, the expert's name in front."""
     problems = [f"expert {name}: {problem}" for name, reasons in bad.items() for problem in reasons]
-    error = AdapterError(problems, f"load_experts: {len(bad)} of {total} experts cannot be used")
+    error = AdapterError(problems, f"load_experts: {len(bad)} of {counted(total, 'expert')} cannot be used")
     if len(bad) > 1:  # a long list for one expert must not hide another
         lines = []
         for name, reasons in bad.items():
@@ -187,7 +188,7 @@ def _refusal(bad: Mapping[str, Sequence[str]], total: int) -> AdapterError:
             lines += [f"\n  - {cause}" for cause in causes[:MAX_LISTED]]
             if len(causes) > MAX_LISTED:
                 lines.append(f"\n  - ... and {len(causes) - MAX_LISTED} more problems")
-        error.args = (f"load_experts: {len(bad)} of {total} experts cannot be used:" + "".join(lines),)
+        error.args = (f"load_experts: {len(bad)} of {counted(total, 'expert')} cannot be used:" + "".join(lines),)
     if total > len(bad):
         error.args = (f"{error.args[0]}\n(names=[...] loads the others without them)",)
     return error

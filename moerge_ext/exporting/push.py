@@ -170,7 +170,7 @@ def _base(header: AdapterHeader, given: str | None) -> str | None:
         raise ValueError(f"--base-model must be an id on the hub such as user/name, got {given!r}")
     raise ValueError(
         f"{CONFIG_FILE} names the base by a path of this machine, {base!r}, which nobody else has: pass its id on the "
-        "hub (--base-model ID, base_model=)"
+        "hub (base_model=ID, --base-model ID)"
     )
 
 

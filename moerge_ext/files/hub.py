@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 import threading
 import time
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+NAMED = 5  # folders that are named
 KEPT = 60.0  # seconds for which what was found out holds
 NOT_TAKEN = {"ConnectError", "ConnectTimeout", "ProxyError"}  # of httpx: no connection was made
 PARTS = 3  # HF_HUB_ETAG_TIMEOUT, in seconds: half of it for one address of the hub, three times it for all
@@ -85,10 +87,20 @@ def no_folder(path: str) -> str:
     lost = there = Path(path)
     while not _is_there(str(lost.parent)):
         lost = lost.parent
-    if lost != there:
-        return f"there is no folder {path!r}: {str(lost)!r} is not there"
-    inside = _folders(there.parent)
-    return f"there is no folder {path!r}" + (f"; {str(there.parent)!r} holds {inside}" if inside else "")
+    more = f": {str(lost)!r} is not there" if lost != there else beside(path)
+    return f"there is no folder {path!r}{more}"
+
+
+def beside(path: str) -> str:
+    """What lies where a path leads that is not there: the folder that may be meant, or those that there are."""
+    there = Path(path)
+    names = _folders(there.parent)
+    if near := get_close_matches(there.name, names, 1):
+        return f" (did you mean {str(there.parent / near[0])!r}?)"
+    if not names or "/" not in path:
+        return ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f" ({str(there.parent)!r} holds {', '.join(names[:NAMED])}{more})"
 
 
 def _is_there(path: str) -> bool:
@@ -98,12 +110,11 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _folders(folder: Path, most: int = 5) -> str:
+def _folders(folder: Path) -> list[str]:
     try:
-        names = sorted(inside.name for inside in folder.iterdir() if inside.is_dir() and inside.name[:1] != ".")
-    except OSError:
-        return ""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more folders" if len(names) > most else "")
+        return sorted(inside.name for inside in folder.iterdir() if inside.is_dir() and inside.name[:1] != ".")
+    except (OSError, ValueError):
+        return []
 
 
 def _asked(endpoint: str, patience: float) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..files.gguffile import read_gguf
-from ..files.hub import model_options, not_there, only_cached
+from ..files.hub import beside, model_options, not_there, only_cached
 from .stored import COMPOSITION, MODEL_CONFIG
 
 GGUF = ".gguf"
@@ -182,9 +182,8 @@ def named(path: str, what: str) -> Iterator[None]:
                 raise ValueError(f"GGUF file {path!r} holds no {what} that transformers can load ({reason})") from error
             raise ValueError(f"{path!r} is a file: pass the folder of a model, a {GGUF} file or a hub id") from error
         missing = "model" if what == "tokenizer" and not _has_config(path) else what
-        raise ValueError(
-            f"{missing} {path!r} was not found: there is no local folder of that name, and {not_there(missing, reason)}"
-        ) from error
+        here = f"there is no local folder of that name{beside(path)}"
+        raise ValueError(f"{missing} {path!r} was not found: {here}, and {not_there(missing, reason)}") from error
 
 
 def is_seq2seq(config: Any) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..files.hub import model_options, not_there
+from ..files.hub import beside, model_options, not_there
 from ..files.shards import has_weights, open_weights
 
 MODEL_CONFIG = "config.json"
@@ -46,7 +46,9 @@ def _snapshot(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(FETCHED), **options))
     except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"there is no local folder {path!r}, and {not_there('model', reason)}") from error
+        raise ValueError(
+            f"there is no local folder {path!r}{beside(path)}, and {not_there('model', reason)}"
+        ) from error
 
 
 def digest_of(path: str) -> str:

@@ -103,7 +103,7 @@ def described_experts(experts: ExpertBank | Sequence[str], names: Sequence[str])
     ValueError when `names` (of judged answers, of data) and the bank are not the same, but for BASE.
     """
     known = tuple(experts.names) if isinstance(experts, ExpertBank) else tuple(experts)
-    _same_names(known, names, "the answers are of")
+    _same_names(known, names, "the answers, or the data, are of")
     return digests_of(experts) if isinstance(experts, ExpertBank) else {}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank
 from ..experts.module_bank import whole_vectors
+from ..files.counting import counted
 from ..files.listing import listed
 from ..methods.base import Method, Plan, Routing
 from .absent import with_absent
@@ -242,8 +243,8 @@ def ways_of(model: nn.Module, parameters: Iterable[str], grad: bool) -> list[Way
         base, bank = (str(t.dtype).removeprefix("torch.") for t in (getattr(module, parameter), branch.lora_A))
         described = (
             f"{parameter} of {type(module).__name__} {width} -> {branch.lora_B.shape[1]}, {base} on "
-            f"{branch.lora_A.device.type}, {branch.num_experts} experts of rank {rank} in {bank} for each of "
-            f"{total // branch.num_experts} base experts"
+            f"{branch.lora_A.device.type}, {counted(branch.num_experts, 'expert')} of rank {rank} in {bank} for each "
+            f"of {total // branch.num_experts} base experts"
         )
         kinds.setdefault(described, []).append(path)
     way = "its base experts one matrix product each or grouped, the branch "

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from .. import ops
+from ..files.counting import counted
 from .layers import execution_device
 from .state import Request
 
@@ -210,5 +211,5 @@ def _described(layer: nn.Module, x: Tensor) -> str:
     spare = f" (and {slots - layer.num_experts} spare slots)" if slots > layer.num_experts else ""
     return (
         f"{type(base).__name__}{special} {layer.in_features} -> {layer.out_features}, {_name(x.dtype)} on "
-        f"{x.device.type}, {layer.num_experts} experts{spare} of rank {rank} in {_name(layer.lora_A.dtype)}"
+        f"{x.device.type}, {counted(layer.num_experts, 'expert')}{spare} of rank {rank} in {_name(layer.lora_A.dtype)}"
     )

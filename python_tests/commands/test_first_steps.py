@@ -177,3 +177,17 @@ def test_the_weights_have_a_say_where_an_expert_brings_some_of_its_own(there, mo
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("read"))
     assert cli.main([*words, "--top-k", "3"]) == 2
     assert "top_k=3 is more than the number of experts, E=2" in capsys.readouterr().err
+
+
+def test_what_may_be_meant_is_said(refused):
+    assert "did you mean 'model'?" in refused("generate x --model modle --experts a b")
+    assert "did you mean 'tasks/one'?" in refused("generate x --model model --experts a tasks/oen")
+    for command in ("eval", "inspect"):
+        told = refused(f"{command} --model model --experts a b --tasks tasks/one --output out --methods arrw")
+        assert "unknown method 'arrw'; did you mean 'arrow'?" in told
+
+
+def test_no_command_lists_them(capsys):
+    assert cli.main([]) == 2
+    told = capsys.readouterr().err
+    assert all(f"\n    {name} " in told for name in COMMANDS if len(name) < 18)

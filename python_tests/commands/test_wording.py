@@ -91,12 +91,19 @@ def test_no_message_of_a_command_speaks_python():
         ("multitask: load_experts: rename has 'x', which", "multitask: --rename has 'x', which"),
         ("load_experts: no expert named x; there are y", "--names: no expert named x; there are y"),
         ("load_experts: gates for 'x', which is no expert here", "--gates for 'x', which is no expert here"),
+        ("pass its id on the hub (base_model=ID, --base-model ID)", "pass its id on the hub (--base-model ID)"),
         ("limit must be at least 1, got 0", "--limit must be at least 1, got 0"),
         ("by `moerge train-gates` or moerge_ext.train_gates(m, f)", "by `moerge train-gates`"),
     ],
 )
 def test_words(text, shown):
-    assert said(text, ["batch_size", "model"]) == shown
+    assert said(text, ["batch_size", "model", "routers"]) == shown
+
+
+def test_a_command_without_routers_takes_them_as_an_option():
+    text = "then routers=FILE (--routers FILE)"
+    assert said(text, ["routers"]) == "then --routers FILE"
+    assert said(text, ["option"]) == "then --option routers=FILE"
 
 
 @pytest.fixture(scope="module")

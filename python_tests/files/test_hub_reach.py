@@ -151,7 +151,9 @@ def test_what_is_cached_is_used_without_a_network(nobody, tmp_path):
     ("path", "said"),
     [
         ("/no/such/model", "there is no folder '/no/such/model': '/no' is not there"),
-        ("./modle", "there is no folder './modle'; '.' holds model"),
+        ("./modle", "there is no folder './modle' (did you mean 'model'?)"),
+        ("./other", "there is no folder './other' ('.' holds model)"),
+        ("model/a/b", "there is no folder 'model/a/b': 'model/a' is not there"),
         ("a/b/c", "there is no folder 'a/b/c': 'a' is not there"),
         ("model/..", None),
     ],
