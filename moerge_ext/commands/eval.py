@@ -155,9 +155,10 @@ def run(args: argparse.Namespace) -> int:
 def check_before(args: argparse.Namespace, runs: Sequence[Run], experts: Any, one: Any) -> None:
     """ValueError for what the runs lack, and for experts (or the one of --multitask) that do not fit the model, before
     its weights are read."""
-    check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
     if args.engine != TORCH:
         check_runs_of(runs)
+    check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
+    if args.engine != TORCH:
         return
     check_runs_fit(args, experts, runs)
     if one is not None:

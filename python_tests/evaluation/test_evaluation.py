@@ -97,7 +97,7 @@ def test_tasks_explain_what_is_wrong(tmp_path):
     (folder / "test.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
         load_task(folder)
-    (folder / "test.jsonl").write_bytes(b"\xff\xfe")
+    (folder / "test.jsonl").write_bytes(b"\x80\xfe")
     with pytest.raises(ValueError, match="test.jsonl is not UTF-8 text"):
         load_task(folder)
     (folder / "test.jsonl").write_text('{"input": "q", "target": "b", "choices": "ab"}')

@@ -17,11 +17,11 @@ def base_config(base: Any) -> Mapping[str, Any]:
     if isinstance(base, (str, os.PathLike)):
         from transformers import PretrainedConfig
 
-        where, options = location(os.fspath(base))
         try:
+            where, options = location(os.fspath(base))
             fields, _ = PretrainedConfig.get_config_dict(where, **options)
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:400]
             raise ValueError(f"needs the base's config, and {os.fspath(base)!r} has none ({reason})") from None
         if not fields:
             raise ValueError(f"needs the base's config, and {os.fspath(base)!r} has none")
