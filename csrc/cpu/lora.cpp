@@ -30,9 +30,9 @@ bool LoraArgs::by_tiles(const Matrix& base, const Matrix& out) const {
 
 void LoraArgs::set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows) {
   check_slots(check, weights, experts, rows, *this);
-  row = row_map(check, rows, T, N, tokens_per_row, rows_);
+  row = row_map(check, rows, T, N, tokens_per_row);
   experts_ = dense(experts);
-  ids = static_cast<const int32_t*>(experts_.data_ptr());
+  ids = static_cast<const int32_t*>(experts_->data_ptr());
   for (int64_t i = 0; i < N * K; ++i)
     MOERGE_CHECK(check, ids[i] >= 0 && ids[i] < E, "experts must hold ids in [0, E=", E, "), got ", ids[i], " at [",
                  i / K, ", ", i % K, "]");
@@ -51,9 +51,14 @@ void Pairs::sort(const LoraArgs& args, const Acc* weights, bool skip_zero) {
   each([&](int32_t e, int64_t pair) { ++start[e + 1], ++uses[pair / K]; });
   for (int64_t e = 0; e < E; ++e) start[e + 1] += start[e];
   order.resize(start[E]);
-  std::vector<int64_t> at(start.begin(), start.end() - 1);
+  std::pmr::vector<int64_t> at(start.begin(), start.end() - 1, order.get_allocator());
   each([&](int32_t e, int64_t pair) { order[at[e]++] = pair; });
+  tasks.reserve(std::min(start[E], E + start[E] / kTaskPairs));
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t begin = start[e], end = start[e + 1]; begin < end; begin += kTaskPairs)
+      tasks.push_back({e, begin, std::min(end, begin + kTaskPairs)});
   groups.reserve(std::min(start[E], ceil_div(T, block) * E));
+  first.reserve(ceil_div(T, block) + 1);
   std::copy(start.begin(), start.end() - 1, at.begin());
   for (int64_t end = block; first.push_back(static_cast<int64_t>(groups.size())), end - block < T; end += block)
     for (int64_t e = 0; e < E; ++e) {
@@ -64,15 +69,8 @@ void Pairs::sort(const LoraArgs& args, const Acc* weights, bool skip_zero) {
 }
 
 template <class Acc>
-void Shrink<Acc>::plan() {
-  for (int64_t e = 0; e < args.E; ++e)
-    for (int64_t begin = pairs.start[e], end = pairs.start[e + 1]; begin < end; begin += kTaskPairs)
-      tasks.push_back({e, begin, std::min(end, begin + kTaskPairs)});
-}
-
-template <class Acc>
 void Shrink<Acc>::operator()(int64_t index) const {
-  const Group& task = tasks[index / parts];
+  const Group& task = pairs.tasks[index / parts];
   const int64_t part = index % parts, count = task.end - task.begin, R = w.ranks, C = w.columns;
   const int64_t c = parts == 1 ? 0 : part * kDepth, depth = parts == 1 ? C : std::min(kDepth, C - c);
   const int64_t e = task.expert;
@@ -182,7 +180,8 @@ void Expand<Acc>::tile_block(int64_t block, int64_t c, int64_t count) const {
   Acc* sums = scratch<Acc>(0, tokens * count);
   const void** rows = scratch<const void*>(2, w.ranks);
   TileRow* now = scratch<TileRow>(3, tokens);
-  std::vector<int32_t> left(pairs.uses.begin() + begin, pairs.uses.begin() + begin + tokens);
+  int32_t* left = scratch<int32_t>(0, tokens);
+  std::copy_n(pairs.uses.begin() + begin, tokens, left);
   for (int64_t t = 0; t < tokens; ++t) now[t] = {base->at(begin + t, c), true};
   for (int64_t g = pairs.first[block]; g < pairs.first[block + 1]; ++g) {
     const Group& group = pairs.groups[g];
@@ -219,8 +218,8 @@ void Expand<Acc>::operator()(int64_t task) const {
   Acc* own = scratch<Acc>(0, direct ? 0 : tokens * count);
   Rows sums{scratch<const Acc*>(4, tokens), scratch<Acc*>(5, 2 * tokens), nullptr, nullptr};
   sums.last = sums.partial + tokens;
-  std::vector<int32_t> left(pairs.uses.begin() + begin, pairs.uses.begin() + begin + tokens);
-  sums.left = left.data();
+  sums.left = scratch<int32_t>(0, tokens);
+  std::copy_n(pairs.uses.begin() + begin, tokens, sums.left);
   for (int64_t t = 0; t < tokens; ++t) {
     Acc* result = write_there ? static_cast<Acc*>(out.at(begin + t, c)) : own + t * count;
     sums.last[t] = result;

@@ -30,6 +30,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
+#include <memory_resource>
 
 #include "../common/check_lora.h"
 #include "view.h"
@@ -76,7 +79,7 @@ struct LoraArgs : LoraPlan {
   void set_slots(int64_t top_k, const int32_t* experts) { N = T, K = top_k, ids = experts; }
 
  private:
-  Tensor experts_, rows_;
+  std::optional<Tensor> experts_;
 };
 
 // The pairs of one block of tokens with one expert: order[begin..end) are pair indices t*K+k.
@@ -85,12 +88,22 @@ struct Group {
 };
 
 // Pairs sorted by (expert, pair). With `skip_zero`, pairs of weight exactly 0 are left out: their expert is never read.
-struct Pairs {
-  std::vector<int64_t> order;
-  std::vector<int64_t> start;  // order[start[e]..start[e+1]) are expert e's
-  std::vector<Group> groups;   // by (block, expert)
-  std::vector<int64_t> first;  // first[b]: index of block b's first group
-  std::vector<int32_t> uses;   // how many of each token's pairs are among them
+class Pairs {
+  // A call of few tokens takes no memory of the heap for them. glibc keeps seven freed pieces of a size at hand
+  // (tcache), and torch's boxing of five tensors alone is ten of the smallest. Each further one is put aside, and
+  // merged with its neighbours in memory when the next layer's result is allocated: reads that miss every cache. A call
+  // of one token, 576 -> 576, E = 8, is 23 allocations; with vectors of the heap, and empty tensors in the arguments,
+  // it was 40.
+  std::array<std::byte, 4096> few_;
+  std::pmr::monotonic_buffer_resource memory_{few_.data(), few_.size()};
+
+ public:
+  std::pmr::vector<int64_t> order{&memory_};
+  std::pmr::vector<int64_t> start{&memory_};  // order[start[e]..start[e+1]) are expert e's
+  std::pmr::vector<Group> tasks{&memory_};    // by expert: up to kTaskPairs pairs each
+  std::pmr::vector<Group> groups{&memory_};   // by (block, expert)
+  std::pmr::vector<int64_t> first{&memory_};  // first[b]: index of block b's first group
+  std::pmr::vector<int32_t> uses{&memory_};   // how many of each token's pairs are among them
 
   template <class Acc>
   void sort(const LoraArgs& args, const Acc* weights, bool skip_zero);
@@ -108,10 +121,7 @@ struct Shrink {
   int64_t parts = 1;  // pieces of the sum, [parts,T*K,R] in h, to be added by `combine`
   bool by_tiles = false;
 
-  std::vector<Group> tasks = {};  // up to kTaskPairs pairs of one expert
-
-  void plan();  // once the pairs are sorted
-  int64_t count() const { return static_cast<int64_t>(tasks.size()) * parts; }
+  int64_t count() const { return static_cast<int64_t>(pairs.tasks.size()) * parts; }
   int64_t cost() const { return ceil_div(args.T * args.K * w.ranks * w.columns, std::max<int64_t>(1, count())); }
   void operator()(int64_t task) const;
 };

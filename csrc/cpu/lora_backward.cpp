@@ -14,8 +14,7 @@ constexpr int64_t kOuterPairs = 64;  // pairs per axpy of `outer`: the reduction
 
 template <class Acc>
 void shrink(const LoraArgs& args, const Pairs& pairs, const Matrix& x, const Factors& w, Acc* h) {
-  Shrink<Acc> shrink{args, pairs, x, w, nullptr, h};
-  shrink.plan();
+  const Shrink<Acc> shrink{args, pairs, x, w, nullptr, h};
   parallel(shrink.count(), shrink.cost(), shrink);
 }
 

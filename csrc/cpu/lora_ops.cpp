@@ -37,10 +37,7 @@ struct Branch {
   int64_t cost() const { return args.T * args.K * args.R * (args.D + args.O); }
 
   void run(Team& team, int first) {
-    team.run(first, 1, [&](int64_t) {
-      pairs.sort<Acc>(args, weights, true);
-      shrink.plan();
-    });
+    team.run(first, 1, [&](int64_t) { pairs.sort<Acc>(args, weights, true); });
     if (team.failed()) return;
     team.run(first + 1, shrink.count(), shrink);
     if (!shrink.weights)

@@ -114,7 +114,7 @@ RouteArgs::RouteArgs(const Check& check, const Tensor& x_in, const Tensor& gates
       check(check),
       x(rows_contiguous(x_in)),
       gates(gates_in),
-      row(row_map(check, options.rows, T, n_rows, tokens_per_row, rows_storage)) {
+      row(row_map(check, options.rows, T, n_rows, tokens_per_row)) {
   if (options.bias) bias = dense(*options.bias, accumulator(wide));
   if (options.mask) mask = dense(*options.mask);
   tall_gates = gates.stride(1) != 1 && (gates.stride(0) == 1 || E == 1) && gates.stride(1) >= E;

@@ -14,7 +14,10 @@
 // Tried: one call for the layers that share an input (q, k, v). One over 3 x 36 gates against three over 36, D = 2048,
 // float32, cold: T = 1 139 against 248 us, 16 177 against 272 us, 256 1.2 against 1.7 ms, 1024 5.1 against 7.7 ms. Of
 // what three patched layers take that is 3.6, 0.8, 0.9 and 1.4 %, before one layer hands anything to the next: left
-// out.
+// out. Nor does one op for all they do gain: routed_lora_ with a list of tensors for each argument, whose phases are
+// those of all branches, over q, k, v and gate, up of SmolLM2. Torch allocates twice for each tensor of a list too, and
+// those of all branches at once (lora.h, Pairs): in bfloat16 it was slower than the separate calls. The separate calls
+// one after the other, by the first layer for the others, who then hand their results out: as fast as each by itself.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +39,6 @@ struct RouteArgs : RoutePlan {
   bool tall_gates;  // stored [D,E]: an expert's elements lie gate_stride apart, and the experts side by side
   int64_t gate_stride;
   std::optional<Tensor> bias, mask;
-  Tensor rows_storage;
   RowMap row;
 
   RouteArgs(const Check& check, const Tensor& x, const Tensor& gates, const RouteOptions& options);

@@ -75,18 +75,19 @@ struct Factors {
 struct RowMap {
   const int32_t* rows = nullptr;  // [T], or null: tokens of a row are adjacent
   int64_t tokens_per_row = 1;
+  std::optional<Tensor> held = {};  // where `rows` lie
 
   int64_t operator()(int64_t token) const { return rows ? rows[token] : token / tokens_per_row; }
 };
 
 // The map whose arguments check_rows has seen. `n_rows` 0: nothing is per row, and rows do not matter.
 inline RowMap row_map(const Check& check, const std::optional<Tensor>& rows, int64_t tokens, int64_t n_rows,
-                      int64_t tokens_per_row, Tensor& keep_alive) {
+                      int64_t tokens_per_row) {
   RowMap map;
   map.tokens_per_row = tokens_per_row;
   if (!rows || !n_rows) return map;
-  keep_alive = dense(*rows);
-  map.rows = static_cast<const int32_t*>(keep_alive.data_ptr());
+  map.held = dense(*rows);
+  map.rows = static_cast<const int32_t*>(map.held->data_ptr());
   for (int64_t t = 0; t < tokens; ++t)
     MOERGE_CHECK(check, map.rows[t] >= 0 && map.rows[t] < n_rows, "rows must hold values in [0, N=", n_rows, "), got ",
                  map.rows[t], " for token ", t);
