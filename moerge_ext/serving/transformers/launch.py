@@ -135,7 +135,7 @@ def _leave(server: Any) -> None:
     """Waits for the answers that a server has cancelled, which closes their connections: uvicorn 0.54 ends its loop
     before that, and their clients would wait as long as this process lives.
     """
-    for loop in {listener.get_loop() for listener in server.servers}:
+    for loop in {listener.get_loop() for listener in getattr(server, "servers", ())}:  # none where it did not start
         if left := asyncio.all_tasks(loop):
             loop.run_until_complete(asyncio.wait(left, timeout=GRACE))
         loop.run_until_complete(asyncio.sleep(0))  # in which the connections close
