@@ -354,6 +354,10 @@ def check_decoding(args: argparse.Namespace) -> None:
         )
     if args.temperature is not None and not args.sample:
         raise ValueError("--temperature is for --sample")
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
+        raise ValueError(
+            f"--temperature must be positive and finite, got {args.temperature:g} (without --sample: greedy)"
+        )
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
 

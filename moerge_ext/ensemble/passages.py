@@ -72,7 +72,7 @@ def read_passages(file: Path) -> list[str] | FoundPassages:
             f'there is no file {file}: expected one passage per line, or JSON lines {{"input", "passages"}}'
         )
     if file.suffix != ".jsonl":
-        return [line for line in read_text(file).splitlines() if line.strip()]
+        return [line.rstrip("\r") for line in read_text(file).split("\n") if line.strip()]
     found, problems = {}, []
     for number, line in enumerate(read_text(file).split("\n"), 1):
         try:

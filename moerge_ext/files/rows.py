@@ -39,7 +39,7 @@ def read_prompts(path: Path | None) -> list[Example]:
         raise ValueError(
             f"{path} looks like {kind}; what is read are prompts, one in every line, or JSON lines {ASKED}"
         )
-    text = sys.stdin.read() if path is None else read_text(path)
+    text = sys.stdin.read().removeprefix("\ufeff") if path is None else read_text(path)
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not lines or _is_object(lines[0]) or "{" in text and _document(text) is not None:
         return _rows(text, path or "standard input", as_prompt)

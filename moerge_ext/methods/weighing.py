@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_OWN_TOKENS = (
+    "a router of a block is for modules that see the block's tokens (no cross-attention); leave the module out: "
+    "load_experts(..., modules=...)"
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -91,10 +96,16 @@ class Weigher(nn.Module):
         if len(weights) != len(x):
             raise RuntimeError(
                 f"{bank.name} gets {len(x)} tokens, and '{self.reads}', whose input its router reads, got "
-                f"{len(weights)}: a router of a block is for modules that see the block's tokens (no cross-attention); "
-                "leave the module out: load_experts(..., modules=...)"
+                f"{len(weights)}: {_OWN_TOKENS}"
             )
         return weights
+
+    def check_input(self, x: Tensor, name: str) -> None:
+        """RuntimeError when the layer `name` gets another input of the block, which may have as many tokens."""
+        if any(x is other for other in getattr(self._now, "others", ())):
+            raise RuntimeError(
+                f"{name} gets another input of '{self.reads}' than the one its router reads: {_OWN_TOKENS}"
+            )
 
     def without_mask(self) -> Tensor | None:
         """[E] bool: who may be weighed, None for everybody."""
@@ -110,6 +121,7 @@ class Weigher(nn.Module):
             raise RuntimeError(f"'{self.reads}' got {u.shape[-1]} features, its router is for D={width}")
         with torch.autocast(u.device.type, enabled=False):
             self._now.weights = self.of_block(u.to(working(u)))
+        self._now.others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not u]
 
     def read_width(self) -> int | None:
         """D of the block's input, None when it does not matter."""
@@ -121,7 +133,7 @@ class Weigher(nn.Module):
 
     def forget(self, *_: Any) -> None:
         """A forward hook of the block: its modules are done."""
-        self._now.weights = None
+        self._now.weights, self._now.others = None, ()
 
     def _apply(self, fn, recurse=True):
         kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}

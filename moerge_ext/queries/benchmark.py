@@ -45,7 +45,7 @@ def train_benchmark(
     neighbours, threshold: k and t of the estimates whose reliability is measured here. Returns the file. ValueError for
     other experts or scores outside 0 .. 1.
     """
-    digests, scores = described_experts(experts, judged.names), judged.correctness()
+    marks, scores = described_experts(experts, judged.names), judged.correctness()
     vectors, probe = embedded(embedder, judged.texts)
     names = list(dict.fromkeys(judged.tasks))
     tasks = torch.tensor([names.index(task) for task in judged.tasks], dtype=torch.long)
@@ -55,7 +55,7 @@ def train_benchmark(
         tensors["distances"] = torch.tensor([distance for distance, _ in held])
         tensors["accuracies"] = torch.stack([accuracy for _, accuracy in held])
     facts = {"tasks": names, "neighbours": neighbours, "threshold": threshold}
-    return Stored("benchmark", judged.names, tensors, facts, digests, embedder.name).save(output_dir)
+    return Stored("benchmark", judged.names, tensors, facts, marks, embedder.name).save(output_dir)
 
 
 def _held_out(

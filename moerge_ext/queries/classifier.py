@@ -30,7 +30,7 @@ def train_classifier_of_data(
 
     Every expert counts the same, however many texts it has. ValueError for other experts, and for one without texts.
     """
-    digests = described_experts(experts, tuple(data))
+    marks = described_experts(experts, tuple(data))
     empty = [name for name, texts in data.items() if not texts]
     if empty or BASE in data:
         raise ValueError(f"expected texts for every expert and for no other; none for {', '.join(empty) or BASE}")
@@ -43,7 +43,7 @@ def train_classifier_of_data(
     targets = torch.nn.functional.one_hot(labels, len(names)) * share[labels][:, None]
     weight, bias = fit_classes(vectors, targets, c=c)
     tensors = {"weight": weight, "bias": bias, "probe": probe}
-    return Stored("classifier", names, tensors, {"c": c}, digests, embedder.name).save(output_dir)
+    return Stored("classifier", names, tensors, {"c": c}, marks, embedder.name).save(output_dir)
 
 
 class DataRouter(TextRouter):

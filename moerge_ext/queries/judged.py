@@ -87,7 +87,7 @@ def read_judged(path: Path) -> Judged:
         scores=torch.tensor([[float(row["scores"][name]) for name in names] for row in rows]),
         names=names,
         tasks=tuple(row["task"] for row in rows) if all("task" in row for row in rows) else (),
-        tags=tuple(tuple(row["tags"]) for row in rows) if all("tags" in row for row in rows) else (),
+        tags=tuple(tuple(row.get("tags", ())) for row in rows) if any("tags" in row for row in rows) else (),
     )
 
 
@@ -100,6 +100,9 @@ def _wrong(row: object, first: dict | None) -> str:
         return f'"scores" must be numbers by name, got {scores!r:.100}'
     if first is not None and set(scores) != set(first["scores"]):
         return f"scores of {', '.join(sorted(scores))}, where the first line has {', '.join(sorted(first['scores']))}"
+    if first is not None and ("task" in row) != ("task" in first):
+        has, other = ("a", "none") if "task" in row else ("no", "one")
+        return f'it has {has} "task", and the first line has {other}'
     if not isinstance(row.get("task", ""), str):
         return f'"task" must be a text, got {row["task"]!r:.100}'
     tags = row.get("tags", [])

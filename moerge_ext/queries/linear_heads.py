@@ -22,11 +22,12 @@ def fit_classes(vectors: Tensor, targets: Tensor, *, c: float = L2, steps: int =
     if experts == 1:
         return torch.zeros(1, vectors.shape[1]), torch.zeros(1)
     weights = targets.clamp_min(torch.finfo(torch.float32).tiny)  # no class may be absent
-    model = _logistic(c, steps)
+    # of two, scikit-learn fits the difference w = W_1 - W_0, whose |w|^2 is twice |W|^2
+    model = _logistic(2 * c if experts == 2 else c, steps)
     labels = torch.arange(experts).repeat_interleave(count)
     model.fit(vectors.double().repeat(experts, 1).numpy(), labels.numpy(), weights.double().T.reshape(-1).numpy())
     weight, bias = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
-    if experts == 2:  # scikit-learn keeps the difference of the two
+    if experts == 2:
         weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
     return weight, bias
 

@@ -180,7 +180,7 @@ def index_retriever(
 
     instruction: default the one it was trained with. ValueError for experts without texts, and for no encoder.
     """
-    digests = described_experts(experts, tuple(data))
+    marks = described_experts(experts, tuple(data))
     if empty := [name for name, texts in data.items() if not texts]:
         raise ValueError(f"expected texts for every expert; none for {', '.join(empty)}")
     instruction = read_stored(folder).facts["instruction"] if instruction is None else instruction
@@ -192,7 +192,7 @@ def index_retriever(
         rows.append(vectors.mean(0))
     tensors = {"centroids": unit(torch.stack(rows)), "probe": probe}
     facts = {"instruction": instruction, "samples": samples}
-    return Stored("retriever", names, tensors, facts, digests, embedder.name).save(folder)
+    return Stored("retriever", names, tensors, facts, marks, embedder.name).save(folder)
 
 
 def own_embedder(folder: str | os.PathLike, instruction: str) -> Embedder:

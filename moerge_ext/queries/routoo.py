@@ -54,13 +54,13 @@ def train_routoo(
     costs: {name: per answer}, for whole models their price; 1 for all by default. ValueError for other experts, scores
     or costs.
     """
-    digests, scores = described_experts(experts, judged.names), judged.correctness()
+    marks, scores = described_experts(experts, judged.names), judged.correctness()
     prices = costs_of(costs, judged.names)
     vectors, probe = embedded(embedder, judged.texts)
     weight, bias = fit_probabilities(vectors, scores, c=c)
     predicted = (vectors @ weight.T + bias).sigmoid()
     tensors = {"weight": weight, "bias": bias, "probe": probe, "predicted": predicted, "costs": prices}
-    return Stored("routoo", judged.names, tensors, {"c": c}, digests, embedder.name).save(output_dir)
+    return Stored("routoo", judged.names, tensors, {"c": c}, marks, embedder.name).save(output_dir)
 
 
 def price_for(predicted: Tensor, costs: Tensor, budget: float) -> float:
@@ -72,7 +72,7 @@ def price_for(predicted: Tensor, costs: Tensor, budget: float) -> float:
         raise ValueError(f"a budget of {budget:g} per answer is below the cheapest expert's cost, {costs.min():g}")
     gains = (predicted[:, :, None] - predicted[:, None, :]).double()
     dearer = (costs[:, None] - costs[None, :]).double()
-    turns = (gains / dearer)[(dearer > 0).expand_as(gains) & (gains > 0)].unique()  # where a choice can change
+    turns = (gains / dearer)[(dearer > 0).expand_as(gains) & (gains >= 0)].unique()  # where a choice can change
     prices = torch.cat([torch.zeros(1, dtype=torch.float64), turns * (1 + 1e-6) + 1e-12])
     low, high = 0, len(prices) - 1
     while low < high:
@@ -108,4 +108,5 @@ class RoutooRouter(TextRouter):
     def values(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
         tensors = self.stored.tensors
         predicted = (self.embed(texts) @ tensors["weight"].T + tensors["bias"]).sigmoid()[:, self.order]
-        return predicted - options["price"] * tensors["costs"][self.order]
+        # in float64, where the least price tells equal predictions apart
+        return predicted.double() - options["price"] * tensors["costs"][self.order].double()

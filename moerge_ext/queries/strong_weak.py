@@ -47,7 +47,7 @@ def train_factorization(
 
     The numbers are those of the authors' script. ValueError for other experts, and when no two experts differ anywhere.
     """
-    digests = described_experts(experts, judged.names)
+    marks = described_experts(experts, judged.names)
     for name, value in {"dim": dim, "epochs": epochs, "batch_size": batch_size, "lr": lr}.items():
         if not value > 0:
             raise ValueError(f"routellm: {name} must be positive, got {value}")
@@ -73,7 +73,7 @@ def train_factorization(
             bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
     tensors = {name: value.detach() for name, value in model.named_parameters()}
     tensors |= {"probe": probe, "vectors": vectors, "shares": judged.scores.mean(0)}
-    return Stored("routellm-mf", judged.names, tensors, {"dim": dim}, digests, embedder.name).save(output_dir)
+    return Stored("routellm-mf", judged.names, tensors, {"dim": dim}, marks, embedder.name).save(output_dir)
 
 
 def won_pairs(scores: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def train_classifier(
 
     ValueError for other experts, and when the strong one is never better, or always.
     """
-    digests = described_experts(experts, judged.names)
+    marks = described_experts(experts, judged.names)
     check_pair(strong, weak, judged.names)
     better = judged.scores[:, judged.names.index(strong)] > judged.scores[:, judged.names.index(weak)]
     if better.all() or not better.any():
@@ -120,7 +120,7 @@ def train_classifier(
     weight, bias = fit_probabilities(vectors, better.float()[:, None], c=c)
     tensors = {"weight": weight[0], "bias": bias, "probe": probe, "vectors": vectors}
     facts = {"strong": strong, "weak": weak, "c": c}
-    return Stored("routellm-classifier", judged.names, tensors, facts, digests, embedder.name).save(output_dir)
+    return Stored("routellm-classifier", judged.names, tensors, facts, marks, embedder.name).save(output_dir)
 
 
 def check_pair(strong: str, weak: str, names: Sequence[str]) -> None:
@@ -165,9 +165,11 @@ class FactorizationRouter(StrongWeakRouter):
     kind = "routellm-mf"
 
     def pair(self, options: Mapping[str, Any]) -> tuple[str, str]:
-        shares = self.stored.tensors["shares"][self.order]
-        strong, weak = self.choices[int(shares.argmax())], self.choices[int(shares.argmin())]
-        return options["strong"] or strong, options["weak"] or weak
+        shares = self.stored.tensors["shares"][self.order].tolist()
+        # the worst is sought from the last, so that two that are equal are a pair
+        ranked = sorted(range(len(shares)), key=lambda i: -shares[i])
+        strong = options["strong"] or next((n for i in ranked if (n := self.choices[i]) != options["weak"]), "")
+        return strong, options["weak"] or next((n for i in ranked[::-1] if (n := self.choices[i]) != strong), "")
 
     def win_rates(self, vectors: Tensor, options: Mapping[str, Any]) -> Tensor:
         tensors, names = self.stored.tensors, self.stored.names

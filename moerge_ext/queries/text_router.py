@@ -1,12 +1,11 @@
 """What the routers that were trained on texts share: their file, and whether it is of these experts and this embedder.
 
-A router is a folder with `moerge_text_router.safetensors`: its tensors, and in the header its kind, its experts with a
-digest of each, its embedder and the numbers that it depends on.
+A router is a folder with `moerge_text_router.safetensors`: its tensors, and in the header its kind, its experts with
+marks of each, its embedder and the numbers that it depends on.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -28,26 +27,28 @@ from .vectors import unit
 FILE, FORMAT = "moerge_text_router.safetensors", "moerge-text-router"
 BASE = "base"  # the name of the model without experts among those that a router chooses from
 PROBE = "Which of the experts should answer this question?"  # embedded again to see that the embedder is the same
-ENDS = 64  # values at either end of a factor that a digest reads
+ENDS = 64  # values at either end of a factor that an expert's marks are of
+FORMS = 8
+CLOSE = 0.01  # of the norm: a change of type moves a mark by less, another training by more
 
 
 @dataclass(frozen=True)
 class Stored:
     """A trained router. names: experts or models, perhaps BASE; tensors and facts depend on the kind.
 
-    digests: {expert: of its LoRA}, empty for whole models; embedder: its name, "" for a router without one.
+    marks: {expert: of its LoRA}, empty for whole models; embedder: its name, "" for a router without one.
     """
 
     kind: str
     names: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
-    digests: Mapping[str, str]
+    marks: Mapping[str, Sequence[float]]
     embedder: str = ""
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the file into `folder`, whole or not at all; returns it."""
-        said = {"kind": self.kind, "names": self.names, "facts": self.facts, "digests": self.digests}
+        said = {"kind": self.kind, "names": self.names, "facts": self.facts, "marks": self.marks}
         metadata = {"format": FORMAT, "version": "1", "embedder": self.embedder, "router": json.dumps(said)}
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,42 +70,56 @@ def read_stored(folder: str | os.PathLike) -> Stored:
         tensors = {name: read_tensor(handle, name, header).clone() for name, header in headers.items()}
     try:
         said = json.loads(metadata["router"])
-        names, kind, facts, digests = (said[key] for key in ("names", "kind", "facts", "digests"))
+        names, kind, facts, marks = (said[key] for key in ("names", "kind", "facts", "marks"))
         if not all(isinstance(name, str) for name in [*names, kind]) or not isinstance(facts, dict):
             raise TypeError("not the types of a router")
-        stored = Stored(kind, tuple(names), tensors, facts, dict(digests), metadata.get("embedder", ""))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        marks = {name: [float(number) for number in numbers] for name, numbers in marks.items()}
+        if any(len(numbers) != 2 + FORMS for numbers in marks.values()):
+            raise ValueError(f"expected {2 + FORMS} marks of an expert")
+        stored = Stored(kind, tuple(names), tensors, facts, marks, metadata.get("embedder", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / FILE} is damaged ({error}): {mend}") from error
     if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
         raise ValueError(f"{folder / FILE} holds values that are not finite: {mend}")
     return stored
 
 
-def digests_of(experts: ExpertBank) -> dict[str, str]:
-    """{expert: a digest of the ends of its factors in every module, as float32}."""
+def marks_of(experts: ExpertBank) -> dict[str, list[float]]:
+    """{expert: its number of modules, then the norm of the ends of all its factors and `FORMS` linear forms of them}.
+
+    Numbers and not a digest: a bank that is held in another type has nearly the same ones.
+    """
     found = {}
     for e, name in enumerate(experts.names):
-        digest = hashlib.sha256()
-        for path, module in sorted(experts.modules.items()):
+        ends, count = [torch.zeros(0, dtype=torch.float64)], 0
+        for _, module in sorted(experts.modules.items()):
             if not module.present[e]:
                 continue
-            digest.update(path.encode())
+            count += 1
             for factor in (module.lora_A[e, : module.ranks[e]], module.lora_B[e, :, : module.ranks[e]]):
                 flat = factor.detach().reshape(-1)
-                ends = torch.cat([flat[:ENDS], flat[-ENDS:]]).to("cpu", torch.float32)
-                digest.update(ends.contiguous().numpy().tobytes())
-        found[name] = digest.hexdigest()[:32]
+                ends += [flat[:ENDS].to("cpu", torch.float64), flat[-ENDS:].to("cpu", torch.float64)]
+        whole = torch.cat(ends)
+        waves = torch.cos(
+            torch.arange(1.0, len(whole) + 1).double() * (1 + 0.3 * torch.arange(FORMS)[:, None].double())
+        )
+        found[name] = [float(count), *(float(f"{x:.6g}") for x in [whole.norm(), *(waves @ whole)])]
     return found
 
 
-def described_experts(experts: ExpertBank | Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """The digests of the bank's experts among `names`, none for names of whole models.
+def _alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    near = CLOSE * max(one[1], other[1])
+    return one[0] == other[0] and all(abs(a - b) <= near for a, b in zip(one[1:], other[1:], strict=True))
+
+
+def described_experts(experts: ExpertBank | Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
+    """The marks of the bank's experts among `names`, none for names of whole models.
 
     ValueError when `names` (of judged answers, of data) and the bank are not the same, but for BASE.
     """
     known = tuple(experts.names) if isinstance(experts, ExpertBank) else tuple(experts)
     _same_names(known, names, "the answers, or the data, are of")
-    return digests_of(experts) if isinstance(experts, ExpertBank) else {}
+    return marks_of(experts) if isinstance(experts, ExpertBank) else {}
 
 
 def _same_names(known: Sequence[str], names: Sequence[str], what: str) -> None:
@@ -135,9 +150,9 @@ class TextRouter(Router):
             raise ValueError(f"expected a router of kind '{self.kind}', got one of kind '{stored.kind}'")
         self.names = tuple(experts.names) if isinstance(experts, ExpertBank) else tuple(experts)
         _same_names(self.names, stored.names, "the router was trained for")
-        if isinstance(experts, ExpertBank) and stored.digests:
-            found = digests_of(experts)
-            other = [name for name in self.names if stored.digests.get(name) != found[name]]
+        if isinstance(experts, ExpertBank) and stored.marks:
+            found = marks_of(experts)
+            other = [n for n in self.names if n not in stored.marks or not _alike(stored.marks[n], found[n])]
             if other:
                 raise ValueError(
                     f"the router was trained with other experts called {', '.join(other)}: their LoRAs are not those "

@@ -43,7 +43,7 @@ def train_tfidf(
 
     ValueError for other experts, for one without texts, and for texts without words.
     """
-    digests = described_experts(experts, tuple(data))
+    marks = described_experts(experts, tuple(data))
     empty = [name for name, texts in data.items() if not texts]
     if empty or BASE in data or samples < 1:
         raise ValueError(
@@ -56,7 +56,7 @@ def train_tfidf(
     means = [torch.from_numpy(fitted.transform(texts).mean(0).A1) for texts in drawn.values()]
     words = [str(word) for word in fitted.get_feature_names_out()]
     tensors = {"means": torch.stack(means).float(), "idf": torch.from_numpy(fitted.idf_).float()}
-    return Stored("tfidf", tuple(data), tensors, {"words": words, "samples": samples}, digests).save(output_dir)
+    return Stored("tfidf", tuple(data), tensors, {"words": words, "samples": samples}, marks).save(output_dir)
 
 
 class TfidfRouter(TextRouter):

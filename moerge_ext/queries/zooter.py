@@ -62,7 +62,7 @@ def train_zooter(
         raise ValueError(
             f"zooter: expected beta in 0 .. 1, temperature > 0 and c > 0, got {beta}, {temperature} and {c}"
         )
-    digests = described_experts(experts, judged.names)
+    marks = described_experts(experts, judged.names)
     if not judged.tags and judged.tasks:
         tags = tuple((task,) for task in judged.tasks)
         judged = Judged(judged.texts, judged.scores, judged.names, judged.tasks, tags)
@@ -71,7 +71,7 @@ def train_zooter(
     weight, bias = fit_classes(vectors, targets, c=c)
     facts = {"beta": beta, "temperature": temperature, "c": c}
     tensors = {"weight": weight, "bias": bias, "probe": probe}
-    return Stored("zooter", judged.names, tensors, facts, digests, embedder.name).save(output_dir)
+    return Stored("zooter", judged.names, tensors, facts, marks, embedder.name).save(output_dir)
 
 
 class ZooterRouter(TextRouter):

@@ -80,8 +80,9 @@ def _reached(parent: nn.Module) -> Iterator[FunctionType]:
             continue
         seen.add(function)
         yield function
+        own = vars(parent)
         for name in _attributes(parent, function) or ():
-            todo.append(_plain(vars(parent).get(name) or _stored(type(parent), name)))
+            todo.append(_plain(own[name] if callable(own.get(name)) else _stored(type(parent), name)))
 
 
 def _stored(kind: type, name: str) -> object:

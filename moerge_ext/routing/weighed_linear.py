@@ -36,6 +36,7 @@ class WeighedLinear(RoutedLinear):
         if not request.enabled:
             return base
         self._check_result(base)
+        self.weigher.check_input(x, self.name)
         kernels, held, tokens = BACKENDS[self.backend], self._held(), x.reshape(-1, self.in_features)
         with torch.autocast(x.device.type, enabled=False):
             weights = self.weigher(tokens, self, self._row_bias(x, request))

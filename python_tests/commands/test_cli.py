@@ -73,6 +73,10 @@ def test_generate_traces_and_takes_options(folders, capsys):
         (["--top-k", "1", "--option", "top_k=2"], "not both"),
         (["--option", "bogus=1"], "unknown option(s) bogus"),
         (["--temperature", "2"], "--sample"),
+        (
+            ["--sample", "--temperature", "0"],
+            "--temperature must be positive and finite, got 0",
+        ),
         (["--chat"], "no chat template"),
         (["--option", "top_p=abc"], "top_p must be a number in (0, 1] or none, got 'abc'"),
         (["--option", "scale=abc"], "scale must be a finite number"),

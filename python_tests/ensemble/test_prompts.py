@@ -139,6 +139,10 @@ def test_passages_that_were_found_elsewhere(tmp_path):
     file.write_text('{"input": "who? ", "passages": ["a", "b"]}\n\n')
     found = read_passages(file)
     assert isinstance(found, FoundPassages) and found("who?") == ["a", "b"]
+    file.write_text('{"input": "who\u2028?", "passages": ["a\x85"]}\r\n', encoding="utf-8-sig")
+    assert read_passages(file)("who\u2028?") == ["a\x85"]
+    (tmp_path / "found.txt").write_text("one\u2028 and\x0c on\r\n\ntwo")
+    assert read_passages(tmp_path / "found.txt") == ["one\u2028 and\x0c on", "two"]
     with pytest.raises(ValueError, match="no passages were found beforehand for 'when.'"):
         found("when?")
     for content, text in (

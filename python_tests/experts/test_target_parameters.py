@@ -63,6 +63,39 @@ def test_the_weight_of_a_linear_layer_is_that_layer(tmp_path):
     assert torch.equal(read_adapter("ant", folder).modules[path].lora_B, factors[1])
 
 
+def test_a_name_without_a_dot_is_of_no_layer_that_target_modules_names(tmp_path):
+    """What PEFT 0.21 writes of a mixture with "all-linear", or with the names of transformers 4."""
+    attention, router = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate"
+    modules = {
+        f"{EXPERTS}.base_layer": stacked(D, 2 * I, 2 * R),
+        EXPERTS: stacked(I, D),
+        attention: (torch.randn(R, D), torch.randn(6, R)),
+        router: (torch.randn(R, D), torch.randn(N, R)),
+    }
+    folder, _ = write(
+        tmp_path,
+        modules,
+        target_parameters=["down_proj", "gate.weight", "gate_up_proj"],
+        target_modules=["q_proj"],
+        rank_pattern={r".*\.gate_up_proj": 2 * R},
+        alpha_pattern={r".*\.gate_up_proj": 4 * R},
+    )
+    found = read_adapter("ant", folder).modules
+    parts = {f"{EXPERTS}.{j}.{name}" for j in range(N) for name in ("gate_up_proj", "down_proj")}
+    assert set(found) == parts | {attention, router}
+    assert torch.equal(found[attention].lora_A, modules[attention][0])
+    assert torch.equal(found[router].lora_B, modules[router][1])
+    assert found[f"{EXPERTS}.2.gate_up_proj"].lora_A.shape == (2 * R, D)
+    assert found[f"{EXPERTS}.2.down_proj"].scaling == found[f"{EXPERTS}.2.gate_up_proj"].scaling == 2.0
+
+
+def test_one_name_without_a_dot_is_of_the_experts_alone(tmp_path):
+    attention = "model.layers.0.self_attn.q_proj"
+    modules = {EXPERTS: stacked(I, D), attention: (torch.randn(R, D), torch.randn(6, R))}
+    folder, _ = write(tmp_path, modules, target_parameters=["down_proj"], target_modules=["q_proj"])
+    assert set(read_adapter("ant", folder).modules) == {attention} | {f"{EXPERTS}.{j}.down_proj" for j in range(N)}
+
+
 @pytest.mark.parametrize(
     ("modules", "config", "words"),
     [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
 from moerge_ext.files.examples import as_example
 from moerge_ext.files.meta import read_instructed_rows, read_meta
-from moerge_ext.files.rows import read_rows
+from moerge_ext.files.rows import read_prompts, read_rows
 
 USER, ANSWER = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -65,6 +66,16 @@ def test_all_bad_lines_of_a_file(tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(ValueError, match=r"line 2: the last message(.|\n)*line 3: expected"):
         read_rows(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.txt"
+    path.write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert [row["input"] for row in read_prompts(path)] == ["one", "two"]
+    path.write_text('{"input": "a", "target": "b"}\n', encoding="utf-8-sig")
+    assert read_rows(path)[0]["target"] == "b"
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone"))
+    assert read_prompts(None)[0]["input"] == "one"
 
 
 def test_the_instruction_of_meta_json(tmp_path):

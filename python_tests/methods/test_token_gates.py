@@ -107,8 +107,10 @@ def test_a_router_of_a_layer_refuses_cross_attention(tmp_path):
     model = cases.build("t5")
     experts = cases.bank("t5", model, tmp_path)
     data = [cases.batch("t5", labels=True)]
-    with pytest.raises(RuntimeError, match="EncDecAttention.*no cross-attention"):
-        moerge.train_routers(model, experts, data, tmp_path / "r", method="lora_flow", steps=1, progress=False)
+    as_many = [data[0] | {"labels": cases.tokens(*data[0]["input_ids"].shape, seed=1)}]
+    for given in (data, as_many):
+        with pytest.raises(RuntimeError, match="EncDecAttention.*no cross-attention"):
+            moerge.train_routers(model, experts, given, tmp_path / "r", method="lora_flow", steps=1, progress=False)
     only = {p: m for p, m in experts.modules.items() if "EncDec" not in p}
     alone = moerge.ExpertBank(experts.names, only)
     moerge.train_routers(model, alone, data, tmp_path / "r", method="lora_flow", steps=1, progress=False)

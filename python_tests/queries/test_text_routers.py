@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import patch_cases as cases
 import pytest
 import torch
@@ -14,7 +12,7 @@ import moerge_ext as moerge
 from moerge_ext.methods import get_method
 from moerge_ext.queries.benchmark import smoothed, train_benchmark
 from moerge_ext.queries.classifier import train_classifier_of_data
-from moerge_ext.queries.judged import Judged, joined, read_judged
+from moerge_ext.queries.judged import Judged
 from moerge_ext.queries.load_text_router import load_text_router
 from moerge_ext.queries.routoo import price_for, train_routoo
 from moerge_ext.queries.strong_weak import train_classifier, train_factorization, won_pairs
@@ -313,34 +311,6 @@ def test_damaged_files_are_errors(damage, setup, tmp_path):
         load_text_router(tmp_path, bank, fake_embedder())
 
 
-def test_judged_answers_of_files(tmp_path):
-    path = tmp_path / "judged.jsonl"
-    rows = [
-        {"input": "a", "scores": {"x": 1, "y": 0.5}, "task": "t", "tags": ["m"]},
-        {"input": "b", "scores": {"y": -2, "x": 3}, "task": "u", "tags": []},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    found = read_judged(path)
-    assert found.names == ("x", "y") and found.tasks == ("t", "u") and found.tags == (("m",), ())
-    assert found.scores.tolist() == [[1, 0.5], [3, -2]]
-    both = joined([found, Judged(("c",), [[7, 8]], ("y", "x"))])
-    assert both.scores[2].tolist() == [8, 7] and both.tasks == ()
-    bad = [
-        ("{}", "line 1: expected"),
-        (json.dumps({"input": "a", "scores": {}}), "must be numbers by name"),
-        (json.dumps({"input": "a", "scores": {"x": float("nan")}}), "must be numbers by name"),
-        (json.dumps(rows[0]) + "\n" + json.dumps({"input": "b", "scores": {"x": 1}}), "line 2: scores of x, where"),
-        ("[", "not JSON"),
-        ("", "no rows"),
-    ]
-    for text, message in bad:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_judged(path)
-    with pytest.raises(ValueError, match=r"\[M=1, E=2\], got \[1, 1\]"):
-        Judged(("a",), [[1]], ("x", "y"))
-
-
 @pytest.mark.parametrize(
     ("method", "wrong", "text"),
     [
@@ -355,3 +325,49 @@ def test_judged_answers_of_files(tmp_path):
 def test_options_out_of_range(method, wrong, text):
     with pytest.raises(ValueError, match=text):
         get_method(method).configure(**wrong)
+
+
+def test_experts_in_another_type_are_the_same(setup, tmp_path):
+    _, bank, folders = setup
+    train_zooter(judged(), bank, fake_embedder(), tmp_path)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        load_text_router(tmp_path, moerge.load_experts(folders, dtype=dtype), fake_embedder())
+    with pytest.raises(ValueError, match="other experts called ant, bee, cat"):
+        load_text_router(tmp_path, moerge.load_experts(folders, modules=".*q_proj"), fake_embedder())
+
+
+def test_routoo_keeps_to_the_budget_where_predictions_are_equal(setup, tmp_path):
+    _, bank, _ = setup
+    table = judged()
+    same = table.scores[:, :1].expand(-1, 3)
+    train_routoo(
+        Judged(table.texts, same, table.names),
+        bank,
+        fake_embedder(),
+        tmp_path,
+        costs={"ant": 5.0, "bee": 2.0, "cat": 1.0},
+    )
+    router = load_text_router(tmp_path, bank, fake_embedder())
+    settings = router.settings("routoo", options("routoo", budget=2.0))
+    assert router.chosen([*table.texts, "flying anew"], settings).tolist() == [2] * 25
+
+
+def test_routellm_takes_another_pair_where_shares_are_equal(setup, tmp_path):
+    _, bank, _ = setup
+    train_factorization(judged(), bank, fake_embedder(), tmp_path, epochs=1, progress=False)
+    router = load_text_router(tmp_path, bank, fake_embedder())
+    assert router.pair(options("routellm_mf")) == ("ant", "cat")
+    assert router.pair(options("routellm_mf", strong="cat")) == ("cat", "bee")
+    assert router.pair(options("routellm_mf", weak="ant")) == ("bee", "ant")
+
+
+def test_a_regression_of_two_experts_is_the_optimum_too(tmp_path):
+    table = judged()
+    rewards = torch.rand(24, 2, generator=torch.Generator().manual_seed(2)) * 3
+    train_zooter(Judged(table.texts, rewards, ("ant", "bee")), ("ant", "bee"), fake_embedder(), tmp_path, c=0.3)
+    stored = load_text_router(tmp_path, ("ant", "bee"), fake_embedder()).stored
+    weight, bias = (stored.tensors[key].double().requires_grad_() for key in ("weight", "bias"))
+    logits = vectors(table.texts).double() @ weight.T + bias
+    loss = kl_div(logits.log_softmax(1), rewards.double().softmax(1), reduction="sum") + weight.square().sum() / 0.6
+    loss.backward()
+    assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3

@@ -91,6 +91,21 @@ def test_conditions_about_the_module_itself_are_answered():
     assert use_of(nn.Sequential(nn.Linear(4, 4)), "0") is None
 
 
+def test_a_module_that_keeps_tensors_as_plain_attributes():
+    """As recurrent models keep their states from one forward to the next."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.state = nn.Linear(4, 4), torch.zeros(2, 4)
+
+        def forward(self, x):
+            self.state = self.state + self.proj(x)
+            return self.state
+
+    assert use_of(Recurrent(), "proj") == Use(called=True)
+
+
 def test_a_fused_kernel_that_asks_for_pefts_adapters():
     def fast(self, x):
         layer = self.up

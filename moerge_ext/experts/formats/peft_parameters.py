@@ -13,7 +13,7 @@ A's rows are ordered [n, r], B's columns [r, n]. Base expert j of gate_up_proj i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,24 +58,34 @@ class StackedLora:
         return {f"{owner}.{j}.{name}": Slice(self.stored, j, self.count) for j in range(self.count)}
 
 
-def targeted_parameters(stored: Iterable[str], targets: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """({module path of the keys: parameter path}, problems), for the paths that `target_parameters` explains."""
-    targets = set(targets)
+def targeted_parameters(
+    stored: Iterable[str], targets: Iterable[str], layers: Collection[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """({module path of the keys: parameter path}, problems), for the paths that `target_parameters` explains.
+
+    layers: those of the paths that `target_modules` names. A target without a dot ("down_proj", as PEFT writes for
+    "all-linear") is of any module that has such a parameter, which no file tells: it is not of one of `layers`.
+    """
+    bare = {target for target in targets if "." not in target}
+    dotted = set(targets) - bare
     nested: dict[str, list[str]] = {}
     for path in stored:
         nested.setdefault(path.replace(_BASE, ""), []).append(path)
     found, problems = {}, []
     for module, paths in nested.items():
-        names = {t.rpartition(".")[2] for t in targets if f".{module}.{t.rpartition('.')[2]}".endswith(f".{t}")}
+        sure = {t.rpartition(".")[2] for t in dotted if f".{module}.{t.rpartition('.')[2]}".endswith(f".{t}")}
+        names = sure if len(sure) == len(paths) else sure | bare
+        if not names or (not sure and module in layers):
+            continue
         inner_first = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
-        if names and len(names) != len(paths):
+        if len(names) != len(paths):
             problems.append(
                 f"{module}: target_parameters names {', '.join(inner_first)} of it, the file has LoRA for {len(paths)}"
             )
-        elif names:
-            # the outermost wrapper has no ".base_layer"
-            ordered = zip(sorted(paths, key=len, reverse=True), inner_first, strict=True)
-            found |= {path: f"{module}.{name}" for path, name in ordered}
+            continue
+        # the outermost wrapper has no ".base_layer"
+        ordered = zip(sorted(paths, key=len, reverse=True), inner_first, strict=True)
+        found |= {path: f"{module}.{name}" for path, name in ordered}
     return found, problems
 
 
@@ -110,7 +120,7 @@ def take_stacked(
     """
     if rules is None or not rules.parameters:
         return dict(parts), {}, []
-    parameters, problems = targeted_parameters(parts, rules.parameters)
+    parameters, problems = targeted_parameters(parts, rules.parameters, rules.targets.wanted(list(parts)))
     plain = {path: found for path, found in parts.items() if path not in parameters}
     loras: dict[str, StackedLora] = {}
     for stored, path in parameters.items():
