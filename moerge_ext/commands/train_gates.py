@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"of --kind {AVERAGE_ACTIVATION}: random rows of the data (default: {SAMPLES})",
     )
+    add("--modules", metavar="PATTERN", help="only these modules of the adapter: a regular expression (default: all)")
     add("--output", type=Path, metavar="DIR", help="where to write (default: the adapter's folder)")
     add_data(parser, default)
     forwards = PAPER_BATCH // default["batch_size"]
@@ -63,19 +64,20 @@ def run(args: argparse.Namespace) -> int:
     from ..experts.formats.peft import WEIGHTS_FILE
     from ..experts.gates import gates_file
     from ..experts.hub import find_adapter, output_folder
+    from ..experts.selection import Selection
     from ..files.atomic import check_writable
     from ..training.activation import average_activation
     from ..training.gates import CHECKPOINT_FOLDER, STATE_FILE, train_gates
 
     name, folder = find_adapter(args.adapter)
-    inspect_adapter(name, folder, args.model)
+    inspect_adapter(name, folder, args.model, keep=Selection(args.modules).keeps)
     target = output_folder(args.adapter, args.output)
     check_finished(args, gates_file(target, args.kind), *([target / WEIGHTS_FILE] if hasattr(args, "joint") else []))
     state, joint = target / CHECKPOINT_FOLDER / STATE_FILE, hasattr(args, "joint")
     check_resumed(what, _defaults(), state, gates_file(target, args.kind), joint=joint)
     check_writable(target)
     model, tokenizer = load(args)
-    shared = {"output_dir": args.output, **what.shared(tokenizer)}
+    shared = {"output_dir": args.output, "modules": args.modules, **what.shared(tokenizer)}
     if args.kind == AVERAGE_ACTIVATION:
         shared |= {"samples": args.samples or SAMPLES, **what.training}
         path = average_activation(model, args.adapter, what.rows, **shared)
@@ -108,6 +110,8 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--samples is for --kind {AVERAGE_ACTIVATION}")
     if args.samples is not None and args.samples < 1:
         problems.append(f"--samples must be at least 1, got {args.samples}")
+    if "joint" in training and args.modules is not None:
+        problems.append("--joint writes a whole adapter: --modules cannot leave some out")
     if "joint" in training and args.output is None:
         problems.append("--joint changes the adapter's weights: pass --output DIR")
     if problems:

@@ -18,6 +18,7 @@ from ..experts.gates import gates_file
 from ..experts.hub import output_folder
 from ..experts.kinds import AVERAGE_ACTIVATION
 from ..experts.prompt_notes import note_of_prompt
+from ..experts.selection import Modules
 from ..files.atomic import check_writable
 from ..files.kept import check_replaced
 from ..files.listing import grouped
@@ -47,6 +48,7 @@ def average_activation(
     batch_size: int = 8,
     samples: int | None = SAMPLES,
     seed: int = 0,
+    modules: Modules = None,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -56,7 +58,8 @@ def average_activation(
         g = (1 / T) sum_t u_t       the baseline "Average Activation" of PHATGOOSE, arXiv 2402.05859,
         section 4.2
 
-    The expert's LoRA is applied in every module, so these are the expert's own activations; dropout is off.
+    The expert's LoRA is applied in every module (of those that `modules` takes, as for `load_experts`), so these are
+    the expert's own activations; dropout is off.
     Sums are float64, the result is float32, kind "average-activation". Returns the file written (in
     `output_dir`, default `adapter_folder`, which may be a hub id with `output_dir`); one that is there is replaced by
     `overwrite` alone. The model is as before afterwards.
@@ -91,7 +94,7 @@ def average_activation(
     source = BatchSource(prepared.data, name="batches", collate_fn=prepared.collate_fn, batch_size=batch_size)
     target = output_folder(adapter_folder, output_dir)
     ranks.from_first(lambda: check_replaced(gates_file(target, AVERAGE_ACTIVATION), overwrite=overwrite))
-    with gated_model(model, adapter_folder, gate=False) as gated:
+    with gated_model(model, adapter_folder, gate=False, modules=modules) as gated:
         with ranks.together():
             check_writable(target)
             means, count = _sums(gated, source, progress=progress and ranks.first)

@@ -26,6 +26,7 @@ from ..experts.gates import gates_file
 from ..experts.hub import find_adapter
 from ..experts.kinds import SIGMOID_GATE
 from ..experts.prompt_notes import PROMPT_KEY
+from ..experts.selection import Modules, Selection
 from ..files.atomic import write_atomically
 from ..files.listing import grouped, listed
 from ..files.safefile import in_hub_cache
@@ -188,7 +189,7 @@ class GatedModel:
 
 @contextmanager
 def gated_model(
-    model: nn.Module, adapter_folder: str | Path, *, gate: bool = True, joint: bool = False
+    model: nn.Module, adapter_folder: str | Path, *, gate: bool = True, joint: bool = False, modules: Modules = None
 ) -> Iterator[GatedModel]:
     """Put `model` into gate training with the adapter in `adapter_folder` (or hub id), for a `with` block.
 
@@ -196,6 +197,8 @@ def gated_model(
     of the model is frozen and only the gates (with `joint=True` also A and B) require a gradient; norms with running
     statistics stay in `.eval()` mode. Afterwards the original modules, their `requires_grad` flags and training modes
     are back, also after an exception; the base's weights are never written and its buffers are bit-identical.
+
+    modules: which of the adapter's modules, as for `load_experts`; the others are left out, LoRA and all.
 
     The model is the base model, not a `PeftModel`; `torch.compile` and DistributedDataParallel are looked through.
     What `save_pretrained` or a Trainer's checkpoint writes inside the block is the model under its own names, and
@@ -205,21 +208,23 @@ def gated_model(
         with gated_model(model, "experts/a") as gated:
             Trainer(model=model, args=args, train_dataset=data, callbacks=[gated.callback()]).train()
 
-    Errors: ValueError listing every module of the adapter that is missing in the model, is no linear layer,
-    is already wrapped, or has other sizes (both shapes). Nothing is wrapped then.
+    Errors: ValueError where `modules` takes none, or leaves some out with `joint`, which writes a whole adapter; else
+    listing every module of the adapter that is missing in the model, is no linear layer, is already wrapped, or has
+    other sizes (both shapes). Nothing is wrapped then.
     """
     name, folder = find_adapter(adapter_folder)
     model = trainable_inside(model)
     adapter = read_adapter(name, folder, model)
-    placement = place(model, adapter.modules)
-    linears = replace(adapter, modules=placement.linears)
+    taken = _taken(adapter, modules, joint)
+    placement = place(model, taken.modules)
+    linears = replace(taken, modules=placement.linears)
     places = _places(model, linears)
-    problems = _stacked_problems(adapter, placement, joint) + _other_problems(model, linears, places, joint)
+    problems = _stacked_problems(taken, placement, joint) + _other_problems(model, linears, places, joint)
     targets = _matching_layers(model, linears, places, problems)
-    modules = _on_base(model, linears, places, joint)
+    weights = _on_base(model, linears, places, joint)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    layers = {path: _gated(base, modules[path], gate, joint) for path, base in targets.items()}
+    layers = {path: _gated(base, weights[path], gate, joint) for path, base in targets.items()}
     branches = gated_experts(model, placement, gate=gate)
     with frozen(model) as still, gradients_pass_checkpoints(model):
         try:
@@ -243,6 +248,20 @@ def gated_model(
                 p.requires_grad_(flag)
             for module, mode in modes:
                 module.training = mode
+
+
+def _taken(adapter: Adapter, modules: Modules, joint: bool) -> Adapter:
+    """The adapter with those of its modules that are asked for."""
+    keeps = Selection(modules).keeps
+    if keeps is None:
+        return adapter
+    if joint:
+        raise ValueError("joint training (--joint) writes a whole adapter: modules (--modules) cannot leave some out")
+    taken = {path: weights for path, weights in adapter.modules.items() if keeps(path)}
+    if not taken:
+        some = listed(list(adapter.modules)[:3])
+        raise ValueError(f"modules={modules!r} takes none of the {len(adapter.modules)} of '{adapter.name}', as {some}")
+    return replace(adapter, modules=taken)
 
 
 def _gated(base: nn.Module, weights: ModuleWeights, gate: bool, joint: bool) -> nn.Module:

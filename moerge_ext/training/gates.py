@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..experts.gates import gates_file
 from ..experts.hub import output_folder
 from ..experts.kinds import SIGMOID_GATE
 from ..experts.prompt_notes import note_of_prompt
+from ..experts.selection import Modules
 from ..files.atomic import check_writable
 from ..models.prompt import PromptFormat
 from .batches import BatchSource, Collate
@@ -44,6 +46,7 @@ def train_gates(
     validation: Iterable[Any] | None = None,
     eval_every: int = 100,
     joint: bool = False,
+    modules: Modules = None,
     output_dir: str | Path | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 10,
@@ -75,6 +78,8 @@ def train_gates(
                     loss before the first step is measured; gates of zero do not compete
     joint           train A and B too (PHATGOOSE, appendix A) and write a whole expert into `output_dir`; from scratch
                     when the adapter is a `new_expert`
+    modules         which of the adapter's modules, as for `load_experts`, which is to be told the same: the LoRA of the
+                    others is left out here, too
     checkpoint_dir  of the run's state, written every `checkpoint_every` steps and on Ctrl-C, removed on success;
                     default: `.moerge-train-gates` in the output folder
     resume          go on from that state, if any, as if there had been no break, given the same batches in the same
@@ -95,7 +100,7 @@ def train_gates(
         model, data, validation, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
     )
     sources, note = prepared.sources(batch_size, shuffle, seed), note_of_prompt(prepared.prompt)
-    return _train(model, adapter_folder, target, sources, options, joint, note)
+    return _train(model, adapter_folder, target, sources, options, joint, modules, note)
 
 
 def _target(adapter_folder: str | Path, output_dir: str | Path | None, joint: bool) -> Path:
@@ -115,13 +120,15 @@ def _train(
     sources: tuple[BatchSource, BatchSource | None],
     options: TrainingOptions,
     joint: bool,
+    modules: Modules,
     note: dict[str, str],
 ) -> TrainingResult:
     """The gates of the adapter in `folder`, trained and saved in `target` with `note` in their header."""
     train, validation = sources
     ranks, file = current_ranks(), gates_file(target, SIGMOID_GATE)
-    with gated_model(model, folder, joint=joint) as gated:
+    with gated_model(model, folder, joint=joint, modules=modules) as gated:
         facts = {"joint": joint, "adapter": None if joint else _fingerprint(gated)}
+        facts |= {"modules": None if modules is None else _digest_of_paths(gated)}
         settings = settings_of(options, train, validation, facts)
         replaced = [file, target / WEIGHTS_FILE] if joint else [file]
         done = ranks.from_first(
@@ -165,6 +172,11 @@ def _metadata(state: TrainingState, options: TrainingOptions, joint: bool) -> di
     if state.best_step is not None:
         facts["validation_loss"] = f"{state.best_loss:.6g}"
     return facts
+
+
+def _digest_of_paths(gated: GatedModel) -> str:
+    paths = sorted(gated.layers)
+    return f"{len(paths)} ({hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:12]})"
 
 
 def _fingerprint(gated: GatedModel) -> str:

@@ -67,6 +67,9 @@ def test_command(name, tmp_path, capsys):
     examples = len(rows)
     plan = f"3 steps of up to 4 sequences (batch size 4, accumulate 1): {examples + 4} sequences in all"
     assert out.startswith(plan) and out.count("wrote ") == 2
+    some = sorted(read_gates(folder)["sigmoid-gate"].gates)[0]
+    assert command(*common, *training, "--modules", f"^{some}$", "--output", tmp_path / "some") == 0
+    assert read_gates(tmp_path / "some")["sigmoid-gate"].gates.keys() == {some}
 
 
 GIVEN = {
