@@ -149,6 +149,19 @@ def test_a_client_that_leaves_keeps_nobody_waiting(server, folders):
     assert asked(client, folders[0], "zz", tokens=3) == wanted(folders, "zz", tokens=3)
 
 
+@pytest.mark.parametrize("server", [()], indirect=True, ids=["one by one"])
+def test_an_answer_ends_with_the_context(server, folders):
+    """Of 128 positions."""
+    _, client = server
+    said = client.completions.create(model=folders[0], prompt="a" * 100, max_tokens=100_000, temperature=0)
+    assert said.usage.completion_tokens == 28 and said.choices[0].finish_reason == "length"
+    assert said.choices[0].text == wanted(folders, "a" * 100, tokens=28)
+    status, text = posted(client, "/v1/completions", {"model": folders[0], "prompt": "a" * 128, "max_tokens": 1})
+    assert status == 400 and "has 128 tokens, which leave no room in the context of 128" in text
+    body = {"model": folders[0], "prompt": "a" * 200, "stream": True}
+    assert "leave no room" in posted(client, "/v1/completions", body)[1]
+
+
 @pytest.mark.parametrize("server", [BATCHING], indirect=True, ids=["continuous batching"])
 def test_a_request_larger_than_the_cache_is_refused_alone(server, folders):
     """transformers ends its batching, for all requests, at one that does not fit."""

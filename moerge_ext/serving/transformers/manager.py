@@ -11,6 +11,7 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from ...routing.patch import Handle
 from .cache import hold_to_cache
+from .context import hold_to_context
 
 REVISION = "main"  # which transformers' server adds to a name without one
 
@@ -48,6 +49,7 @@ class RoutedManager(ModelManager):
         model = super()._load_model(f"{model_id_and_revision}@{REVISION}", *args, **kwargs)
         self.handle = self.route(model)
         hold_to_cache(model)
+        hold_to_context(model)
         return model
 
     def _load_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
