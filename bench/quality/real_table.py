@@ -84,8 +84,8 @@ def facts(results: Results) -> str:
         f"alpha {recipe['alpha']:g}, AdamW at "
         f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
         f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
-        f"random items per task.{_learned(results)} In percent, with 95 % intervals: the tasks fixed, their items a "
-        "sample."
+        f"random items per task.{_learned(results)}{_joined(results)} In percent, with 95 % "
+        "intervals: the tasks fixed, their items a sample."
     )
 
 
@@ -99,6 +99,19 @@ def _learned(results: Results) -> str:
         f"(the others) once, {size} in a step, at their methods' own rates; routers of texts the inputs of "
         f"{facts['pooled']}, or the answers of every expert to {facts['judged']} validation rows of each. "
         f"Solved examples: {facts['shots']}."
+    )
+
+
+def _joined(results: Results) -> str:
+    """Which rows were asked of experts that were trained once more, and how it is known that these are the same."""
+    if (again := results.facts.get("again")) is None:
+        return ""
+    experts, same = again["losses"]
+    checks = ", ".join(f"{run} {equal} of {items}" for run, (items, equal) in again["answers"].items())
+    return (
+        f" {', '.join(again['rows'])} were asked of experts that were trained once more by the same commands: "
+        f"{same} of {experts} had the same losses in every step, and of the answers to these items the same came from "
+        f"{checks}."
     )
 
 
