@@ -5,6 +5,7 @@ python bench/quality/real_table.py
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from bench.quality import real_answers, real_claims, real_weights, tasks  # noqa: E402
 from bench.quality.real_answers import Results  # noqa: E402
 from bench.quality.real_scores import Scores  # noqa: E402
+from moerge_ext.methods import METHODS  # noqa: E402
 
 PARTS = {"train": "held-in", "heldout": "held-out"}
 AGAINST = "phatgoose"  # whose difference to every row is shown
@@ -134,6 +136,13 @@ def scaling(pools: dict[int, Results]) -> str:
     return "\n".join(lines) + f"\n\nOn {len(names)} held-out tasks: {', '.join(names)}."
 
 
+def missing(results: Results) -> str:
+    """The rows of METHODS that were not asked; of `given` the caller has the weights."""
+    asked = {re.split(r"[ /]", run)[0] for run in results.runs}
+    names = [f"`{name}`" for name in METHODS if name not in asked | {"given"}]
+    return f"Of the rows of METHODS: {', '.join(names) or 'none'}."
+
+
 def blocks(pools: dict[int, Results]) -> dict[str, str]:
     """Every generated block of README.md, of the largest pool but for the one that compares them."""
     results = pools[max(pools)]
@@ -148,6 +157,7 @@ def blocks(pools: dict[int, Results]) -> dict[str, str]:
         "real-heldout": by_task(scores, "heldout"),
         "real-claims": real_claims.table(scores),
         "real-scaling": scaling(pools),
+        "real-missing": missing(results),
     }
 
 
