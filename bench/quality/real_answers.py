@@ -75,8 +75,13 @@ class Asked:
 
 def pack(chunks: Sequence[Sequence[Asked]], facts: dict, file: Path) -> None:
     """Write `file`; every chunk has other items of the same tasks, and the parts of a chunk have other runs."""
+    write(collected(chunks, facts), file)
+
+
+def collected(chunks: Sequence[Sequence[Asked]], facts: dict) -> Results:
+    """What `pack` writes."""
     tasks: dict[str, dict] = {}
-    answered: dict[tuple[str, str], dict] = {}
+    answers: dict[tuple[str, str], list[dict]] = {}
     for parts in chunks:
         for task in parts[0].tasks:
             line = {"task": task.name, "part": task.part, "metric": task.metric, "chance": task.chance, "targets": []}
@@ -85,12 +90,21 @@ def pack(chunks: Sequence[Sequence[Asked]], facts: dict, file: Path) -> None:
         for asked in parts:
             found = _stored(asked.folder)
             for score in asked.scores:
-                run, items = score.method + asked.suffix, found[score.method, score.task]
-                line = {"run": run, "task": score.task, "answers": [], "right": ""}
-                line = answered.setdefault((run, score.task), line)
-                line["answers"] += [item["answer"] for item in items]
-                line["right"] += "".join("01"[item["right"]] for item in items)
-    lines = [{"facts": facts}, *tasks.values(), *answered.values()]
+                items = found[score.method, score.task]
+                answers.setdefault((score.method + asked.suffix, score.task), []).extend(items)
+    answered = {
+        key: Answered(*key, tuple(item["answer"] for item in items), tuple(bool(item["right"]) for item in items))
+        for key, items in answers.items()
+    }
+    return Results(facts, tasks, answered)
+
+
+def write(results: Results, file: Path) -> None:
+    answered = [
+        {"run": a.run, "task": a.task, "answers": a.answers, "right": "".join("01"[right] for right in a.right)}
+        for a in results.answered.values()
+    ]
+    lines = [{"facts": results.facts}, *results.tasks.values(), *answered]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     file.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same answers, the same bytes
 

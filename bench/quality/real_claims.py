@@ -1,4 +1,4 @@
-"""What PHATGOOSE, GLIDER and Arrow's users claim, against what the answers here show."""
+"""What papers claim of their methods, against what the answers here show."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Claim:
 
 
 PHATGOOSE, GLIDER = "PHATGOOSE, 2402.05859", "GLIDER, 2410.07172"
+BENCHMARK, ZOOTER = "Benchmark routing, 2309.15789", "Zooter, 2311.08692"
+TOKEN_LEVEL, LORAHUB = "Token-level adaptation, 2311.10847", "LoraHub, 2307.13269"
 CLAIMS = (
     Claim(PHATGOOSE, "surpasses Retrieval on held-out tasks (4.3)", "phatgoose", "retrieval", HELD_OUT),
     Claim(PHATGOOSE, "surpasses Arrow, k = 2, on held-out tasks (4.3)", "phatgoose", "arrow_phatgoose", HELD_OUT),
@@ -43,6 +45,14 @@ CLAIMS = (
     Claim(GLIDER, "Arrow is far below PHATGOOSE on held-in tasks (Table 1)", "phatgoose", "arrow", HELD_IN),
     Claim(GLIDER, "k = 2 is no worse than k = 3 on held-out tasks (Table 3)", "phatgoose", "phatgoose/top_k=3",
           HELD_OUT, strict=False),
+    Claim(BENCHMARK, "surpasses any single model for all tasks, on new tasks (abstract)", "benchmark_routing", BEST,
+          HELD_OUT),
+    Claim(ZOOTER, "surpasses the best single model on average (abstract); here held-in", "zooter", BEST, HELD_IN),
+    Claim(ZOOTER, "the same on held-out tasks", "zooter", BEST, HELD_OUT),
+    Claim(TOKEN_LEVEL, "surpasses the base on tasks that have an expert (abstract)", "token_level", "base", HELD_IN),
+    Claim(TOKEN_LEVEL, "its average there surpasses every single expert's (abstract)", "token_level", BEST, HELD_IN),
+    Claim(LORAHUB, "mimics solved examples in the prompt, on new tasks (abstract, version 1)", "lorahub",
+          "base/few-shot", HELD_OUT, strict=False),
 )  # fmt: skip
 CLOSE = 5.0  # points below that still count as coming close
 

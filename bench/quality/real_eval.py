@@ -2,6 +2,7 @@
 
 python bench/quality/real_eval.py --data ../shared/data --cache DIR --embedder MODEL
 python bench/quality/real_eval.py ... --experts 4 --scaling      # a smaller pool: fewer rows, held-out tasks alone
+python bench/quality/real_eval.py ... --chunks 1 --rows dam token_level      # these join the rows that are there
 
 Writes bench/results/quality_real_<experts>.jsonl.gz, from which real_table.py makes the tables.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.quality import real, real_answers, real_routers, real_rows, real_tasks, real_weights  # noqa: E402
+from bench.quality import real, real_answers, real_join, real_routers, real_rows, real_tasks, real_weights  # noqa: E402
 from bench.quality.real_answers import Asked  # noqa: E402
+from bench.quality.real_rows import Part  # noqa: E402
 from moerge_ext.evaluation.evaluate import Settings, evaluate  # noqa: E402
 from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
 
@@ -33,43 +35,62 @@ def tasks_of(places: real.Places, args: argparse.Namespace, chunk: int, *, shots
     return [load_task(folder) for folder in folders if folder is not None]
 
 
-def run(args: argparse.Namespace) -> None:
-    """Chunk after chunk of every task's items, in every chunk all rows."""
-    places = real.Places(args.data, args.cache)
-    names = real.HELD_IN[: args.experts]
-    model, tokenizer = real.load_base(places)
-    deciders = real_routers.Deciders(places, names, args.embedder, model, tokenizer)
-    notes = {name: json.loads((places.expert(name) / "facts.json").read_text()) for name in names}
-    facts = {"recipe": asdict(real.Recipe()), "template": real.TEMPLATE, "experts": notes}
-    facts |= {
-        "pooled": real_routers.POOLED,
-        "sparse": real_routers.SPARSE,
-        "dense": real_routers.DENSE,
-        "judged": real_routers.JUDGED,
-        "shots": real_tasks.SHOTS,
-    }
-    settings = Settings(template=real.TEMPLATE, batch_size=args.items)
-    file = real_answers.file_of(len(names))
-    if not args.scaling:
-        facts["weights"] = real_weights.measure(model, tokenizer, deciders.pool, tasks_of(places, args, 0))
-    done: list[list[Asked]] = []
-    for chunk in range(args.chunks):
-        tasks = tasks_of(places, args, chunk)
-        output = args.cache / f"eval-{len(names)}-{args.items}" / f"{chunk}"
-        asked: list[Asked] = []
-        for part in real_rows.parts(deciders.pool, tasks, deciders, args.scaling):
-            folder = output.with_name(f"{chunk}{part.suffix.replace('/', '-').replace('=', '-')}")
-            shots = part.template != real.TEMPLATE
-            scores = evaluate(
-                model, tokenizer, part.pool, part.runs, tasks_of(places, args, chunk, shots=True) if shots else tasks,
-                replace(settings, template=part.template), routers=part.routers, answerers=part.answerers,
-                output=folder,
-            )  # fmt: skip
-            asked.append(Asked(folder, tasks, scores, part.suffix))
-            if not done:  # of the first chunk also what there is so far: later chunks join when they are whole
-                real_answers.pack([asked], facts, file)
-        done.append(asked)
-        real_answers.pack(done, facts, file)
+class Asking:
+    """Asks rows of one pool; `facts` is what the results say of how it was made."""
+
+    def __init__(self, args: argparse.Namespace):
+        names = real.HELD_IN[: args.experts]
+        self.args, self.places = args, real.Places(args.data, args.cache)
+        self.file, self.folder = real_answers.file_of(len(names)), args.cache / f"eval-{len(names)}-{args.items}"
+        self.model, self.tokenizer = real.load_base(self.places)
+        self.deciders = real_routers.Deciders(self.places, names, args.embedder, self.model, self.tokenizer)
+        notes = {name: json.loads((self.places.expert(name) / "facts.json").read_text()) for name in names}
+        self.facts = {"recipe": asdict(real.Recipe()), "template": real.TEMPLATE, "experts": notes} | {
+            "pooled": real_routers.POOLED,
+            "sparse": real_routers.SPARSE,
+            "dense": real_routers.DENSE,
+            "judged": real_routers.JUDGED,
+            "shots": real_tasks.SHOTS,
+        }
+
+    def tasks(self, chunk: int, *, shots: bool = False) -> list[Task]:
+        return tasks_of(self.places, self.args, chunk, shots=shots)
+
+    def ask(self, part: Part, chunk: int) -> Asked:
+        """The answers of a part's rows to a chunk, those that are there taken as they are."""
+        folder = self.folder / f"{chunk}{part.suffix.replace('/', '-').replace('=', '-')}"
+        settings = Settings(template=part.template, batch_size=self.args.items)
+        tasks = self.tasks(chunk, shots=part.template != real.TEMPLATE)
+        scores = evaluate(
+            self.model, self.tokenizer, part.pool, part.runs, tasks, settings, routers=part.routers,
+            answerers=part.answerers, output=folder,
+        )  # fmt: skip
+        return Asked(folder, self.tasks(chunk), scores, part.suffix)
+
+    def everything(self) -> None:
+        """Chunk after chunk of every task's items, in every chunk all rows."""
+        args, pool, done = self.args, self.deciders.pool, []
+        if not args.scaling:
+            self.facts["weights"] = real_weights.measure(self.model, self.tokenizer, pool, self.tasks(0))
+        for chunk in range(args.chunks):
+            asked: list[Asked] = []
+            for part in real_rows.parts(pool, self.tasks(chunk), self.deciders, args.scaling):
+                asked.append(self.ask(part, chunk))
+                if not done:  # of the first chunk also what there is so far: later chunks join when they are whole
+                    real_answers.pack([asked], self.facts, self.file)
+            done.append(asked)
+            real_answers.pack(done, self.facts, self.file)
+
+    def more(self) -> None:
+        """The rows that were named, each joining the results there are as soon as it is whole."""
+        asked: list[list[Asked]] = [[] for _ in range(self.args.chunks)]
+        for name in (*real_join.CHECKED, *self.args.rows):
+            part = real_rows.part_of(name, self.deciders.pool, self.deciders)
+            for chunk, parts in enumerate(asked):
+                parts.append(self.ask(part, chunk))
+            if len(asked[0]) >= len(real_join.CHECKED):
+                new = real_answers.collected(asked, self.facts)
+                real_answers.write(real_join.joined(real_answers.read(self.file), new), self.file)
 
 
 def main() -> None:
@@ -80,11 +101,16 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N tasks (default: all)")
     parser.add_argument("--heldout", type=int, default=len(real.HELD_OUT), help="the first N of them (default: all)")
     parser.add_argument("--scaling", action="store_true", help="only what compares pools of several sizes")
+    parser.add_argument("--rows", nargs="+", help="only these, into the results there are (real_join.py)")
     parser.add_argument("--items", type=int, default=24, help="of every task in a chunk (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=8, help="(default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run(args)
+    asking = Asking(args)
+    if args.rows:
+        asking.more()
+    else:
+        asking.everything()
 
 
 if __name__ == "__main__":

@@ -175,28 +175,24 @@ class Deciders:
             return {kind: AskRouter(self.pool, writer)}
         return self.known()
 
-    def trained(self) -> dict[str, Any]:
-        """{kind: router of texts}, and dam's index of the base's hidden states."""
+    def trained(self, method: str) -> dict[str, Any]:
+        """{kind: the router of texts}, or the index of the base's hidden states, of a row that has one."""
+        kind = get_method(method).router
+        if kind is None:
+            return {}
+        if kind == HIDDEN_STATES:
+            return {kind: self._hidden()}
+        folder = self.places.routers(kind)
+        if not (folder / FILE).is_file():
+            self._train(kind, folder)
+        return {kind: load_text_router(folder, self.pool, self.embedder)}
+
+    def _hidden(self) -> ExampleRouter:
         for name in self.names:
             folder, rows = self.places.expert(name), self.places.rows(name, "train")
             if not (folder / index_file(self.base.name)).is_file():
                 index_examples(folder, random.Random(0).sample(rows, min(HIDDEN_INDEXED, len(rows))), self.base)
-        found = {HIDDEN_STATES: ExampleRouter(self.pool, self.base)}
-        for kind in (
-            "retriever",
-            "classifier",
-            "tfidf",
-            "benchmark",
-            "zooter",
-            "routoo",
-            "routellm-mf",
-            "routellm-classifier",
-        ):
-            folder = self.places.routers(kind)
-            if not (folder / FILE).is_file():
-                self._train(kind, folder)
-            found[kind] = load_text_router(folder, self.pool, self.embedder)
-        return found
+        return ExampleRouter(self.pool, self.base)
 
     def _train(self, kind: str, folder: Path) -> None:
         texts = {name: [row["input"] for row in rows] for name, rows in self.pooled().items()}

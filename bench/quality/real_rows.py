@@ -54,21 +54,24 @@ def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders, scaling: 
     yield Part(_runs(OWN_INSTRUCTIONS), pool, deciders.told(tasks))
     yield Part(alone, pool)
     yield Part(_runs(SECOND), pool, deciders.known())
-    yield _learned(("meteora",), pool, deciders)
+    yield part_of("meteora", pool, deciders)
     for steps, other in deciders.other_gates().items():
         yield Part(_runs(["phatgoose"]), other, suffix=f"/gates={steps}")
     yield Part(_runs(THIRD), pool, deciders.known())
     yield Part(_runs(["base"]), pool, suffix=FEW_SHOT, template=real.FEW_SHOT_TEMPLATE)
     yield Part(_runs(MORE_INSTRUCTIONS), pool, deciders.told(tasks))
-    for name in LEARNED:
-        yield _learned((name,), pool, deciders)
-    trained = deciders.trained()
-    for name in TEXTS:
-        yield Part(_runs([name]), pool, trained)
-    for name in SLOW:
-        yield Part(_runs([name]), pool, deciders.slow(name))
-    for name in LARGE:
-        yield _learned((name,), pool, deciders)
+    for name in (*LEARNED, *TEXTS, *SLOW, *LARGE):
+        yield part_of(name, pool, deciders)
+
+
+def part_of(text: str, pool: ExpertBank, deciders: Deciders) -> Part:
+    """The part of one row, by its method's name with options; GLIDER's is that of the query itself."""
+    name = text.partition("/")[0]
+    if name in LEARNED or name in LARGE or name == "meteora":
+        return _learned((text,), pool, deciders)
+    if name in TEXTS:
+        return Part(_runs([text]), pool, deciders.trained(name))
+    return Part(_runs([text]), pool, deciders.slow(name) if name in SLOW else deciders.known())
 
 
 def _runs(texts: Sequence[str]) -> list[Run]:
@@ -76,6 +79,7 @@ def _runs(texts: Sequence[str]) -> list[Run]:
 
 
 def _learned(names: Sequence[str], pool: ExpertBank, deciders: Deciders) -> Part:
-    runs = [replace(parse_run(name), options={"routers": deciders.learned(name)}) for name in names]
+    runs = [parse_run(name) for name in names]
+    runs = [replace(run, options={**run.options, "routers": deciders.learned(run.method)}) for run in runs]
     answerers = {run.label: deciders.decoder(run) for run in runs if get_method(run.method).decodes}
     return Part(runs, pool, deciders.known(), answerers=answerers)

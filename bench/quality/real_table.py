@@ -5,6 +5,7 @@ python bench/quality/real_table.py
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from bench.quality import real_answers, real_claims, real_weights, tasks  # noqa: E402
 from bench.quality.real_answers import Results  # noqa: E402
 from bench.quality.real_scores import Scores  # noqa: E402
+from moerge_ext.methods import METHODS  # noqa: E402
 
 PARTS = {"train": "held-in", "heldout": "held-out"}
 AGAINST = "phatgoose"  # whose difference to every row is shown
@@ -84,8 +86,8 @@ def facts(results: Results) -> str:
         f"alpha {recipe['alpha']:g}, AdamW at "
         f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
         f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
-        f"random items per task.{_learned(results)} In percent, with 95 % intervals: the tasks fixed, their items a "
-        "sample."
+        f"random items per task.{_learned(results)}{_joined(results)} In percent, with 95 % "
+        "intervals: the tasks fixed, their items a sample."
     )
 
 
@@ -99,6 +101,19 @@ def _learned(results: Results) -> str:
         f"(the others) once, {size} in a step, at their methods' own rates; routers of texts the inputs of "
         f"{facts['pooled']}, or the answers of every expert to {facts['judged']} validation rows of each. "
         f"Solved examples: {facts['shots']}."
+    )
+
+
+def _joined(results: Results) -> str:
+    """Which rows were asked of experts that were trained once more, and how it is known that these are the same."""
+    if (again := results.facts.get("again")) is None:
+        return ""
+    experts, same = again["losses"]
+    checks = ", ".join(f"{run} {equal} of {items}" for run, (items, equal) in again["answers"].items())
+    return (
+        f" {', '.join(again['rows'])} were asked of experts that were trained once more by the same commands: "
+        f"{same} of {experts} had the same losses in every step, and of the answers to these items the same came from "
+        f"{checks}."
     )
 
 
@@ -121,6 +136,13 @@ def scaling(pools: dict[int, Results]) -> str:
     return "\n".join(lines) + f"\n\nOn {len(names)} held-out tasks: {', '.join(names)}."
 
 
+def missing(results: Results) -> str:
+    """The rows of METHODS that were not asked; of `given` the caller has the weights."""
+    asked = {re.split(r"[ /]", run)[0] for run in results.runs}
+    names = [f"`{name}`" for name in METHODS if name not in asked | {"given"}]
+    return f"Of the rows of METHODS: {', '.join(names) or 'none'}."
+
+
 def blocks(pools: dict[int, Results]) -> dict[str, str]:
     """Every generated block of README.md, of the largest pool but for the one that compares them."""
     results = pools[max(pools)]
@@ -135,6 +157,7 @@ def blocks(pools: dict[int, Results]) -> dict[str, str]:
         "real-heldout": by_task(scores, "heldout"),
         "real-claims": real_claims.table(scores),
         "real-scaling": scaling(pools),
+        "real-missing": missing(results),
     }
 
 

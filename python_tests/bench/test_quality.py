@@ -1,13 +1,15 @@
 """The committed tables of bench/quality are what the committed answers say."""
 
+import copy
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bench_checkout import REPO  # first: bench is importable after it
 
-from bench.quality import real_answers, real_rows, real_table
+from bench.quality import real_answers, real_join, real_rows, real_table
 from bench.quality.real_answers import Answered, Asked, Results
 from bench.quality.real_scores import Scores
 from moerge_ext.evaluation.metrics import accuracy
@@ -65,6 +67,56 @@ def test_answers_of_two_kinds_under_one_name_are_refused(tmp_path):
     asked = SimpleNamespace(name="a", part="train", metric="accuracy", chance=None, rows=[])
     with pytest.raises(ValueError, match="delete the old"):
         real_answers.pack([[Asked(tmp_path, [asked], [])]], {"experts": {}}, tmp_path / "packed.gz")
+
+
+def asked_later(old: Results, *, other: int = 0) -> Results:
+    """The rows that are checked, of which "merged" has so many other answers, and a new row."""
+    answered = {(run, task): old.answered[run, task] for run in real_join.CHECKED for task in old.tasks}
+    task = next(iter(old.tasks))
+    first = answered["merged", task]
+    answered["merged", task] = replace(first, answers=("another",) * other + first.answers[other:])
+    answered |= {("new", name): replace(old.answered["base", name], run="new") for name in old.tasks}
+    return Results(copy.deepcopy(old.facts), copy.deepcopy(old.tasks), answered)
+
+
+def test_rows_join_when_the_experts_are_the_same(tmp_path):
+    old = list(real_answers.read_all().values())[-1]
+    old = replace(old, facts={key: value for key, value in old.facts.items() if key != "again"})
+    items = sum(len(task["targets"]) for task in old.tasks.values())
+    made = real_join.joined(old, asked_later(old, other=2))
+    assert made.runs == [*old.runs, "new"]
+    assert made.facts["again"]["rows"] == ["new"]
+    assert made.facts["again"]["answers"] == {
+        "base": [items, items], "merged": [items, items - 2], "retrieval": [items, items]
+    }  # fmt: skip
+    assert made.facts["again"]["losses"] == [len(old.facts["experts"])] * 2
+    assert made.answered["merged", next(iter(old.tasks))] == old.answered["merged", next(iter(old.tasks))]
+    assert f"merged {items - 2} of {items}" in real_table.facts(made)
+    assert real_join.joined(made, asked_later(old)).facts["again"]["rows"] == ["new"], "asked in two goes"
+    real_answers.write(made, tmp_path / "again.gz")
+    assert real_answers.read(tmp_path / "again.gz").answered == made.answered
+
+
+def test_rows_of_other_experts_or_questions_do_not_join():
+    old = list(real_answers.read_all().values())[-1]
+    items = sum(len(task["targets"]) for task in old.tasks.values())
+    with pytest.raises(ValueError, match=f"merged: {items - 20} of {items} answers are those of before"):
+        real_join.joined(old, asked_later(old, other=20))
+    other = asked_later(old)
+    other.facts["recipe"]["steps"], name = 7, next(iter(old.tasks))
+    other.tasks[name]["targets"][0] = "another"
+    with pytest.raises(ValueError, match=rf"(?s)other items or metric of {name}.*recipe: .*'steps': 7"):
+        real_join.joined(old, other)
+    missing = replace(other, answered={key: a for key, a in other.answered.items() if key[0] != "base"})
+    bare = replace(old, facts={key: value for key, value in old.facts.items() if key != "again"})
+    with pytest.raises(ValueError, match="base has not been asked again"):
+        real_join.joined(bare, missing)
+
+
+def test_written_answers_are_the_same_bytes(tmp_path):
+    for file in real_answers.FOLDER.glob(real_answers.FILES):
+        real_answers.write(real_answers.read(file), tmp_path / file.name)
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
 def small() -> Results:

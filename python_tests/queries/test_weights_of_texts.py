@@ -77,8 +77,12 @@ def test_likelihoods_of_each_expert_alone(setup):
         lowest = inverse.argmin(1)
         want = inverse.scatter(1, lowest[:, None], 0.0)
         torch.testing.assert_close(found.double(), want / want.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match="fewer than two tokens"):
-            router.scores("a", {"score": "prior", "keep": None})
+        for score in ("prior", "entropy"):  # one token: nothing is predicted, so that nobody is likelier or surer
+            alone = router.scores(["a", *QUERIES], {"score": score, "keep": None})
+            torch.testing.assert_close(alone[0], torch.full((3,), 1 / 3))
+            torch.testing.assert_close(alone[1:], router.scores(QUERIES, {"score": score, "keep": None}))
+        with pytest.raises(ValueError, match="a text without tokens"):
+            router.scores("", {"score": "prior", "keep": None})
         handle.router = router
         with handle.queries(QUERIES):
             routed = cases.logits(model, **cases.batch("llama", rows=2))
