@@ -299,6 +299,7 @@ def test_the_real_demo_is_scored_from_its_answers(tmp_path):
     assert "| mean (n=72) | 100.0 (" in text and "phatgoose minus base: -" in text
 
 
+@pytest.mark.slow
 def test_loading_suite_runs(tmp_path):
     assert run.main(["loading", "--tiny", "--threads", "1", "--results", str(tmp_path)]) == 0
     rows = {row["candidate"]: row for row in rows_of(tmp_path)}
