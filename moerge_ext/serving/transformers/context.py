@@ -34,7 +34,5 @@ def hold_to_context(model: nn.Module) -> None:
 def _refusal(prompt: int, context: int) -> Exception:
     from fastapi import HTTPException
 
-    said = (
-        f"moerge: the prompt has {prompt} tokens, which leave no room in the context of {context}: shorten it"
-    )
+    said = f"moerge: the prompt has {prompt} tokens, which leave no room in the context of {context}: shorten it"
     return HTTPException(status_code=400, detail=said)
