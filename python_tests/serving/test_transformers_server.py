@@ -162,6 +162,13 @@ def test_an_answer_ends_with_the_context(server, folders):
     assert "leave no room" in posted(client, "/v1/completions", body)[1]
 
 
+@pytest.mark.parametrize("number", [0, -5])
+def test_no_tokens_are_refused(server, folders, number):
+    _, client = server
+    status, said = posted(client, "/v1/completions", {"model": folders[0], "prompt": "a", "max_tokens": number})
+    assert status == 400 and f"max_tokens must be at least 1, got {number}" in said, (status, said[:300])
+
+
 @pytest.mark.parametrize("server", [BATCHING], indirect=True, ids=["continuous batching"])
 def test_a_request_larger_than_the_cache_is_refused_alone(server, folders):
     """transformers ends its batching, for all requests, at one that does not fit."""

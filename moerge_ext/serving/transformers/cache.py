@@ -15,6 +15,7 @@ from torch import nn
 from ...experts.memory import free_memory
 from ...files.counting import counted
 from .checks import context
+from .context import check_count, refusal
 
 STEP_TOKENS = 512  # of a batch, on a CPU
 REQUESTS = 4  # of the model's whole context, that the cache holds if memory allows
@@ -64,11 +65,14 @@ def hold_to_cache(model: nn.Module) -> None:
         add = batching.add_request
 
         def add_request(input_ids: list[int], request_id: str | None = None, **said: Any) -> str | None:
-            if problem := too_large(batching.continuous_batching_config, len(input_ids), said.get("max_new_tokens")):
-                from fastapi import HTTPException
-
+            new = said.get("max_new_tokens")
+            try:
+                check_count(new)
+                if problem := too_large(batching.continuous_batching_config, len(input_ids), new):
+                    raise refusal(problem)
+            except Exception:
                 batching.output_router.result_handlers.pop(request_id, None)
-                raise HTTPException(status_code=400, detail=problem)
+                raise
             return add(input_ids, request_id=request_id, **said)
 
         batching.add_request = add_request
@@ -86,6 +90,6 @@ def too_large(config: Any, prompt: int, new: int | None) -> str | None:
     if asked <= room:
         return None
     return (
-        f"moerge: the prompt has {counted(prompt, 'token')}, and {new} more do not fit the cache of {room} tokens: "
+        f"the prompt has {counted(prompt, 'token')}, and {new} more do not fit the cache of {room} tokens: "
         "ask for fewer by max_tokens, or start the server with a larger --cb-num-blocks"
     )

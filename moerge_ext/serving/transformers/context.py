@@ -14,25 +14,36 @@ from ...models.pretrained import context_of
 
 
 def hold_to_context(model: nn.Module) -> None:
-    """`model.generate` ends each answer at the model's context, and refuses a prompt that fills it, by HTTP 400."""
+    """`model.generate` ends each answer at the model's context. HTTP 400 for a prompt that fills it, and for no token."""
     context, theirs = context_of(model.config), model.generate
-    if context is None:
-        return
 
     def generate(*args: Any, **said: Any) -> Any:
         config, ids = said.get("generation_config"), said.get("input_ids")
         if config is not None and ids is not None:
-            room = context - ids.shape[-1]
-            if room < 1:
-                raise _refusal(ids.shape[-1], context)
-            config.max_new_tokens = min(room, config.max_new_tokens or room)
+            config.max_new_tokens = within(context, ids.shape[-1], config.max_new_tokens)
         return theirs(*args, **said)
 
     model.generate = generate
 
 
-def _refusal(prompt: int, context: int) -> Exception:
+def within(context: int | None, prompt: int, new: int | None) -> int | None:
+    """How many of `new` tokens (None: any number) a context has room for behind a prompt."""
+    check_count(new)
+    if context is None:
+        return new
+    if (room := context - prompt) < 1:
+        raise refusal(f"the prompt has {prompt} tokens, which leave no room in the context of {context}: shorten it")
+    return room if new is None else min(room, new)
+
+
+def check_count(new: int | None) -> None:
+    """Refuses to answer by fewer than one token."""
+    if new is not None and new < 1:
+        raise refusal(f"max_tokens must be at least 1, got {new}")
+
+
+def refusal(said: str) -> Exception:
+    """HTTP 400, with these words of ours."""
     from fastapi import HTTPException
 
-    said = f"moerge: the prompt has {prompt} tokens, which leave no room in the context of {context}: shorten it"
-    return HTTPException(status_code=400, detail=said)
+    return HTTPException(status_code=400, detail=f"moerge: {said}")
