@@ -14,7 +14,7 @@ from ...models.pretrained import context_of
 
 
 def hold_to_context(model: nn.Module) -> None:
-    """`model.generate` ends each answer at the model's context. HTTP 400 for a prompt that fills it, and for no token."""
+    """`model.generate` ends each answer at the context. HTTP 400 for a prompt that fills it, and for no token."""
     context, theirs = context_of(model.config), model.generate
 
     def generate(*args: Any, **said: Any) -> Any:
