@@ -27,7 +27,7 @@ inline void linear_into(const Tensor& y, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& linear_bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(x), from(weight), from(linear_bias), from(y)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the reference to y that came back
 }
 

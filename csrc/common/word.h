@@ -25,10 +25,10 @@ struct torch::stable::detail::ToImpl<moerge::Word> {
     const StringHandle handle = to<StringHandle>(value);
     const char* data;
     size_t length;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
     moerge::Word word(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return word;
   }
 };

@@ -20,14 +20,14 @@ constexpr Device kDevice = Device::cuda;
 
 // y += a b, by the device's GEMM with beta = 1.
 inline void add_product(const Tensor& y, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), y.get(), a.get(), b.get(), 1, 1));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(y.get(), y.get(), a.get(), b.get(), 1, 1));
 }
 
 // One call of an op: kernels run on the current stream of the device of `like`, and workspace is torch's.
 class Call {
  public:
   explicit Call(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   Stream stream() const { return stream_; }
 

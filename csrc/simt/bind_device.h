@@ -19,7 +19,7 @@ namespace moerge::cuda {
 constexpr Device kDevice = Device::cpu;
 
 inline void add_product(const Tensor& y, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), 1, 1));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(y.get(), y.get(), a.get(), b.get(), 1, 1));
 }
 
 class Call {
