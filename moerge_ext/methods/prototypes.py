@@ -45,12 +45,13 @@ def power_iteration_prototypes(
 ) -> tuple[Tensor, Tensor]:
     """Prototypes as PEFT's Arrow finds them: `iterations` times v <- A^T B^T B A v / |.|, from a draw.
 
-    Shapes as `svd_prototypes`, float32. Every expert starts from the same normal vector (a CPU generator
-    with `seed`). With few steps or a small gap between the singular values the result is not the singular
-    vector: |cos| to it as low as 0.97 has been seen.
+    Shapes as `svd_prototypes`, float32. Every expert starts from the same normal vector, drawn with `seed` on the
+    device of the factors, as PEFT draws it: on another device the same seed is another vector. With few steps or a
+    small gap between the singular values the result is not the singular vector but depends on that draw: |cos| to it
+    as low as 0.97 has been seen.
     """
-    start = torch.randn(lora_A.shape[-1], generator=torch.Generator().manual_seed(seed))
-    start = start.to(lora_A.device)
+    device = lora_A.device
+    start = torch.randn(lora_A.shape[-1], device=device, generator=torch.Generator(device).manual_seed(seed))
     vectors, found = [], []
     for a, b in zip(lora_A.float(), lora_B.float(), strict=True):
         gram = b.T @ b
