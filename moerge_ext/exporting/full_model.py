@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files.listing import grouped
@@ -29,13 +31,35 @@ def check_can_hold(model: nn.Module, modules: Mapping[str, bool]) -> None:
 
 
 def _problem(layer: nn.Module, biased: bool) -> str | None:
-    if type(layer) is not nn.Linear and not _is_conv1d(layer):
-        return f"it is a {type(layer).__module__}.{type(layer).__name__}, no plain linear layer (quantized or patched)"
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if not isinstance(layer, nn.Linear) and not _is_conv1d(layer):
+        return f"it is a {kind}, no plain linear layer (quantized or patched)"
     if why := values_problem(layer.weight):
         return f"its weight cannot be changed: {why}"
+    if not _is_conv1d(layer) and not _computes_as_linear(layer):
+        return f"it is a {kind}, which does not compute x W^T + b with its weight (quantized, or a forward of its own)"
     if biased and layer.bias is None:
         return "the experts bring an output bias, and the layer has none"
     return None
+
+
+@torch.no_grad()
+def _computes_as_linear(layer: nn.Linear) -> bool:
+    """Of a subclass (such as Falcon's): whether two tokens come out as from nn.Linear."""
+    if type(layer) is nn.Linear:
+        return True
+    weight = layer.weight
+    if type(weight) is not nn.Parameter:
+        return False
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+    want = F.linear(x, weight, layer.bias)
+    try:
+        got = layer(x)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return False
+    if not isinstance(got, Tensor) or got.shape != want.shape:
+        return False
+    return torch.allclose(got.float(), want.float(), rtol=0.05, atol=0.01 * want.float().abs().max().item())
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

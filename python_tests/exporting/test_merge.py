@@ -14,6 +14,7 @@ from torch import nn
 import moerge_ext as moerge
 from moerge_ext.commands import main as cli
 from moerge_ext.experts.prompt_notes import note_of_prompt, noted_prompts
+from moerge_ext.exporting import full_model as exporting
 from moerge_ext.exporting.products import METHODS
 
 peft = pytest.importorskip("peft")
@@ -173,16 +174,45 @@ def test_layers_that_cannot_take_it(tmp_path):
         moerge.merge_experts(experts, tmp_path / "out", model=other)
     (down,) = [p for p in experts.modules if p.endswith("1.mlp.down_proj")]
     layer = model.get_submodule(down)
-    quantized = type("Quantized", (nn.Linear,), {})(layer.in_features, layer.out_features, bias=False)
-    model.set_submodule(down, quantized)
-    with pytest.raises(ValueError, match=f"{down}: it is a .*Quantized, no plain linear layer .quantized"):
-        moerge.merge_experts(experts, tmp_path / "out", model=model, full=True)
+    sizes = (layer.in_features, layer.out_features, False)
+    scaled = type("Scaled", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})(*sizes)
+    codes = type("Codes", (nn.Linear,), {})(*sizes)
+    codes.weight = nn.Parameter(codes.weight.char(), requires_grad=False)
+    refused = {
+        nn.Bilinear(2, *sizes): "it is a .*Bilinear, no plain linear layer .quantized",
+        scaled: "it is a .*Scaled, which does not compute x W",
+        codes: "its weight cannot be changed: it is stored as torch.int8",
+    }
+    for other_layer, text in refused.items():
+        model.set_submodule(down, other_layer)
+        with pytest.raises(ValueError, match=f"{down}: {text}"):
+            exporting.check_can_hold(model, {down: False})
     model.set_submodule(down, layer)
     up = down.replace("down", "up").replace("1", "0")
     model.get_submodule(up).weight = model.get_submodule(up.replace("up", "gate")).weight
     with pytest.raises(ValueError, match="its weight is shared with"):
         moerge.merge_experts(experts, tmp_path / "out", model=model, full=True)
     assert not (tmp_path / "out").exists()
+
+
+class OwnForward(nn.Linear):
+    """As FalconLinear: the same numbers by other words."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+def test_a_linear_layer_with_its_own_forward_takes_it(tmp_path):
+    model, experts = pool("llama", tmp_path)
+    down = "model.layers.1.mlp.down_proj"
+    layer = model.get_submodule(down)
+    own = OwnForward(layer.in_features, layer.out_features, bias=False)
+    own.weight = layer.weight
+    model.set_submodule(down, own)
+    want = routed(model, experts, "merged", "llama")
+    moerge.merge_experts(experts, tmp_path / "full", model=model, full=True)
+    assert error(logits(type(model).from_pretrained(tmp_path / "full"), **batch("llama")), want) < 1e-5
 
 
 def test_experts_that_need_their_base(tmp_path):
