@@ -101,8 +101,7 @@ sanitizer() {
     return 0
   fi
   for tool in memcheck racecheck; do
-    "${run[@]}" --tool "$tool" "$python" -m pytest --cuda python_tests/ops/test_16bit.py -k "test_shapes and 33" ||
-      return 1
+    "${run[@]}" --tool "$tool" "$python" bench/sanitize.py || return 1
   done
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .quality.methods_page import methods, survey
 from .quality.whole_way import page as whole_way
+from .render_gpu import gpu
 from .results import Row
 
 NOTHING = "*Nothing recorded yet.*"
@@ -379,6 +380,7 @@ TABLES: dict[str, Callable[[list[Row], Path], str]] = {
     "model": model,
     "loading": loading,
     "serve": serve,
+    "gpu": gpu,
     "plots": plots,
     "demo": demo,
     "demo-real": demo_real,
