@@ -59,6 +59,8 @@ def test_a_quantized_base_computes_as_with_peft(kind, tmp_path):
     want = peft.PeftModel.from_pretrained(load(), folders[0]).eval()(IDS).logits
     with moerge.patch(model, moerge.load_experts(folders), "expert:ant"):
         got = model(IDS).logits
-    assert error(got.float() - before.float(), want.float() - before.float()) < 0.05  # roundings of bfloat16
-    assert error(want.float(), before.float()) > 0.1  # there is something to compare
+    assert (
+        error(got.float() - before.float(), want.float() - before.float()) < 0.1
+    )  # over bitsandbytes PEFT rounds a branch by itself
+    assert error(want.float(), before.float()) > 0.3  # there is something to compare
     assert torch.equal(model(IDS).logits, before)
