@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .packed_weights import passing_gradients
+
 _OF_TORCH = frozenset(vars(nn.Module()))  # an nn.Module's own attributes
 _PACKED = 2**16  # integers beyond this many are a quantizer's packed weights, which no forward writes
 
@@ -74,11 +76,13 @@ class Frozen:
 def frozen(model: nn.Module) -> Iterator[Frozen]:
     """`model` holds still inside: its buffers are bit-identical afterwards, also after an exception.
 
-    Norms with running statistics are in `.eval()` mode whatever `model.train()` says.
+    Norms with running statistics are in `.eval()` mode whatever `model.train()` says, and weights are in a form that
+    gradients pass.
     """
     state = Frozen(model)
     try:
-        yield state
+        with passing_gradients(model):
+            yield state
     finally:
         state.release()
         state.put_back()
