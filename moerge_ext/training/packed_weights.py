@@ -1,9 +1,9 @@
 """4-bit layers of bitsandbytes, held in the form that gradients pass.
 
 On a CPU with AVX-512 BF16 their first forward in `.eval()` mode without gradients packs the weight anew, for good;
-from then on no gradient reaches the layer's input, also in `.train()` mode (0.50.2). A loss that is measured between two
-steps is such a forward, and so is every text that was generated before. What unpacks a weight, its `state_dict`, leaves
-the scales of its blocks transposed (unless they are quantized as well), and with them other weights.
+from then on no gradient reaches the layer's input, also in `.train()` mode (0.50.2). A loss that is measured between
+two steps is such a forward, and so is every text that was generated before. What unpacks a weight, its `state_dict`,
+leaves the scales of its blocks transposed (unless they are quantized as well), and with them other weights.
 """
 
 from __future__ import annotations
