@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .packed_weights import passing_gradients
+from .quantized import passing_gradients
 
 _OF_TORCH = frozenset(vars(nn.Module()))  # an nn.Module's own attributes
 _PACKED = 2**16  # integers beyond this many are a quantizer's packed weights, which no forward writes

@@ -1,4 +1,4 @@
-"""Training on a base of bitsandbytes' 4-bit layers, whose weights a forward in `.eval()` packs on some CPUs."""
+"""Training on a quantized base: gradients pass its layers, or it is refused."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import transformers
 from gate_builders import batches, quiet
 
 from moerge_ext.training.experts import train_expert
-from moerge_ext.training.packed_weights import passing_gradients
+from moerge_ext.training.quantized import passing_gradients
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 
-def quantized(folder, **options):
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 96, "num_hidden_layers": 2}
+def llama_config():
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(num_attention_heads=4, initializer_range=0.2, **sizes)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 96, "num_hidden_layers": 2}
+    return transformers.LlamaConfig(num_attention_heads=4, initializer_range=0.2, **sizes)
+
+
+def quantized(folder, **options):
+    transformers.LlamaForCausalLM(llama_config()).save_pretrained(folder)
     held = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=held, device_map="cpu")
     if not model.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu:
@@ -49,3 +52,17 @@ def test_layers_pack_again_afterwards(tmp_path):
     with torch.no_grad():
         layer(torch.ones(1, 128))
     assert layer.weight.quant_state.packing_format_for_cpu
+
+
+def test_a_layer_that_keeps_gradients_back_is_refused(tmp_path):
+    """torchao's int8 activations have no gradient; of its weights alone there is one."""
+    ways = pytest.importorskip("torchao.quantization")
+    for name, passes in (("Int8DynamicActivationInt8WeightConfig", False), ("Int8WeightOnlyConfig", True)):
+        model = transformers.LlamaForCausalLM(llama_config()).eval()
+        ways.quantize_(model.model, getattr(ways, name)())
+        if passes:
+            train_expert(model, batches(), tmp_path / name, **quiet(steps=1))
+            continue
+        with pytest.raises(ValueError, match="layers.0.*lets no gradient pass.*without this quantization"):
+            train_expert(model, batches(), tmp_path / name, **quiet(steps=1))
+        assert not any(tmp_path.glob(f"{name}/*.safetensors"))
