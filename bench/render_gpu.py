@@ -27,7 +27,7 @@ def gpu(rows: list[Row], folder: Path) -> str:
     found = json.loads(file.read_text())
     kernels = [row for row in rows if row.get("suite") == "kernels" and row.get("device") == "cuda"]
     about, ability = found["environment"], found["ability"]
-    facts = f"**{about['machine']}**, {about['isa']}, driver {about['driver']}; torch {about['torch']}; "
+    facts = f"**{about['machine']}**, {about['isa']}; torch {about['torch']}; "
     facts += f"commit {about['commit']}; {about['time'][:10]}. {ability['bandwidth'] / 1e3:.1f} TB/s, "
     facts += f"{ability['bfloat16'] / 1e3:.0f} TFLOP/s bfloat16 as measured beside it."
     parts = [facts, _ratios(found["rows"]), _kernels(kernels), _constants(found)]
@@ -69,17 +69,17 @@ def _constants(found: dict[str, Any]) -> str:
     """By how much every other value of the constants changed our time, where it changed it."""
     base = {(row["T"], row["E"]): row["ours_us"] for row in found["rows"] if row["variant"] == "as is"}
     experts = sorted({e for _, e in base})
+    labels = found.get("variants", {})  # what a variant changes, where its name does not say so
     lines = []
-    for variant, what in found["variants"].items():
-        cells = {
-            (r["T"], r["E"]): r["ours_us"] / base[r["T"], r["E"]] for r in found["rows"] if r["variant"] == variant
-        }
+    for variant in dict.fromkeys(row["variant"] for row in found["rows"]):
+        mine = [row for row in found["rows"] if row["variant"] == variant]
+        cells = {(row["T"], row["E"]): row["ours_us"] / base[row["T"], row["E"]] for row in mine}
         told = []
         for t in sorted({t for t, _ in cells}):
-            changes = [cells[t, e] for e in experts]
+            changes = [cells[t, e] for e in experts if (t, e) in cells]
             if any(abs(change - 1) > CHANGED for change in changes):
                 told.append(f"T = {t}: " + " / ".join(f"{change:.2f}" for change in changes))
-        if what:
-            lines.append([what, "; ".join(told) or "none"])
+        if variant != "as is":
+            lines.append([labels.get(variant, variant), "; ".join(told) or "none"])
     head = f"our time / as is, E = {' / '.join(map(str, experts))}, where one differs by over {CHANGED:.0%}"
     return table(["instead of the constants as they were", head], lines)
