@@ -150,6 +150,34 @@ def test_a_client_that_leaves_keeps_nobody_waiting(server, folders):
 
 
 @pytest.mark.parametrize("server", [()], indirect=True, ids=["one by one"])
+def test_an_answer_without_stream_ends_when_its_client_leaves(server, folders):
+    """Also one that waits for its turn; the answer of who stays is whole."""
+    served, client = server
+    assert asked(client, folders[0], "zz", tokens=3)  # the model is there
+    (timed,) = served._model_manager.loaded_models.values()
+    calls, forward = [], timed.model.forward
+
+    def slow(*args, **said):
+        calls.append(time.monotonic())
+        time.sleep(0.05)
+        return forward(*args, **said)
+
+    timed.model.forward = slow
+    try:
+        impatient = client.with_options(timeout=0.5)
+        with ThreadPoolExecutor(3) as pool:
+            gone = [pool.submit(asked, impatient, folders[0], prompt, tokens=100) for prompt in ("a", "of")]
+            stays = pool.submit(asked, client, folders[0], "zz", tokens=12)
+            for answer in gone:
+                with pytest.raises(openai.APITimeoutError):
+                    answer.result()
+            assert stays.result() == wanted(folders, "zz", tokens=12)
+        assert len(calls) < 60
+    finally:
+        timed.model.forward = forward
+
+
+@pytest.mark.parametrize("server", [()], indirect=True, ids=["one by one"])
 def test_an_answer_ends_with_the_context(server, folders):
     """Of 128 positions."""
     _, client = server

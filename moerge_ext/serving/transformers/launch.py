@@ -164,12 +164,14 @@ def _manager() -> type:
 
 @contextmanager
 def _managed(manager: Any) -> Iterator[None]:
-    """transformers' `Serve` makes its manager of models by this inside of the block."""
-    from transformers.cli.serving import model_manager
+    """transformers' `Serve` makes its manager of models by this inside of the block, and its app notices who leaves."""
+    from transformers.cli.serving import model_manager, server
 
-    theirs = model_manager.ModelManager
-    model_manager.ModelManager = manager
+    from .leaving import watching
+
+    theirs, build = model_manager.ModelManager, server.build_server
+    model_manager.ModelManager, server.build_server = manager, watching(build)
     try:
         yield
     finally:
-        model_manager.ModelManager = theirs
+        model_manager.ModelManager, server.build_server = theirs, build

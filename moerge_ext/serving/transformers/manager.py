@@ -12,6 +12,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from ...routing.patch import Handle
 from .cache import hold_to_cache
 from .context import hold_to_context
+from .leaving import end_with_client
 
 REVISION = "main"  # which transformers' server adds to a name without one
 
@@ -50,6 +51,7 @@ class RoutedManager(ModelManager):
         self.handle = self.route(model)
         hold_to_cache(model)
         hold_to_context(model)
+        end_with_client(model)
         return model
 
     def _load_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
