@@ -49,7 +49,9 @@ void run_backward(const LoraArguments& args, Call& call, const Matrix& dy, const
   if (g.to_weights)
     lora_weight_gradient(p, h, q, dy, args.O, args.bias, call.workspace(p.T * p.K * accumulator_size(p.wide)),
                          g.to_weights, dtype_of(g.weights), stream);
-  if (g.to_x) lora_expand(p, q, args.a, {}, {}, matrix(g.x, g.to_x), stream);
+  if (g.to_x)
+    lora_expand(p, q, prepared_expand(p, call, q, args.a, dtype_of(g.x), stream), args.a, {}, {}, matrix(g.x, g.to_x),
+                stream);
   if (!g.to_a && !g.to_b && !g.to_bias) return;
   const Groups& groups = shrink.groups(true);
   const auto outer = [&](const void* left, const Matrix& right, int64_t columns, const Tensor& like, void* out) {

@@ -78,26 +78,38 @@ struct Shrink {
   }
 };
 
+// What lora_expand reads in place of h; null: nothing.
+inline const void* prepared_expand(const Lora& p, Call& call, const void* h, const Factors& w, DType out,
+                                   Stream stream) {
+  const int64_t bytes = expand_workspace(p, w, out);
+  if (bytes == 0) return nullptr;
+  void* workspace = call.workspace(bytes);
+  expand_prepare(p, h, w, workspace, stream);
+  return workspace;
+}
+
 // A forward in its two halves; work on another stream may be enqueued between them.
 struct Branch {
   const LoraArguments& args;
   Call& call;
+  DType out;
   Lora p = args.lora;
-  const void* h = nullptr;
+  const void *h = nullptr, *prepared = nullptr;
 
   void shrink(Stream stream) {
     p.parts = shrink_parts(p, args.x, args.a);
     h = Shrink{p, call, stream}(args.x, args.a, true);
+    prepared = prepared_expand(p, call, h, args.b, out, stream);
   }
-  // base: as lora_expand takes it
-  void expand(const Matrix& base, const Matrix& out, Stream stream) const {
-    lora_expand(p, h, args.b, base, args.bias, out, stream);
+  // base: as lora_expand takes it; to: of the type `out`
+  void expand(const Matrix& base, const Matrix& to, Stream stream) const {
+    lora_expand(p, h, prepared, args.b, base, args.bias, to, stream);
     call.finish();
   }
 };
 
 inline void run_forward(const LoraArguments& args, Call& call, const Matrix& base, const Matrix& out) {
-  Branch branch{args, call};
+  Branch branch{args, call, out.dtype};
   branch.shrink(call.stream());
   branch.expand(base, out, call.stream());
 }

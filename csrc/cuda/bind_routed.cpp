@@ -191,7 +191,7 @@ void many_tokens(Router& router, const Linear& linear, const Tensor& y) {
   const Stream beside = forks ? fork(stream) : stream;
   router.run(beside);
   const LoraArguments args = router.chosen(call);
-  Branch branch{args, call};
+  Branch branch{args, call, dtype_of(y)};
   branch.shrink(beside);
   linear_into(y, linear.x, linear.weight, linear.bias);
   if (forks) join(stream, beside);

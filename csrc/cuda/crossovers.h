@@ -18,8 +18,10 @@ constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 16;
 // Up to how many pairs the blocks of the shrink on tensor cores look for their own, rather than having them sorted.
 constexpr int64_t kShrinkSearches = 512;
 
-// From how many tokens on the blocks of the expand have 64 of them, not 16.
-constexpr int64_t kExpandManyTokens = 512;
+// Tokens of a block of the expand: the most, halved until there are so many blocks or only the least are left.
+constexpr int64_t kExpandMostTokens = 512, kExpandLeastTokens = 32, kExpandBlocks = 256;
+// For how many of these blocks at a time a processor's registers must suffice.
+constexpr int kExpandTogether = 3;
 
 // With fewer blocks than this the sums over D are split, into so many parts at most.
 constexpr int64_t kShrinkBlocks = 512, kShrinkParts = 8;

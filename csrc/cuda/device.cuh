@@ -76,7 +76,8 @@ struct Shared {
   }
 };
 
-MOERGE_DEVICE void atomic_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); }
+// Adds to a counter and returns what it was.
+MOERGE_DEVICE int32_t atomic_add(int32_t* at, int32_t value) { return atomicAdd(at, value); }
 
 // ---- 16-bit types -------------------------------------------------------------------------------------------------
 
@@ -98,6 +99,10 @@ MOERGE_DEVICE float low_half(uint32_t word) {
 template <class T>
 MOERGE_DEVICE float high_half(uint32_t word) {
   return low_half<T>(word >> 16);
+}
+template <>
+MOERGE_DEVICE float high_half<bf16>(uint32_t word) {
+  return __uint_as_float(word & 0xFFFF0000);
 }
 template <class T>
 MOERGE_DEVICE uint32_t pack(float low, float high) {
@@ -137,6 +142,32 @@ MOERGE_DEVICE void store16(void* to, Bytes16 value) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.word[0]), "r"(value.word[1]),
                "r"(value.word[2]), "r"(value.word[3])
                : "memory");
+}
+
+// 1, 2 or 4 words at an address that is a multiple of their size, in any memory.
+template <int n>
+MOERGE_DEVICE void load_words(uint32_t (&out)[n], const void* from) {
+  if constexpr (n == 1) {
+    out[0] = *static_cast<const uint32_t*>(from);
+  } else if constexpr (n == 2) {
+    const uint2 value = *static_cast<const uint2*>(from);
+    out[0] = value.x, out[1] = value.y;
+  } else {
+    static_assert(n == 4);
+    const uint4 value = *static_cast<const uint4*>(from);
+    out[0] = value.x, out[1] = value.y, out[2] = value.z, out[3] = value.w;
+  }
+}
+template <int n>
+MOERGE_DEVICE void store_words(void* to, const uint32_t (&words)[n]) {
+  if constexpr (n == 1) {
+    *static_cast<uint32_t*>(to) = words[0];
+  } else if constexpr (n == 2) {
+    *static_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  } else {
+    static_assert(n == 4);
+    *static_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
 }
 
 MOERGE_DEVICE uint32_t shared_address(const void* pointer) {

@@ -132,10 +132,14 @@ void lora_shrink(const Lora&, const Matrix& x, const Factors& w, bool skip_zero,
 
 // out[t,c] = base[t,c] + sum_k H[t,k,:] . w[e,:,c] + sum_k w_tk bias[e,c]; base and bias may be absent (null data),
 // base may be out. H = w_tk h[t,k] , or w_tk sum_j w_tj h[t,j] when factored.
-void lora_expand(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
-                 const Matrix& out, Stream);
-
 Reason expand_against_tensor_cores(const Lora&, const Factors& w, const Matrix& base, const Matrix& out);
+// The tensor cores read what expand_prepare makes of ids, weights and h, in a workspace of so many bytes; 0: out is of
+// a type, or the rest of such sizes, that they are not used.
+int64_t expand_workspace(const Lora&, const Factors& w, DType out);
+void expand_prepare(const Lora&, const void* h, const Factors& w, void* workspace, Stream);
+// prepared: null where expand_workspace is 0.
+void lora_expand(const Lora&, const void* h, const void* prepared, const Factors& w, const Matrix& base,
+                 const Matrix& bias, const Matrix& out, Stream);
 
 // out[e,r,c] = sum over the pairs of e, in order, of Q[pair,r] x[token,c], with Q made of q as H of h; out is
 // contiguous. q null: Q is the pair's weight, R is 1, and no workspace is needed.

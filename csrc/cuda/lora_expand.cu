@@ -94,10 +94,10 @@ void run_expand(const Lora& p, const void* h, const Factors& w, const Matrix& ba
 
 }  // namespace
 
-void lora_expand(const Lora& p, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
-                 const Matrix& out, Stream stream) {
+void lora_expand(const Lora& p, const void* h, const void* prepared, const Factors& w, const Matrix& base,
+                 const Matrix& bias, const Matrix& out, Stream stream) {
   if (p.T * w.columns == 0) return;
-  if (!expand_against_tensor_cores(p, w, base, out)) return lora_expand_mma(p, h, w, base, bias, out, stream);
+  if (!expand_against_tensor_cores(p, w, base, out)) return lora_expand_mma(p, prepared, w, base, bias, out, stream);
   if (p.wide) return run_expand<double, Any, 1>(p, h, w, base, bias, out, stream);
   const int64_t size = w.dtype == DType::f32 ? 4 : 2;
   const bool vectors = w.dtype == out.dtype && w.column == 1 && w.columns % 8 == 0 &&

@@ -35,7 +35,7 @@ inline Reason against_copies(const Factors& w) {
 }
 
 void lora_shrink_mma(const Lora&, const Matrix& x, const Factors& w, bool skip_zero, const Groups&, void* h, Stream);
-void lora_expand_mma(const Lora&, const void* h, const Factors& w, const Matrix& base, const Matrix& bias,
+void lora_expand_mma(const Lora&, const void* prepared, const Factors& w, const Matrix& base, const Matrix& bias,
                      const Matrix& out, Stream);
 void lora_outer_mma(const Lora&, const Groups&, const void* q, const Matrix& x, int64_t columns, void* workspace,
                     void* out, DType dtype, Stream);  // where outer_workspace is not 0

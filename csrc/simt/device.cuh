@@ -80,7 +80,11 @@ struct Shared {
   }
 };
 
-inline void atomic_or(uint32_t* at, uint32_t bits) { *at |= bits; }
+inline int32_t atomic_add(int32_t* at, int32_t value) {
+  const int32_t before = *at;
+  *at += value;
+  return before;
+}
 
 // ---- 16-bit types -------------------------------------------------------------------------------------------------
 
@@ -139,6 +143,19 @@ inline Bytes16 load16(const void* from, const Place& place = Place::current()) {
 inline void store16(void* to, Bytes16 value, const Place& place = Place::current()) {
   check_aligned(to, place);
   *static_cast<Bytes16*>(to) = value;
+}
+
+template <int n>
+void load_words(uint32_t (&out)[n], const void* from, const Place& place = Place::current()) {
+  static_assert(n == 1 || n == 2 || n == 4);
+  if (reinterpret_cast<uintptr_t>(from) % (4 * n)) simt::fail("an address is not a multiple of its words' size", place);
+  std::memcpy(out, from, 4 * n);
+}
+template <int n>
+void store_words(void* to, const uint32_t (&words)[n], const Place& place = Place::current()) {
+  static_assert(n == 1 || n == 2 || n == 4);
+  if (reinterpret_cast<uintptr_t>(to) % (4 * n)) simt::fail("an address is not a multiple of its words' size", place);
+  std::memcpy(to, words, 4 * n);
 }
 
 inline Bytes16 load16_once(const void* from, const Place& place = Place::current()) { return load16(from, place); }
