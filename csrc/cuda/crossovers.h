@@ -20,8 +20,6 @@ constexpr int64_t kShrinkSearches = 512;
 
 // Tokens of a block of the expand: the most, halved until there are so many blocks or only the least are left.
 constexpr int64_t kExpandMostTokens = 512, kExpandLeastTokens = 32, kExpandBlocks = 256;
-// For how many of these blocks at a time a processor's registers must suffice.
-constexpr int kExpandTogether = 3;
 
 // With fewer blocks than this the sums over D are split, into so many parts at most.
 constexpr int64_t kShrinkBlocks = 512, kShrinkParts = 8;

@@ -1,13 +1,13 @@
 // How the expand on tensor cores cuts its work, and what lora_expand_sort.cu leaves in the workspace for
 // lora_expand_mma.cu to read:
 //
-//   hidden [T, K, ranks]   H in the type of w; what is not used, and what lies behind the last rank, is 0
-//   of each chunk of tokens, one after the other:
-//     rows [K, tokens]     the chunk's tokens sorted by their expert of slot k, counted from the chunk's first; 16 bits
-//     tiles [K, tiles, 2]  up to kTileRows neighbours in that order that share an expert: the expert, or -1 where the
-//                          slot is not used; where they begin, and in the upper 16 bits how many they are. 0 of them:
-//                          the end
-//   weights [T, K]         0 where the slot is not used
+//   hidden [T, K, ranks]      H in the type of w; what is not used, and what lies behind the last rank, is 0
+//   lists, for each chunk of tokens and slot in turn the tiles: up to kTileRows of the chunk's tokens that share the
+//   slot's expert; every token is in one
+//     experts [K, tiles + kExpandWarps]   -1: of no expert, kNoTile: there is none from here on
+//     rows [K, tiles, kTileRows]          tokens, counted from the chunk's first, in 16 bits; from where there are no
+//                                         more: the last one again, with kAgain
+//   weights [T, K]            0 where the slot is not used
 #pragma once
 
 #include "lora_mma.cuh"
@@ -15,13 +15,16 @@
 namespace moerge::cuda {
 
 constexpr int kTileRows = 16;
+constexpr int kNoTile = -2;
+constexpr int kAgain = -0x8000;
 constexpr int kExpandColumns = 32;  // of a block
+constexpr int kExpandWarps = 8;
 constexpr int64_t kMostExperts = 4096, kMostSlots = 64;
 
 struct ExpandPlan {
-  int K, ranks;       // ranks as padded
-  int tokens, tiles;  // of a chunk, and of a slot of it at most
-  int rows_bytes, list_bytes;
+  int K, ranks;                   // ranks as padded
+  int tokens, tiles;              // of a chunk, and of a slot of it at most
+  int experts_bytes, list_bytes;  // of a chunk
   int64_t chunks;
   int64_t lists, weights, bytes;  // where they begin in the workspace, and its size
 
@@ -35,8 +38,8 @@ struct ExpandPlan {
     bytes = weights + p.T * p.K * 4;
   }
 
-  // Of a block: its lists and, between the slots, its sums.
-  size_t shared() const { return list_bytes + (K > 1 ? tokens * kExpandColumns * sizeof(float) : 0); }
+  // Of a block: its sums between the slots, and its lists.
+  size_t shared() const { return (K > 1 ? tokens * kExpandColumns * sizeof(float) : 0) + list_bytes; }
 
  private:
   void cut(int64_t tokens_wanted, const Lora& p) {
@@ -45,8 +48,8 @@ struct ExpandPlan {
     // every group of tokens, by their expert or for having none, ends in a tile that it may not fill
     const int64_t most = tokens / kTileRows + p.E + 1;
     tiles = static_cast<int>(most < tokens ? most : tokens);
-    rows_bytes = static_cast<int>(shared_size(K * tokens * 2));
-    list_bytes = rows_bytes + static_cast<int>(shared_size(K * tiles * 8));
+    experts_bytes = static_cast<int>(shared_size(K * (tiles + kExpandWarps) * 4));
+    list_bytes = experts_bytes + K * tiles * kTileRows * 2;
   }
 };
 

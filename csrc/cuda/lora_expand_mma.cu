@@ -15,18 +15,13 @@ namespace moerge::cuda {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kWide = kExpandColumns / 8;
 constexpr int64_t kMostStride = int64_t(1) << 26;  // elements: 16 of them are below 2^31 bytes
 
-// The first, or the second, halves of two words.
-MOERGE_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
-MOERGE_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000); }
-
 template <class T, int ranks, bool kRanksAdjacent, bool kBias>
 struct LoraExpandMma {
-  static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kLeastBlocks = ranks <= 32 ? kExpandTogether : 2;
+  static constexpr int kThreads = 32 * kExpandWarps;
+  static constexpr int kLeastBlocks = 2;
   static constexpr const char* kName = "lora_expand_mma";
   static constexpr int kSteps = ranks / 16;
   ExpandPlan plan;
@@ -37,9 +32,9 @@ struct LoraExpandMma {
 
   // What a thread begins with. Its pointers are to the chunk's first token, or to the first expert.
   struct Block {
-    const uint16_t* rows;  // of the lists
-    const char* tiles;
-    char* sums;              // [tokens, kExpandColumns] floats, with the lane's place in a row: see sums_at
+    char* sums;              // [tokens, kExpandColumns] floats, with the lane's place in a row: see finish
+    const char* experts;     // of the lists
+    const char* rows;        // with the lane's row of a tile
     const char *hidden, *w;  // with the lane's ranks and columns
     const char* base;        // with the columns of the lane's results
     char* out;
@@ -48,52 +43,54 @@ struct LoraExpandMma {
     int column;      // of the lane's results
   };
 
-  // A warp's tile, and the tokens of the two rows that this lane has of its product (where there are not so many: of
-  // the last). k = K: none.
+  // A warp's tile, and the tokens of the two rows that this lane has of its product, as the list has them. k = K: none.
   struct Tile {
     int k, index;
-    int expert, count, row[2];
+    int expert, row[2];
   };
-  // 16 ranks of the factors of a tile, before they are put in order.
-  struct Fragments {
-    uint32_t a[4], b[4][kWide / 2];
+  // What is read of a tile ahead of time: 16 ranks of the factors, before they are put in order, and base.
+  struct Ahead {
+    uint32_t a[4], b[4][kWide / 2], base[2][kWide];
   };
 
-  // The first tile that is not empty: this one, or the warp's first of a later slot.
+  // This tile or, where there is none, the warp's first of a later slot.
   MOERGE_DEVICE Tile tile_from(const Block& m, int k, int index) const {
-    for (;; ++k, index = warp()) {
-      if (k == plan.K) return {k, 0, -1, 0, {0, 0}};
-      if (index >= plan.tiles) continue;
-      uint32_t words[2];
-      load_words<2>(words, m.tiles + (k * plan.tiles + index) * 8);
-      const int count = words[1] >> 16;
-      if (count == 0) continue;
-      const uint16_t* rows = m.rows + k * plan.tokens + (words[1] & 0xFFFF);
-      const int upper = lane() / 4, lower = upper + 8;
-      return {k,
-              index,
-              static_cast<int>(words[0]),
-              count,
-              {rows[upper < count ? upper : count - 1], rows[lower < count ? lower : count - 1]}};
+    for (; k < plan.K; ++k, index = warp()) {
+      uint32_t expert[1];
+      load_words<1>(expert, m.experts + (k * (plan.tiles + kExpandWarps) + index) * 4);
+      if (static_cast<int>(expert[0]) == kNoTile) continue;
+      const int16_t* rows = reinterpret_cast<const int16_t*>(m.rows + (k * plan.tiles + index) * (kTileRows * 2));
+      return {k, index, static_cast<int>(expert[0]), {rows[0], rows[8]}};
     }
+    return {k, 0, -1, {0, 0}};
   }
 
-  MOERGE_DEVICE void read(const Block& m, const Tile& tile, int step, Fragments& f) const {
+  MOERGE_DEVICE void read(const Block& m, const Tile& tile, int step, Ahead& f) const {
     for (int half = 0; half < 2; ++half) {
       uint32_t pair[2];
-      load_words<2>(pair, m.hidden + (tile.row[half] * plan.K + tile.k) * (ranks * 2) + step * 32);
+      const int row = tile.row[half] & ~kAgain;
+      load_words<2>(pair, m.hidden + (row * plan.K + tile.k) * (ranks * 2) + step * 32);
       f.a[half] = pair[0], f.a[half + 2] = pair[1];
     }
-    const char* from = m.w + int64_t(tile.expert) * w_expert + step * 16 * (kRanksAdjacent ? 2 : w_rank);
+    const int64_t line = kRanksAdjacent ? w_column : w_rank;
+    const char* from = m.w + int64_t(tile.expert) * w_expert + int64_t(kRanksAdjacent ? 2 : w_rank) * (step * 16);
+    if (tile.expert >= 0 && R == ranks) {
+      for (int j = 0; j < 4; ++j) load_words<kWide / 2>(f.b[j], from + line * j);
+      return;
+    }
     const int left = tile.expert < 0 ? 0 : m.ranks_left - step * 16;
     for (int j = 0; j < 4; ++j) {
       for (int n = 0; n < kWide / 2; ++n) f.b[j][n] = 0;
-      if (left > (kRanksAdjacent ? 0 : j))
-        load_words<kWide / 2>(f.b[j], from + j * (kRanksAdjacent ? w_column : w_rank));
+      if (left > (kRanksAdjacent ? 0 : j)) load_words<kWide / 2>(f.b[j], from + line * j);
     }
   }
 
-  MOERGE_DEVICE void multiply(const Fragments& f, float (&sum)[kWide][4]) const {
+  MOERGE_DEVICE void read_base(const Block& m, const Tile& tile, Ahead& f) const {
+    for (int half = 0; half < 2; ++half)
+      load_words<kWide>(f.base[half], m.base + int64_t(tile.row[half] & ~kAgain) * base_stride);
+  }
+
+  MOERGE_DEVICE void multiply(const Ahead& f, float (&sum)[kWide][4]) const {
     for (int j = 0; j < kWide; ++j) {
       if constexpr (kRanksAdjacent)
         mma<T>(sum[j], f.a, {f.b[j][0], f.b[j][1]});
@@ -104,71 +101,81 @@ struct LoraExpandMma {
     }
   }
 
-  // A row's sum so far is added, and the sum left for the next slot or written to out. Four neighbouring sums of the
-  // lane lie together; rows of an even and an odd number use different banks.
-  MOERGE_DEVICE void finish(const Block& m, int k, int row, const uint32_t (&before)[kWide],
-                            float (&value)[2 * kWide]) const {
-    char* const sums = m.sums + row * (kExpandColumns * 4);
-    const int first = row % 2 * 64;
-    for (int half = 0; k > 0 && half < 2; ++half) {
-      uint32_t words[4];
-      load_words<4>(words, sums + (first ^ half * 64));
-      for (int j = 0; j < 4; ++j) value[half * 4 + j] += as_float(words[j]);
-    }
-    if (k < plan.K - 1) {
-      for (int half = 0; half < 2; ++half) {
-        const float* v = value + half * 4;
-        store_words<4>(sums + (first ^ half * 64), {as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])});
-      }
-    } else if (m.column < columns) {
-      uint32_t words[kWide];
-      for (int j = 0; j < kWide; ++j)
-        words[j] = pack<T>(value[2 * j] + low_half<T>(before[j]), value[2 * j + 1] + high_half<T>(before[j]));
-      store_words<kWide>(m.out + int64_t(row) * out_stride, words);
-    }
-  }
-
   MOERGE_DEVICE void add_bias(const Block& m, const Tile& tile, float (&sum)[kWide][4]) const {
     float weight[2];
-    for (int half = 0; half < 2; ++half) weight[half] = m.weights[tile.row[half] * plan.K + tile.k];
+    for (int half = 0; half < 2; ++half) weight[half] = m.weights[(tile.row[half] & ~kAgain) * plan.K + tile.k];
     for (int j = 0; j < 2 * kWide; ++j) {
       const float value = load_as<float>(bias.data, bias.dtype, tile.expert * bias.stride + m.column + j);
       for (int half = 0; half < 2; ++half) sum[j % kWide][half * 2 + j / kWide] += weight[half] * value;
     }
   }
 
-  // `tile`, whose first fragments are in f0, becomes the next one, whose first are then in f0, or with one step in f1.
-  MOERGE_DEVICE void run_tile(const Block& m, Tile& tile, Fragments& f0, Fragments& f1) const {
+  // The lane's neighbouring columns of one row: the sum so far is added, and the sum left for the next slot or, with
+  // the last, written to out. Half of them lie together; rows of an even and of an odd number use different banks.
+  template <bool kLast>
+  MOERGE_DEVICE void finish(const Block& m, int k, int row, const uint32_t (&before)[kWide],
+                            float (&value)[2 * kWide]) const {
+    char* const sums = m.sums + row * (kExpandColumns * 4);
+    const int first = (row & 1) * (kExpandColumns * 2);
+    for (int half = 0; k > 0 && half < 2; ++half) {
+      uint32_t words[4];
+      load_words<4>(words, sums + (first ^ half * (kExpandColumns * 2)));
+      for (int j = 0; j < 4; ++j) value[half * 4 + j] += as_float(words[j]);
+    }
+    if constexpr (!kLast) {
+      for (int half = 0; half < 2; ++half) {
+        const float* v = value + half * 4;
+        store_words<4>(sums + (first ^ half * (kExpandColumns * 2)),
+                       {as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])});
+      }
+    } else if (m.column < columns) {
+      for (int j = 0; base && j < kWide; ++j)
+        value[2 * j] += low_half<T>(before[j]), value[2 * j + 1] += high_half<T>(before[j]);
+      uint32_t words[kWide];
+      for (int j = 0; j < kWide; ++j) words[j] = pack<T>(value[2 * j], value[2 * j + 1]);
+      store_words<kWide>(m.out + int64_t(row) * out_stride, words);
+    }
+  }
+
+  // `tile`, whose first fragments are in f0, becomes the next one; its first are then in f0, or with one step in f1.
+  template <bool kLast>
+  MOERGE_DEVICE void run_tile(const Block& m, Tile& tile, Ahead& f0, Ahead& f1) const {
     const Tile now = tile;
-    uint32_t before[2][kWide] = {};
-    for (int half = 0; half < 2; ++half)
-      if (m.base && now.k == plan.K - 1) load_words<kWide>(before[half], m.base + int64_t(now.row[half]) * base_stride);
-    float sum[kWide][4] = {};
-    const auto next = [&](Fragments& f) {
-      tile = tile_from(m, now.k, now.index + kWarps);
+    const auto next = [&](Ahead& f) {
+      tile = tile_from(m, now.k, now.index + kExpandWarps);
       if (tile.k < plan.K) read(m, tile, 0, f);
+      if (kSteps == 1 && base && tile.k == plan.K - 1) read_base(m, tile, f);
     };
+    float sum[kWide][4] = {};
     if constexpr (kSteps == 1) {
       next(f1);
-      if (now.expert >= 0) multiply(f0, sum);
+      multiply(f0, sum);
     } else {
+      if (kLast && base) read_base(m, now, f1);
       for (int step = 0; step < kSteps; step += 2) {
         read(m, now, step + 1, f1);
-        if (now.expert >= 0) multiply(f0, sum);
+        multiply(f0, sum);
         if (step + 2 < kSteps)
           read(m, now, step + 2, f0);
         else
           next(f0);
-        if (now.expert >= 0) multiply(f1, sum);
+        multiply(f1, sum);
       }
     }
     if (kBias && now.expert >= 0 && m.column < columns) add_bias(m, now, sum);
     for (int half = 0; half < 2; ++half) {
-      if (lane() / 4 + half * 8 >= now.count) continue;
+      if (now.row[half] < 0) continue;
       float value[2 * kWide];
       for (int j = 0; j < 2 * kWide; ++j) value[j] = sum[j % kWide][half * 2 + j / kWide];
-      finish(m, now.k, now.row[half], before[half], value);
+      finish<kLast>(m, now.k, now.row[half], kSteps == 1 ? f0.base[half] : f1.base[half], value);
     }
+  }
+
+  // All of the warp's tiles of slot k. turned: the next tile's fragments are in f1.
+  template <bool kLast>
+  MOERGE_DEVICE void run_slot(const Block& m, int k, Tile& tile, Ahead& f0, Ahead& f1, bool& turned) const {
+    for (; tile.k == k; turned = kSteps == 1 && !turned)
+      turned ? run_tile<kLast>(m, tile, f1, f0) : run_tile<kLast>(m, tile, f0, f1);
   }
 
   MOERGE_DEVICE Block begin() const {
@@ -177,14 +184,13 @@ struct LoraExpandMma {
     const int column = block % across * kExpandColumns, i = lane() % 4;
     Shared shared;
     Block m;
-    // the sums begin at a multiple of 128 bytes
     m.sums = shared.take<char>(plan.K > 1 ? plan.tokens * kExpandColumns * 4 : 0) + i * 16;
     char* list = shared.take<char>(plan.list_bytes);
     const char* from = prepared + plan.lists + chunk * plan.list_bytes;
     for (int at = thread() * 16; at < plan.list_bytes; at += kThreads * 16) async_copy16(list + at, from + at, true);
     async_commit();
-    m.rows = reinterpret_cast<const uint16_t*>(list);
-    m.tiles = list + plan.rows_bytes;
+    m.experts = list;
+    m.rows = list + plan.experts_bytes + lane() / 4 * 2;
     m.hidden = prepared + (first * plan.K * ranks + i * 4) * 2;
     int its = column + lane() / 4 * kWide;  // columns of the lane's fragments; what lies behind the last is not used
     if (its > columns - kWide) its = columns - kWide;
@@ -203,14 +209,15 @@ struct LoraExpandMma {
   MOERGE_DEVICE void operator()() const {
     const Block m = begin();
     Tile tile = tile_from(m, 0, warp());
-    Fragments f0, f1;
+    Ahead f0, f1;
     if (tile.k < plan.K) read(m, tile, 0, f0);
-    bool turned = false;  // the next tile's fragments are in f1
-    for (int k = 0; k < plan.K; ++k) {
-      if (k > 0) sync_block();  // the sums of the slot before are there
-      for (; tile.k == k; turned = kSteps % 2 && !turned)
-        turned ? run_tile(m, tile, f1, f0) : run_tile(m, tile, f0, f1);
+    if (kSteps == 1 && base && tile.k == plan.K - 1) read_base(m, tile, f0);
+    bool turned = false;
+    for (int k = 0; k < plan.K - 1; ++k) {
+      run_slot<false>(m, k, tile, f0, f1, turned);
+      sync_block();  // the sums are there for the next slot
     }
+    run_slot<true>(m, plan.K - 1, tile, f0, f1, turned);
   }
 };
 

@@ -21,20 +21,32 @@ struct LoraExpandSort {
   ExpandPlan plan;
   char* workspace;
 
+  // A slot's expert, and its weight: 0 where it is not used. Both are read at once.
+  struct Used {
+    int32_t expert = -1;
+    float weight = 0;
+
+    MOERGE_DEVICE Used(const Slots<float>& slots, int k) {
+      if (!slots.experts) return;
+      expert = slots.experts[k], weight = slots.weights[k];
+      if (expert < 0 || expert >= slots.p.E) weight = 0;
+    }
+  };
+
   struct Memory {
-    int32_t *counts, *starts;  // [E + 1] tokens of an expert, the last for those of none; see scan
+    int32_t *counts, *starts;  // [E + 1] tokens of an expert, and tiles before its own; the last is for no expert
     int32_t* totals;           // [kWarps]
   };
 
   static size_t shared(int64_t E) { return 2 * shared_size((E + 1) * 4) + shared_size(kWarps * 4); }
 
-  // starts: how many tokens come before an expert's, and in the upper 16 bits how many tiles. Returns both of all.
+  // starts from counts; returns how many tiles there are.
   MOERGE_DEVICE int scan(const Memory& m) const {
     const int keys = static_cast<int>(p.E) + 1, each = (keys + kThreads - 1) / kThreads;
     const int from = thread() * each, to = from + each < keys ? from + each : keys;
-    const auto both = [&](int key) { return m.counts[key] | (m.counts[key] + kTileRows - 1) / kTileRows << 16; };
+    const auto tiles_of = [&](int key) { return (m.counts[key] + kTileRows - 1) / kTileRows; };
     int sum = 0;
-    for (int key = from; key < to; ++key) sum += both(key);
+    for (int key = from; key < to; ++key) sum += tiles_of(key);
     int through = sum;
     for (int distance = 1; distance < 32; distance *= 2) {
       const int before = shuffle(through, lane() - distance);
@@ -49,12 +61,13 @@ struct LoraExpandSort {
     }
     for (int key = from; key < to; ++key) {
       m.starts[key] = at;
-      at += both(key);
+      at += tiles_of(key);
     }
     sync_block();
     return all;
   }
 
+  // The tiles of one slot of a chunk.
   MOERGE_DEVICE void sort(int chunk, int k) const {
     Shared shared;
     Memory m;
@@ -70,67 +83,60 @@ struct LoraExpandSort {
     for (int j = 0; j < kTokensEach; ++j) {
       const int i = thread() + j * kThreads;
       if (i >= count) continue;
-      const Slots<float> slots(p, first + i);
-      keys[j] = slots.used(k) ? slots.experts[k] : E;
-      before[j] = atomic_add(m.counts + keys[j], 1);
+      const Used used(Slots<float>(p, first + i), k);
+      keys[j] = used.weight != 0 ? used.expert : E;
     }
+    for (int j = 0; j < kTokensEach; ++j)
+      if (thread() + j * kThreads < count) before[j] = atomic_add(m.counts + keys[j], 1);
     sync_block();
     const int all = scan(m);
-    char* list = workspace + plan.lists + chunk * plan.list_bytes;
-    uint16_t* rows = reinterpret_cast<uint16_t*>(list) + k * plan.tokens;
-    int32_t* tiles = reinterpret_cast<int32_t*>(list + plan.rows_bytes) + k * plan.tiles * 2;
+    char* list = workspace + plan.lists + int64_t(chunk) * plan.list_bytes;
+    int32_t* experts = reinterpret_cast<int32_t*>(list) + k * (plan.tiles + kExpandWarps);
+    int16_t* rows = reinterpret_cast<int16_t*>(list + plan.experts_bytes) + k * plan.tiles * kTileRows;
     for (int j = 0; j < kTokensEach; ++j) {
       const int i = thread() + j * kThreads;
       if (i >= count) continue;
-      const int start = m.starts[keys[j]], at = (start & 0xFFFF) + before[j];
-      rows[at] = static_cast<uint16_t>(i);
-      if (before[j] % kTileRows) continue;
-      const int left = m.counts[keys[j]] - before[j], tile = (start >> 16) + before[j] / kTileRows;
-      tiles[tile * 2] = keys[j] < E ? keys[j] : -1;
-      tiles[tile * 2 + 1] = at | (left < kTileRows ? left : kTileRows) << 16;
+      const int at = m.starts[keys[j]] * kTileRows + before[j];
+      rows[at] = static_cast<int16_t>(i);
+      if (before[j] % kTileRows == 0) experts[at / kTileRows] = keys[j] < E ? keys[j] : -1;
+      for (int rest = at + 1; before[j] == m.counts[keys[j]] - 1 && rest % kTileRows; ++rest)
+        rows[rest] = static_cast<int16_t>(i | kAgain);
     }
-    for (int i = (all >> 16) + thread(); i < plan.tiles; i += kThreads) tiles[i * 2] = -1, tiles[i * 2 + 1] = 0;
+    for (int i = all + thread(); i < plan.tiles + kExpandWarps; i += kThreads) experts[i] = kNoTile;
   }
 
-  // h[pair,r], its parts added in order
-  MOERGE_DEVICE float value(int64_t pair, int r) const {
+  // Adds factor * h[pair, r and r + 1] to sum, where there are such ranks; the parts of h are added in order.
+  MOERGE_DEVICE void add(int64_t pair, int r, float factor, float (&sum)[2]) const {
     const float* from = h + pair * p.R + r;
     const int64_t stride = p.T * p.K * p.R;
     const int parts = static_cast<int>(p.parts);
-    float sum = 0;
+    float all[2] = {};
     for (int first = 0; first < parts; first += kPartsAtOnce) {
-      float part[kPartsAtOnce];
-      for (int i = 0; i < kPartsAtOnce; ++i) part[i] = first + i < parts ? from[(first + i) * stride] : 0;
-      for (int i = 0; i < kPartsAtOnce; ++i) sum += part[i];
+      float part[kPartsAtOnce][2];
+      for (int i = 0; i < kPartsAtOnce; ++i)
+        for (int j = 0; j < 2; ++j) part[i][j] = first + i < parts && r + j < p.R ? from[(first + i) * stride + j] : 0;
+      for (int i = 0; i < kPartsAtOnce; ++i)
+        for (int j = 0; j < 2; ++j) all[j] += part[i][j];
     }
-    return sum;
-  }
-
-  MOERGE_DEVICE float hidden(const Slots<float>& slots, int64_t t, int k, int r) const {
-    if (r >= p.R) return 0;
-    if (!p.factored) {
-      const float its = value(t * p.K + k, r);
-      return slots.used(k) ? slots.weights[k] * its : 0;
-    }
-    if (!slots.used(k)) return 0;
-    float mean = 0;
-    for (int j = 0; j < plan.K; ++j)
-      if (slots.used(j)) mean += slots.weights[j] * value(t * p.K + j, r);
-    return slots.weights[k] * mean;
+    for (int j = 0; j < 2; ++j) sum[j] += factor * all[j];
   }
 
   // Two ranks of a pair for each thread.
   MOERGE_DEVICE void fill_hidden(int64_t block) const {
-    const int words = plan.ranks / 2;
+    const int words = plan.ranks / 2, word = thread() % words;
     const int64_t pair = block * (kThreads / words) + thread() / words;
-    const int word = thread() % words;
     if (pair >= p.T * p.K) return;
     const int64_t t = static_cast<int32_t>(pair) / plan.K;
     const int k = static_cast<int32_t>(pair) % plan.K;
     const Slots<float> slots(p, t);
-    const float low = hidden(slots, t, k, word * 2), high = hidden(slots, t, k, word * 2 + 1);
-    reinterpret_cast<uint32_t*>(workspace)[pair * words + word] = pack<T>(low, high);
-    if (word == 0) reinterpret_cast<float*>(workspace + plan.weights)[pair] = slots.used(k) ? slots.weights[k] : 0;
+    const float weight = Used(slots, k).weight;
+    float sum[2] = {};
+    if (!p.factored) add(pair, word * 2, 1, sum);  // what a slot that is not used has here is thrown away
+    for (int j = 0; p.factored && j < plan.K; ++j)
+      if (const float its = Used(slots, j).weight; its != 0) add(t * p.K + j, word * 2, its, sum);
+    const uint32_t both = weight != 0 ? pack<T>(weight * sum[0], weight * sum[1]) : 0;
+    reinterpret_cast<uint32_t*>(workspace)[pair * words + word] = both;
+    if (word == 0) reinterpret_cast<float*>(workspace + plan.weights)[pair] = weight;
   }
 
   MOERGE_DEVICE void operator()() const {

@@ -53,8 +53,31 @@ def test_shapes(shape, order):
 @pytest.mark.parametrize("order", ["", "ab"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_tile_of_a_kernel(T, R, order, dtype):
-    """Few and many tokens, each rank that a kernel is compiled for, both orders, both types."""
-    check(stored(bank(T, 16, 3, 2, R, 64, dtype), order))
+    """Few and many tokens, each rank that a kernel is compiled for, both orders, both types, with and without bias."""
+    check(stored(bank(T, 16, 3, 2, R, 64, dtype, lora_bias=T < 100), order))
+
+
+@pytest.mark.parametrize("T", [31, 32, 33, 63, 64, 65, 97])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_tokens_around_a_chunk(T, K):
+    """Chunks of the expand that are full, or hold one token; columns that are no multiple of its blocks'."""
+    check(bank(T, 8, 5, K, 8, 40))
+
+
+@pytest.mark.parametrize("shape", [(130, 8, 40, 3, 16, 4096), (257, 8, 5, 2, 16, 4096), (513, 8, 5, 2, 16, 4096)])
+def test_large_chunks(shape):
+    """So many columns that the expand's chunks grow with the tokens."""
+    check(bank(*shape))
+
+
+@pytest.mark.parametrize("shape", [(70, 8, 1024, 8, 16, 72), (40, 8, 4096, 2, 8, 8), (33, 8, 12, 9, 16, 40)], ids=str)
+@pytest.mark.parametrize("factored", [False, True])
+def test_many_experts_and_slots(shape, factored):
+    check(bank(*shape, lora_bias=True), factored=factored)
+
+
+def test_more_experts_than_can_be_sorted():
+    check(bank(33, 8, 4100, 2, 16, 40))
 
 
 @pytest.mark.parametrize("shape", [(33, 64, 7, 2, 16, 72), (129, 40, 5, 3, 24, 64)], ids=str)
@@ -78,8 +101,9 @@ def test_a_few_tokens_with_adjacent_ranks(shape, dtype):
     check(stored(bank(*shape, dtype), "ab"), 2e-6 if dtype == torch.float32 else 2e-3)
 
 
-@pytest.mark.parametrize("T", [70, 150])
+@pytest.mark.parametrize("T", [16, 70, 150])
 def test_one_expert_named_often(T):
+    """More pairs of an expert than a tile holds, and exactly as many; a token that has it in several slots."""
     case = bank(T, 64, 6, 4, 16, 64)
     for ids in (torch.full((T, 4), 3), torch.tensor([1, 1, 4, 1]).expand(T, 4)):
         for factored in (False, True):
@@ -91,6 +115,18 @@ def test_weights_per_row():
     rows = torch.arange(4).repeat_interleave(12).int()
     assert torch.equal(check(case), ops.lora_apply(**case, rows=rows))
     check(case, rows=rows[torch.randperm(48, generator=torch.Generator().manual_seed(0))])
+
+
+@pytest.mark.parametrize("T", [16, 70])
+def test_slots_of_weight_zero(T):
+    """All of them, the first or the last of some tokens, and whole tokens."""
+    case = bank(T, 64, 6, 3, 16, 64, lora_bias=True)
+    assert torch.equal(ops.lora_apply(**{**case, "weights": torch.zeros_like(case["weights"])}), case["base"])
+    for gone in ((slice(None), 0), (slice(0, 9), 2), (slice(3, 5), slice(None))):
+        weights = case["weights"].clone()
+        weights[gone] = 0
+        y = check({**case, "weights": weights})
+        assert torch.equal(y[3:5], case["base"][3:5]) or gone[0] != slice(3, 5)
 
 
 @pytest.mark.parametrize("T", [33, 600])
