@@ -174,8 +174,9 @@ struct Linear {
 //
 // Very many: the branch (with the base layer's bias in place of a base) comes first, and the base layer's product is
 // added to it by the beta = 1 of its own GEMM, which reads y while it computes. y is then rounded twice.
-// Else the base layer comes first. While a graph is recorded, it runs beside router and shrink, which leave most of the
-// device idle; launched one by one, the calls that fork and join would cost more than that saves.
+// Else the base layer comes first. While a graph is recorded, it runs beside all of the branch but the expand itself,
+// which leaves most of the device idle; launched one by one, the calls that fork and join would cost more than that
+// saves.
 void many_tokens(Router& router, const Linear& linear, const Tensor& y) {
   const Stream stream = router.stream();
   Call call(y);  // like the router's, until the streams have joined

@@ -1,14 +1,20 @@
 // out[t,c] = base[t,c] + sum_k H[t,k,:] . w[e,:,c] + sum_k w_tk bias[e,c] for many tokens: a block has a chunk of
-// tokens and kExpandColumns columns, and goes through the slots in turn. In each the tokens are sorted by expert (see
-// lora_expand.cuh), and a warp takes a tile of up to 16 of one expert at a time: H of its rows by the expert's factor.
+// tokens and kExpandColumns columns, and goes through the slots in turn. In each slot the tokens are sorted by expert
+// (see lora_expand.cuh), and a warp takes a tile of up to 16 of one expert at a time: H of its rows by the expert's
+// factor.
 //
-// A token is in one tile of a slot, and slots are a barrier apart, so that its sum has one owner at a time and the
+// A token is in one tile of a slot, and a barrier lies between slots, so that its sum has one owner at a time and the
 // order of its slots. Between slots sums lie in shared memory; base is read and out written once, by the tiles of the
-// last slot. Nothing else is shared: fragments come from global memory as they lie, since any order of the ranks will
-// do that H and w have in common (a lane has four neighbours), and any order of the columns (a lane has kWide
-// neighbours, and so twice as many of its rows of the product). The fragments of a tile are on their way while the one
-// before it is multiplied, across slots too. Rows of other experts are in no product: a NaN in an expert reaches only
-// the tokens that use it.
+// last slot. Rows of other experts are in no product: a NaN in an expert reaches only the tokens that use it.
+//
+// Fragments come from global memory as they lie there, without a stop in shared memory: a product does not depend on
+// the order of the ranks, as long as H and w have the same one, so that a lane takes four neighbouring ranks; nor does
+// it matter which columns a fragment has, so that a lane takes kWide neighbours of w, and has twice as many of a row of
+// the result. What a tile reads is on its way while the tile before it is multiplied, across slots too.
+//
+// Not timed on a GPU yet. The kernel before it, whose blocks went through all experts of their tokens with most rows of
+// a product thrown away, took 24, 95 and 650 us for 64, 512 and 4096 tokens on an H200 (4096 columns, 36 experts, K 2,
+// R 16, bfloat16).
 #include "lora_expand.cuh"
 
 namespace moerge::cuda {
@@ -16,7 +22,7 @@ namespace moerge::cuda {
 namespace {
 
 constexpr int kWide = kExpandColumns / 8;
-constexpr int64_t kMostStride = int64_t(1) << 26;  // elements: 16 of them are below 2^31 bytes
+constexpr int64_t kMostStride = (int64_t(1) << 30) - 1;  // elements; in bytes strides are 32-bit numbers
 
 template <class T, int ranks, bool kRanksAdjacent, bool kBias>
 struct LoraExpandMma {
@@ -197,7 +203,7 @@ struct LoraExpandMma {
     m.w = w + int64_t(its) * w_column + int64_t(i * 4) * w_rank;
     m.ranks_left = R - i * 4;
     m.column = column + i * (2 * kWide);
-    const int inside = m.column < columns ? m.column : 0;
+    const int inside = m.column < columns ? m.column : columns - 2 * kWide;
     m.base = base ? base + first * base_stride + inside * 2 : nullptr;
     m.out = out + first * out_stride + inside * 2;
     m.weights = reinterpret_cast<const float*>(prepared + plan.weights) + first * plan.K;
