@@ -19,6 +19,7 @@
 #include "launch.h"
 
 #define MOERGE_DEVICE __device__ __forceinline__
+#define MOERGE_UNROLL _Pragma("unroll")  // before a loop whose arrays are to lie in registers
 
 namespace moerge::cuda {
 

@@ -1,43 +1,77 @@
 // From similarities, in parts, to the K best experts of every token and their weights; one warp per token.
+//
+// All that a token needs is asked for at once: a lane has up to kMostPerLane experts and keeps their scores in
+// registers, its parts of their sums are read kLoads at a time before they are added in order, and the parts of the
+// token's moments are read one per lane. Variant: scores read again from memory in every round (double; more experts).
 #include "route_select.cuh"
 
 namespace moerge::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kThreads = 64, kWarps = kThreads / 32;
+constexpr int kMostPerLane = 8, kLoads = 16;
 
-// What the moments say of a token, in parts that are added up in order.
+// What the moments say of a token, by its warp: lanes take parts, whose sums are added up.
 MOERGE_DEVICE Statistics<float> statistics_of(const Route& p, int64_t t) {
-  const float* moments = p.moments + t * kMoments;
   float sum = 0, squares = 0;
-  for (int64_t part = 0; part < p.parts; ++part) {
-    sum += moments[part * p.T * kMoments + 1];
-    squares += moments[part * p.T * kMoments + 2];
+  for (int64_t part = lane(); part < p.parts; part += 32) {
+    const float* moments = p.moments + (part * p.T + t) * kMoments;
+    sum += moments[1], squares += moments[2];
   }
+  sum = warp_sum(sum), squares = warp_sum(squares);
   const float D = static_cast<float>(p.D), rest = sum / D, variance = squares / D - rest * rest;
-  return {moments[0], rest, 1 / sqrt((variance < 0 ? 0 : variance) + 1e-5f), 0};
+  return {p.moments[t * kMoments], rest, 1 / sqrt((variance < 0 ? 0 : variance) + 1e-5f), 0};
 }
 
-// The similarities of one token, by its warp, from their parts, in order, into the first. Those taken around a pivot
-// are (S_e - (mean - pivot) sum_d g_ed) / deviation, with S_e = sum_d (x_d - pivot) g_ed.
-template <class Acc>
+// sum[i] = the parts of one number, added up in order: `from` and what lies `stride` on, for the first of the lane's
+// experts, and 32 i behind for the others, of which `experts` are there.
+template <int kPerLane>
+MOERGE_DEVICE void add_parts(const float* from, int64_t stride, int parts, int experts, float (&sum)[kPerLane]) {
+  constexpr int kBatch = kLoads / kPerLane;
+  MOERGE_UNROLL
+  for (int i = 0; i < kPerLane; ++i) sum[i] = 0;
+  for (int first = 0; first < parts; first += kBatch, from += kBatch * stride) {
+    float value[kBatch][kPerLane];
+    MOERGE_UNROLL
+    for (int j = 0; j < kBatch; ++j) {
+      MOERGE_UNROLL
+      for (int i = 0; i < kPerLane; ++i)
+        value[j][i] = first + j < parts && i < experts ? from[j * stride + 32 * i] : 0;
+    }
+    MOERGE_UNROLL
+    for (int j = 0; j < kBatch; ++j) {
+      MOERGE_UNROLL
+      for (int i = 0; i < kPerLane; ++i) sum[i] += value[j][i];
+    }
+  }
+}
+
+// similarity[i] of expert first + lane + 32 i, for token t by its warp. Those taken around a pivot are
+// (S_e - (mean - pivot) sum_d g_ed) / deviation, with S_e = sum_d (x_d - pivot) g_ed.
+template <int kPerLane>
+MOERGE_DEVICE void similarities(const Route& p, int64_t t, int first, float (&similarity)[kPerLane]) {
+  const int E = static_cast<int>(p.E), parts = static_cast<int>(p.parts);
+  const int mine = first + lane(), experts = mine < E ? (E - mine + 31) / 32 : 0;
+  add_parts(static_cast<const float*>(p.similarity) + t * E + mine, p.T * E, parts, experts, similarity);
+  if (!p.moments) return;
+  float gates[kPerLane];
+  add_parts(p.gate_sums + mine, E, parts, experts, gates);
+  const Statistics<float> stats = statistics_of(p, t);
+  MOERGE_UNROLL
+  for (int i = 0; i < kPerLane; ++i) similarity[i] = (similarity[i] - stats.rest * gates[i]) * stats.factor;
+}
+
+// The similarities of token t into the first part; each lane those that it alone will read.
 MOERGE_DEVICE void finish(const Route& p, int64_t t) {
   if (p.parts == 1 && !p.moments) return;
-  Acc* similarity = static_cast<Acc*>(p.similarity) + t * p.E;
-  Acc rest = 0, factor = 1;
-  if (p.moments) {
-    const Statistics<float> stats = statistics_of(p, t);
-    rest = stats.rest, factor = stats.factor;
-  }
-  // each lane those that it alone will read
-  for (int64_t e = lane(); e < p.E; e += 32) {
-    Acc sum = similarity[e], gates = p.moments ? p.gate_sums[e] : 0;
-    for (int64_t part = 1; part < p.parts; ++part) {
-      sum += similarity[part * p.T * p.E + e];
-      if (p.moments) gates += p.gate_sums[part * p.E + e];
-    }
-    similarity[e] = (sum - rest * gates) * factor;
+  for (int first = 0; first < p.E; first += 32 * kMostPerLane) {
+    float similarity[kMostPerLane];
+    similarities(p, t, first, similarity);
+    MOERGE_UNROLL
+    for (int i = 0; i < kMostPerLane; ++i)
+      if (const int e = first + lane() + 32 * i; e < p.E)
+        static_cast<float*>(p.similarity)[t * p.E + e] = similarity[i];
   }
 }
 
@@ -50,12 +84,15 @@ struct RouteAddParts {
   MOERGE_DEVICE void operator()() const {
     const int64_t t = block_x() * kWarps + warp();
     if (t >= p.T) return;
-    finish<float>(p, t);
-    if (p.moments && lane() == 0) statistics_of(p, t).store(p.statistics, t);
+    finish(p, t);
+    if (!p.moments) return;
+    const Statistics<float> stats = statistics_of(p, t);
+    if (lane() == 0) stats.store(p.statistics, t);
   }
 };
 
-template <class Acc>
+// kPerLane 0: scores from memory.
+template <class Acc, int kPerLane>
 struct RouteSelect {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "route_select";
@@ -64,10 +101,24 @@ struct RouteSelect {
   MOERGE_DEVICE void operator()() const {
     const int64_t t = block_x() * kWarps + warp();
     if (t >= p.T) return;
-    finish<Acc>(p, t);
-    Selection<Acc>{p}.run(t, static_cast<Acc*>(p.weights) + t * p.K, p.experts + t * p.K);
+    const Selection<Acc> selection{p};
+    Acc* weights = static_cast<Acc*>(p.weights) + t * p.K;
+    int32_t* experts = p.experts + t * p.K;
+    if constexpr (kPerLane > 0) {
+      float similarity[kPerLane];
+      similarities(p, t, 0, similarity);
+      selection.choose(HeldScores<float, kPerLane>(Scores<float>(p, t), similarity), weights, experts);
+    } else {
+      if constexpr (std::is_same_v<Acc, float>) finish(p, t);
+      selection.run(t, weights, experts);
+    }
   }
 };
+
+template <class Acc, int kPerLane>
+void run_select(const Route& p, Stream stream) {
+  launch({ceil_div(p.T, kWarps)}, 0, stream, RouteSelect<Acc, kPerLane>{p});
+}
 
 }  // namespace
 
@@ -77,11 +128,11 @@ void route_add_parts(const Route& p, Stream stream) {
 }
 
 void route_select(const Route& p, Stream stream) {
-  const Grid grid{ceil_div(p.T, kWarps)};
-  if (p.wide)
-    launch(grid, 0, stream, RouteSelect<double>{p});
-  else
-    launch(grid, 0, stream, RouteSelect<float>{p});
+  if (p.wide) return run_select<double, 0>(p, stream);
+  if (p.E <= 32) return run_select<float, 1>(p, stream);
+  if (p.E <= 64) return run_select<float, 2>(p, stream);
+  if (p.E <= 32 * kMostPerLane) return run_select<float, kMostPerLane>(p, stream);
+  run_select<float, 0>(p, stream);
 }
 
 }  // namespace moerge::cuda

@@ -27,13 +27,14 @@ struct Selection {
   const Route& p;
 
   // The best eligible expert after `last` (id -1: the best of all).
-  MOERGE_DEVICE Candidate<Acc> next(const Scores<Acc>& scores, const Candidate<Acc>& last) const {
+  template <class All>
+  MOERGE_DEVICE Candidate<Acc> next(const All& scores, const Candidate<Acc>& last) const {
     Candidate<Acc> best{0, -1};
-    for (int32_t e = lane(); e < p.E; e += 32) {
-      if (!scores.eligible(e)) continue;
-      const Candidate<Acc> candidate{scores(e), e};
+    scores.each([&](int32_t e, Acc score) {
+      const Candidate<Acc> candidate{score, e};
       if ((last.id < 0 || last.better_than(candidate)) && e != last.id && candidate.better_than(best)) best = candidate;
-    }
+    });
+    MOERGE_UNROLL
     for (int mask = 16; mask > 0; mask /= 2) {
       const Candidate<Acc> other{shuffle_xor(best.score, mask), shuffle_xor(best.id, mask)};
       if (other.better_than(best)) best = other;
@@ -41,20 +42,23 @@ struct Selection {
     return best;
   }
 
-  // The scores of the kept slots become weights.
-  MOERGE_DEVICE void weigh(int64_t kept, const Scores<Acc>& scores, Acc* weights) const {
+  // The scores of the kept slots become weights. each(visit): visit(slot, score) for the slots of the lane.
+  template <class All, class Each>
+  MOERGE_DEVICE void weigh(const All& scores, const Each& each, Acc* weights) const {
     if (p.weighting == Weighting::softmax) {
       Acc highest = -INFINITY, total = 0;
-      for (int64_t k = lane(); k < kept; k += 32) highest = fmax(highest, weights[k]);
+      each([&](int64_t, Acc score) { highest = fmax(highest, score); });
       highest = warp_max(highest);
-      for (int64_t k = lane(); k < kept; k += 32) total += exp(weights[k] - highest);
+      each([&](int64_t, Acc score) { total += exp(score - highest); });
       total = warp_sum(total);
-      for (int64_t k = lane(); k < kept; k += 32) weights[k] = exp(weights[k] - highest) / total;
+      each([&](int64_t k, Acc score) { weights[k] = exp(score - highest) / total; });
     } else if (p.weighting == Weighting::softmax_all) {
-      const SoftmaxAll<Acc> all(scores, p.E);
-      for (int64_t k = lane(); k < kept; k += 32) weights[k] = all.of(weights[k]);
+      const SoftmaxAll<Acc> all(scores);
+      each([&](int64_t k, Acc score) { weights[k] = all.of(score); });
     } else if (p.weighting == Weighting::sigmoid) {
-      for (int64_t k = lane(); k < kept; k += 32) weights[k] = 1 / (1 + exp(-weights[k]));
+      each([&](int64_t k, Acc score) { weights[k] = 1 / (1 + exp(-score)); });
+    } else {
+      each([&](int64_t k, Acc score) { weights[k] = score; });
     }
   }
 
@@ -75,26 +79,42 @@ struct Selection {
     }
   }
 
-  // weights and experts [K] of token t
-  MOERGE_DEVICE void run(int64_t t, Acc* weights, int32_t* experts) const {
-    const Scores<Acc> scores(p, t);
+  // weights and experts [K] of the token with these scores. Up to 32 slots stay with the lanes until they are weights.
+  template <class All>
+  MOERGE_DEVICE void choose(const All& scores, Acc* weights, int32_t* experts) const {
     Acc highest = 0, total = 1, before = 0;
     if (p.top_p > 0) {
-      const SoftmaxAll<Acc> all(scores, p.E);
+      const SoftmaxAll<Acc> all(scores);
       highest = all.highest, total = all.total;
     }
     Candidate<Acc> last{0, -1};
-    int64_t kept = 0;
+    Acc mine = 0;
+    int32_t kept = 0;
+    const bool few = p.K <= 32;
     for (; kept < p.K; ++kept) {
       if (p.top_p > 0 && before >= static_cast<Acc>(p.top_p)) break;
       last = next(scores, last);
       if (last.id < 0) break;
       if (p.top_p > 0) before += exp(last.score - highest) / total;
-      if (lane() == 0) weights[kept] = last.score, experts[kept] = last.id;
+      if (kept % 32 == lane()) {
+        experts[kept] = last.id;
+        mine = last.score;
+        if (!few) weights[kept] = mine;
+      }
     }
+    const auto each = [&](const auto& visit) {
+      if (few && lane() < kept) visit(lane(), mine);
+      for (int32_t k = lane(); !few && k < kept; k += 32) visit(k, weights[k]);
+    };
+    weigh(scores, each, weights);
+    if (kept == p.K) return;
     sync_warp();
-    weigh(kept, scores, weights);
     fill_unused(kept, weights, experts);
+  }
+
+  // Of token t.
+  MOERGE_DEVICE void run(int64_t t, Acc* weights, int32_t* experts) const {
+    choose(Scores<Acc>(p, t), weights, experts);
   }
 };
 

@@ -14,6 +14,7 @@
 #include "emulator.h"
 
 #define MOERGE_DEVICE inline
+#define MOERGE_UNROLL
 
 namespace moerge::cuda {
 
