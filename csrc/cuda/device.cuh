@@ -107,6 +107,9 @@ MOERGE_DEVICE uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint16_t&>(a) | uint32_t(reinterpret_cast<const uint16_t&>(b)) << 16;
 }
 
+// The high halves of two words, that of `a` in the low half.
+MOERGE_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
 template <class T>
 MOERGE_DEVICE uint32_t load_pair(const T* from) {  // from: a multiple of 4
   return *reinterpret_cast<const uint32_t*>(from);

@@ -1,8 +1,8 @@
 // From similarities, in parts, to the K best experts of every token and their weights; one warp per token.
 //
 // All that a token needs is asked for at once: a lane has up to kMostPerLane experts and keeps their scores in
-// registers, its parts of their sums are read kLoads at a time before they are added in order, and the parts of the
-// token's moments are read one per lane. Variant: scores read again from memory in every round (double; more experts).
+// registers, the parts of their sums are read kLoads at a time before they are added in order, and those of the token's
+// moments one per lane. Variant: scores read again from memory in every round (double; more experts).
 #include "route_select.cuh"
 
 namespace moerge::cuda {
@@ -12,37 +12,37 @@ namespace {
 constexpr int kThreads = 64, kWarps = kThreads / 32;
 constexpr int kMostPerLane = 8, kLoads = 16;
 
-// What the moments say of a token, by its warp: lanes take parts, whose sums are added up.
+// What the moments say of a token, by its warp: each lane takes a part, and their sums are added up.
 MOERGE_DEVICE Statistics<float> statistics_of(const Route& p, int64_t t) {
-  float sum = 0, squares = 0;
-  for (int64_t part = lane(); part < p.parts; part += 32) {
-    const float* moments = p.moments + (part * p.T + t) * kMoments;
-    sum += moments[1], squares += moments[2];
-  }
-  sum = warp_sum(sum), squares = warp_sum(squares);
+  static_assert(kScoresParts <= 32);
+  const bool part = lane() < p.parts;
+  const float* moments = p.moments + ((part ? lane() : 0) * p.T + t) * kMoments;
+  const float pivot = moments[0], its_sum = moments[1], its_squares = moments[2];
+  const float sum = warp_sum(part ? its_sum : 0), squares = warp_sum(part ? its_squares : 0);
   const float D = static_cast<float>(p.D), rest = sum / D, variance = squares / D - rest * rest;
-  return {p.moments[t * kMoments], rest, 1 / sqrt((variance < 0 ? 0 : variance) + 1e-5f), 0};
+  return {pivot, rest, 1 / sqrt((variance < 0 ? 0 : variance) + 1e-5f), 0};
 }
 
-// sum[i] = the parts of one number, added up in order: `from` and what lies `stride` on, for the first of the lane's
-// experts, and 32 i behind for the others, of which `experts` are there.
+// sum[i] = the parts of a number, `stride` apart, added up in order: for expert[i], which lie behind `from`. Nothing
+// that is read depends on a condition, so that all of it is on its way before the first sum.
 template <int kPerLane>
-MOERGE_DEVICE void add_parts(const float* from, int64_t stride, int parts, int experts, float (&sum)[kPerLane]) {
+MOERGE_DEVICE void add_parts(const float* from, int64_t stride, int parts, const int (&expert)[kPerLane],
+                             float (&sum)[kPerLane]) {
   constexpr int kBatch = kLoads / kPerLane;
   MOERGE_UNROLL
   for (int i = 0; i < kPerLane; ++i) sum[i] = 0;
-  for (int first = 0; first < parts; first += kBatch, from += kBatch * stride) {
+  for (int first = 0; first < parts; first += kBatch) {
     float value[kBatch][kPerLane];
     MOERGE_UNROLL
     for (int j = 0; j < kBatch; ++j) {
+      const float* part = from + (first + j < parts ? first + j : 0) * stride;
       MOERGE_UNROLL
-      for (int i = 0; i < kPerLane; ++i)
-        value[j][i] = first + j < parts && i < experts ? from[j * stride + 32 * i] : 0;
+      for (int i = 0; i < kPerLane; ++i) value[j][i] = part[expert[i]];
     }
     MOERGE_UNROLL
     for (int j = 0; j < kBatch; ++j) {
       MOERGE_UNROLL
-      for (int i = 0; i < kPerLane; ++i) sum[i] += value[j][i];
+      for (int i = 0; i < kPerLane; ++i) sum[i] += first + j < parts ? value[j][i] : 0;
     }
   }
 }
@@ -52,11 +52,13 @@ MOERGE_DEVICE void add_parts(const float* from, int64_t stride, int parts, int e
 template <int kPerLane>
 MOERGE_DEVICE void similarities(const Route& p, int64_t t, int first, float (&similarity)[kPerLane]) {
   const int E = static_cast<int>(p.E), parts = static_cast<int>(p.parts);
-  const int mine = first + lane(), experts = mine < E ? (E - mine + 31) / 32 : 0;
-  add_parts(static_cast<const float*>(p.similarity) + t * E + mine, p.T * E, parts, experts, similarity);
+  int expert[kPerLane];
+  MOERGE_UNROLL
+  for (int i = 0; i < kPerLane; ++i) expert[i] = first + lane() + 32 * i < E ? first + lane() + 32 * i : E - 1;
+  add_parts(static_cast<const float*>(p.similarity) + t * E, p.T * E, parts, expert, similarity);
   if (!p.moments) return;
   float gates[kPerLane];
-  add_parts(p.gate_sums + mine, E, parts, experts, gates);
+  add_parts(p.gate_sums, E, parts, expert, gates);
   const Statistics<float> stats = statistics_of(p, t);
   MOERGE_UNROLL
   for (int i = 0; i < kPerLane; ++i) similarity[i] = (similarity[i] - stats.rest * gates[i]) * stats.factor;
@@ -95,6 +97,7 @@ struct RouteAddParts {
 template <class Acc, int kPerLane>
 struct RouteSelect {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLeastBlocks = 12;  // room for all that is on its way
   static constexpr const char* kName = "route_select";
   Route p;
 

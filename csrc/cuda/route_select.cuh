@@ -103,8 +103,7 @@ struct Selection {
       }
     }
     const auto each = [&](const auto& visit) {
-      if (few && lane() < kept) visit(lane(), mine);
-      for (int32_t k = lane(); !few && k < kept; k += 32) visit(k, weights[k]);
+      for (int32_t k = lane(); k < kept; k += 32) visit(k, few ? mine : weights[k]);
     };
     weigh(scores, each, weights);
     if (kept == p.K) return;

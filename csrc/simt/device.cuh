@@ -118,6 +118,8 @@ uint32_t pack(float low, float high) {
   return a.bits | uint32_t(b.bits) << 16;
 }
 
+inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
+
 template <class T>
 inline uint32_t load_pair(const T* from) {  // from: a multiple of 4
   return uint32_t(from[0].bits) | uint32_t(from[1].bits) << 16;
