@@ -100,6 +100,10 @@ template <class T>
 MOERGE_DEVICE float high_half(uint32_t word) {
   return low_half<T>(word >> 16);
 }
+template <>
+MOERGE_DEVICE float high_half<bf16>(uint32_t word) {  // as it lies
+  return __uint_as_float(word & 0xFFFF0000u);
+}
 template <class T>
 MOERGE_DEVICE uint32_t pack(float low, float high) {
   T a, b;
@@ -145,6 +149,14 @@ MOERGE_DEVICE void store16(void* to, Bytes16 value) {
 
 MOERGE_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 4 bytes of shared memory into whichever register is best: loads of neighbours are not made one, whose four registers
+// would have to be adjacent and be moved from there.
+MOERGE_DEVICE uint32_t load_shared(const void* from) {
+  uint32_t value;
+  asm volatile("ld.volatile.shared.b32 %0, [%1];" : "=r"(value) : "r"(shared_address(from)) : "memory");
+  return value;
 }
 
 // Starts a copy of 16 bytes from global to shared memory; zeros are written, and nothing is read, when not valid.

@@ -14,12 +14,13 @@ constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kBatch = 8;
 static_assert(kWarps == 32, "a lane per warp");
 
-template <class Acc>
+// kDirect: the slot of a pair is its own number; else its token's row says.
+template <class Acc, bool kDirect>
 struct GroupPairs {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "lora_group_pairs";
   Lora p;
-  bool skip_zero, direct;  // direct: a pair is its slot
+  bool skip_zero;
   Groups g;
   int tiles;  // that there is room for
 
@@ -38,7 +39,7 @@ struct GroupPairs {
 
   // Where the pair's expert and weight lie; -1: its token belongs to no row.
   MOERGE_DEVICE int slot_of(uint32_t pair) const {
-    if (direct) return static_cast<int>(pair);
+    if constexpr (kDirect) return static_cast<int>(pair);
     const uint32_t K = static_cast<uint32_t>(p.K), token = pair / K;
     const int64_t row = row_of(p.row, token);
     return row < 0 ? -1 : static_cast<int>(row * K + pair % K);
@@ -47,16 +48,18 @@ struct GroupPairs {
   // The experts of the lane's pairs among the kBatch * 32 from `first` on; -1: none, or it is left out.
   MOERGE_DEVICE void read(uint32_t first, uint32_t end, int32_t (&expert)[kBatch]) const {
     Acc weight[kBatch];
+    bool named[kBatch];
     MOERGE_UNROLL
     for (int j = 0; j < kBatch; ++j) {
       const uint32_t pair = first + j * 32 + lane();
-      const int slot = pair < end ? slot_of(pair) : -1;
-      expert[j] = slot < 0 ? -1 : p.experts[slot];
-      weight[j] = slot < 0 || !skip_zero ? Acc(1) : static_cast<const Acc*>(p.weights)[slot];
+      const int slot = slot_of(pair < end ? pair : first);
+      named[j] = pair < end && slot >= 0;
+      expert[j] = p.experts[slot >= 0 ? slot : 0];  // no load waits for a condition
+      weight[j] = skip_zero ? static_cast<const Acc*>(p.weights)[slot >= 0 ? slot : 0] : Acc(1);
     }
     MOERGE_UNROLL
     for (int j = 0; j < kBatch; ++j)
-      if (expert[j] >= p.E || weight[j] == 0) expert[j] = -1;
+      if (!named[j] || expert[j] >= p.E || weight[j] == 0) expert[j] = -1;
   }
 
   MOERGE_DEVICE void operator()() const {
@@ -93,9 +96,12 @@ struct GroupPairs {
 
 template <class Acc>
 void run_group(const Lora& p, bool skip_zero, const Groups& groups, Stream stream) {
-  const bool direct = !p.row.rows && p.row.tokens_per_row == 1 && p.row.n >= p.T;
-  launch({p.E}, 2 * shared_size(kWarps * sizeof(int32_t)), stream,
-         GroupPairs<Acc>{p, skip_zero, direct, groups, static_cast<int>(most_tiles(p))});
+  const size_t shared = 2 * shared_size(kWarps * sizeof(int32_t));
+  const int tiles = static_cast<int>(most_tiles(p));
+  if (!p.row.rows && p.row.tokens_per_row == 1 && p.row.n >= p.T)
+    launch({p.E}, shared, stream, GroupPairs<Acc, true>{p, skip_zero, groups, tiles});
+  else
+    launch({p.E}, shared, stream, GroupPairs<Acc, false>{p, skip_zero, groups, tiles});
 }
 
 }  // namespace

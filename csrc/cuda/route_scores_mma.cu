@@ -57,10 +57,13 @@ MOERGE_DEVICE void split(float low, float high, uint32_t (&part)[3]) {
   }
 }
 
+// Blocks that fit on a processor.
+constexpr int blocks_together(int experts, size_t size_of_x) { return experts > 16 || size_of_x == 4 ? 1 : 2; }
+
 template <class X, int kExperts>
 struct RouteScoresMma {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kLeastBlocks = kExperts > 16 ? 1 : 2;
+  static constexpr int kLeastBlocks = blocks_together(kExperts, sizeof(X));
   static constexpr const char* kName = "route_scores_mma";
   static constexpr int kTiles = kExperts / 8;
   static constexpr int kPieces = sizeof(X) / 2;  // of 16 bytes, in 8 features
@@ -81,43 +84,68 @@ struct RouteScoresMma {
 
   // What a lane has: rows g + 8 r of the warp's tokens, and of each chunk the features 8 i to 8 i + 7.
   struct Lane {
-    int64_t first;   // token of row 0
-    const X* x;      // row g
-    const float* gate[kTiles];
-    bool adds_gates;  // to gate_sum
+    int64_t first;           // token of row 0
+    int column, D;           // 8 i
+    char* ring;              // its pieces, kThreads of 16 bytes apart
+    const X* x[4];           // of a row beyond T: the last token, whose results nobody stores
+    const float* gates;      // of the block's first expert, and from there on
+    uint32_t gate[kTiles];   // of experts g + 8 n; of one beyond E: the last one's
+    bool adds_moments, adds_gates;
     float shift[4] = {}, factor[4] = {1, 1, 1, 1}, sum[4] = {}, squares[4] = {}, gate_sum[kTiles] = {};
   };
   using Sums = float[2][kTiles][4];
   using Gates = Bytes16[kTiles][2];
+  using Tokens = uint32_t[4][kPieces * 4];
 
   MOERGE_DEVICE int group() const { return warp() & ((1 << group_bits) - 1); }
   MOERGE_DEVICE int split_of_features() const { return warp() >> group_bits; }
   MOERGE_DEVICE int splits() const { return kWarps >> group_bits; }
   MOERGE_DEVICE bool standardizes() const { return p.normalize == Normalize::standardize; }
 
-  MOERGE_DEVICE static char* piece(const Memory& m, int stage, int row, int i) {
-    return m.ring + (((stage * 4 + row) * kPieces + i) * kThreads + thread()) * 16;
+  MOERGE_DEVICE Lane lane_of(const Memory& m) const {
+    Lane mine;
+    mine.first = ((block_x() << group_bits) + group()) * kTokens;
+    mine.column = lane() % 4 * 8, mine.D = static_cast<int>(p.D);
+    mine.ring = m.ring + thread() * 16;
+    MOERGE_UNROLL
+    for (int row = 0; row < 4; ++row) {
+      const int64_t t = mine.first + lane() / 4 + row * 8;
+      mine.x[row] = static_cast<const X*>(p.x.data) + (t < p.T ? t : p.T - 1) * p.x.stride;
+    }
+    const int first = static_cast<int>(block_y()) * kExperts, last = static_cast<int>(p.E) - 1;
+    mine.gates = static_cast<const float*>(p.gates.data) + first * p.gates.stride;
+    MOERGE_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      const int e = first + n * 8 + lane() / 4;
+      mine.gate[n] = static_cast<uint32_t>((e < last ? e : last) - first) * static_cast<uint32_t>(p.gates.stride);
+    }
+    mine.adds_moments = standardizes() && block_y() == 0;
+    mine.adds_gates = standardizes() && block_x() == 0 && group() == 0;
+    return mine;
   }
 
-  MOERGE_DEVICE void copy_tokens(const Memory& m, const Lane& mine, int stage, int chunk, int end) const {
-    const int column = chunk * kFeatures + lane() % 4 * 8;
+  MOERGE_DEVICE static char* piece(const Lane& mine, int stage, int row, int i) {
+    return mine.ring + ((stage * 4 + row) * kPieces + i) * (kThreads * 16);
+  }
+
+  MOERGE_DEVICE static void copy_tokens(const Lane& mine, int stage, int chunk, int end) {
     if (chunk < end) {
+      const int column = chunk * kFeatures + mine.column;
+      const bool valid = column < mine.D;
       MOERGE_UNROLL
       for (int row = 0; row < 4; ++row) {
-        const bool valid = column < p.D && mine.first + lane() / 4 + row * 8 < p.T;
-        const X* from = valid ? mine.x + row * 8 * p.x.stride + column : static_cast<const X*>(p.x.data);
         MOERGE_UNROLL
         for (int i = 0; i < kPieces; ++i)
-          async_copy16(piece(m, stage, row, i), from + (valid ? i * (8 / kPieces) : 0), valid);
+          async_copy16(piece(mine, stage, row, i), mine.x[row] + (valid ? column : 0) + i * (8 / kPieces), valid);
       }
     }
     async_commit();  // an empty group at the end keeps the count right
   }
 
   // Beyond D, where tokens are 0, the first features.
-  MOERGE_DEVICE Bytes16 load_gate(const Lane& mine, int chunk, int tile, int step) const {
-    const int column = chunk * kFeatures + lane() % 4 * 8;
-    return load16(mine.gate[tile] + (column < p.D ? column : 0) + step * 4);
+  MOERGE_DEVICE static Bytes16 load_gate(const Lane& mine, int chunk, int tile, int step) {
+    const int column = chunk * kFeatures + mine.column;
+    return load16(mine.gates + (column < mine.D ? column : 0) + mine.gate[tile] + step * 4);
   }
 
   // The pivot of one token: the mean of some features, unless 0 is nearer to them than they to each other. Around the
@@ -158,105 +186,125 @@ struct RouteScoresMma {
     return true;
   }
 
-  // Features 4 step to 4 step + 3 of the lane's 8 of one token.
-  MOERGE_DEVICE static void values(const Bytes16 (&token)[kPieces], int step, float (&x)[4]) {
+  // Features 4 step to 4 step + 3 of the lane's 8 of one token: 0 beyond D, and without its pivot unless `plain`.
+  template <bool plain>
+  MOERGE_DEVICE static void values(const Lane& mine, const Tokens& token, int row, int step, bool inside,
+                                   float (&x)[4]) {
     MOERGE_UNROLL
-    for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 4; ++i) {
       if constexpr (kPieces == 2)
-        x[j] = as_float(token[step].word[j]);
+        x[i] = as_float(token[row][step * 4 + i]);
       else
-        x[j] = j % 2 ? high_half<X>(token[0].word[step * 2 + j / 2]) : low_half<X>(token[0].word[step * 2 + j / 2]);
+        x[i] = i % 2 ? high_half<X>(token[row][step * 2 + i / 2]) : low_half<X>(token[row][step * 2 + i / 2]);
+      if constexpr (!plain) x[i] = inside ? x[i] - mine.shift[row] : 0;
     }
   }
 
-  // The left fragments of rows 2 half and 2 half + 1: the whole of them in a[0] where `plain`, else in three parts.
+  // To the moments, of a chunk.
   template <bool plain>
-  MOERGE_DEVICE void left(const Bytes16 (&token)[4][kPieces], int half, int step, bool inside, Lane& mine,
-                          uint32_t (&a)[3][4]) const {
+  MOERGE_DEVICE static void add_moments(const Tokens& token, bool inside, Lane& mine) {
+    MOERGE_UNROLL
+    for (int row = 0; row < 4; ++row) {
+      MOERGE_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        float x[4];
+        values<plain>(mine, token, row, step, inside, x);
+        MOERGE_UNROLL
+        for (int i = 0; i < 4; ++i) mine.sum[row] += x[i], mine.squares[row] += x[i] * x[i];
+      }
+    }
+  }
+
+  // The left fragments of rows 2 half and 2 half + 1: as they are in a[0] where `plain`, else in three parts.
+  template <bool plain>
+  MOERGE_DEVICE static void left(const Tokens& token, int half, int step, bool inside, const Lane& mine,
+                                 uint32_t (&a)[3][4]) {
     MOERGE_UNROLL
     for (int j = 0; j < 2; ++j) {
       const int row = half * 2 + j;
-      float x[4];
-      values(token[row], step, x);
-      MOERGE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (!plain) x[i] = inside ? x[i] - mine.shift[row] : 0;
-        mine.sum[row] += x[i], mine.squares[row] += x[i] * x[i];
-        if constexpr (!plain) x[i] *= mine.factor[row];
-      }
-      MOERGE_UNROLL
-      for (int pair = 0; pair < 2; ++pair) {
-        uint32_t part[3];
-        if constexpr (plain)
-          a[0][j + pair * 2] = token[row][0].word[step * 2 + pair];
-        else
-          split(x[pair * 2], x[pair * 2 + 1], part);
+      if constexpr (plain) {
+        a[0][j] = token[row][step * 2], a[0][j + 2] = token[row][step * 2 + 1];
+      } else {
+        float x[4];
+        values<plain>(mine, token, row, step, inside, x);
         MOERGE_UNROLL
-        for (int i = 0; !plain && i < 3; ++i) a[i][j + pair * 2] = part[i];
+        for (int pair = 0; pair < 2; ++pair) {
+          uint32_t part[3];
+          split(x[pair * 2] * mine.factor[row], x[pair * 2 + 1] * mine.factor[row], part);
+          MOERGE_UNROLL
+          for (int i = 0; i < 3; ++i) a[i][j + pair * 2] = part[i];
+        }
       }
     }
   }
 
-  template <int left_part, int right_part>
-  MOERGE_DEVICE static void add_product(const uint32_t (&a)[3][4], const uint32_t (&b)[kTiles][2][3],
-                                        float (&sum)[kTiles][4]) {
+  template <int left_part, int right_part, int count>
+  MOERGE_DEVICE static void add_product(const uint32_t (&a)[3][4], const uint32_t (&b)[count][2][3],
+                                        float (&sum)[count][4]) {
     MOERGE_UNROLL
-    for (int n = 0; n < kTiles; ++n) mma<bf16>(sum[n], a[left_part], {b[n][0][right_part], b[n][1][right_part]});
+    for (int n = 0; n < count; ++n) mma<bf16>(sum[n], a[left_part], {b[n][0][right_part], b[n][1][right_part]});
   }
 
   MOERGE_DEVICE static float sum_of(const Bytes16& four) {
     return (as_float(four.word[0]) + as_float(four.word[1])) + (as_float(four.word[2]) + as_float(four.word[3]));
   }
 
-  // One half of a chunk: 16 of its features, 4 of each lane. The gates of the next chunk take the place of these.
-  template <bool plain>
-  MOERGE_DEVICE void multiply(const Bytes16 (&token)[4][kPieces], Gates& gates, int step, int chunk, int next,
-                              Lane& mine, Sums& sum) const {
-    const bool inside = chunk * kFeatures + lane() % 4 * 8 < p.D;
+  // One half of a chunk, 16 of its features and 4 of each lane, for `count` tiles of experts. The gates of the next
+  // chunk take the place of these.
+  template <bool plain, int first, int count>
+  MOERGE_DEVICE static void multiply(const Tokens& token, Gates& gates, int step, bool inside, int next, Lane& mine,
+                                     Sums& sum) {
     if (mine.adds_gates && inside) {
       MOERGE_UNROLL
-      for (int n = 0; n < kTiles; ++n) mine.gate_sum[n] += sum_of(gates[n][step]);
+      for (int n = first; n < first + count; ++n) mine.gate_sum[n] += sum_of(gates[n][step]);
     }
-    uint32_t b[kTiles][2][3];
+    uint32_t b[count][2][3];
     MOERGE_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      const uint32_t(&word)[4] = gates[n][step].word;
-      split(as_float(word[0]), as_float(word[1]), b[n][0]), split(as_float(word[2]), as_float(word[3]), b[n][1]);
-      gates[n][step] = load_gate(mine, next, n, step);
+    for (int n = 0; n < count; ++n) {
+      const Bytes16 four = gates[first + n][step];
+      split(as_float(four.word[0]), as_float(four.word[1]), b[n][0]);
+      split(as_float(four.word[2]), as_float(four.word[3]), b[n][1]);
+      gates[first + n][step] = load_gate(mine, next, first + n, step);
     }
     MOERGE_UNROLL
     for (int half = 0; half < 2; ++half) {
       uint32_t a[3][4];
       left<plain>(token, half, step, inside, mine, a);
-      float part[kTiles][4] = {};
+      float part[count][4] = {};
       if constexpr (!plain) add_product<2, 0>(a, b, part), add_product<1, 1>(a, b, part);
       add_product<0, 2>(a, b, part);
       if constexpr (!plain) add_product<1, 0>(a, b, part);
       add_product<0, 1>(a, b, part), add_product<0, 0>(a, b, part);
       MOERGE_UNROLL
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < count; ++n) {
         MOERGE_UNROLL
-        for (int j = 0; j < 4; ++j) sum[half][n][j] += part[n][j];
+        for (int j = 0; j < 4; ++j) sum[half][first + n][j] += part[n][j];
       }
     }
   }
 
   // All chunks of the warp; the ring's first kStages - 1 are under way, and the gates of the first.
   template <bool plain>
-  MOERGE_DEVICE void run(const Memory& m, int chunk, int end, Gates& gates, Lane& mine, Sums& sum) const {
+  MOERGE_DEVICE void run(int chunk, int end, Gates& gates, Lane& mine, Sums& sum) const {
     const int stride = splits();
     for (int stage = 0; chunk < end; chunk += stride, stage = stage + 1 < kStages ? stage + 1 : 0) {
-      copy_tokens(m, mine, stage > 0 ? stage - 1 : kStages - 1, chunk + (kStages - 1) * stride, end);
+      copy_tokens(mine, stage > 0 ? stage - 1 : kStages - 1, chunk + (kStages - 1) * stride, end);
       async_wait<kStages - 1>();
-      Bytes16 token[4][kPieces];
+      Tokens token;
       MOERGE_UNROLL
       for (int row = 0; row < 4; ++row) {
         MOERGE_UNROLL
-        for (int i = 0; i < kPieces; ++i) token[row][i] = load16(piece(m, stage, row, i));
+        for (int i = 0; i < kPieces * 4; ++i) token[row][i] = load_shared(piece(mine, stage, row, i / 4) + i % 4 * 4);
       }
+      const bool inside = chunk * kFeatures + mine.column < mine.D;
+      if (mine.adds_moments) add_moments<plain>(token, inside, mine);
       const int next = chunk + stride < end ? chunk + stride : chunk;
       MOERGE_UNROLL
-      for (int step = 0; step < 2; ++step) multiply<plain>(token, gates, step, chunk, next, mine, sum);
+      for (int step = 0; step < 2; ++step) {
+        constexpr int kFirst = kTiles > 5 ? kTiles / 2 : kTiles, kRest = kTiles - kFirst;  // what registers hold
+        multiply<plain, 0, kFirst>(token, gates, step, inside, next, mine, sum);
+        if constexpr (kRest > 0) multiply<plain, kFirst, kRest>(token, gates, step, inside, next, mine, sum);
+      }
     }
   }
 
@@ -292,7 +340,9 @@ struct RouteScoresMma {
   // The warps' parts are added up in order; `from` of the first, each `stride` on.
   MOERGE_DEVICE float over_splits(const float* from, int stride) const {
     float sum = 0;
-    for (int i = 0; i < splits(); ++i) sum += from[(i << group_bits) * stride];
+    MOERGE_UNROLL
+    for (int i = 0; i < kWarps; ++i)
+      if (i < splits()) sum += from[(i << group_bits) * stride];
     return sum;
   }
 
@@ -326,26 +376,18 @@ struct RouteScoresMma {
     const int64_t chunks = (p.D + kFeatures - 1) / kFeatures;
     const int begin = static_cast<int>(chunks * block_z() / p.parts) + split_of_features();
     const int end = static_cast<int>(chunks * (block_z() + 1) / p.parts);
-    Lane mine;
-    mine.first = ((block_x() << group_bits) + group()) * kTokens;
-    mine.adds_gates = standardizes() && block_x() == 0 && group() == 0;
-    mine.x = static_cast<const X*>(p.x.data) + (mine.first + lane() / 4) * p.x.stride;
+    Lane mine = lane_of(m);
     MOERGE_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
-      const int64_t e = block_y() * kExperts + n * 8 + lane() / 4;
-      mine.gate[n] = static_cast<const float*>(p.gates.data) + (e < p.E ? e : p.E - 1) * p.gates.stride;
-    }
-    MOERGE_UNROLL
-    for (int i = 0; i < kStages - 1; ++i) copy_tokens(m, mine, i, begin + i * splits(), end);
+    for (int i = 0; i < kStages - 1; ++i) copy_tokens(mine, i, begin + i * splits(), end);
     Gates gates;
     MOERGE_UNROLL
-    for (int n = 0; n < kTiles; ++n) gates[n][0] = load_gate(mine, begin, n, 0), gates[n][1] = load_gate(mine, begin, n, 1);
+    for (int i = 0; i < kTiles * 2; ++i) gates[i / 2][i % 2] = load_gate(mine, begin, i / 2, i % 2);
     Sums sum = {};
     const bool plain = prepare(mine);
     if (std::is_same_v<X, bf16> && plain)
-      run<std::is_same_v<X, bf16>>(m, begin, end, gates, mine, sum);
+      run<std::is_same_v<X, bf16>>(begin, end, gates, mine, sum);
     else
-      run<false>(m, begin, end, gates, mine, sum);
+      run<false>(begin, end, gates, mine, sum);
     async_wait<0>();
     sync_block();  // nobody reads the ring any more
     keep(m, mine, sum);
@@ -398,7 +440,8 @@ void run(const Route& p, Stream stream) {
 // The fewest parts that take the least time: for every round of blocks, what each warp has to do, and kScoresStart.
 int64_t score_parts_mma(const Route& p) {
   const Cut cut = cut_of(p);
-  const int64_t together = kProcessors * (cut.experts > 16 ? 1 : 2), chunks = ceil_div(p.D, kFeatures);
+  const int64_t together = kProcessors * blocks_together(cut.experts, p.x.dtype == DType::f32 ? 4 : 2);
+  const int64_t chunks = ceil_div(p.D, kFeatures);
   int64_t best = 1, least = 0;
   for (int64_t parts = 1; parts <= kScoresParts && parts <= chunks; ++parts) {
     const int64_t per_warp = ceil_div(ceil_div(chunks, parts), kWarps >> cut.group_bits);

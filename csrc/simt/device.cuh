@@ -147,6 +147,8 @@ inline void store16(void* to, Bytes16 value, const Place& place = Place::current
 inline Bytes16 load16_once(const void* from, const Place& place = Place::current()) { return load16(from, place); }
 inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
 
+inline uint32_t load_shared(const void* from) { return *static_cast<const uint32_t*>(from); }
+
 inline void async_copy16(void* shared, const void* global, bool valid, const Place& place = Place::current()) {
   check_aligned(shared, place);
   if (valid) check_aligned(global, place);
