@@ -53,6 +53,8 @@ template <class T>
 MOERGE_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
+MOERGE_DEVICE uint32_t warp_most(uint32_t value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
+MOERGE_DEVICE uint32_t warp_least(uint32_t value) { return __reduce_min_sync(0xFFFFFFFFu, value); }
 MOERGE_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 
 MOERGE_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }

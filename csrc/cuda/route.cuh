@@ -91,28 +91,6 @@ struct Scores {
   }
 };
 
-// The same in registers, for up to 32 kPerLane experts.
-template <class Acc, int kPerLane>
-struct HeldScores {
-  Acc score[kPerLane];    // of expert lane + 32 i
-  bool chosen[kPerLane];  // whether it is eligible
-
-  MOERGE_DEVICE HeldScores(const Scores<Acc>& scores, const Acc (&similarity)[kPerLane]) {
-    MOERGE_UNROLL
-    for (int i = 0; i < kPerLane; ++i) {
-      const int32_t e = lane() + 32 * i;
-      chosen[i] = e < scores.p.E && scores.eligible(e);
-      score[i] = chosen[i] ? scores.of(e, similarity[i]) : Acc(0);
-    }
-  }
-  template <class Visit>
-  MOERGE_DEVICE void each(const Visit& visit) const {
-    MOERGE_UNROLL
-    for (int i = 0; i < kPerLane; ++i)
-      if (chosen[i]) visit(lane() + 32 * i, score[i]);
-  }
-};
-
 // exp(score - highest) / total over the eligible experts, by the warp. A NaN score makes the total NaN.
 template <class Acc>
 struct SoftmaxAll {

@@ -1,7 +1,8 @@
 // One token's selection, by one warp: from its scores to the K best experts and their weights.
 //
-// Each of the K rounds looks for the best expert that comes after the last one in the order "numbers before NaN, then
-// the higher score, then the lower id", so nothing has to be marked and any K up to E works.
+// Each of the K rounds looks for the best expert in the order "numbers before NaN, then the higher score, then the lower
+// id": among scores that are read from memory, the best after the last one, so that nothing has to be marked; among those
+// in registers, where the order is that of whole numbers, the best that has not been taken.
 #pragma once
 
 #include "route.cuh"
@@ -22,13 +23,61 @@ struct Candidate {
   }
 };
 
+// The scores of a token in registers, for up to 32 kPerLane experts.
+template <int kPerLane>
+struct HeldScores {
+  float score[kPerLane];   // of expert lane + 32 i
+  bool chosen[kPerLane];   // whether it is eligible
+  uint32_t key[kPerLane];  // the greater, the better; 0: not eligible, or taken
+
+  MOERGE_DEVICE HeldScores(const Scores<float>& scores, const float (&similarity)[kPerLane]) {
+    MOERGE_UNROLL
+    for (int i = 0; i < kPerLane; ++i) {
+      const int32_t e = lane() + 32 * i;
+      chosen[i] = e < scores.p.E && scores.eligible(e);
+      score[i] = chosen[i] ? scores.of(e, similarity[i]) : 0;
+      const uint32_t bits = as_bits(score[i] + 0.0f);  // of -0 those of 0
+      const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
+      key[i] = !chosen[i] ? 0 : score[i] != score[i] ? 1 : order;
+    }
+  }
+
+  template <class Visit>
+  MOERGE_DEVICE void each(const Visit& visit) const {
+    MOERGE_UNROLL
+    for (int i = 0; i < kPerLane; ++i)
+      if (chosen[i]) visit(lane() + 32 * i, score[i]);
+  }
+
+  MOERGE_DEVICE Candidate<float> take() {
+    uint32_t best = 0, id = UINT32_MAX;
+    MOERGE_UNROLL
+    for (int i = 0; i < kPerLane; ++i) best = key[i] > best ? key[i] : best;
+    best = warp_most(best);
+    if (best == 0) return {0, -1};
+    MOERGE_UNROLL
+    for (int i = kPerLane - 1; i >= 0; --i)
+      if (key[i] == best) id = lane() + 32 * i;
+    id = warp_least(id);
+    float its = 0;
+    MOERGE_UNROLL
+    for (int i = 0; i < kPerLane; ++i)
+      if (id == static_cast<uint32_t>(lane() + 32 * i)) its = score[i], key[i] = 0;
+    return {shuffle(its, static_cast<int>(id % 32)), static_cast<int32_t>(id)};
+  }
+};
+
 template <class Acc>
 struct Selection {
   const Route& p;
 
+  template <int kPerLane>
+  MOERGE_DEVICE Candidate<Acc> next(HeldScores<kPerLane>& scores, const Candidate<Acc>&) const {
+    return scores.take();
+  }
+
   // The best eligible expert after `last` (id -1: the best of all).
-  template <class All>
-  MOERGE_DEVICE Candidate<Acc> next(const All& scores, const Candidate<Acc>& last) const {
+  MOERGE_DEVICE Candidate<Acc> next(const Scores<Acc>& scores, const Candidate<Acc>& last) const {
     Candidate<Acc> best{0, -1};
     scores.each([&](int32_t e, Acc score) {
       const Candidate<Acc> candidate{score, e};
@@ -81,7 +130,7 @@ struct Selection {
 
   // weights and experts [K] of the token with these scores. Up to 32 slots stay with the lanes until they are weights.
   template <class All>
-  MOERGE_DEVICE void choose(const All& scores, Acc* weights, int32_t* experts) const {
+  MOERGE_DEVICE void choose(All& scores, Acc* weights, int32_t* experts) const {
     Acc highest = 0, total = 1, before = 0;
     if (p.top_p > 0) {
       const SoftmaxAll<Acc> all(scores);
@@ -113,7 +162,8 @@ struct Selection {
 
   // Of token t.
   MOERGE_DEVICE void run(int64_t t, Acc* weights, int32_t* experts) const {
-    choose(Scores<Acc>(p, t), weights, experts);
+    Scores<Acc> scores(p, t);
+    choose(scores, weights, experts);
   }
 };
 

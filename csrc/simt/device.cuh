@@ -56,6 +56,23 @@ T shuffle_xor(T value, int mask, const Place& place = Place::current()) {
   return shuffle(value, lane() ^ mask, place);
 }
 
+template <bool most>
+uint32_t extreme_of_warp(uint32_t value, const Place& place) {
+  simt::warp_operation(place, &value, [](void** all) {
+    uint32_t found = *static_cast<uint32_t*>(all[0]);
+    for (int i = 1; i < 32; ++i)
+      if (const uint32_t its = *static_cast<uint32_t*>(all[i]); most ? its > found : its < found) found = its;
+    for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(all[i]) = found;
+  });
+  return value;
+}
+inline uint32_t warp_most(uint32_t value, const Place& place = Place::current()) {
+  return extreme_of_warp<true>(value, place);
+}
+inline uint32_t warp_least(uint32_t value, const Place& place = Place::current()) {
+  return extreme_of_warp<false>(value, place);
+}
+
 inline uint32_t ballot(bool vote, const Place& place = Place::current()) {
   struct Mine {
     bool vote;
