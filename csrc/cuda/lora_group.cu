@@ -37,31 +37,6 @@ struct GroupPairs {
     for (int i = first + thread(); i < next; i += kThreads) g.tile_expert[i] = i - first < filled ? expert : -1;
   }
 
-  // Where the pair's expert and weight lie; -1: its token belongs to no row.
-  MOERGE_DEVICE int slot_of(uint32_t pair) const {
-    if constexpr (kDirect) return static_cast<int>(pair);
-    const uint32_t K = static_cast<uint32_t>(p.K), token = pair / K;
-    const int64_t row = row_of(p.row, token);
-    return row < 0 ? -1 : static_cast<int>(row * K + pair % K);
-  }
-
-  // The experts of the lane's pairs among the kBatch * 32 from `first` on; -1: none, or it is left out.
-  MOERGE_DEVICE void read(uint32_t first, uint32_t end, int32_t (&expert)[kBatch]) const {
-    Acc weight[kBatch];
-    bool named[kBatch];
-    MOERGE_UNROLL
-    for (int j = 0; j < kBatch; ++j) {
-      const uint32_t pair = first + j * 32 + lane();
-      const int slot = slot_of(pair < end ? pair : first);
-      named[j] = pair < end && slot >= 0;
-      expert[j] = p.experts[slot >= 0 ? slot : 0];  // no load waits for a condition
-      weight[j] = skip_zero ? static_cast<const Acc*>(p.weights)[slot >= 0 ? slot : 0] : Acc(1);
-    }
-    MOERGE_UNROLL
-    for (int j = 0; j < kBatch; ++j)
-      if (!named[j] || expert[j] >= p.E || weight[j] == 0) expert[j] = -1;
-  }
-
   MOERGE_DEVICE void operator()() const {
     Shared shared;
     int32_t *owned = shared.take<int32_t>(kWarps), *lower = shared.take<int32_t>(kWarps);
@@ -70,7 +45,7 @@ struct GroupPairs {
     const uint32_t begin = warp() * run, end = begin + run < pairs ? begin + run : pairs;
     int32_t ids[kBatch], count = 0, before = 0;
     for (uint32_t first = begin; first < end; first += kBatch * 32) {
-      read(first, end, ids);
+      experts_of<Acc, kDirect>(p, skip_zero, first, end, ids);
       MOERGE_UNROLL
       for (int j = 0; j < kBatch; ++j) count += ids[j] == expert, before += ids[j] >= 0 && ids[j] < expert;
     }
@@ -82,7 +57,7 @@ struct GroupPairs {
     int at = start + warp_sum(lane() < warp() ? its : 0);
     if (count == 0) return;
     for (uint32_t first = begin; first < end; first += kBatch * 32) {
-      read(first, end, ids);
+      experts_of<Acc, kDirect>(p, skip_zero, first, end, ids);
       MOERGE_UNROLL
       for (int j = 0; j < kBatch; ++j) {
         const uint32_t votes = ballot(ids[j] == expert);
@@ -98,7 +73,7 @@ template <class Acc>
 void run_group(const Lora& p, bool skip_zero, const Groups& groups, Stream stream) {
   const size_t shared = 2 * shared_size(kWarps * sizeof(int32_t));
   const int tiles = static_cast<int>(most_tiles(p));
-  if (!p.row.rows && p.row.tokens_per_row == 1 && p.row.n >= p.T)
+  if (pairs_are_slots(p))
     launch({p.E}, shared, stream, GroupPairs<Acc, true>{p, skip_zero, groups, tiles});
   else
     launch({p.E}, shared, stream, GroupPairs<Acc, false>{p, skip_zero, groups, tiles});
