@@ -23,7 +23,13 @@ constexpr int64_t kExpandMostTokens = 512, kExpandLeastTokens = 32, kExpandBlock
 
 // With fewer blocks than this the sums over D are split, into so many parts at most.
 constexpr int64_t kShrinkBlocks = 512, kShrinkParts = 8;
-constexpr int64_t kScoresBlocks = 256, kScoresParts = 32;
+
+// The scores on tensor cores: up to how many tokens all warps of a block have the same 32, and up to how many there are
+// two such groups, not four; the most parts of D (at most 32), and what a block costs besides its chunks of 32
+// features, counted in those. kProcessors is how many the launches are cut for.
+constexpr int64_t kScoresOneGroup = 256, kScoresTwoGroups = 1024;
+constexpr int64_t kScoresParts = 16, kScoresStart = 2;
+constexpr int64_t kProcessors = 132;
 
 // How many parts: the fewest that give so many blocks, each with two tiles of the sum or more.
 constexpr int64_t parts_for(int64_t blocks_wanted, int64_t blocks, int64_t tiles, int64_t most) {

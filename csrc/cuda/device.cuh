@@ -19,6 +19,7 @@
 #include "launch.h"
 
 #define MOERGE_DEVICE __device__ __forceinline__
+#define MOERGE_UNROLL _Pragma("unroll")  // before a loop whose arrays are to lie in registers
 
 namespace moerge::cuda {
 
@@ -52,6 +53,8 @@ template <class T>
 MOERGE_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
+MOERGE_DEVICE uint32_t warp_most(uint32_t value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
+MOERGE_DEVICE uint32_t warp_least(uint32_t value) { return __reduce_min_sync(0xFFFFFFFFu, value); }
 MOERGE_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 
 MOERGE_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
@@ -176,6 +179,14 @@ MOERGE_DEVICE void store_words(void* to, const uint32_t (&words)[n]) {
 
 MOERGE_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 4 bytes of shared memory into whichever register is best: loads of neighbours are not made one, whose four registers
+// would have to be adjacent and be moved from there.
+MOERGE_DEVICE uint32_t load_shared(const void* from) {
+  uint32_t value;
+  asm volatile("ld.volatile.shared.b32 %0, [%1];" : "=r"(value) : "r"(shared_address(from)) : "memory");
+  return value;
 }
 
 // Starts a copy of 16 bytes from global to shared memory; zeros are written, and nothing is read, when not valid.

@@ -41,13 +41,34 @@ struct Slots {
   }
 };
 
-// The expert of a pair; -1: it names none, or its weight is 0 and such are left out.
-template <class Acc>
-MOERGE_DEVICE int32_t expert_of(const Lora& p, int64_t pair, bool skip_zero) {
-  if (pair >= p.T * p.K) return -1;
-  const Slots<Acc> slots(p, pair / p.K);
-  const int64_t k = pair % p.K;
-  return (skip_zero ? slots.used(k) : slots.named(k)) ? slots.experts[k] : -1;
+// Whether the slot of a pair is its own number.
+MOERGE_DEVICE bool pairs_are_slots(const Lora& p) {
+  return !p.row.rows && p.row.tokens_per_row == 1 && p.row.n >= p.T;
+}
+
+// The experts of pairs first + lane, 32 apart, as far as they are below `end`, by a warp; -1: a pair names none, or its
+// weight is 0 and such are left out. No load depends on another one or on a condition, and only a map of rows costs
+// divisions. direct: pairs_are_slots.
+template <class Acc, bool direct, int count>
+MOERGE_DEVICE void experts_of(const Lora& p, bool skip_zero, uint32_t first, uint32_t end, int32_t (&expert)[count]) {
+  const uint32_t K = static_cast<uint32_t>(p.K);
+  Acc weight[count];
+  bool named[count];
+  MOERGE_UNROLL
+  for (int j = 0; j < count; ++j) {
+    const uint32_t its = first + j * 32 + lane(), pair = its < end ? its : 0;
+    int64_t slot = pair;
+    if constexpr (!direct) {
+      const int64_t row = row_of(p.row, pair / K);
+      slot = row < 0 ? -1 : row * K + pair % K;
+    }
+    named[j] = its < end && slot >= 0;
+    expert[j] = p.experts[slot >= 0 ? slot : 0];
+    weight[j] = skip_zero ? static_cast<const Acc*>(p.weights)[slot >= 0 ? slot : 0] : Acc(1);
+  }
+  MOERGE_UNROLL
+  for (int j = 0; j < count; ++j)
+    if (!named[j] || expert[j] >= p.E || weight[j] == 0) expert[j] = -1;
 }
 
 }  // namespace moerge::cuda

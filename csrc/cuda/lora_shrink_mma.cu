@@ -11,7 +11,8 @@ namespace moerge::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kColumns = 64, kStages = 3;
+constexpr int kRows = static_cast<int>(kTilePairs), kColumns = 64, kStages = 3;
+static_assert(kShrinkSearches % kThreads == 0);
 constexpr int kRowStride = kColumns + kPad;
 
 template <class T, int ranks, bool kRanksAdjacent>
@@ -35,22 +36,57 @@ struct LoraShrinkMma {
     int32_t *found, *votes;  // [kShrinkSearches], [kThreads / 32]
   };
 
-  // Rows of x that this thread copies: thread / 8 + 16 i for i < 4, 8 columns of each tile.
+  // What this thread copies of each tile: 8 columns of rows thread / 8 + 16 i of x, and 8 elements of the factors for
+  // every i below ranks / 16, `factor_step` apart.
   struct Source {
-    const T* row[4];  // null: none
+    const T* row[4];  // at the thread's first column; null: none
+    int rows;         // of 16 that there is a use for
+    const T* factor;  // in the tile of the first columns
+    int64_t factor_step;
+    int column, columns, factor_rank, factor_column;
   };
+  static constexpr int kRankStep = kRanksAdjacent ? 0 : 16, kColumnStep = kRanksAdjacent ? kThreads * 8 / ranks : 0;
+  static constexpr int kFactorRow = kRanksAdjacent ? ranks : kColumns;  // of a tile in shared memory, without kPad
 
-  MOERGE_DEVICE void copy_stage(const Memory& m, const Source& source, int64_t expert, int64_t tile,
-                                int64_t end) const {
-    const int64_t stage = tile % kStages, first = tile * kColumns;
-    const int64_t column = first + thread() % 8 * 8;
-    if (tile < end) {
+  MOERGE_DEVICE Source source_of(int64_t expert, const int32_t* pairs, int count) const {
+    Source source;
+    source.column = thread() % 8 * 8, source.columns = static_cast<int>(w.columns);
+    source.rows = (count + 15) / 16;
+    MOERGE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = thread() / 8 + 16 * i;
+      const uint32_t token = static_cast<uint32_t>(pairs[row < count ? row : 0]) / static_cast<uint32_t>(p.K);
+      source.row[i] = row < count ? static_cast<const T*>(x.data) + token * x.stride + source.column : nullptr;
+    }
+    const int line = thread() / (kFactorRow / 8), chunk = thread() % (kFactorRow / 8) * 8;
+    source.factor_rank = kRanksAdjacent ? chunk : line, source.factor_column = kRanksAdjacent ? line : chunk;
+    source.factor = static_cast<const T*>(w.data) + expert * w.expert + source.factor_rank * w.rank +
+                    source.factor_column * w.column;
+    source.factor_step = kRankStep * w.rank + kColumnStep * w.column;
+    return source;
+  }
+
+  // The tile of the columns from `first` on into stage `stage`.
+  MOERGE_DEVICE void copy_stage(const Memory& m, const Source& source, int stage, int first, bool valid) const {
+    if (valid) {
+      const bool inside = first + source.column < source.columns;
+      T* rows = m.rows + (stage * kRows + thread() / 8) * kRowStride + source.column;
+      MOERGE_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const bool valid = source.row[i] && column < w.columns;
-        T* to = m.rows + (stage * kTilePairs + thread() / 8 + 16 * i) * kRowStride + thread() % 8 * 8;
-        async_copy16(to, valid ? source.row[i] + column : static_cast<const T*>(x.data), valid);
+        const bool there = inside && source.row[i];
+        if (i < source.rows)
+          async_copy16(rows + 16 * i * kRowStride, there ? source.row[i] + first : static_cast<const T*>(x.data), there);
       }
-      copy_tile<T, kThreads, ranks, kColumns, kRanksAdjacent>(w, expert, first, m.factors + stage * kTile);
+      const T* from = source.factor + first * w.column;
+      T* to = m.factors + stage * kTile + thread() / (kFactorRow / 8) * (kFactorRow + kPad) +
+              thread() % (kFactorRow / 8) * 8;
+      MOERGE_UNROLL
+      for (int i = 0; i < ranks / 16; ++i) {
+        const bool there = source.factor_rank + i * kRankStep < w.ranks &&
+                           first + source.factor_column + i * kColumnStep < source.columns;
+        async_copy16(to + i * (kThreads * 8 / kFactorRow) * (kFactorRow + kPad),
+                     there ? from + i * source.factor_step : static_cast<const T*>(w.data), there);
+      }
     }
     async_commit();  // an empty group at the end keeps the count right
   }
@@ -71,21 +107,21 @@ struct LoraShrinkMma {
 
   // `count` pairs of one expert, at most kTilePairs.
   MOERGE_DEVICE void run_tile(const Memory& m, int64_t expert, const int32_t* pairs, int count) const {
-    Source source;
-    for (int i = 0; i < 4; ++i) {
-      const int row = thread() / 8 + 16 * i;
-      source.row[i] = row < count ? static_cast<const T*>(x.data) + pairs[row] / p.K * x.stride : nullptr;
-    }
+    const Source source = source_of(expert, pairs, count);
     const int64_t tiles = (w.columns + kColumns - 1) / kColumns;
-    const int64_t from = tiles * block_y() / p.parts, to = tiles * (block_y() + 1) / p.parts;
-    for (int64_t tile = from; tile < from + kStages - 1; ++tile) copy_stage(m, source, expert, tile, to);
+    const int from = static_cast<int>(tiles * block_y() / p.parts);
+    const int to = static_cast<int>(tiles * (block_y() + 1) / p.parts);
+    MOERGE_UNROLL
+    for (int i = 0; i < kStages - 1; ++i) copy_stage(m, source, i, (from + i) * kColumns, from + i < to);
     float sum[ranks / 8][4] = {};
-    for (int64_t tile = from; tile < to; ++tile) {
+    int stage = 0;
+    for (int tile = from; tile < to; ++tile) {
       async_wait<kStages - 2>();
       sync_block();  // this tile is here, and nobody reads the one that is overwritten next
-      copy_stage(m, source, expert, tile + kStages - 1, to);
-      const int64_t stage = tile % kStages;
-      if (warp() * 16 < count) multiply(m.rows + stage * kTilePairs * kRowStride, m.factors + stage * kTile, sum);
+      const int last = tile + kStages - 1;
+      copy_stage(m, source, stage > 0 ? stage - 1 : kStages - 1, last * kColumns, last < to);
+      if (warp() * 16 < count) multiply(m.rows + stage * kRows * kRowStride, m.factors + stage * kTile, sum);
+      stage = stage + 1 < kStages ? stage + 1 : 0;
     }
     for (int half = 0; half < 2; ++half) {
       const int row = warp() * 16 + lane() / 4 + half * 8;
@@ -97,18 +133,35 @@ struct LoraShrinkMma {
     }
   }
 
-  // The pairs of an expert into m.found, in order; returns how many.
-  MOERGE_DEVICE int search(const Memory& m, int64_t expert) const {
-    int count = 0;
-    for (int64_t first = 0; first < p.T * p.K; first += kThreads) {
-      const int64_t pair = first + thread();
-      const bool mine = expert_of<float>(p, pair, skip_zero) == expert;
-      const Rank rank = block_rank<kThreads>(mine, m.votes);
-      if (mine) m.found[count + rank.before] = static_cast<int32_t>(pair);
-      count += rank.all;
+  // The pairs of an expert into m.found, in order; returns how many. Each warp looks at a run of them.
+  MOERGE_DEVICE int search(const Memory& m, int32_t expert) const {
+    constexpr int kWarps = kThreads / 32, kEach = static_cast<int>(kShrinkSearches) / kThreads;
+    const uint32_t pairs = static_cast<uint32_t>(p.T * p.K), first = warp() * kEach * 32;
+    int32_t ids[kEach];
+    if (pairs_are_slots(p))
+      experts_of<float, true>(p, skip_zero, first, pairs, ids);
+    else
+      experts_of<float, false>(p, skip_zero, first, pairs, ids);
+    uint32_t votes[kEach];
+    int mine = 0;
+    MOERGE_UNROLL
+    for (int j = 0; j < kEach; ++j) votes[j] = ballot(ids[j] == expert), mine += count_bits(votes[j]);
+    if (lane() == 0) m.votes[warp()] = mine;
+    sync_block();
+    int at = 0, all = 0;
+    MOERGE_UNROLL
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < warp()) at += m.votes[i];
+      all += m.votes[i];
+    }
+    MOERGE_UNROLL
+    for (int j = 0; j < kEach; ++j) {
+      if (ids[j] == expert)
+        m.found[at + count_bits(votes[j] & ((1u << lane()) - 1))] = static_cast<int32_t>(first + j * 32 + lane());
+      at += count_bits(votes[j]);
     }
     sync_block();
-    return count;
+    return all;
   }
 
   MOERGE_DEVICE void operator()() const {
@@ -130,7 +183,7 @@ struct LoraShrinkMma {
       const int32_t left = g.offsets[expert + 1] - begin;
       pairs = g.order + begin, count = left < kTilePairs ? left : kTilePairs;
     } else {
-      count = search(m, expert);
+      count = search(m, static_cast<int32_t>(expert));
     }
     for (int begin = 0; begin < count; begin += kTilePairs) {
       if (begin > 0) sync_block();  // nobody reads the tiles of the pairs before

@@ -77,10 +77,17 @@ struct Scores {
     mask = p.mask ? p.mask + (p.mask_per_row && !nobody ? row * p.E : 0) : nullptr;
   }
   MOERGE_DEVICE bool eligible(int64_t e) const { return !nobody && (!mask || mask[e]); }
-  MOERGE_DEVICE Acc operator()(int64_t e) const {
-    const Acc z = similarity[e];
+  MOERGE_DEVICE Acc of(int64_t e, Acc z) const {
     const Acc score = (p.absolute ? fabs(z) : z) * static_cast<Acc>(p.scale);
     return bias ? score + bias[e] : score;
+  }
+  MOERGE_DEVICE Acc operator()(int64_t e) const { return of(e, similarity[e]); }
+
+  // visit(expert, score) for those of the lane that are eligible, in ascending order
+  template <class Visit>
+  MOERGE_DEVICE void each(const Visit& visit) const {
+    for (int32_t e = lane(); e < p.E; e += 32)
+      if (eligible(e)) visit(e, (*this)(e));
   }
 };
 
@@ -89,12 +96,11 @@ template <class Acc>
 struct SoftmaxAll {
   Acc highest = -INFINITY, total = 0;
 
-  MOERGE_DEVICE SoftmaxAll(const Scores<Acc>& scores, int64_t E) {
-    for (int64_t e = lane(); e < E; e += 32)
-      if (scores.eligible(e)) highest = fmax(highest, scores(e));
+  template <class All>
+  MOERGE_DEVICE explicit SoftmaxAll(const All& scores) {
+    scores.each([&](int32_t, Acc score) { highest = fmax(highest, score); });
     highest = warp_max(highest);
-    for (int64_t e = lane(); e < E; e += 32)
-      if (scores.eligible(e)) total += exp(scores(e) - highest);
+    scores.each([&](int32_t, Acc score) { total += exp(score - highest); });
     total = warp_sum(total);
   }
   MOERGE_DEVICE Acc of(Acc score) const { return exp(score - highest) / total; }

@@ -48,7 +48,7 @@ struct RouteScoreGradient {
     const Acc* grad = static_cast<const Acc*>(g.grad) + t * p.K;
     const int32_t* experts = p.experts + t * p.K;
     Acc* ds = static_cast<Acc*>(g.score_gradient) + t * p.E;
-    const SoftmaxAll<Acc> all(scores, p.E);
+    const SoftmaxAll<Acc> all(scores);
     const int64_t kept = kept_slots(scores, all, experts);
     Acc mean = 0;
     for (int64_t k = lane(); k < kept; k += 32)

@@ -63,7 +63,8 @@ bool rows_are_vectors(const Route& p) {
 
 Reason scores_against_tensor_cores(const Route& p) {
   if (p.T < kScoresMmaTokens) return "few tokens";
-  return rows_are_vectors(p) ? nullptr : "x or gates have a type or strides that 16-byte loads cannot follow";
+  if (!rows_are_vectors(p)) return "x or gates have a type or strides that 16-byte loads cannot follow";
+  return p.gates.stride < kScoresMmaStride ? nullptr : "the gates are too far apart in memory";
 }
 
 int64_t score_parts(const Route& p) { return scores_against_tensor_cores(p) ? 1 : score_parts_mma(p); }

@@ -1,16 +1,23 @@
 // Similarities of many tokens with all experts on tensor cores: similarity[t,e] = norm(x_t) . g_e, to float32 accuracy.
 //
-// A block has 64 tokens and up to 64 experts and walks over its part of the features with kStages tiles of 32 under
-// way; each warp owns 16 of the tokens. Variants: 16, 40 or 64 experts per block, for banks that small. Every factor is
-// the sum of two TF32 numbers of 11 bits, and three of the four products are added (the fourth is below float32's
-// rounding), so this is no single-pass TF32. Tensor cores round every sum toward zero, which adds up: they only add
-// up one tile, and the tiles are added as float32. The gates stay float32 in memory.
+// A warp has 32 tokens, all experts of its block and every n-th chunk of 32 features; nothing is shared but the sums at
+// the end. Features can be dealt to the fragments in any order, so a lane loads 8 adjacent ones of 4 tokens and of each
+// expert in 16-byte pieces, and these are its fragments of two products. Tokens come through a ring in shared memory
+// that each lane fills and reads for itself, kStages - 1 chunks ahead; gates, which all warps of the block want at about
+// the same time, through the first-level cache into registers, one chunk ahead. Variants: 8, 16, 40 or 56 experts per
+// block.
 //
-// x is read once: the mean is not known yet, so "standardize" takes every token around a pivot m, the mean of n = 32
-// features (8 where D < 32), and the sums of x - m, of its square and of the gates are found on the way. route_select
-// and route_add_parts take the rest of the mean off (finish in route_select.cu). What cancels is bounded: those n
-// features alone give a variance of (n/D) (mean - m)^2 or more. "unit" divides by the largest value first and so reads
-// x before (RouteStatistics).
+// A gate is the sum of three bfloat16 numbers of 8 bits, exactly. So is what is left of a token without its pivot, and
+// the six largest of the nine products are added, the smallest first (the others are below float32's rounding); a
+// bfloat16 token without a pivot is one number of 8 bits, and three products are all. Tensor cores round every sum
+// toward zero, which adds up: they only add up 16 features, and those sums are added as float32. The gates stay float32
+// in memory.
+//
+// x is read once: the mean is not known yet, so "standardize" takes every token around a pivot m, and the sums of x - m,
+// of its square and of the gates are found on the way. route_select and route_add_parts take the rest of the mean off
+// (similarities in route_select.cu). m is the mean of n = 32 features (8 where D < 32), or 0 where that mean is below
+// their deviation. What cancels is bounded: those n features alone give a variance of (n/D) (mean - m)^2 or more, or
+// half of that. "unit" divides by the largest value first and so reads x before (RouteStatistics).
 #include "route.cuh"
 #include "route_mma.cuh"
 
@@ -18,15 +25,14 @@ namespace moerge::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kTokens = 64, kFeatures = 32, kStages = 3;
-constexpr int kGateStride = kFeatures + 4;
-constexpr int kSamples = 4;  // of 8 features
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kTokens = 32, kFeatures = 32;  // of a warp at a time
+constexpr int kSamples = 4;                  // of 8 features
 
 // Of "unit".
 template <class X>
 struct RouteStatistics {
-  static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kThreads = 128;
   static constexpr const char* kName = "route_statistics";
   Route p;
 
@@ -40,111 +46,266 @@ struct RouteStatistics {
   }
 };
 
+// Two numbers, each as three of bfloat16: part[0] holds the highest 8 bits of both, part[2] the lowest. Cut, not
+// rounded, so that the three hold all 24 bits. NaN stays NaN in one of them at least.
+MOERGE_DEVICE void split(float low, float high, uint32_t (&part)[3]) {
+  MOERGE_UNROLL
+  for (int i = 0; i < 3; ++i) {
+    part[i] = high_halves(as_bits(low), as_bits(high));
+    low -= as_float(as_bits(low) & 0xFFFF0000u);
+    high -= as_float(as_bits(high) & 0xFFFF0000u);
+  }
+}
+
+// Blocks that fit on a processor.
+constexpr int blocks_together(int experts, size_t size_of_x) { return experts > 16 || size_of_x == 4 ? 1 : 2; }
+
 template <class X, int kExperts>
 struct RouteScoresMma {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kLeastBlocks = kExperts > 40 ? 3 : 4;
+  static constexpr int kLeastBlocks = blocks_together(kExperts, sizeof(X));
   static constexpr const char* kName = "route_scores_mma";
-  static constexpr int kPerCopy = 16 / sizeof(X);  // elements of x in 16 bytes
-  static constexpr int kTokenStride = kFeatures + kPerCopy;
-  static constexpr size_t kShared =
-      shared_size(kStages * kTokens * kTokenStride * sizeof(X)) + shared_size(kStages * kExperts * kGateStride * 4);
+  static constexpr int kTiles = kExperts / 8;
+  static constexpr int kPieces = sizeof(X) / 2;  // of 16 bytes, in 8 features
+  static constexpr int kStages = kPieces == 1 ? 4 : 2;
+  static constexpr int kSumStride = kExperts % 32 == 16 ? kExperts + 8 : kExperts;  // rows then lie in different banks
+  static constexpr size_t kRing = kStages * 4 * kPieces * kThreads * 16;
+  static constexpr size_t kSums = kWarps * kTokens * kSumStride * 4;
+  static constexpr size_t kShared = shared_size(kRing > kSums ? kRing : kSums) +
+                                    shared_size(kWarps * kTokens * kMoments * 4) + shared_size(kWarps * kExperts * 4);
   Route p;
+  int group_bits;  // 2 to that many groups of warps: each has tokens of its own, and its warps share the features
 
-  MOERGE_DEVICE void copy_stage(int64_t tile, int64_t end, X* tokens, float* gates) const {
-    const int64_t stage = tile % kStages, first = tile * kFeatures;
-    if (tile < end) {
-      for (int i = thread(); i < kTokens * kFeatures / kPerCopy; i += kThreads) {
-        const int row = i / (kFeatures / kPerCopy), column = i % (kFeatures / kPerCopy) * kPerCopy;
-        const int64_t t = block_x() * kTokens + row, d = first + column;
-        const bool valid = t < p.T && d < p.D;
-        const X* from = static_cast<const X*>(p.x.data) + (valid ? t * p.x.stride + d : 0);
-        async_copy16(tokens + (stage * kTokens + row) * kTokenStride + column, from, valid);
-      }
-      for (int i = thread(); i < kExperts * kFeatures / 4; i += kThreads) {
-        const int row = i / (kFeatures / 4), column = i % (kFeatures / 4) * 4;
-        const int64_t e = block_y() * kExperts + row, d = first + column;
-        const bool valid = e < p.E && d < p.D;
-        const float* from = static_cast<const float*>(p.gates.data) + (valid ? e * p.gates.stride + d : 0);
-        async_copy16(gates + (stage * kExperts + row) * kGateStride + column, from, valid);
+  struct Memory {
+    char* ring;                // [kStages, 4, kPieces, kThreads] pieces, and later
+    float *moments, *gates;    // [kWarps, kTokens, kMoments], [kWarps, kExperts]
+    MOERGE_DEVICE float* sums() const { return reinterpret_cast<float*>(ring); }  // [kWarps, kTokens, kSumStride]
+  };
+
+  // What a lane has: rows g + 8 r of the warp's tokens, and of each chunk the features 8 i to 8 i + 7.
+  struct Lane {
+    int64_t first;           // token of row 0
+    int column, D;           // 8 i
+    char* ring;              // its pieces, kThreads of 16 bytes apart
+    const X* x[4];           // of a row beyond T: the last token, whose results nobody stores
+    const float* gates;      // of the block's first expert, and from there on
+    uint32_t gate[kTiles];   // of experts g + 8 n; of one beyond E: the last one's
+    bool adds_moments, adds_gates;
+    float shift[4] = {}, factor[4] = {1, 1, 1, 1}, sum[4] = {}, squares[4] = {}, gate_sum[kTiles] = {};
+  };
+  using Sums = float[2][kTiles][4];
+  using Gates = Bytes16[kTiles][2];
+  using Tokens = uint32_t[4][kPieces * 4];
+
+  MOERGE_DEVICE int group() const { return warp() & ((1 << group_bits) - 1); }
+  MOERGE_DEVICE int split_of_features() const { return warp() >> group_bits; }
+  MOERGE_DEVICE int splits() const { return kWarps >> group_bits; }
+  MOERGE_DEVICE bool standardizes() const { return p.normalize == Normalize::standardize; }
+
+  MOERGE_DEVICE Lane lane_of(const Memory& m) const {
+    Lane mine;
+    mine.first = ((block_x() << group_bits) + group()) * kTokens;
+    mine.column = lane() % 4 * 8, mine.D = static_cast<int>(p.D);
+    mine.ring = m.ring + thread() * 16;
+    MOERGE_UNROLL
+    for (int row = 0; row < 4; ++row) {
+      const int64_t t = mine.first + lane() / 4 + row * 8;
+      mine.x[row] = static_cast<const X*>(p.x.data) + (t < p.T ? t : p.T - 1) * p.x.stride;
+    }
+    const int first = static_cast<int>(block_y()) * kExperts, last = static_cast<int>(p.E) - 1;
+    mine.gates = static_cast<const float*>(p.gates.data) + first * p.gates.stride;
+    MOERGE_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      const int e = first + n * 8 + lane() / 4;
+      mine.gate[n] = static_cast<uint32_t>((e < last ? e : last) - first) * static_cast<uint32_t>(p.gates.stride);
+    }
+    mine.adds_moments = standardizes() && block_y() == 0;
+    mine.adds_gates = standardizes() && block_x() == 0 && group() == 0;
+    return mine;
+  }
+
+  MOERGE_DEVICE static char* piece(const Lane& mine, int stage, int row, int i) {
+    return mine.ring + ((stage * 4 + row) * kPieces + i) * (kThreads * 16);
+  }
+
+  MOERGE_DEVICE static void copy_tokens(const Lane& mine, int stage, int chunk, int end) {
+    if (chunk < end) {
+      const int column = chunk * kFeatures + mine.column;
+      const bool valid = column < mine.D;
+      MOERGE_UNROLL
+      for (int row = 0; row < 4; ++row) {
+        MOERGE_UNROLL
+        for (int i = 0; i < kPieces; ++i)
+          async_copy16(piece(mine, stage, row, i), mine.x[row] + (valid ? column : 0) + i * (8 / kPieces), valid);
       }
     }
     async_commit();  // an empty group at the end keeps the count right
   }
 
-  // Of the two tokens that a lane has a part of, rows g and g + 8 of the warp's 16: how they are normalized here, and
-  // what this lane has seen of them.
-  struct Tokens {
-    float shift[2] = {}, factor[2] = {1, 1}, sum[2] = {}, squares[2] = {};
-  };
-
-  MOERGE_DEVICE const X* row_of_x(int64_t t) const {
-    return static_cast<const X*>(p.x.data) + (t < p.T ? t : p.T - 1) * p.x.stride;
+  // Beyond D, where tokens are 0, the first features.
+  MOERGE_DEVICE static Bytes16 load_gate(const Lane& mine, int chunk, int tile, int step) {
+    const int column = chunk * kFeatures + mine.column;
+    return load16(mine.gates + (column < mine.D ? column : 0) + mine.gate[tile] + step * 4);
   }
 
-  MOERGE_DEVICE Tokens tokens_of_lane() const {
-    const int64_t first = block_x() * kTokens + warp() * 16;
-    Tokens mine;
+  // The pivot of one token: the mean of some features, unless 0 is nearer to them than they to each other. Around the
+  // first, so that equal features give it exactly.
+  MOERGE_DEVICE float pivot_of(int64_t t) const {
+    const X* row = static_cast<const X*>(p.x.data) + (t < p.T ? t : p.T - 1) * p.x.stride;
+    float x[kSamples][8], sum = 0, squares = 0;
+    MOERGE_UNROLL
+    for (int i = 0; i < kSamples; ++i) load_vector<X>(row, p.x.dtype, p.D / (8 * kSamples) * 8 * i, x[i]);
+    const float around = x[0][0];
+    MOERGE_UNROLL
+    for (int i = 0; i < 8 * kSamples; ++i) sum += x[i / 8][i % 8] - around;
+    const float mean = around + sum / (8 * kSamples);
+    MOERGE_UNROLL
+    for (int i = 0; i < 8 * kSamples; ++i) squares += (x[i / 8][i % 8] - mean) * (x[i / 8][i % 8] - mean);
+    return fabs(mean) > sqrt(squares / (8 * kSamples)) ? mean : 0;  // NaN: 0, which leaves the others alone
+  }
+
+  // How the warp's tokens are normalized here. Returns whether they are taken as they are.
+  MOERGE_DEVICE bool prepare(Lane& mine) const {
+    const int64_t t = mine.first + lane();
     if (p.normalize == Normalize::unit) {
-      for (int half = 0; half < 2; ++half) {
-        const int64_t t = first + lane() / 4 + half * 8;
-        mine.factor[half] = Statistics<float>::load(p.statistics, t < p.T ? t : p.T - 1).factor;
+      MOERGE_UNROLL
+      for (int row = 0; row < 4; ++row) {
+        const int64_t its = mine.first + lane() / 4 + row * 8;
+        mine.factor[row] = Statistics<float>::load(p.statistics, its < p.T ? its : p.T - 1).factor;
       }
-    } else if (p.normalize == Normalize::standardize) {
-      // two lanes for each of the 16; around the first feature, so that equal features give it exactly
-      const X* row = row_of_x(first + lane() / 2);
-      const float around = to_float(row[0]);
-      float sum = 0, x[8];
-      for (int i = lane() % 2; i < kSamples; i += 2) {
-        load_vector<X>(row, p.x.dtype, p.D / (8 * kSamples) * 8 * i, x);
-        for (int j = 0; j < 8; ++j) sum += x[j] - around;
-      }
-      const float pivot = around + (sum + shuffle_xor(sum, 1)) / (8 * kSamples);
-      for (int half = 0; half < 2; ++half) mine.shift[half] = shuffle(pivot, (lane() / 4 + half * 8) * 2);
-    } else if (block_y() == 0 && block_z() == 0 && lane() < 16 && first + lane() < p.T) {
-      Statistics<float>{0, 0, 1, 0}.store(p.statistics, first + lane());
+      return false;
     }
-    return mine;
+    if (standardizes()) {
+      const float pivot = pivot_of(t);
+      MOERGE_UNROLL
+      for (int row = 0; row < 4; ++row) mine.shift[row] = shuffle(pivot, lane() / 4 + row * 8);
+      return ballot(pivot != 0) == 0;
+    }
+    if (block_y() == 0 && block_z() == 0 && split_of_features() == 0 && t < p.T)
+      Statistics<float>{0, 0, 1, 0}.store(p.statistics, t);
+    return true;
   }
 
-  // One number as two of TF32.
-  MOERGE_DEVICE static void split(float value, uint32_t& high, uint32_t& low) {
-    high = to_tf32(value);
-    low = to_tf32(value - as_float(high));
+  // Features 4 step to 4 step + 3 of the lane's 8 of one token: 0 beyond D, and without its pivot unless `plain`.
+  template <bool plain>
+  MOERGE_DEVICE static void values(const Lane& mine, const Tokens& token, int row, int step, bool inside,
+                                   float (&x)[4]) {
+    MOERGE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kPieces == 2)
+        x[i] = as_float(token[row][step * 4 + i]);
+      else
+        x[i] = i % 2 ? high_half<X>(token[row][step * 2 + i / 2]) : low_half<X>(token[row][step * 2 + i / 2]);
+      if constexpr (!plain) x[i] = inside ? x[i] - mine.shift[row] : 0;
+    }
   }
 
-  // One tile, of which `left` features are within D.
-  MOERGE_DEVICE void multiply(const X* tokens, const float* gates, int64_t left, Tokens& mine,
-                              float (&sum)[kExperts / 8][4], float (&gate_sum)[kExperts / 8]) const {
-    float part[kExperts / 8][4] = {};
-    const int g = lane() / 4, i = lane() % 4, row = warp() * 16 + g;
-    for (int k = 0; k < kFeatures; k += 8) {
-      uint32_t a_high[4], a_low[4];
-      for (int j = 0; j < 4; ++j) {
-        const float x = to_float(tokens[(row + j % 2 * 8) * kTokenStride + k + i + j / 2 * 4]) - mine.shift[j % 2];
-        if (sums_tokens() && k < left) mine.sum[j % 2] += x, mine.squares[j % 2] += x * x;
-        split(x * mine.factor[j % 2], a_high[j], a_low[j]);
+  // To the moments, of a chunk.
+  template <bool plain>
+  MOERGE_DEVICE static void add_moments(const Tokens& token, bool inside, Lane& mine) {
+    MOERGE_UNROLL
+    for (int row = 0; row < 4; ++row) {
+      MOERGE_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        float x[4];
+        values<plain>(mine, token, row, step, inside, x);
+        MOERGE_UNROLL
+        for (int i = 0; i < 4; ++i) mine.sum[row] += x[i], mine.squares[row] += x[i] * x[i];
       }
-      for (int n = 0; n < kExperts / 8; ++n) {
-        uint32_t b_high[2], b_low[2];
-        for (int j = 0; j < 2; ++j) {
-          const float gate = gates[(n * 8 + g) * kGateStride + k + i + j * 4];
-          if (sums_gates()) gate_sum[n] += gate;
-          split(gate, b_high[j], b_low[j]);
+    }
+  }
+
+  // The left fragments of rows 2 half and 2 half + 1: as they are in a[0] where `plain`, else in three parts.
+  template <bool plain>
+  MOERGE_DEVICE static void left(const Tokens& token, int half, int step, bool inside, const Lane& mine,
+                                 uint32_t (&a)[3][4]) {
+    MOERGE_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int row = half * 2 + j;
+      if constexpr (plain) {
+        a[0][j] = token[row][step * 2], a[0][j + 2] = token[row][step * 2 + 1];
+      } else {
+        float x[4];
+        values<plain>(mine, token, row, step, inside, x);
+        MOERGE_UNROLL
+        for (int pair = 0; pair < 2; ++pair) {
+          uint32_t part[3];
+          split(x[pair * 2] * mine.factor[row], x[pair * 2 + 1] * mine.factor[row], part);
+          MOERGE_UNROLL
+          for (int i = 0; i < 3; ++i) a[i][j + pair * 2] = part[i];
         }
-        mma_tf32(part[n], a_low, b_high);
-        mma_tf32(part[n], a_high, b_low);
-        mma_tf32(part[n], a_high, b_high);
       }
     }
-    for (int n = 0; n < kExperts / 8; ++n)
-      for (int j = 0; j < 4; ++j) sum[n][j] += part[n][j];
   }
 
-  // Which blocks, and which of their warps, keep the sums.
-  MOERGE_DEVICE bool sums_tokens() const { return p.normalize == Normalize::standardize && block_y() == 0; }
-  MOERGE_DEVICE bool sums_gates() const {
-    return p.normalize == Normalize::standardize && block_x() == 0 && warp() == 0;
+  template <int left_part, int right_part, int count>
+  MOERGE_DEVICE static void add_product(const uint32_t (&a)[3][4], const uint32_t (&b)[count][2][3],
+                                        float (&sum)[count][4]) {
+    MOERGE_UNROLL
+    for (int n = 0; n < count; ++n) mma<bf16>(sum[n], a[left_part], {b[n][0][right_part], b[n][1][right_part]});
+  }
+
+  MOERGE_DEVICE static float sum_of(const Bytes16& four) {
+    return (as_float(four.word[0]) + as_float(four.word[1])) + (as_float(four.word[2]) + as_float(four.word[3]));
+  }
+
+  // One half of a chunk, 16 of its features and 4 of each lane, for `count` tiles of experts. The gates of the next
+  // chunk take the place of these.
+  template <bool plain, int first, int count>
+  MOERGE_DEVICE static void multiply(const Tokens& token, Gates& gates, int step, bool inside, int next, Lane& mine,
+                                     Sums& sum) {
+    if (mine.adds_gates && inside) {
+      MOERGE_UNROLL
+      for (int n = first; n < first + count; ++n) mine.gate_sum[n] += sum_of(gates[n][step]);
+    }
+    uint32_t b[count][2][3];
+    MOERGE_UNROLL
+    for (int n = 0; n < count; ++n) {
+      const Bytes16 four = gates[first + n][step];
+      split(as_float(four.word[0]), as_float(four.word[1]), b[n][0]);
+      split(as_float(four.word[2]), as_float(four.word[3]), b[n][1]);
+      gates[first + n][step] = load_gate(mine, next, first + n, step);
+    }
+    MOERGE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint32_t a[3][4];
+      left<plain>(token, half, step, inside, mine, a);
+      float part[count][4] = {};
+      if constexpr (!plain) add_product<2, 0>(a, b, part), add_product<1, 1>(a, b, part);
+      add_product<0, 2>(a, b, part);
+      if constexpr (!plain) add_product<1, 0>(a, b, part);
+      add_product<0, 1>(a, b, part), add_product<0, 0>(a, b, part);
+      MOERGE_UNROLL
+      for (int n = 0; n < count; ++n) {
+        MOERGE_UNROLL
+        for (int j = 0; j < 4; ++j) sum[half][first + n][j] += part[n][j];
+      }
+    }
+  }
+
+  // All chunks of the warp; the ring's first kStages - 1 are under way, and the gates of the first.
+  template <bool plain>
+  MOERGE_DEVICE void run(int chunk, int end, Gates& gates, Lane& mine, Sums& sum) const {
+    const int stride = splits();
+    for (int stage = 0; chunk < end; chunk += stride, stage = stage + 1 < kStages ? stage + 1 : 0) {
+      copy_tokens(mine, stage > 0 ? stage - 1 : kStages - 1, chunk + (kStages - 1) * stride, end);
+      async_wait<kStages - 1>();
+      Tokens token;
+      MOERGE_UNROLL
+      for (int row = 0; row < 4; ++row) {
+        MOERGE_UNROLL
+        for (int i = 0; i < kPieces * 4; ++i) token[row][i] = load_shared(piece(mine, stage, row, i / 4) + i % 4 * 4);
+      }
+      const bool inside = chunk * kFeatures + mine.column < mine.D;
+      if (mine.adds_moments) add_moments<plain>(token, inside, mine);
+      const int next = chunk + stride < end ? chunk + stride : chunk;
+      MOERGE_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        constexpr int kFirst = kTiles > 5 ? kTiles / 2 : kTiles, kRest = kTiles - kFirst;  // what registers hold
+        multiply<plain, 0, kFirst>(token, gates, step, inside, next, mine, sum);
+        if constexpr (kRest > 0) multiply<plain, kFirst, kRest>(token, gates, step, inside, next, mine, sum);
+      }
+    }
   }
 
   MOERGE_DEVICE static float sum_of_four_lanes(float value) {
@@ -152,76 +313,142 @@ struct RouteScoresMma {
     return value + shuffle_xor(value, 2);
   }
 
-  MOERGE_DEVICE void store_sums(const Tokens& mine, const float (&gate_sum)[kExperts / 8]) const {
-    for (int half = 0; sums_tokens() && half < 2; ++half) {
-      const float sum = sum_of_four_lanes(mine.sum[half]), squares = sum_of_four_lanes(mine.squares[half]);
-      const int64_t t = block_x() * kTokens + warp() * 16 + lane() / 4 + half * 8;
-      if (t >= p.T || lane() % 4 != 0) continue;
-      float* to = p.moments + (block_z() * p.T + t) * kMoments;
-      to[0] = mine.shift[half], to[1] = sum, to[2] = squares;
+  // What each warp has, into shared memory.
+  MOERGE_DEVICE void keep(const Memory& m, const Lane& mine, const Sums& sum) const {
+    const int g = lane() / 4, i = lane() % 4;
+    MOERGE_UNROLL
+    for (int row = 0; row < 4; ++row) {
+      float* to = m.sums() + (warp() * kTokens + g + row * 8) * kSumStride + i * 2;
+      MOERGE_UNROLL
+      for (int n = 0; n < kTiles; ++n)
+        to[n * 8] = sum[row / 2][n][row % 2 * 2], to[n * 8 + 1] = sum[row / 2][n][row % 2 * 2 + 1];
     }
-    for (int n = 0; sums_gates() && n < kExperts / 8; ++n) {
-      const float sum = sum_of_four_lanes(gate_sum[n]);
-      const int64_t e = block_y() * kExperts + n * 8 + lane() / 4;
-      if (e < p.E && lane() % 4 == 0) p.gate_sums[block_z() * p.E + e] = sum;
+    if (!standardizes()) return;
+    MOERGE_UNROLL
+    for (int row = 0; row < 4; ++row) {
+      const float all = sum_of_four_lanes(mine.sum[row]), squares = sum_of_four_lanes(mine.squares[row]);
+      float* to = m.moments + (warp() * kTokens + g + row * 8) * kMoments;
+      if (i == 0) to[0] = mine.shift[row], to[1] = all, to[2] = squares;
     }
+    MOERGE_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      const float all = sum_of_four_lanes(mine.gate_sum[n]);
+      if (i == 0) m.gates[warp() * kExperts + n * 8 + g] = all;
+    }
+  }
+
+  // The warps' parts are added up in order; `from` of the first, each `stride` on.
+  MOERGE_DEVICE float over_splits(const float* from, int stride) const {
+    float sum = 0;
+    MOERGE_UNROLL
+    for (int i = 0; i < kWarps; ++i)
+      if (i < splits()) sum += from[(i << group_bits) * stride];
+    return sum;
+  }
+
+  MOERGE_DEVICE void store(const Memory& m) const {
+    const int tokens = kTokens << group_bits;
+    const int64_t first = block_x() * tokens, first_expert = block_y() * kExperts;
+    float* similarity = static_cast<float*>(p.similarity) + block_z() * p.T * p.E;
+    for (int i = thread(); i < tokens * kExperts; i += kThreads) {
+      const int row = i / kExperts, e = i % kExperts;
+      if (first + row < p.T && first_expert + e < p.E)
+        similarity[(first + row) * p.E + first_expert + e] =
+            over_splits(m.sums() + row * kSumStride + e, kTokens * kSumStride);
+    }
+    if (!standardizes()) return;
+    if (const int row = thread(); block_y() == 0 && row < tokens && first + row < p.T) {
+      const float* from = m.moments + row * kMoments;
+      float* to = p.moments + (block_z() * p.T + first + row) * kMoments;
+      to[0] = from[0];
+      for (int i = 1; i < 3; ++i) to[i] = over_splits(from + i, kTokens * kMoments);
+    }
+    if (const int e = thread(); block_x() == 0 && e < kExperts && first_expert + e < p.E)
+      p.gate_sums[block_z() * p.E + first_expert + e] = over_splits(m.gates + e, kExperts);
   }
 
   MOERGE_DEVICE void operator()() const {
     Shared shared;
-    X* tokens = shared.take<X>(kStages * kTokens * kTokenStride);
-    float* gates = shared.take<float>(kStages * kExperts * kGateStride);
-    const int64_t tiles = (p.D + kFeatures - 1) / kFeatures;
-    const int64_t begin = tiles * block_z() / p.parts, end = tiles * (block_z() + 1) / p.parts;
-    for (int64_t tile = begin; tile < begin + kStages - 1; ++tile) copy_stage(tile, end, tokens, gates);
-    Tokens mine = tokens_of_lane();
-    float sum[kExperts / 8][4] = {}, gate_sum[kExperts / 8] = {};
-    for (int64_t tile = begin; tile < end; ++tile) {
-      async_wait<kStages - 2>();
-      sync_block();  // this tile is here, and nobody reads the one that is overwritten next
-      copy_stage(tile + kStages - 1, end, tokens, gates);
-      const int64_t stage = tile % kStages;
-      multiply(tokens + stage * kTokens * kTokenStride, gates + stage * kExperts * kGateStride, p.D - tile * kFeatures,
-               mine, sum, gate_sum);
-    }
-    store_sums(mine, gate_sum);
-    for (int n = 0; n < kExperts / 8; ++n)
-      for (int j = 0; j < 4; ++j) {
-        const int64_t t = block_x() * kTokens + warp() * 16 + lane() / 4 + j / 2 * 8;
-        const int64_t e = block_y() * kExperts + n * 8 + lane() % 4 * 2 + j % 2;
-        if (t < p.T && e < p.E) static_cast<float*>(p.similarity)[(block_z() * p.T + t) * p.E + e] = sum[n][j];
-      }
+    Memory m;
+    m.ring = shared.take<char>(kRing > kSums ? kRing : kSums);
+    m.moments = shared.take<float>(kWarps * kTokens * kMoments);
+    m.gates = shared.take<float>(kWarps * kExperts);
+    const int64_t chunks = (p.D + kFeatures - 1) / kFeatures;
+    const int begin = static_cast<int>(chunks * block_z() / p.parts) + split_of_features();
+    const int end = static_cast<int>(chunks * (block_z() + 1) / p.parts);
+    Lane mine = lane_of(m);
+    MOERGE_UNROLL
+    for (int i = 0; i < kStages - 1; ++i) copy_tokens(mine, i, begin + i * splits(), end);
+    Gates gates;
+    MOERGE_UNROLL
+    for (int i = 0; i < kTiles * 2; ++i) gates[i / 2][i % 2] = load_gate(mine, begin, i / 2, i % 2);
+    Sums sum = {};
+    const bool plain = prepare(mine);
+    if (std::is_same_v<X, bf16> && plain)
+      run<std::is_same_v<X, bf16>>(begin, end, gates, mine, sum);
+    else
+      run<false>(begin, end, gates, mine, sum);
+    async_wait<0>();
+    sync_block();  // nobody reads the ring any more
+    keep(m, mine, sum);
+    sync_block();
+    store(m);
   }
 };
 
-int64_t experts_per_block(int64_t E) { return E <= 16 ? 16 : E <= 40 ? 40 : 64; }
+// How a launch is cut.
+struct Cut {
+  int experts, group_bits, tokens;  // of a block
+  int64_t blocks;                   // for each part of the features
+};
+
+Cut cut_of(const Route& p) {
+  const int group_bits = p.T <= kScoresOneGroup ? 0 : p.T <= kScoresTwoGroups ? 1 : 2, tokens = kTokens << group_bits;
+  const int experts = p.E <= 8 ? 8 : p.E <= 16 ? 16 : ceil_div(p.E, 56) * 56 <= ceil_div(p.E, 40) * 40 ? 56 : 40;
+  return {experts, group_bits, tokens, ceil_div(p.T, tokens) * ceil_div(p.E, experts)};
+}
 
 template <class X, int kExperts>
-void run_scores(const Route& p, Stream stream) {
+void run_scores(const Route& p, const Cut& cut, Stream stream) {
   using Kernel = RouteScoresMma<X, kExperts>;
   static_assert(Kernel::kShared <= kMostShared);
-  launch({ceil_div(p.T, kTokens), ceil_div(p.E, kExperts), p.parts}, Kernel::kShared, stream, Kernel{p});
+  launch({ceil_div(p.T, cut.tokens), ceil_div(p.E, kExperts), p.parts}, Kernel::kShared, stream,
+         Kernel{p, cut.group_bits});
 }
 
 template <class X>
 void run(const Route& p, Stream stream) {
-  if (p.normalize == Normalize::unit)
-    launch({p.T}, shared_size(kThreads / 32 * sizeof(float)), stream, RouteStatistics<X>{p});
-  switch (experts_per_block(p.E)) {
+  if (p.normalize == Normalize::unit) {
+    using Kernel = RouteStatistics<X>;
+    launch({p.T}, shared_size(Kernel::kThreads / 32 * sizeof(float)), stream, Kernel{p});
+  }
+  const Cut cut = cut_of(p);
+  switch (cut.experts) {
+    case 8:
+      return run_scores<X, 8>(p, cut, stream);
     case 16:
-      return run_scores<X, 16>(p, stream);
+      return run_scores<X, 16>(p, cut, stream);
     case 40:
-      return run_scores<X, 40>(p, stream);
+      return run_scores<X, 40>(p, cut, stream);
     default:
-      return run_scores<X, 64>(p, stream);
+      return run_scores<X, 56>(p, cut, stream);
   }
 }
 
 }  // namespace
 
+// The fewest parts that take the least time: for every round of blocks, what each warp has to do, and kScoresStart.
 int64_t score_parts_mma(const Route& p) {
-  const int64_t blocks = ceil_div(p.T, kTokens) * ceil_div(p.E, experts_per_block(p.E));
-  return parts_for(kScoresBlocks, blocks, ceil_div(p.D, kFeatures), kScoresParts);
+  const Cut cut = cut_of(p);
+  const int64_t together = kProcessors * blocks_together(cut.experts, p.x.dtype == DType::f32 ? 4 : 2);
+  const int64_t chunks = ceil_div(p.D, kFeatures);
+  int64_t best = 1, least = 0;
+  for (int64_t parts = 1; parts <= kScoresParts && parts <= chunks; ++parts) {
+    const int64_t per_warp = ceil_div(ceil_div(chunks, parts), kWarps >> cut.group_bits);
+    const int64_t time = ceil_div(cut.blocks * parts, together) * (per_warp + kScoresStart);
+    if (parts == 1 || time < least) best = parts, least = time;
+  }
+  return best;
 }
 
 void route_scores_mma(const Route& p, Stream stream) {

@@ -14,6 +14,7 @@
 #include "emulator.h"
 
 #define MOERGE_DEVICE inline
+#define MOERGE_UNROLL
 
 namespace moerge::cuda {
 
@@ -53,6 +54,23 @@ T shuffle(T value, int from, const Place& place = Place::current()) {
 template <class T>
 T shuffle_xor(T value, int mask, const Place& place = Place::current()) {
   return shuffle(value, lane() ^ mask, place);
+}
+
+template <bool most>
+uint32_t extreme_of_warp(uint32_t value, const Place& place) {
+  simt::warp_operation(place, &value, [](void** all) {
+    uint32_t found = *static_cast<uint32_t*>(all[0]);
+    for (int i = 1; i < 32; ++i)
+      if (const uint32_t its = *static_cast<uint32_t*>(all[i]); most ? its > found : its < found) found = its;
+    for (int i = 0; i < 32; ++i) *static_cast<uint32_t*>(all[i]) = found;
+  });
+  return value;
+}
+inline uint32_t warp_most(uint32_t value, const Place& place = Place::current()) {
+  return extreme_of_warp<true>(value, place);
+}
+inline uint32_t warp_least(uint32_t value, const Place& place = Place::current()) {
+  return extreme_of_warp<false>(value, place);
 }
 
 inline uint32_t ballot(bool vote, const Place& place = Place::current()) {
@@ -163,6 +181,8 @@ void store_words(void* to, const uint32_t (&words)[n], const Place& place = Plac
 
 inline Bytes16 load16_once(const void* from, const Place& place = Place::current()) { return load16(from, place); }
 inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
+
+inline uint32_t load_shared(const void* from) { return *static_cast<const uint32_t*>(from); }
 
 inline void async_copy16(void* shared, const void* global, bool valid, const Place& place = Place::current()) {
   check_aligned(shared, place);

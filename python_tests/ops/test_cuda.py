@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import gradients, lora, rand, router
+from op_cases import assert_as_good, double, gradients, lora, rand, router
 
-from moerge_ext import ops
+from moerge_ext import ops, reference
 
 SIZES = [(12, 9, 5, 3, 4, 7, torch.float32), (40, 64, 6, 2, 16, 64, torch.bfloat16)]
 
@@ -57,3 +57,25 @@ def test_the_same_bits_every_time():
     (y,), grads = gradients(ops.lora_apply, case, names)
     (again,), grads_again = gradients(ops.lora_apply, case, names)
     assert torch.equal(y, again) and all(torch.equal(grads[n], grads_again[n]) for n in names)
+
+
+@pytest.mark.parametrize("size", [(300, 2), (513, 2), (1100, 3), (2100, 4)], ids=str)  # pairs of a warp: up to 288
+@pytest.mark.parametrize("rows", [False, True])
+def test_every_pair_is_found_by_its_expert(size, rows):
+    """Of many pairs, each by one warp of the expert's block; two experts have none, and some pairs no expert."""
+    T, K = size
+    case = bank(T, 8, 6, K, 16, 8, torch.bfloat16, N=T // 4 if rows else None)
+    experts = case["experts"]
+    experts[experts == 2] = 7
+    experts[experts == 5] = -1
+    experts[::9, 0] = experts[::9, -1]
+    case["weights"][1::7] = 0
+    y_rows = torch.randint(-1, T // 4, (T,), generator=torch.Generator().manual_seed(7)).int() if rows else None
+    named = (experts >= 0) & (experts < 6)
+    same = {**case, "experts": experts.clamp(0, 5), "weights": case["weights"] * named}
+    valid = y_rows.clamp(min=0) if rows else None
+    y = ops.lora_apply(**case, rows=y_rows)
+    truth, plain = reference.lora_apply(**double(same), rows=valid), reference.lora_apply(**same, rows=valid)
+    owned = y_rows >= 0 if rows else torch.ones(T, dtype=torch.bool)
+    assert torch.equal(y[~owned], case["base"][~owned])
+    assert_as_good(y[owned], plain[owned], truth[owned], 2e-3)
