@@ -10,7 +10,7 @@ namespace moerge::cuda {
 constexpr int64_t kDecodeTokens = 16, kDecodeParts = 16;
 
 // From how many tokens on routed_linear adds the base layer's product to the branch, rather than the other way round.
-constexpr int64_t kBranchFirstTokens = 1024;
+constexpr int64_t kBranchFirstTokens = 512;
 
 // From how many tokens on tensor cores are used by shrink, expand and the gradients of the factors, and by the scores.
 constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 16;
