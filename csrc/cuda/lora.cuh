@@ -42,9 +42,7 @@ struct Slots {
 };
 
 // Whether the slot of a pair is its own number.
-MOERGE_DEVICE bool pairs_are_slots(const Lora& p) {
-  return !p.row.rows && p.row.tokens_per_row == 1 && p.row.n >= p.T;
-}
+inline bool pairs_are_slots(const Lora& p) { return !p.row.rows && p.row.tokens_per_row == 1 && p.row.n >= p.T; }
 
 // The experts of pairs first + lane, 32 apart, as far as they are below `end`, by a warp; -1: a pair names none, or its
 // weight is 0 and such are left out. No load depends on another one or on a condition, and only a map of rows costs

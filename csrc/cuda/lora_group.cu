@@ -3,7 +3,10 @@
 // One block per expert reads all ids (they are few and in the cache). Each of its warps owns a run of adjacent pairs:
 // it counts those of the expert, and those of the experts before it, kBatch loads at a time and without a barrier; one
 // sum over the warps says where each warp's pairs go; then it reads its run again, which the first-level cache still
-// has, and writes.
+// has, and writes. Variants: a pair's slot is its own number, or its token's row says it.
+//
+// The version before ranked 256 pairs at a time over the block, behind two barriers: on an H200 with 36 experts it took
+// 6.6 us for 1024 pairs and 42.8 us for 8192. This one has not been timed on a GPU.
 #include "lora.cuh"
 
 namespace moerge::cuda {

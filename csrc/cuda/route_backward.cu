@@ -21,6 +21,7 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 template <class Acc>
 struct RouteScoreGradient {
   static constexpr int kThreads = cuda::kThreads;
+  static constexpr int kLeastBlocks = 8;
   static constexpr const char* kName = "route_score_gradient";
   RouteGradient g;
 

@@ -2,7 +2,8 @@
 //
 // A lane has up to kMostPerLane experts and keeps their scores in registers. Time goes by in dependent reads of the
 // second-level cache, so the parts of all their sums are asked for at once, and of the token's moments each lane asks
-// for a part. Variants: 1, 2 or 8 experts per lane; scores read again from memory in every round (double; more experts).
+// for a part. Variants: 1, 2 or 8 experts per lane; scores read again from memory in every round (double; more
+// experts).
 //
 // The version before, which read one part after the other and all scores in each round, took 16.7 us on an H200 with 36
 // experts in 32 parts, for 64 tokens as for 512. This one has not been timed on a GPU.
@@ -33,7 +34,8 @@ struct Moments {
   }
 };
 
-// For a token: the sums over the parts, added up in order, of the similarities of expert[i] and of those experts' gates.
+// For a token: the sums over the parts, added up in order, of the similarities of expert[i] and of those experts'
+// gates.
 template <int kPerLane>
 struct Sums {
   const float *from, *gates_from;  // the next part
@@ -75,8 +77,7 @@ MOERGE_DEVICE void similarities(const Route& p, int64_t t, int first, float (&si
   const Moments moments(p, t);
   Sums<kPerLane> sums{all + t * p.E, p.moments ? p.gate_sums : all, p.T * p.E, p.E};  // without moments of no use
   MOERGE_UNROLL
-  for (int i = 0; i < kPerLane; ++i)
-    sums.expert[i] = first + lane() + 32 * i < E ? first + lane() + 32 * i : E - 1;
+  for (int i = 0; i < kPerLane; ++i) sums.expert[i] = first + lane() + 32 * i < E ? first + lane() + 32 * i : E - 1;
   sums.add(static_cast<int>(p.parts));
   const Statistics<float> stats = p.moments ? moments.statistics(p.D) : Statistics<float>{0, 0, 1, 0};
   MOERGE_UNROLL
@@ -119,7 +120,7 @@ struct RouteAddParts {
 template <class Acc, int kPerLane>
 struct RouteSelect {
   static constexpr int kThreads = cuda::kThreads;
-  static constexpr int kLeastBlocks = 8;  // room for all that is on its way
+  static constexpr int kLeastBlocks = kPerLane > 0 ? 8 : 6;  // room for all that is on its way
   static constexpr const char* kName = "route_select";
   Route p;
 

@@ -1,8 +1,8 @@
 // One token's selection, by one warp: from its scores to the K best experts and their weights.
 //
-// Each of the K rounds looks for the best expert in the order "numbers before NaN, then the higher score, then the lower
-// id": among scores that are read from memory, the best after the last one, so that nothing has to be marked; among those
-// in registers, where the order is that of whole numbers, the best that has not been taken.
+// Each of the K rounds looks for the best expert in the order "numbers before NaN, then the higher score, then the
+// lower id": among scores that are read from memory, the best after the last one, so that nothing has to be marked;
+// among those in registers, where the order is that of whole numbers, the best that has not been taken.
 #pragma once
 
 #include "route.cuh"
