@@ -58,10 +58,8 @@ class Router {
     p.route.weights = call_.write(weights);
     p.route.experts = static_cast<int32_t*>(call_.write(experts));
     p.a = args.a, p.b = args.b, p.lora_bias = args.bias, p.factored = r_.factored;
-    const int64_t scores = route_.T * route_.E;
-    float* workspace =
-        static_cast<float*>(call_.workspace((scores + kDecodeParts * route_.T * route_.K * plan_.R) * 4));
-    p.route.similarity = workspace, p.parts = workspace + scores;
+    const int64_t floats = plan_decode(p);
+    set_workspace(p, static_cast<float*>(call_.workspace(floats * 4)));
     place(call_, p);
     return p;
   }

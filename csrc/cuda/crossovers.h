@@ -6,8 +6,9 @@
 
 namespace moerge::cuda {
 
-// Up to how many tokens the routed ops are one launch (routed_decode.cu), and into how many parts it cuts D.
-constexpr int64_t kDecodeTokens = 16, kDecodeParts = 16;
+// Up to how many tokens the routed ops are one launch (routed_decode.cu); it cuts D into so many parts for A as give
+// kDecodePieces pieces of work, within these limits.
+constexpr int64_t kDecodeTokens = 16, kDecodePieces = 128, kDecodeLeastParts = 4, kDecodeParts = 16;
 
 // From how many tokens on routed_linear adds the base layer's product to the branch, rather than the other way round.
 constexpr int64_t kBranchFirstTokens = 512;

@@ -56,6 +56,7 @@ MOERGE_DEVICE T shuffle_xor(T value, int mask) {
 MOERGE_DEVICE uint32_t warp_most(uint32_t value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 MOERGE_DEVICE uint32_t warp_least(uint32_t value) { return __reduce_min_sync(0xFFFFFFFFu, value); }
 MOERGE_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
+MOERGE_DEVICE uint32_t warp_highest(uint32_t value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 
 MOERGE_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 MOERGE_DEVICE int lowest_bit(uint32_t bits) { return __ffs(bits) - 1; }
@@ -302,12 +303,15 @@ void launch(const Grid& grid, size_t shared_bytes, Stream stream, const Kernel& 
   check_cuda(cudaGetLastError(), Kernel::kName);
 }
 
-// How many blocks of the kernel fit on the device at the same time; 0: it cannot run blocks together.
+// How many blocks of the kernel fit on the device at the same time; 0: it cannot run blocks together, or a block takes
+// more shared memory than there is.
 template <class Kernel>
 int64_t most_together(size_t shared_bytes) {
-  int device = 0, able = 0, processors = 0, blocks = 0;
-  allow_shared<Kernel>(shared_bytes);
+  int device = 0, able = 0, processors = 0, blocks = 0, most = 0;
   check_cuda(cudaGetDevice(&device), Kernel::kName);
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), Kernel::kName);
+  if (shared_bytes > static_cast<size_t>(most)) return 0;
+  allow_shared<Kernel>(shared_bytes);
   check_cuda(cudaDeviceGetAttribute(&able, cudaDevAttrCooperativeLaunch, device), Kernel::kName);
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), Kernel::kName);
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, run<Kernel>, Kernel::kThreads, shared_bytes),

@@ -156,17 +156,21 @@ void lora_weight_gradient(const Lora&, const void* h, const void* q, const Matri
 // ---- routed_lora and routed_linear for few tokens, in one launch ----------------------------------------------------
 
 struct Decode {
-  Route route;   // its statistics are not used
+  Route route;   // its statistics are not used, and it has two moments
   Factors a, b;  // [E,R,D] and [E,R,O]
   bool factored;
   Matrix weight;            // [O,D]; data null: base is given instead
   const void* linear_bias;  // [O] of weight's type, or null
   Matrix base;              // may be out
   Matrix lora_bias, out;    // lora_bias may be absent (null data)
-  float* parts;             // workspace [kDecodeParts, T*K, R]
+  int64_t pieces;           // that D is cut into where A is multiplied
+  float* parts;             // [pieces, T*K, R]
 };
 
 Reason against_decode(const Decode&);
+// Sets how the work is cut, and says how many floats of workspace it takes, which set_workspace deals out.
+int64_t plan_decode(Decode&);
+void set_workspace(Decode&, float* workspace);
 // False: nothing is done, since there is a reason against it.
 bool routed_decode(const Decode&, Stream);
 

@@ -86,6 +86,14 @@ inline uint32_t ballot(bool vote, const Place& place = Place::current()) {
   return mine.out;
 }
 
+inline uint32_t warp_highest(uint32_t value, const Place& place = Place::current()) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    const uint32_t other = shuffle_xor(value, mask, place);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return std::countr_zero(bits); }
 
@@ -286,10 +294,11 @@ void launch(const Grid& grid, size_t shared_bytes, Stream, const Kernel& kernel,
                shared_bytes, together, {Kernel::kName, typeid(Kernel).name()}, body, &kernel);
 }
 
-// Few, so that blocks have more than one piece of work each, as on a GPU with large layers.
+// Few, so that blocks have more than one piece of work each, as on a GPU with large layers; with the shared memory of
+// an A100.
 template <class Kernel>
-int64_t most_together(size_t) {
-  return 3;
+int64_t most_together(size_t shared_bytes) {
+  return shared_bytes <= 163 * 1024 ? 3 : 0;
 }
 template <class Kernel>
 void launch_together(int64_t blocks, size_t shared_bytes, Stream stream, const Kernel& kernel) {

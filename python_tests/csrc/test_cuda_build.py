@@ -50,9 +50,10 @@ def test_tensor_core_kernels(name):
 
 @pytest.mark.parametrize("name", of("RoutedDecode<"))
 def test_the_one_launch_of_few_tokens(name):
-    """Tensor cores, no spills, registers for two blocks (of 256 threads)."""
+    """Tensor cores, registers for a block of 512 threads, no spills (a few bytes before sm_90)."""
     for architecture, found in KERNELS[name].items():
-        assert found["spills"] == 0 and found["registers"] <= 128, (architecture, found)
+        assert found["spills"] <= (0 if int(architecture) >= 90 else 40), (architecture, found)
+        assert found["registers"] <= 128, (architecture, found)
         assert found["mma"] > 0 and found["load16"] > 0, (architecture, found)
 
 

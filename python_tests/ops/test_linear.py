@@ -95,6 +95,7 @@ def test_beside_the_base_layer_the_branch_is_the_same(T, monkeypatch):
 SHAPES = [  # T, D, E, R, O: decode sizes, with tails in every dimension
     (1, 64, 7, 16, 64), (2, 200, 36, 8, 72), (3, 264, 40, 24, 40), (4, 8, 2, 8, 8), (5, 72, 9, 64, 24),
     (8, 320, 7, 16, 136), (8, 64, 3, 128, 16), (1, 1032, 5, 16, 24), (16, 96, 11, 16, 72), (13, 40, 4, 8, 24),
+    (2, 4168, 5, 8, 40), (11, 2120, 4, 40, 24), (3, 64, 500, 8, 40), (2, 8, 1030, 8, 8),
 ]  # fmt: skip
 
 
@@ -104,6 +105,29 @@ def test_few_tokens(shape, dtype):
     T, D, E, R, O = shape
     check(linear(T, D, E, R, O, dtype), 4e-3, top_k=min(3, E))
     check(linear(T, D, E, R, O, dtype, N=T, biases=False), 4e-3, factored=True)
+
+
+@pytest.mark.parametrize("D", [8, 24, 4168])
+@pytest.mark.parametrize("T", [3, 11])
+def test_few_tokens_of_any_scale(T, D):
+    """Their statistics are found in parts, around a pivot or divided by the largest value."""
+    case = linear(T, D, 6, 8, 16, torch.bfloat16, biases=False)
+    case["x"] *= torch.tensor([1, 1e30, 1e-30])[torch.arange(T) % 3, None]
+    case["x"][-1] = 0
+    kinds = ("standardize", "unit")
+    x, gates = case["x"].double(), case["gates"].double()
+    wanted = {kind: reference.route(x, gates, top_k=3, normalize=kind) for kind in kinds}
+    for kind in kinds:
+        _, weights, experts = ops.routed_linear(**case, top_k=3, normalize=kind)
+        fine = ((case["x"].float().abs() < 1e20) | (kind == "unit")).all(-1)  # else a variance is infinite
+        torch.testing.assert_close(weights[fine], wanted[kind][0][fine].float(), atol=2e-5, rtol=1e-4)
+        assert torch.equal(experts[fine], wanted[kind][1][fine])
+    case["x"] = rand(T, D, seed=20).to(torch.bfloat16) + 50  # far from 0
+    weights, experts = ops.routed_linear(**case, top_k=3)[1:]
+    types = (torch.float32, torch.float64)
+    plain, truth = (reference.route(case["x"].to(t), case["gates"].to(t), top_k=3) for t in types)
+    assert torch.equal(experts, truth[1])
+    assert_as_good(weights, plain[0], truth[0], 1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
