@@ -1,5 +1,5 @@
-# make demo | demo-real | test | test-slow | test-serve | bench | quality | fmt | lint | demo-assets | demo-real-assets |
-# cuda-checked: each creates .venv first if it is not there.
+# make demo | demo-real | test | test-slow | test-lowest | test-serve | bench | quality | fmt | lint | demo-assets |
+# demo-real-assets | cuda-checked: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +8,12 @@ BUILT := $(VENV)/.built
 # with vLLM, whose torch and transformers are its own choice
 SERVE := .venv-serve
 SERVE_BIN := $(SERVE)/bin
+# with the oldest releases that pyproject.toml allows
+LOWEST := .venv-lowest
+LOWEST_BIN := $(abspath $(LOWEST))/bin
+LOWEST_TREE := build/lowest
 
-.PHONY: demo demo-real test test-slow test-serve bench quality fmt lint demo-assets demo-real-assets cuda-checked build clean
+.PHONY: demo demo-real test test-slow test-lowest test-serve bench quality fmt lint demo-assets demo-real-assets cuda-checked build clean
 
 demo: build
 	$(BIN)/python -m moerge_ext demo
@@ -26,6 +30,15 @@ test: build
 
 test-slow: build
 	$(BIN)/python -m pytest -m slow
+
+# The same tests with the oldest releases, whose torch brings 4 GB of CUDA. In a copy of the tree, for a build of its own.
+test-lowest: $(LOWEST)/.installed
+	rm -rf $(LOWEST_TREE)
+	mkdir -p $(LOWEST_TREE)
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $(LOWEST_TREE)
+	cd $(LOWEST_TREE) && PATH="$(LOWEST_BIN):$$PATH" MOERGE_CUDA=0 $(LOWEST_BIN)/python setup.py --quiet build_ext --inplace
+	cd $(LOWEST_TREE) && OMP_NUM_THREADS=1 $(LOWEST_BIN)/python -m pytest -m "not slow and not alone" -n auto \
+	  --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore python_tests/bench --ignore python_tests/csrc
 
 # The plugin in the real vLLM, on a CPU: 1 GB of packages, then up to an hour on two cores.
 test-serve: $(SERVE)/.built
@@ -82,6 +95,11 @@ $(BUILT): $(VENV)/.installed setup.py CMakeLists.txt pyproject.toml moerge_ext/_
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
 
+$(LOWEST)/.installed: requirements-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST_BIN)/pip install --quiet --disable-pip-version-check -r requirements-lowest.txt
+	touch $@
+
 $(SERVE)/.built: requirements-serve.txt setup.py CMakeLists.txt pyproject.toml $(SOURCES)
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE_BIN)/pip install --quiet --disable-pip-version-check -r requirements-serve.txt
@@ -90,4 +108,4 @@ $(SERVE)/.built: requirements-serve.txt setup.py CMakeLists.txt pyproject.toml $
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVE) build dist *.egg-info moerge_ext/*.so
+	rm -rf $(VENV) $(SERVE) $(LOWEST) build dist *.egg-info moerge_ext/*.so

@@ -40,13 +40,15 @@ def location(path: str) -> tuple[str, dict[str, Any]]:
     cannot be reached, its cache is asked alone.
 
     ImportError, with how to install it, when a GGUF file is given and the gguf package is not there; ValueError for an
-    adapter in place of a model, and for a path that is not there and no hub id.
+    adapter or another file in place of a model, and for a path that is not there and no hub id.
     """
     file, options = Path(path), model_options(path)
     if (file / ADAPTER_CONFIG).is_file() and not (file / MODEL_CONFIG).is_file():
         raise ValueError(_swapped(path, file / ADAPTER_CONFIG))
-    if file.suffix != GGUF or not file.is_file():
+    if not file.is_file():
         return path, options
+    if file.suffix != GGUF:
+        raise ValueError(f"{path!r} is a file: pass the folder of a model, a {GGUF} file or a hub id")
     if _is_adapter(file):
         raise ValueError(_swapped(path))
     if find_spec("gguf") is None:
@@ -89,7 +91,13 @@ def load_tokenizer(path: str) -> Any:
     _know_compositions(path)
     where, options = location(path)
     with named(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(where, **options)
+        try:
+            return AutoTokenizer.from_pretrained(where, **options)
+        except ImportError as error:
+            # where there is no protobuf, transformers 5.0 asks for it in place of whatever went wrong
+            if isinstance(error.__context__, (OSError, ValueError)):
+                raise error.__context__ from None
+            raise
 
 
 def _no_text_model(path: str) -> str | None:
@@ -178,9 +186,7 @@ def named(path: str, what: str) -> Iterator[None]:
         if Path(path).is_dir():
             raise ValueError(f"folder {path!r} holds no {what} that transformers can load ({reason})") from error
         if Path(path).is_file():
-            if path.endswith(GGUF):
-                raise ValueError(f"GGUF file {path!r} holds no {what} that transformers can load ({reason})") from error
-            raise ValueError(f"{path!r} is a file: pass the folder of a model, a {GGUF} file or a hub id") from error
+            raise ValueError(f"GGUF file {path!r} holds no {what} that transformers can load ({reason})") from error
         missing = "model" if what == "tokenizer" and not _has_config(path) else what
         here = f"there is no local folder of that name{beside(path)}"
         raise ValueError(f"{missing} {path!r} was not found: {here}, and {not_there(missing, reason)}") from error

@@ -13,6 +13,7 @@ parameters, names and forward stay as they are.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+GATED = "gate_up_proj"  # W1 where there is a gate
 BRANCHES = "moerge_branches"  # the child of an experts module that adds to its parameters
 _NAME = "moerge"  # the key in ALL_EXPERTS_FUNCTIONS
+_grouped_mm: Callable = torch.nn.functional.grouped_mm
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -66,10 +69,13 @@ def is_dispatched(module: nn.Module) -> bool:
     """Whether the module's forward is computed by `ALL_EXPERTS_FUNCTIONS`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    cells = getattr(type(module).forward, "__closure__", None) or ()
+    forward = type(module).forward
     own = vars(module).get("_old_forward", vars(module).get("forward"))  # what accelerate's hooks (offload) call
-    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
-    return not replaced and any(cell.cell_contents is ALL_EXPERTS_FUNCTIONS for cell in cells)
+    replaced = own is not None and getattr(own, "__func__", None) is not forward
+    if replaced or not inspect.isfunction(forward):
+        return False
+    outside = inspect.getclosurevars(forward)  # transformers 5.0 reads the table as a global
+    return any(x is ALL_EXPERTS_FUNCTIONS for x in (*outside.nonlocals.values(), *outside.globals.values()))
 
 
 def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -85,7 +91,16 @@ def parameter_sizes(module: nn.Module, parameter: str) -> tuple[int, int, int]:
 
 def first_parameter(module: nn.Module) -> str:
     """The name of W1."""
-    return "gate_up_proj" if module.has_gate else "up_proj"
+    return GATED if hasattr(module, GATED) else "up_proj"
+
+
+def halves_apart(module: nn.Module) -> bool:
+    """Whether the gate's rows of gate_up_proj come before all of up's; else they alternate."""
+    from transformers.integrations.moe import _default_apply_gate
+
+    # transformers 5.0 tells it by the function alone
+    usual = type(module)._apply_gate is _default_apply_gate
+    return getattr(module, "is_concatenated", usual)
 
 
 def why_unsupported(module: nn.Module) -> str | None:
@@ -115,9 +130,11 @@ def why_unsupported(module: nn.Module) -> str | None:
 
 def open_door(module: nn.Module, branches: nn.Module) -> None:
     """Sends the module's forward through `branches`, which becomes a child of it; `close_door` undoes it."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.integrations import moe
 
-    ALL_EXPERTS_FUNCTIONS.register(_NAME, forward_with_branches)
+    global _grouped_mm  # a graph can read it, and cannot look for a name that may not be there
+    _grouped_mm = getattr(moe, "_grouped_mm", _grouped_mm)  # transformers 5.0 has no name for torch's
+    moe.ALL_EXPERTS_FUNCTIONS.register(_NAME, forward_with_branches)
     branches.training = module.training
     module.add_module(BRANCHES, branches)
     module.config = Door(module.config, branches)
@@ -139,7 +156,7 @@ def forward_with_branches(self: nn.Module, hidden_states: Tensor, top_k_index: T
     pairs = Pairs(base, order // per_token, hidden_states)
     x, first = hidden_states[pairs.token], first_parameter(self)
     u = branches.add_branch(first, _linear(self, first, x, base, linear), x, pairs, True)
-    u = self._apply_gate(u) if self.has_gate else self.act_fn(u)
+    u = self._apply_gate(u) if first == GATED else self.act_fn(u)
     y = branches.add_branch("down_proj", _linear(self, "down_proj", u, base, linear), u, pairs, False)
     if getattr(self, "has_post_expert_norm", False):
         y = self.post_expert_norm(y)
@@ -168,10 +185,8 @@ def _batched(x: Tensor, weight: Tensor, base: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, weight: Tensor, base: Tensor) -> Tensor:
-    from transformers.integrations.moe import _grouped_mm
-
     ends = torch.arange(weight.shape[0], device=base.device)
-    return _grouped_mm(x, weight, torch.searchsorted(base, ends, right=True, out_int32=True))
+    return _grouped_mm(x, weight, offs=torch.searchsorted(base, ends, right=True, out_int32=True))
 
 
 # by experts_implementation; None: a module made without a model, which transformers runs like "eager"

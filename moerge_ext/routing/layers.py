@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from itertools import count
+
 import torch
 from torch import nn
 
 from ..models.linear import linear_features as linear_features
+
+_HOOKS = threading.Lock()
 
 
 def execution_device(layer: nn.Module) -> torch.device:
@@ -41,6 +47,25 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Puts `new` at `path` ("model.layers.0.mlp.up_proj") of `model`."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+
+
+def add_pre_hook(module: nn.Module, hook: Callable) -> str:
+    """`register_forward_pre_hook(hook, with_kwargs=True)`, under the first key of ours that is free; returns the key.
+
+    torch's own keys count up, and a graph that torch 2.10 compiles holds for the key that it was made with alone.
+    """
+    with _HOOKS:
+        key = next(key for i in count() if (key := f"moerge {i}") not in module._forward_pre_hooks)
+        module._forward_pre_hooks_with_kwargs[key] = True
+        module._forward_pre_hooks[key] = hook
+    return key
+
+
+def remove_pre_hook(module: nn.Module, key: str) -> None:
+    """Takes off what `add_pre_hook` has put there."""
+    with _HOOKS:
+        module._forward_pre_hooks.pop(key, None)
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def drop_hooks(model: nn.Module, owners: tuple[type, ...]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from ..experts.bank import ExpertBank, ModuleBank
 from ..experts.keys import bare_path
 from ..files.listing import listed
-from .fused_experts import first_parameter, is_dispatched, parameter_sizes, stacked, why_unsupported
+from .fused_experts import first_parameter, halves_apart, is_dispatched, parameter_sizes, stacked, why_unsupported
 from .naming import CONTAINERS
 from .peft_layers import carrier_problem, is_peft_layer
 
@@ -210,7 +210,7 @@ def _sizes_problems(path: str, module: nn.Module, parameter: str, pieces: Iterab
         rows = out if piece.rows == WHOLE else out // 2
         if piece.index >= n:
             problems.append(f"the experts have a base expert {piece.index}, the model has {n}")
-        if piece.rows != WHOLE and not module.is_concatenated:
+        if piece.rows != WHOLE and not halves_apart(module):
             problems.append(f"its rows alternate between gate and up, and the experts have them apart ({piece.source})")
         elif got != (width, rows) and (piece.rows != WHOLE or got != (rows, width)):
             problems.append(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files.counting import counted
-from .layers import is_container
+from .layers import add_pre_hook, is_container, remove_pre_hook
 
 _SEQUENCES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 _OTHERS = ("pixel", "image", "video", "audio", "input_features", "input_values")  # how names of other inputs begin
@@ -51,7 +51,7 @@ class Rows:
         self._encoder = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else None
         self._by_convention = kind is not None and kind not in _TIME_FIRST
         parts = [m for m in model.modules() if m is model or hasattr(m, "main_input_name")]
-        self._hooks = [part.register_forward_pre_hook(self._begin, with_kwargs=True) for part in parts]
+        self._hooks = [(part, add_pre_hook(part, self._begin)) for part in parts]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_now"}
@@ -69,8 +69,9 @@ class Rows:
         self._now.batch = batch
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for part, key in self._hooks:
+            remove_pre_hook(part, key)
+        self._hooks = []
 
     def of(self, name: str, x: Tensor) -> Tensor | None:
         """The row of each token of x [..., D], [T] int32; None where T/count adjacent tokens share a row.

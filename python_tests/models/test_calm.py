@@ -139,7 +139,7 @@ def test_refused(setup, tmp_path):
     make_tokenizer(tmp_path / "t5")
     refused("is of type 't5': a composition is of two plain decoders", paths["anchor"], tmp_path / "t5")
     tokens = json.loads((paths["anchor"] / "tokenizer.json").read_text())
-    tokens["model"]["vocab"]["é"] = 31
+    tokens["model"]["vocab"]["é"] = len(tokens["model"]["vocab"])
     setup[1].save_pretrained(tmp_path / "french")
     make_tokenizer(tmp_path / "french")
     (tmp_path / "french" / "tokenizer.json").write_text(json.dumps(tokens))

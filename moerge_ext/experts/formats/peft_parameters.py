@@ -98,16 +98,17 @@ def unused_targets(parameters: Iterable[str], targets: Iterable[str]) -> list[st
 def square_note(loras: Iterable[StackedLora], sizes: Mapping[str, tuple[int, int]], version: object) -> str | None:
     """What to say of LoRAs whose orientation the file does not tell: `sizes` are (D, O) by parameter.
 
-    Up to 0.18 PEFT read a weight [n,O,D] as [n, in, out], which exchanges A and B; other shapes show it.
+    Up to 0.18 PEFT read a weight [n,O,D] as [n, in, out], which exchanges A and B, and 0.19.0 a weight [n,D,O] as
+    [n, out, in] besides; other shapes show it.
     """
     paths = [lora.path for lora in loras if lora.count > 1]
-    old = re.match(r"0\.(\d+)\.", f"{version or '0.0.0'}")
-    if not paths or old is None or int(old[1]) >= 19 or any(d != o for d, o in sizes.values()):
+    old = re.match(r"0\.(\d+)\.(\d+)", f"{version or '0.0.0'}")
+    if not paths or old is None or (int(old[1]), int(old[2])) >= (19, 1) or any(d != o for d, o in sizes.values()):
         return None
     return (
-        f"LoRA on the parameter(s) {', '.join(paths[:3])} is square and was saved before PEFT 0.19: where the model "
-        "stores [experts, out, in], such files have A and B exchanged, and nothing in this one tells; it is read as "
-        "PEFT 0.19 reads it"
+        f"LoRA on the parameter(s) {', '.join(paths[:3])} is square and was saved before PEFT 0.19.1: where the "
+        "model stores [experts, out, in], such files have A and B exchanged (those of 0.19.0 where it stores [experts, "
+        "in, out] too), and nothing in this one tells; it is read as PEFT 0.19.1 reads it"
     )
 
 
