@@ -3,7 +3,7 @@
 # compute-sanitizer on a few, times, and prints a short table last. Rows go to bench/results/<card>.jsonl.
 #
 #   bench/gpu_check.sh                          # all parts
-#   bench/gpu_check.sh --part build,tests       # some: build, tests, sanitizer, linear, graphs, kernels, model, table
+#   bench/gpu_check.sh --part build,tests       # some of build,tests,sanitizer,linear,graphs,kernels,sweep,model,table
 #   bench/gpu_check.sh --part linear --wide     # float16, E = 512 and T = 16384, in place of the cells timed else
 #   bench/gpu_check.sh --device cpu --tiny      # a dry run of the same steps without a GPU: a minute or two
 #   bench/gpu_check.sh --results FOLDER         # where the rows go (bench/results)
@@ -17,7 +17,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-parts=build,tests,sanitizer,linear,graphs,kernels,model,table
+parts=build,tests,sanitizer,linear,graphs,kernels,sweep,model,table
 device=cuda
 tiny=""
 size=--gpu
@@ -109,6 +109,21 @@ suite() { "$python" bench/run.py "$1" --device "$device" $size --results "$resul
 linear() { suite linear; }
 graphs() { suite linear --graphs && suite linear --graphs --warm; }
 kernels() { suite kernels; }
+# A build of its own, put back afterwards.
+sweep() {
+  local suffix kept status=0
+  [ "$device" = cuda ] || { echo "skipped: needs a GPU"; return 0; }
+  suffix=$("$python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))") || return 1
+  kept=$(mktemp) && cp "moerge_ext/_kernels$suffix" "$kept" || return 1
+  cmake -S . -B build/tune -G Ninja "-DPython_EXECUTABLE=$python" -DMOERGE_CUDA=ON -DMOERGE_TUNE=ON \
+    "-DCMAKE_CUDA_ARCHITECTURES=$("$python" -c \
+      "import torch; print('%d%d-real' % torch.cuda.get_device_capability())")" &&
+    cmake --build build/tune --parallel "${MAX_JOBS:-$(nproc)}" --target _kernels || return 1
+  cp build/tune/out/_kernels.so "moerge_ext/_kernels$suffix"
+  "$python" bench/gpu_sweep.py --results "$results" || status=1
+  mv "$kept" "moerge_ext/_kernels$suffix"
+  return $status
+}
 model() { "$python" bench/run.py model --device "$device" $tiny --results "$results"; }
 
 wanted build && step build build
@@ -117,6 +132,7 @@ wanted sanitizer && step sanitizer sanitizer
 wanted linear && step linear linear
 wanted graphs && step graphs graphs
 wanted kernels && step kernels kernels
+wanted sweep && step sweep sweep
 wanted model && step model model
 wanted table && step table "$python" bench/gpu_table.py --device "$device" --results "$results"
 if [ -n "$failed" ]; then

@@ -33,14 +33,18 @@ NEVER = 10**9
 # (name, value) of what is changed, and for which T it says something
 VARIANTS = (
     ({"kDecodeTokens": 0}, range(1, 17)),
+    ({"kDecodePieces": 64}, range(1, 17)),
+    ({"kDecodePieces": 256}, range(1, 17)),
     ({"kLoraMmaTokens": NEVER, "kScoresMmaTokens": NEVER}, range(17, 65)),
-    ({"kBranchFirstTokens": 1}, range(128, 1024)),
-    ({"kBranchFirstTokens": NEVER}, range(1024, NEVER)),
-    ({"kForks": 0}, range(17, 1024)),
-    ({"kShrinkParts": 1}, range(17, NEVER)),
-    ({"kShrinkBlocks": 1024, "kShrinkParts": 16}, range(17, NEVER)),
-    ({"kScoresBlocks": 128, "kScoresParts": 16}, range(17, NEVER)),
-    ({"kScoresBlocks": 512, "kScoresParts": 64}, range(17, NEVER)),
+    ({"kBranchFirstTokens": 1}, range(17, 512)),
+    ({"kBranchFirstTokens": NEVER}, range(512, NEVER)),
+    ({"kExpandBlocks": 128}, range(17, NEVER)),
+    ({"kExpandBlocks": 512}, range(17, NEVER)),
+    ({"kShrinkBlocks": 256}, range(17, NEVER)),
+    ({"kShrinkBlocks": 1024}, range(17, NEVER)),
+    ({"kShrinkParts": 1}, range(512, NEVER)),
+    ({"kScoresStart": 1}, range(17, NEVER)),
+    ({"kScoresStart": 6}, range(17, NEVER)),
 )
 WHAT = (
     "ours / plain of routed_linear, bfloat16, 4096 -> 4096, K = 2, R = 16, uniform popularity, cold, replay of "

@@ -1,36 +1,47 @@
-// Where one kernel takes over from another, and how finely work is cut: the one table to tune. All are guesses from
-// arithmetic on an H200 with D = O = 4096; none has been measured on a GPU yet.
+// Where one kernel takes over from another, and how finely work is cut: the one table to tune. They are guesses from
+// arithmetic on an H200 with D = O = 4096, but for kBranchFirstTokens: 512 instead of 1024 took 0.91 to 0.94 of the
+// time at T = 512 (bench/README.md).
+//
+// A build with -DMOERGE_TUNE=ON makes variables of the MOERGE_TUNED, for bench/gpu_sweep.py; the others are sizes in
+// kernels.
 #pragma once
 
 #include <cstdint>
+
+#ifdef MOERGE_TUNE
+#define MOERGE_TUNED inline int64_t
+#else
+#define MOERGE_TUNED constexpr int64_t
+#endif
 
 namespace moerge::cuda {
 
 // Up to how many tokens the routed ops are one launch (routed_decode.cu); it cuts D into so many parts for A as give
 // kDecodePieces pieces of work, within these limits.
-constexpr int64_t kDecodeTokens = 16, kDecodePieces = 128, kDecodeLeastParts = 4, kDecodeParts = 16;
+MOERGE_TUNED kDecodeTokens = 16, kDecodePieces = 128, kDecodeLeastParts = 4;
+constexpr int64_t kDecodeParts = 16;
 
 // From how many tokens on routed_linear adds the base layer's product to the branch, rather than the other way round.
-constexpr int64_t kBranchFirstTokens = 512;
+MOERGE_TUNED kBranchFirstTokens = 512;
 
 // From how many tokens on tensor cores are used by shrink, expand and the gradients of the factors, and by the scores.
-constexpr int64_t kLoraMmaTokens = 16, kScoresMmaTokens = 16;
+MOERGE_TUNED kLoraMmaTokens = 16, kScoresMmaTokens = 16;
 
 // Up to how many pairs the blocks of the shrink on tensor cores look for their own, rather than having them sorted.
 constexpr int64_t kShrinkSearches = 512;
 
 // Tokens of a block of the expand: the most, halved until there are so many blocks or only the least are left.
-constexpr int64_t kExpandMostTokens = 512, kExpandLeastTokens = 32, kExpandBlocks = 256;
+constexpr int64_t kExpandMostTokens = 512;
+MOERGE_TUNED kExpandLeastTokens = 32, kExpandBlocks = 256;
 
 // With fewer blocks than this the sums over D are split, into so many parts at most.
-constexpr int64_t kShrinkBlocks = 512, kShrinkParts = 8;
+MOERGE_TUNED kShrinkBlocks = 512, kShrinkParts = 8;
 
 // The scores on tensor cores: up to how many tokens all warps of a block have the same 32, and up to how many there are
 // two such groups, not four; the most parts of D (at most 32), and what a block costs besides its chunks of 32
 // features, counted in those. kProcessors is how many the launches are cut for.
-constexpr int64_t kScoresOneGroup = 256, kScoresTwoGroups = 1024;
-constexpr int64_t kScoresParts = 16, kScoresStart = 2;
-constexpr int64_t kProcessors = 132;
+MOERGE_TUNED kScoresOneGroup = 256, kScoresTwoGroups = 1024, kScoresStart = 2;
+constexpr int64_t kScoresParts = 16, kProcessors = 132;
 
 // How many parts: the fewest that give so many blocks, each with two tiles of the sum or more.
 constexpr int64_t parts_for(int64_t blocks_wanted, int64_t blocks, int64_t tiles, int64_t most) {

@@ -19,7 +19,7 @@ from bench import cells, data, gpu_table, kernel_time, linear, results, run, tim
 
 CPU = torch.device("cpu")
 CELL = cells.Cell(64, 48, 5, 2, 4, 9)
-PARTS = ("build", "tests", "sanitizer", "linear", "graphs", "kernels", "model", "table")
+PARTS = ("build", "tests", "sanitizer", "linear", "graphs", "kernels", "sweep", "model", "table")
 
 
 def test_gpu_and_gpu_wide_are_the_whole_grid():
