@@ -82,7 +82,6 @@ build() {
 tests() {
   local on=()
   [ "$device" = cuda ] && on=(--cuda)
-  # each process takes about a gigabyte of the card
   "$python" -c "import xdist" 2>/dev/null && on+=(-n "${MAX_JOBS:-$(nproc)}" --dist worksteal)
   local files=(python_tests/ops/test_{route,lora,16bit,16bit_gradients,linear,mix,autograd,cuda,grid}.py)
   files+=(python_tests/ops/test_cuda_graphs.py python_tests/routing/test_patch_compiled.py)
