@@ -83,7 +83,7 @@ tests() {
   local on=()
   [ "$device" = cuda ] && on=(--cuda)
   "$python" -c "import xdist" 2>/dev/null && on+=(-n "${MAX_JOBS:-$(nproc)}" --dist worksteal)
-  local files=(python_tests/ops/test_{route,lora,16bit,16bit_gradients,linear,mix,autograd,cuda,grid}.py)
+  local files=(python_tests/ops/test_{route,lora,16bit,16bit_gradients,linear,many_tokens,mix,autograd,cuda,grid}.py)
   files+=(python_tests/ops/test_cuda_graphs.py python_tests/routing/test_patch_compiled.py)
   [ -n "$tiny" ] && files=(python_tests/ops/test_mix.py)
   "$python" -m pytest "${on[@]}" -m "not slow" --maxfail=40 "${files[@]}"
