@@ -212,8 +212,7 @@ struct DecodeRouter {
     if (first) meanwhile();
   }
 
-  // ---- selection, by one warp
-  // ----------------------------------------------------------------------------------------
+  // ---- selection, by one warp -------------------------------------------------------------------------------------
 
   // A similarity is the sum over the parts of (S - rest * gates) * factor, with the part's largest in it for "unit".
   struct Finish {

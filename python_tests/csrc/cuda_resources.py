@@ -26,7 +26,7 @@ TABLE = Path(__file__).with_name("cuda_resources.json")
 CHECKED = Path(__file__).with_name("cuda_checked.json")
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 # 16-byte accesses of global memory, asynchronous copies to shared memory, tensor cores
-INSTRUCTIONS = {"load16": r"\bLDG\.E\.128", "store16": r"\bSTG\.E\.128", "copy16": r"\bLDGSTS\.E.*\.128",
+INSTRUCTIONS = {"load16": r"\bLDG\.E(?:\.NA)?\.128", "store16": r"\bSTG\.E\.128", "copy16": r"\bLDGSTS\.E.*\.128",
                 "mma": r"\bHMMA\."}  # fmt: skip
 
 Kernels = dict[str, dict[str, dict[str, int]]]  # kernel -> architecture -> what -> how much
