@@ -82,3 +82,13 @@ def same(before: dict, after: dict) -> bool:
         and list(states[0]) == list(states[1])
         and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     )
+
+
+def saves_its_own_biases() -> bool:
+    """Whether PEFT leaves the biases of the other adapters out of the file of one."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    layer = torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2)})
+    model = get_peft_model(layer, LoraConfig(target_modules=["q"]), adapter_name="ant")
+    model.add_adapter("bee", LoraConfig(target_modules=["q"], lora_bias=True))
+    return not any("bias" in key for key in get_peft_model_state_dict(model, adapter_name="ant"))

@@ -14,6 +14,10 @@ from moerge_ext.commands import main as cli
 from moerge_ext.commands import serve
 from moerge_ext.serving.transformers import launch
 
+SERVER = pytest.mark.skipif(
+    find_spec("transformers.cli.serving") is None, reason="needs the server of a newer transformers (the extra `serve`)"
+)
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -86,8 +90,8 @@ ALONE = "needs weights or affinities of each request, which transformers' server
         ),
         (["--model", "a@b"], ["'a@b': transformers' server takes what follows an @ for a revision"]),
         (["--model", "a.gguf"], ["'a.gguf' is a GGUF file"]),
-        (["--", "--prt", "1"], ["transformers serve: No such option: --prt"]),
-        (["--", "other"], ["transformers serve: Got unexpected extra argument"]),
+        pytest.param(["--", "--prt", "1"], ["transformers serve: No such option: --prt"], marks=SERVER),
+        pytest.param(["--", "other"], ["transformers serve: Got unexpected extra argument"], marks=SERVER),
     ],
 )
 def test_what_transformers_server_cannot_serve_ends_with_status_2(folders, capsys, monkeypatch, more, words):
@@ -98,6 +102,7 @@ def test_what_transformers_server_cannot_serve_ends_with_status_2(folders, capsy
     assert said.startswith("moerge serve: ") and all(word in said for word in words), said
 
 
+@SERVER
 def test_the_options_of_transformers_server_are_shown(folders, capsys, monkeypatch):
     monkeypatch.setattr(launch, "require", lambda: None)
     with pytest.raises(SystemExit) as ended:
@@ -121,6 +126,7 @@ def test_transformers_server_needs_its_packages(folders, capsys, monkeypatch):
     assert "needs uvicorn: pip install 'moerge_ext[serve]'" in capsys.readouterr().err
 
 
+@SERVER
 def test_it_says_that_nothing_can_listen_before_the_model_is_read(folders, capsys, monkeypatch):
     monkeypatch.setattr(launch, "require", lambda: None)
     monkeypatch.setattr(launch, "route", lambda *_: pytest.fail("the model was read"))

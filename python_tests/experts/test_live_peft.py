@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from builders import random_experts, tiny_gpt2, tiny_llama, tiny_qwen2
+from patch_cases import saves_its_own_biases
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from moerge_ext.experts.bank import load_experts
@@ -62,6 +63,8 @@ def assert_equals_peft(bank, model):
 
 
 def test_folders_equal_peft(peft_model, tmp_path):
+    if not saves_its_own_biases():
+        pytest.skip("needs a newer PEFT: this one saves the biases of every adapter with each")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes lora_B.bias for a broken matrix
         peft_model.save_pretrained(tmp_path)

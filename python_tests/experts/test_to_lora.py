@@ -25,6 +25,8 @@ KINDS = {
 
 def adapter(kind, folder, build=builders.tiny_llama, config=None):
     """(the folder, PEFT's logits with it)"""
+    if kind == "HIRA" and not hasattr(peft, "HiraConfig"):
+        pytest.skip("needs a newer PEFT: this one has no HiraConfig")
     model = peft.get_peft_model(build(), config or KINDS[kind]())
     torch.manual_seed(1)
     for parameter in model.parameters():
@@ -39,9 +41,16 @@ def routed(folder, model):
         return logits(model, input_ids=tokens())
 
 
+def reads_what_it_saved(kind, folder) -> bool:
+    model = peft.get_peft_model(builders.tiny_llama(), KINDS[kind]())
+    return not peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors")).unexpected_keys
+
+
 @pytest.mark.parametrize("kind, rank", [("LOHA", 4), ("LOKR", 8), ("VERA", 3)])
 def test_what_has_a_small_rank_is_exact(kind, rank, tmp_path):
     folder, want = adapter(kind, tmp_path / "own")
+    if not reads_what_it_saved(kind, folder):
+        pytest.skip("needs a newer PEFT: this one leaves out the projections of a file")
     model = builders.tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = convert_to_lora(folder, tmp_path / "lora", model, progress=False)

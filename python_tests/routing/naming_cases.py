@@ -80,7 +80,8 @@ def old_vit(path: str) -> str:
 def old_llava(path: str) -> str:
     """As transformers before 4.52 has it."""
     path = path.replace("model.language_model", "language_model.model")
-    return path.replace("model.vision_tower", "vision_tower.vision_model").replace("model.multi_modal", "multi_modal")
+    path = re.sub(r"model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model.", path)
+    return path.replace("model.multi_modal", "multi_modal")
 
 
 def old_qwen(path: str) -> str:

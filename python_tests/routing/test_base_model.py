@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from inspect import getsource
 
 import peft
 import pytest
@@ -74,6 +75,11 @@ def refused(make, folder, *words, method="merged"):
     assert dict(model.named_modules()) == modules
 
 
+def known_to_peft(fields) -> bool:
+    init = fields.get("init_lora_weights", "")
+    return fields.keys() <= LoraConfig.__dataclass_fields__.keys() and init in getsource(LoraConfig)
+
+
 PARTS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -101,6 +107,8 @@ PARTS = ["q_proj", "v_proj", "down_proj"]
     ids=lambda value: " ".join(str(v) for v in value.values())[:40] if isinstance(value, dict) else value.__name__,
 )
 def test_equals_peft(make, fields, tmp_path):
+    if not known_to_peft(fields):
+        pytest.skip("needs a newer PEFT: this one has no such LoRA")
     folder, base = save(make, tmp_path / "e", **fields), logits(make())
     want = by_peft(make, folder)
     assert error(want, base) > 0.1

@@ -46,6 +46,8 @@ def test_names_of_an_older_transformers(family, tmp_path):
     build, old_name = RENAMED[family]
     model = build()
     layers = {path: sizes for path, sizes in linear_layers(model).items() if path not in ("lm_head", "classifier")}
+    if all(old_name(path) == path for path in layers):
+        pytest.skip("needs a newer transformers: this one has the old names")
     old, new = adapter(tmp_path / "old", layers, old_name), adapter(tmp_path / "new", layers)
     got = routed(model, old)
     torch.testing.assert_close(got, routed(model, new), rtol=0, atol=0)
@@ -117,6 +119,8 @@ def test_the_old_names_of_a_class_without_its_head(tmp_path):
     """Table and prefix together: an adapter of ViTModel of transformers 4 on a classifier of transformers 5."""
     model = cases.vit()
     layers = linear_layers(model, "vit.layers")
+    if not layers:
+        pytest.skip("needs a newer transformers: this one has the old names")
     old = adapter(tmp_path / "old", layers, lambda path: cases.old_vit(path).removeprefix("vit."))
     assert torch.equal(routed(model, old), routed(model, adapter(tmp_path / "new", layers)))
 
@@ -214,6 +218,8 @@ def test_keys_and_values_that_layers_share(tmp_path):
     """Gemma 3n lost k_proj and v_proj of the layers that share them; adapters of before have both."""
     model = cases.gemma3n()
     layers = linear_layers(model, "self_attn")
+    if "model.layers.2.self_attn.k_proj" in layers:
+        pytest.skip("needs a newer transformers: in this one the layers still have them")
     first = {path: sizes for path, sizes in layers.items() if ".0." in path}
     before = {path.replace(".0.", f".{i}."): sizes for i in range(4) for path, sizes in first.items()}
     folder = adapter(tmp_path / "e", before)

@@ -9,6 +9,7 @@ import moe_cases as cases
 import patch_cases
 import pytest
 import torch
+import transformers
 from moe_cases import D, I, N
 from patch_cases import error, logits
 from safetensors.torch import load_file, save_file
@@ -197,6 +198,8 @@ def test_copies_have_branches_of_their_own(qwen):
 
 @pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
 def test_compiled_experts_are_one_graph(qwen, kernel):
+    if kernel == "grouped_mm" and not hasattr(transformers.integrations.moe, "_grouped_mm"):
+        pytest.skip("needs a newer transformers: torch's own grouped_mm is compiled in bfloat16 alone")
     model, bank, *_ = qwen
     model.set_experts_implementation(kernel)
     module = model.model.layers[0].mlp.experts

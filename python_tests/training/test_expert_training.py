@@ -28,7 +28,7 @@ def test_train_expert(name, tmp_path):
     untouched = Untouched(model)
     model_out = train_expert(model, batches(), tmp_path / "e", alpha=16, **quiet(steps=15, lr=0.01))
     untouched.check()
-    assert model_out.losses[-1] < model_out.losses[0] - 0.3
+    assert model_out.losses[-1] < model_out.losses[0] - 0.2
     adapter = read_adapter("e", tmp_path / "e")
     linears = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
     assert set(linears) - adapter.modules.keys() == {"lm_head"}
