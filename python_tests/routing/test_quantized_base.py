@@ -12,16 +12,17 @@ from patch_cases import error
 import moerge_ext as moerge
 
 peft = pytest.importorskip("peft")
+NEEDS = "pip install 'moerge_ext[quantized]'"
 IDS = torch.arange(2, 20).view(2, 9)
 
 
 def bitsandbytes(**options):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason=NEEDS)
     return transformers.BitsAndBytesConfig(**options)
 
 
 def torchao(name: str):
-    return transformers.TorchAoConfig(getattr(pytest.importorskip("torchao.quantization"), name)())
+    return transformers.TorchAoConfig(getattr(pytest.importorskip("torchao.quantization", reason=NEEDS), name)())
 
 
 KINDS = {

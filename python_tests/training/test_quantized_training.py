@@ -10,7 +10,8 @@ from gate_builders import batches, quiet
 from moerge_ext.training.experts import train_expert
 from moerge_ext.training.quantized import passing_gradients
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+NEEDS = "pip install 'moerge_ext[quantized]'"
+bitsandbytes = pytest.importorskip("bitsandbytes", reason=NEEDS)
 
 
 def llama_config():
@@ -56,7 +57,7 @@ def test_layers_pack_again_afterwards(tmp_path):
 
 def test_a_layer_that_keeps_gradients_back_is_refused(tmp_path):
     """torchao's int8 activations have no gradient; of its weights alone there is one."""
-    ways = pytest.importorskip("torchao.quantization")
+    ways = pytest.importorskip("torchao.quantization", reason=NEEDS)
     for name, passes in (("Int8DynamicActivationInt8WeightConfig", False), ("Int8WeightOnlyConfig", True)):
         model = transformers.LlamaForCausalLM(llama_config()).eval()
         ways.quantize_(model.model, getattr(ways, name)())
