@@ -162,7 +162,8 @@ def test_warnings_are_lines_without_code(folder):
         cwd=ROOT.parent,
         timeout=600,
     )
-    lines = done.stderr.splitlines()
+    theirs = "Setting `pad_token_id` to `eos_token_id`"  # transformers 5.0, as a line of its own
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(theirs)]
     assert done.returncode == 0 and all(line.startswith("warning: ") for line in lines), done.stderr
     assert any("one expert is alone" in line and "--absent base lets" in line for line in lines), done.stderr
     assert "warnings.warn" not in done.stderr and ".py:" not in done.stderr
