@@ -32,19 +32,16 @@ from moerge_ext.native import loading
 NEVER = 10**9
 # (name, value) of what is changed, and for which T it says something
 VARIANTS = (
-    ({"kDecodeTokens": 0}, range(1, 17)),
-    ({"kDecodePieces": 64}, range(1, 17)),
-    ({"kDecodePieces": 256}, range(1, 17)),
-    ({"kLoraMmaTokens": NEVER, "kScoresMmaTokens": NEVER}, range(17, 65)),
-    ({"kBranchFirstTokens": 1}, range(17, 512)),
+    ({"kDecodeLinearTokens": 0}, range(1, 2)),
+    ({"kDecodeLinearTokens": 16}, range(2, 17)),
+    ({"kLoraMmaTokens": NEVER, "kScoresMmaTokens": NEVER}, range(2, 65)),
+    ({"kBranchFirstTokens": 1}, range(2, 512)),
     ({"kBranchFirstTokens": NEVER}, range(512, NEVER)),
-    ({"kExpandBlocks": 128}, range(17, NEVER)),
-    ({"kExpandBlocks": 512}, range(17, NEVER)),
-    ({"kShrinkBlocks": 256}, range(17, NEVER)),
-    ({"kShrinkBlocks": 1024}, range(17, NEVER)),
-    ({"kShrinkParts": 1}, range(512, NEVER)),
-    ({"kScoresStart": 1}, range(17, NEVER)),
-    ({"kScoresStart": 6}, range(17, NEVER)),
+    ({"kExpandBlocks": 128}, range(2, NEVER)),
+    ({"kExpandBlocks": 512}, range(2, NEVER)),
+    ({"kShrinkBlocks": 1024}, range(2, NEVER)),
+    ({"kShrinkParts": 8}, range(2, NEVER)),
+    ({"kScoresStart": 6}, range(2, NEVER)),
 )
 WHAT = (
     "ours / plain of routed_linear, bfloat16, 4096 -> 4096, K = 2, R = 16, uniform popularity, cold, replay of "
@@ -108,7 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu_sweep.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 36, 166])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 512, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 128, 512, 4096])
     parser.add_argument("--seconds", type=float, default=150, help="no cell is started after this")
     args = parser.parse_args()
     constants, device, begin = Constants(), torch.device("cuda"), time.perf_counter()

@@ -64,10 +64,10 @@ class Router {
     return p;
   }
 
-  // With few tokens and arguments that fit: all of it in one launch. False: nothing is done.
+  // With at most so many tokens and arguments that fit: all of it in one launch. False: nothing is done.
   template <class Place>
-  bool decode(const Place& place) {
-    if (route_.T == 0 || route_.T > kDecodeTokens) return false;
+  bool decode(int64_t most, const Place& place) {
+    if (route_.T == 0 || route_.T > most) return false;
     if (!routed_decode(one_launch(place), call_.stream())) return false;
     call_.finish();
     return true;
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
   Router router(check, plan, routing);
   const Tensor out = new_tensor(base, {plan.T, plan.O}, base.scalar_type());
-  const bool done = router.decode([&](Call& call, Decode& decode) {
+  const bool done = router.decode(kDecodeTokens, [&](Call& call, Decode& decode) {
     const Tensor from = readable_rows(base);
     decode.base = matrix(from, call.read(from));
     decode.out = matrix(out, call.write(out));
@@ -124,8 +124,9 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
   const Routing routing{x, gates, lora_a, lora_b, options, lora_bias, factored, packed};
   const Tensor target = readable_rows(base);
   Router router(check, plan, routing);
-  const bool done = router.decode(
-      [&](Call& call, Decode& decode) { decode.base = decode.out = matrix(target, call.update(target)); });
+  const bool done = router.decode(kDecodeTokens, [&](Call& call, Decode& decode) {
+    decode.base = decode.out = matrix(target, call.update(target));
+  });
   if (!done) {
     router.run(router.stream());
     Call call(base);
@@ -214,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
   const LoraPlan plan = check_bank(check, tokens, y.size(1), false, lora_a, lora_b, lora_bias, packed);
   const Routing routing{tokens, gates, lora_a, lora_b, options, lora_bias, factored, packed};
   Router router(check, plan, routing);
-  const bool done = router.decode([&](Call& call, Decode& decode) {
+  const bool done = router.decode(kDecodeLinearTokens, [&](Call& call, Decode& decode) {
     const Tensor w = readable_rows(weight);
     decode.weight = matrix(w, call.read(w));
     if (linear_bias) decode.linear_bias = call.read(dense(*linear_bias));

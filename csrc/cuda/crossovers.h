@@ -16,16 +16,17 @@
 
 namespace moerge::cuda {
 
-// Up to how many tokens the routed ops are one launch (routed_decode.cu); it cuts D into so many parts for A as give
+// Up to how many tokens routed_lora and, with the base layer in it, routed_linear are one launch (routed_decode.cu); it
+// cuts D into so many parts for A as give
 // kDecodePieces pieces of work, within these limits.
-MOERGE_TUNED kDecodeTokens = 16, kDecodePieces = 128, kDecodeLeastParts = 4;
+MOERGE_TUNED kDecodeTokens = 16, kDecodeLinearTokens = 1, kDecodePieces = 128, kDecodeLeastParts = 4;
 constexpr int64_t kDecodeParts = 16;
 
 // From how many tokens on routed_linear adds the base layer's product to the branch, rather than the other way round.
 MOERGE_TUNED kBranchFirstTokens = 512;
 
 // From how many tokens on tensor cores are used by shrink, expand and the gradients of the factors, and by the scores.
-MOERGE_TUNED kLoraMmaTokens = 16, kScoresMmaTokens = 16;
+MOERGE_TUNED kLoraMmaTokens = 1, kScoresMmaTokens = 1;
 
 // Up to how many pairs the blocks of the shrink on tensor cores look for their own, rather than having them sorted.
 constexpr int64_t kShrinkSearches = 512;
@@ -35,7 +36,7 @@ constexpr int64_t kExpandMostTokens = 512;
 MOERGE_TUNED kExpandLeastTokens = 32, kExpandBlocks = 256;
 
 // With fewer blocks than this the sums over D are split, into so many parts at most.
-MOERGE_TUNED kShrinkBlocks = 512, kShrinkParts = 8;
+MOERGE_TUNED kShrinkBlocks = 512, kShrinkParts = 16;
 
 // The scores on tensor cores: up to how many tokens all warps of a block have the same 32, and up to how many there are
 // two such groups, not four; the most parts of D (at most 32), and what a block costs besides its chunks of 32

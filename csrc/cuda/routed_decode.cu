@@ -356,6 +356,7 @@ Reason against_decode(const Decode& p) {
   const Route& r = p.route;
   const DType dtype = r.x.dtype;
   if (r.T < 1 || r.T > kDecodeTokens) return "it is for 1 to 16 tokens";
+  if (p.weight.data && r.T > kDecodeLinearTokens) return "with the base layer in it, it is for one token";
   if (!is_16_bit(dtype) || r.wide) return "the tokens are not of 16 bits";
   if (r.E > kMostExperts) return "there are more than 1024 experts";
   if (r.K > kMostSlots || r.T * r.K * p.a.ranks > kMostHidden) return "too many experts per token for this rank";

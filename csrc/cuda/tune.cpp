@@ -11,6 +11,7 @@ extern "C" __attribute__((visibility("default"))) int64_t* moerge_crossover(cons
     int64_t* value;
   } all[] = {
       {"kDecodeTokens", &kDecodeTokens},
+      {"kDecodeLinearTokens", &kDecodeLinearTokens},
       {"kDecodePieces", &kDecodePieces},
       {"kDecodeLeastParts", &kDecodeLeastParts},
       {"kBranchFirstTokens", &kBranchFirstTokens},
