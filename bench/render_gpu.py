@@ -9,8 +9,8 @@ from typing import Any
 
 from .results import Row
 
-SWEEP = "h200_sweep.json"
-PEERS = ("dense", "sort_loop", "grouped_mm", "gather_bmm", "torch_reference", "peft_one")
+SWEEP, FIRST = "h200_sweep.json", "h200_sweep_first.json"  # of today's kernels, and of those before them
+PEERS = ("dense", "sort_loop", "grouped_mm", "gather_bmm", "torch_reference", "peft_arrow", "peft_one")
 CHANGED = 0.05  # what a constant must change of a cell to be named
 
 
@@ -30,18 +30,25 @@ def gpu(rows: list[Row], folder: Path) -> str:
     facts = f"**{about['machine']}**, {about['isa']}; torch {about['torch']}; "
     facts += f"commit {about['commit']}; {about['time'][:10]}. {ability['bandwidth'] / 1e3:.1f} TB/s, "
     facts += f"{ability['bfloat16'] / 1e3:.0f} TFLOP/s bfloat16 as measured beside it."
-    parts = [facts, _ratios(found["rows"]), _kernels(kernels), _constants(found)]
+    first = folder / FIRST
+    before = json.loads(first.read_text())["rows"] if first.exists() else []
+    parts = [facts, _ratios(found["rows"], before), _kernels(kernels), _constants(found)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _ratios(rows: list[dict[str, Any]]) -> str:
-    cells = {(row["T"], row["E"]): row for row in rows if row["variant"] == "as is"}
+def _as_is(rows: list[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
+    return {(row["T"], row["E"]): row for row in rows if row["variant"] == "as is"}
+
+
+def _ratios(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> str:
+    cells, first = _as_is(rows), _as_is(before)
     experts = sorted({e for _, e in cells})
     lines = []
     for t in sorted({t for t, _ in cells}):
         mine = [cells[t, e] for e in experts]
         noise = max(row["noise"] for row in mine)
-        ratios = [f"{row['ratio']:.2f} ({row['ours_us']:.0f} µs)" for row in mine]
+        was = [f", first {first[t, e]['ratio']:.2f}" if (t, e) in first else "" for e in experts]
+        ratios = [f"{row['ratio']:.2f} ({row['ours_us']:.0f} µs{old})" for row, old in zip(mine, was, strict=True)]
         lines.append([str(t), f"{min(row['plain_us'] for row in mine):.1f}", *ratios, f"±{noise * 100:.1f} %"])
     return table(["T", "plain µs", *(f"ours / plain, E = {e}" for e in experts), "A/A noise"], lines)
 
@@ -60,9 +67,11 @@ def _kernels(rows: list[Row]) -> str:
 
 
 def short(name: str) -> str:
-    """What a kernel is called here: ours by its struct, the library's by how it begins."""
-    ours = re.match(r"void moerge::cuda::run<moerge::cuda::\(anonymous namespace\)::(\w+)", name)
-    return ours[1] if ours else "GEMM" if name.startswith("nvjet") else name.partition(" ")[0]
+    """What a kernel is called here: ours by its struct, a GEMM of the library as that, another by its function."""
+    ours = re.match(r"void moerge::cuda::run<moerge::cuda::(?:\(anonymous namespace\)::|\w+::)*(\w+)", name)
+    if ours or name.startswith("nvjet"):
+        return ours[1] if ours else "GEMM"
+    return name.removeprefix("void ").partition("<")[0].partition(" ")[0].rpartition("::")[2]
 
 
 def _constants(found: dict[str, Any]) -> str:

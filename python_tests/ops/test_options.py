@@ -44,9 +44,9 @@ def test_the_kernels_say_which_they_are(request):
         assert ops.routed_lora_ways(*half[0], gates, *half[1])[2] == "shrink: tensor cores"
         assert ops.routed_lora_ways(*(t[:1] for t in half[0]), gates, half[1][0].mT.contiguous().mT, half[1][1]) == [
             "several launches: the experts are of another type than the tokens, or not laid out rank by rank",
-            "scores: no tensor cores: few tokens",
-            "shrink: no tensor cores: few tokens",
-            "expand: no tensor cores: few tokens",
+            "scores: tensor cores",
+            "shrink: tensor cores",
+            "expand: tensor cores",
         ]
     with pytest.raises(ValueError, match="routed_lora_ways: top_k must be"):
         ops.routed_lora_ways(base, x, gates, *bank, top_k=9)
