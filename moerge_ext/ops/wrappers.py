@@ -223,7 +223,7 @@ def routed_linear(
 
         y_t = W x_t + b + sum_k w_tk (B_e A_e x_t + bias_e),  w, e = route(x, gates, ...)
 
-    One launch on CUDA for up to 16 tokens where the shapes allow; else torch's linear, and the branch added to its
+    One launch on CUDA for one token where the shapes allow; else torch's linear, and the branch added to its
     result (which then is rounded to y's dtype twice).
 
     Args:
