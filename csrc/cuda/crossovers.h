@@ -1,6 +1,6 @@
-// Where one kernel takes over from another, and how finely work is cut: the one table to tune. They are guesses from
-// arithmetic on an H200 with D = O = 4096, but for kBranchFirstTokens: 512 instead of 1024 took 0.91 to 0.94 of the
-// time at T = 512 (bench/README.md).
+// Where one kernel takes over from another, and how finely work is cut: the one table to tune, for an H200 with
+// D = O = 4096. bench/README.md has what other values cost there; kScoresOneGroup, kScoresTwoGroups, kShrinkSearches
+// and what concerns routed_lora's one launch are guesses.
 //
 // A build with -DMOERGE_TUNE=ON makes variables of the MOERGE_TUNED, for bench/gpu_sweep.py; the others are sizes in
 // kernels.
@@ -17,8 +17,7 @@
 namespace moerge::cuda {
 
 // Up to how many tokens routed_lora and, with the base layer in it, routed_linear are one launch (routed_decode.cu); it
-// cuts D into so many parts for A as give
-// kDecodePieces pieces of work, within these limits.
+// cuts D into so many parts for A as give kDecodePieces pieces of work, within these limits.
 MOERGE_TUNED kDecodeTokens = 16, kDecodeLinearTokens = 1, kDecodePieces = 128, kDecodeLeastParts = 4;
 constexpr int64_t kDecodeParts = 16;
 

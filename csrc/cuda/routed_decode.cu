@@ -19,12 +19,10 @@
 // common. A cluster per token would have shorter barriers, but its 8 processors would read all gates: 340 KB each of
 // 166 experts, which at 50 to 100 GB/s is most of the time that the others need for W.
 //
-// Measured on an H200, D = O = 4096, bf16, K = 2, R = 16, E = 8 / 36 / 166, with the base alone at 13.5 us: a version
-// with the same two barriers, but with statistics in two passes before the scores, everything selected by everybody
-// before A, and half of W in registers before each wait, took 23.4 / 24.8 / 26.5 us at T = 1, 28.3 / 29.8 / 32.0 at
-// T = 8 and 41.9 / 45.2 / 49.6 at T = 16. This one takes 22.0 / 22.5 / 25.5,
-// 33.2 / 34.0 / 36.6 and 38.4 / 39.3 / 45.3: from two tokens on several launches are faster for routed_linear
-// (kDecodeLinearTokens).
+// On an H200, D = O = 4096, bf16, K = 2, R = 16, E = 8 / 36 / 166, the base alone 13.5 us: T = 1 takes 22.0 / 22.5
+// / 25.5 us, T = 8 33.2 / 34.0 / 36.6, T = 16 38.4 / 39.3 / 45.3 (several launches less: kDecodeLinearTokens). With
+// statistics in two passes first and everything selected by everybody it was 23.4 / 24.8 / 26.5, 28.3 / 29.8
+// / 32.0, 41.9 / 45.2 / 49.6.
 #include "routed_router.cuh"
 #include "routed_weight.cuh"
 
