@@ -1,4 +1,4 @@
-"""The Triton multi-LoRA kernels of vLLM and SGLang over our weights. NO GPU HAS RUN THEM FROM HERE.
+"""The Triton multi-LoRA kernels of vLLM and SGLang over our weights. An H200 has run SGLang's from here, vLLM's none.
 
 Imported from a folder that the user names (`--triton-peers`); nothing of theirs is in this project. The calls follow
 the signatures of the released packages vllm 0.33.0 (`vllm.lora.ops.triton_ops`) and sglang 0.5.23
