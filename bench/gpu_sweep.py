@@ -34,7 +34,6 @@ NEVER = 10**9
 VARIANTS = (
     ({"kDecodeLinearTokens": 0}, range(1, 2)),
     ({"kDecodeLinearTokens": 16}, range(2, 17)),
-    ({"kLoraMmaTokens": NEVER, "kScoresMmaTokens": NEVER}, range(2, 65)),
     ({"kBranchFirstTokens": 1}, range(2, 512)),
     ({"kBranchFirstTokens": NEVER}, range(512, NEVER)),
     ({"kExpandBlocks": 128}, range(2, NEVER)),

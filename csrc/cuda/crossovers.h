@@ -24,9 +24,6 @@ constexpr int64_t kDecodeParts = 16;
 // From how many tokens on routed_linear adds the base layer's product to the branch, rather than the other way round.
 MOERGE_TUNED kBranchFirstTokens = 512;
 
-// From how many tokens on tensor cores are used by shrink, expand and the gradients of the factors, and by the scores.
-MOERGE_TUNED kLoraMmaTokens = 1, kScoresMmaTokens = 1;
-
 // Up to how many pairs the blocks of the shrink on tensor cores look for their own, rather than having them sorted.
 constexpr int64_t kShrinkSearches = 512;
 

@@ -265,8 +265,7 @@ void run_ranks(const Lora& p, const void* prepared, const Factors& w, const Matr
 }
 
 Reason against(const Lora& p, const Factors& w, DType out) {
-  if (p.T < kLoraMmaTokens) return "few tokens";
-  if (p.K == 0 || p.R == 0) return "there is nothing to multiply";
+  if (p.T == 0 || p.K == 0 || p.R == 0) return "there is nothing to multiply";
   if (p.K > kMostSlots || p.E > kMostExperts) return "too many experts, or too many of them per token";
   if (p.wide) return "float64";
   if (Reason reason = against_copies(w)) return reason;

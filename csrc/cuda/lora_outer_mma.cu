@@ -225,8 +225,8 @@ void run_ranks(const Lora& p, const Arguments&... arguments) {
 }  // namespace
 
 int64_t outer_workspace(const Lora& p, const Matrix& x, int64_t columns, DType dtype) {
-  const bool fits = p.T >= kLoraMmaTokens && p.K > 0 && p.E > 0 && p.R > 0 && !p.wide && padded_ranks(p.R) &&
-                    columns % 8 == 0 && aligned16(x.data, x.stride * 2);
+  const bool fits = p.T > 0 && p.K > 0 && p.E > 0 && p.R > 0 && !p.wide && padded_ranks(p.R) && columns % 8 == 0 &&
+                    aligned16(x.data, x.stride * 2);
   return fits ? p.T * p.K * padded_ranks(p.R) * parts_of(x.dtype, dtype) * 2 : 0;
 }
 

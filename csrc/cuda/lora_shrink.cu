@@ -1,8 +1,8 @@
 // h[pair,r] = sum_c x[token,c] w[expert,r,c]: one warp per pair and rank, or one block per pair.
 //
-// Good for few tokens, where every factor is read about once anyway; correct for anything. Variants: 16-byte loads for
-// x and w of one known type whose columns are adjacent; the same where the ranks are adjacent (a bank stored
-// transposed); any types and strides, one element at a time. lora_shrink_mma.cu has the one for many tokens.
+// Correct for anything. Variants: 16-byte loads for x and w of one known type whose columns are adjacent; the same
+// where the ranks are adjacent (a bank stored transposed); any types and strides, one element at a time.
+// lora_shrink_mma.cu has the fast one, for 16 bits and ranks up to 128.
 #include "lora.cuh"
 #include "lora_mma.cuh"
 

@@ -237,8 +237,7 @@ bool shrink_uses_groups(const Lora& p, const Matrix& x, const Factors& w) {
 }
 
 Reason shrink_against_tensor_cores(const Lora& p, const Matrix& x, const Factors& w) {
-  if (p.T < kLoraMmaTokens) return "few tokens";
-  if (p.E == 0 || p.K == 0 || p.R == 0) return "there is nothing to multiply";
+  if (p.T == 0 || p.E == 0 || p.K == 0 || p.R == 0) return "there is nothing to multiply";
   if (p.wide) return "float64";
   if (x.dtype != w.dtype) return "tokens and experts are of different types";
   if (Reason reason = against_copies(w)) return reason;

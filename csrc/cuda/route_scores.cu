@@ -1,9 +1,8 @@
 // Statistics and similarities of every token with every expert: similarity[t,e] = norm(x_t) . g_e.
 //
 // A block has one token and some experts, a warp one expert at a time. With few tokens the experts are spread over many
-// blocks, each of which finds the token's statistics again (x is small beside the gates). Variants: 16-byte loads for
-// one known type of x and float32 gates; any types, one element at a time. route_scores_mma.cu has the one
-// for many tokens.
+// blocks, each of which finds the token's statistics again (x is small beside the gates). For any types, one element at
+// a time: correct for anything. route_scores_mma.cu has the fast one.
 #include "route.cuh"
 #include "route_mma.cuh"
 
@@ -13,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-template <class Acc, class X, class G, int V>
+template <class Acc>
 struct RouteScores {
   static constexpr int kThreads = cuda::kThreads;
   static constexpr const char* kName = "route_scores";
@@ -26,17 +25,17 @@ struct RouteScores {
     Acc* slots = shared.take<Acc>(kWarps);
     const char* row = static_cast<const char*>(p.x.data) + t * p.x.stride * size_of(p.x.dtype);
     const Statistics<Acc> stats =
-        token_statistics<Acc, X, V>(BlockTeam<kThreads, Acc>{slots}, row, p.x.dtype, p.D, p.normalize);
+        token_statistics<Acc, Any, 1>(BlockTeam<kThreads, Acc>{slots}, row, p.x.dtype, p.D, p.normalize);
     if (block_y() == 0 && thread() == 0) stats.store(p.statistics, t);
     const int64_t begin = block_y() * experts_per_block;
     const int64_t end = begin + experts_per_block < p.E ? begin + experts_per_block : p.E;
     for (int64_t e = begin + warp(); e < end; e += kWarps) {
       const char* gate = static_cast<const char*>(p.gates.data) + e * p.gates.stride * size_of(p.gates.dtype);
-      Acc x[V], g[V], sum = 0;
-      for (int64_t d = lane() * V; d < p.D; d += 32 * V) {
-        load_vector<X>(row, p.x.dtype, d, x);
-        load_vector<G>(gate, p.gates.dtype, d, g);
-        for (int i = 0; i < V; ++i) sum += stats.normalized(x[i]) * g[i];
+      Acc x[1], g[1], sum = 0;
+      for (int64_t d = lane(); d < p.D; d += 32) {
+        load_vector<Any>(row, p.x.dtype, d, x);
+        load_vector<Any>(gate, p.gates.dtype, d, g);
+        sum += stats.normalized(x[0]) * g[0];
       }
       sum = warp_sum(sum);
       if (lane() == 0) static_cast<Acc*>(p.similarity)[t * p.E + e] = sum;
@@ -44,13 +43,12 @@ struct RouteScores {
   }
 };
 
-template <class Acc, class X, class G, int V>
+template <class Acc>
 void run_scores(const Route& p, Stream stream) {
   // about two thousand warps, if there are so many experts
   const int64_t wanted = ceil_div(ceil_div(p.T * p.E, 2048), kWarps) * kWarps;
   const int64_t per_block = wanted > p.E ? p.E : wanted;
-  launch({p.T, ceil_div(p.E, per_block)}, shared_size(kWarps * sizeof(Acc)), stream,
-         RouteScores<Acc, X, G, V>{p, per_block});
+  launch({p.T, ceil_div(p.E, per_block)}, shared_size(kWarps * sizeof(Acc)), stream, RouteScores<Acc>{p, per_block});
 }
 
 bool rows_are_vectors(const Route& p) {
@@ -62,7 +60,6 @@ bool rows_are_vectors(const Route& p) {
 }  // namespace
 
 Reason scores_against_tensor_cores(const Route& p) {
-  if (p.T < kScoresMmaTokens) return "few tokens";
   if (!rows_are_vectors(p)) return "x or gates have a type or strides that 16-byte loads cannot follow";
   return p.gates.stride < kScoresMmaStride ? nullptr : "the gates are too far apart in memory";
 }
@@ -72,13 +69,9 @@ int64_t score_parts(const Route& p) { return scores_against_tensor_cores(p) ? 1 
 bool score_moments(const Route& p) { return !scores_against_tensor_cores(p) && p.normalize == Normalize::standardize; }
 
 void route_scores(const Route& p, Stream stream) {
-  const bool vectors = rows_are_vectors(p);
-  if (p.wide) return run_scores<double, Any, Any, 1>(p, stream);
+  if (p.wide) return run_scores<double>(p, stream);
   if (!scores_against_tensor_cores(p)) return route_scores_mma(p, stream);
-  if (vectors && p.x.dtype == DType::f32) return run_scores<float, float, float, 8>(p, stream);
-  if (vectors && p.x.dtype == DType::bf16) return run_scores<float, bf16, float, 8>(p, stream);
-  if (vectors && p.x.dtype == DType::f16) return run_scores<float, f16, float, 8>(p, stream);
-  run_scores<float, Any, Any, 1>(p, stream);
+  run_scores<float>(p, stream);
 }
 
 }  // namespace moerge::cuda

@@ -1,4 +1,4 @@
-// Similarities of many tokens with all experts on tensor cores: similarity[t,e] = norm(x_t) . g_e, to float32 accuracy.
+// Similarities of tokens with all experts on tensor cores: similarity[t,e] = norm(x_t) . g_e, to float32 accuracy.
 //
 // A warp has 32 tokens, all experts of its block and every n-th chunk of 32 features; nothing is shared but the sums at
 // the end. Features can be dealt to the fragments in any order, so a lane loads 8 adjacent ones of 4 tokens and of each

@@ -15,8 +15,6 @@ extern "C" __attribute__((visibility("default"))) int64_t* moerge_crossover(cons
       {"kDecodePieces", &kDecodePieces},
       {"kDecodeLeastParts", &kDecodeLeastParts},
       {"kBranchFirstTokens", &kBranchFirstTokens},
-      {"kLoraMmaTokens", &kLoraMmaTokens},
-      {"kScoresMmaTokens", &kScoresMmaTokens},
       {"kExpandLeastTokens", &kExpandLeastTokens},
       {"kExpandBlocks", &kExpandBlocks},
       {"kShrinkBlocks", &kShrinkBlocks},

@@ -90,7 +90,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     for name, text in zip(order, plain.splitlines(), strict=True):
         launcher = re.search(r"run<(.*)>\(", text)
         inner = (launcher.group(1).strip() if launcher else text).replace("moerge::cuda::", "")
-        inner = inner.replace("(anonymous namespace)::", "")
+        inner = re.sub(r"\(anonymous namespace\)::|\b[a-z]\w*::", "", inner)
         out[name] = inner.replace("__nv_bfloat16", "bf16").replace("__half", "f16").replace(" >", ">")
     return out
 
@@ -136,7 +136,9 @@ def measure(source: Path, architectures: tuple[str, ...]) -> Kernels:
 
 
 def in_source(name: str, source: Path) -> bool:
-    return f"struct {name.partition('<')[0]} {{" in source.read_text()
+    """Or in its own header."""
+    texts = [path.read_text() for path in (source, source.with_suffix(".cuh")) if path.exists()]
+    return any(f"struct {name.partition('<')[0]} {{" in text for text in texts)
 
 
 def write(kernels: Kernels) -> None:

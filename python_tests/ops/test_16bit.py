@@ -80,6 +80,11 @@ def test_more_experts_than_can_be_sorted():
     check(bank(33, 8, 4100, 2, 16, 40))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_rank_too_large_for_tensor_cores(dtype):
+    check(bank(9, 64, 3, 2, 136, 72, dtype, lora_bias=True))
+
+
 @pytest.mark.parametrize("shape", [(33, 64, 7, 2, 16, 72), (129, 40, 5, 3, 24, 64)], ids=str)
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("order", ["", "ab"])
