@@ -143,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
     prepare(args.data, cache, args.train, args.test)
     shared = ["--model", args.model, "--chat", "--prompts", write_prompts(cache, args.shots)]
     shared += ["--embedder", args.encoder, "--embedder-name", "all-MiniLM-L6-v2", "--batch-size", args.batch_size]
+    shared += ["--dtype", args.dtype]
     shared += ["--judge", *(f"{kind}={facts['judge']}" for kind, facts in KINDS.items())]
     for name in ("train", "test"):
         files = [cache / kind / f"{name}.jsonl" for kind in KINDS]
@@ -170,7 +171,7 @@ def write_results(args: argparse.Namespace, cache: Path) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "pelmo_items.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    names = ("train", "test", "shots", "epochs", "lr", "theta", "threads", "batch_size")
+    names = ("train", "test", "shots", "epochs", "lr", "theta", "threads", "batch_size", "dtype")
     facts = {name: getattr(args, name) for name in names} | {"seed": SEED, "commit": commit.stdout.strip()}
     facts |= {"model": Path(args.model).name, "encoder": "all-MiniLM-L6-v2", "torch": torch.__version__}
     facts |= {"machine": platform.machine(), "experts": [f"{kind} expert" for kind in KINDS], "kinds": KINDS}
@@ -262,6 +263,7 @@ def main() -> None:
             sub.add_argument("--lr", type=float, default=1e-4)
             sub.add_argument("--batch-size", type=int, default=4)
             sub.add_argument("--threads", type=int, default=1)
+            sub.add_argument("--dtype", default="float32", help="of the chat model (default: %(default)s)")
     args = parser.parse_args()
     args.do(args)
 
