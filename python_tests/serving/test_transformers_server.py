@@ -198,6 +198,14 @@ def test_no_tokens_are_refused(server, folders, number):
     assert status == 400 and f"max_tokens must be at least 1, got {number}" in said, (status, said[:300])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_prompt_is_refused(server, folders, stream):
+    _, client = server
+    said = posted(client, "/v1/completions", {"model": folders[0], "prompt": "", "max_tokens": 3, "stream": stream})[1]
+    assert "moerge: the prompt has no tokens" in said, said[:300]
+    assert asked(client, folders[0], "a") == wanted(folders, "a")
+
+
 @pytest.mark.parametrize("server", [BATCHING], indirect=True, ids=["continuous batching"])
 def test_a_request_larger_than_the_cache_is_refused_alone(server, folders):
     """transformers ends its batching, for all requests, at one that does not fit."""

@@ -15,7 +15,7 @@ from torch import nn
 from ...experts.memory import free_memory
 from ...files.counting import counted
 from .checks import context
-from .context import check_count, refusal
+from .context import check_counts, refusal
 
 STEP_TOKENS = 512  # of a batch, on a CPU
 REQUESTS = 4  # of the model's whole context, that the cache holds if memory allows
@@ -67,7 +67,7 @@ def hold_to_cache(model: nn.Module) -> None:
         def add_request(input_ids: list[int], request_id: str | None = None, **said: Any) -> str | None:
             new = said.get("max_new_tokens")
             try:
-                check_count(new)
+                check_counts(len(input_ids), new)
                 if problem := too_large(batching.continuous_batching_config, len(input_ids), new):
                     raise refusal(problem)
             except Exception:

@@ -14,7 +14,9 @@ from ...models.pretrained import context_of
 
 
 def hold_to_context(model: nn.Module) -> None:
-    """`model.generate` ends each answer at the context. HTTP 400 for a prompt that fills it, and for no token."""
+    """`model.generate` ends each answer at the context. HTTP 400 for a prompt that fills it or is empty, and
+    for no token.
+    """
     context, theirs = context_of(model.config), model.generate
 
     def generate(*args: Any, **said: Any) -> Any:
@@ -28,7 +30,7 @@ def hold_to_context(model: nn.Module) -> None:
 
 def within(context: int | None, prompt: int, new: int | None) -> int | None:
     """How many of `new` tokens (None: any number) a context has room for behind a prompt."""
-    check_count(new)
+    check_counts(prompt, new)
     if context is None:
         return new
     if (room := context - prompt) < 1:
@@ -36,8 +38,10 @@ def within(context: int | None, prompt: int, new: int | None) -> int | None:
     return room if new is None else min(room, new)
 
 
-def check_count(new: int | None) -> None:
-    """Refuses to answer by fewer than one token."""
+def check_counts(prompt: int, new: int | None) -> None:
+    """Refuses a prompt of no token, and to answer by fewer than one."""
+    if not prompt:
+        raise refusal("the prompt has no tokens, and this model's tokenizer adds none: expected at least one")
     if new is not None and new < 1:
         raise refusal(f"max_tokens must be at least 1, got {new}")
 
