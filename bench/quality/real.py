@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from moerge_ext.evaluation.runs import MULTITASK
 from moerge_ext.files.rows import read_rows
 from moerge_ext.models import smollm2
 from moerge_ext.models.prompt import PromptFormat
@@ -58,6 +59,9 @@ class Places:
 
     def expert(self, name: str) -> Path:
         return self.cache / "experts" / name
+
+    def multitask(self) -> Path:
+        return self.cache / "multitask" / MULTITASK
 
     def routers(self, method: str) -> Path:
         return self.cache / "routers" / method

@@ -3,6 +3,7 @@
 python bench/quality/real_eval.py --data ../shared/data --cache DIR --embedder MODEL
 python bench/quality/real_eval.py ... --experts 4 --scaling      # a smaller pool: fewer rows, held-out tasks alone
 python bench/quality/real_eval.py ... --chunks 1 --rows dam token_level      # these join the rows that are there
+python bench/quality/real_eval.py ... --chunks 1 --rows multitask glider/written
 
 Writes bench/results/quality_real_<experts>.jsonl.gz, from which real_table.py makes the tables.
 """
@@ -89,7 +90,7 @@ class Asking:
             for chunk, parts in enumerate(asked):
                 parts.append(self.ask(part, chunk))
             if len(asked[0]) >= len(real_join.CHECKED):
-                new = real_answers.collected(asked, self.facts)
+                new = real_answers.collected(asked, self.facts | self.deciders.more_facts())
                 real_answers.write(real_join.joined(real_answers.read(self.file), new), self.file)
 
 

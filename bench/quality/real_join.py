@@ -13,6 +13,7 @@ from typing import Any
 from bench.quality.real_answers import Results
 
 CHECKED = ("base", "merged", "retrieval")  # no expert, all of them, the one that is nearest to a question
+MORE = ("written", "multitask")  # facts of rows that not every table has
 SAME = 0.99  # of a row's answers, at least
 
 
@@ -31,7 +32,8 @@ def joined(old: Results, new: Results) -> Results:
     ]
     if problems:
         raise ValueError("rows cannot join the table:\n- " + "\n- ".join(problems))
-    facts = old.facts | {"again": {"rows": known["rows"] + more, "answers": answers, "losses": _losses(old, new)}}
+    facts = old.facts | {key: new.facts[key] for key in MORE if key in new.facts}
+    facts |= {"again": {"rows": known["rows"] + more, "answers": answers, "losses": _losses(old, new)}}
     return Results(facts, old.tasks, old.answered | {key: a for key, a in new.answered.items() if key[0] in more})
 
 
@@ -57,7 +59,7 @@ def _other_questions(old: Results, new: Results) -> list[str]:
 
 def plain_facts(facts: dict[str, Any]) -> dict[str, Any]:
     """What says how experts, routers and questions were made, as JSON gives it back."""
-    kept = {key: value for key, value in facts.items() if key not in ("experts", "weights", "again")}
+    kept = {key: value for key, value in facts.items() if key not in ("experts", "weights", "again", *MORE)}
     return json.loads(json.dumps(kept))
 
 

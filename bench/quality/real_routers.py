@@ -7,6 +7,7 @@ every expert to JUDGED validation rows of each.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from bench.quality import real, real_tasks
 from bench.quality.real_batches import batches, collate
+from bench.quality.real_written import Written
 from moerge_ext import Embedder, average_activation, describe, index_examples, load_experts, train_routers
 from moerge_ext.ensemble.co_llm import CoLLM
 from moerge_ext.evaluation.evaluate import Settings, evaluate
@@ -83,6 +85,7 @@ class Deciders:
         for name in names:
             self._describe(name)
         self.pool = load_experts([places.expert(name) for name in names])
+        self._written: Written | None = None
 
     def _describe(self, name: str) -> None:
         """Describe an expert by its task's instruction, index its examples, take the mean inputs of its layers."""
@@ -116,6 +119,22 @@ class Deciders:
             held_in[name] = [row["input"] for row in rows]
         calibrate_threshold(router, held_in)
         return router
+
+    def written(self) -> Written:
+        """The pool with the base's own instructions."""
+        if self._written is None:
+            self._written = Written(self.places, self.names, self.embedder)
+        return self._written
+
+    def multitask(self) -> ExpertBank:
+        """The one LoRA of all tasks (`real_train.py --multitask`)."""
+        return load_experts([self.places.multitask()])
+
+    def more_facts(self) -> dict[str, Any]:
+        """Of rows that not every table has."""
+        found = {} if self._written is None else {"written": self._written.facts()}
+        notes = self.places.multitask() / "facts.json"
+        return found | ({"multitask": json.loads(notes.read_text())} if notes.is_file() else {})
 
     def other_gates(self) -> dict[int, ExpertBank]:
         """{steps of gate training: the experts with these gates}, where all of them have some."""

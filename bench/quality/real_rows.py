@@ -8,8 +8,9 @@ from typing import Any
 
 from bench.quality import real
 from bench.quality.real_routers import Deciders
+from bench.quality.real_written import SUFFIX
 from moerge_ext.evaluation.answers import Answerer
-from moerge_ext.evaluation.runs import Run, parse_run
+from moerge_ext.evaluation.runs import MULTITASK, Run, parse_run
 from moerge_ext.evaluation.tasks import Task
 from moerge_ext.experts.bank import ExpertBank
 from moerge_ext.methods import get_method
@@ -28,7 +29,7 @@ TEXTS = (
 )  # fmt: skip
 LEARNED = ("lora_flow", "pi_tuning", "mixda", "we_moe", "pemt")
 SLOW = ("weight_prior", "weight_entropy", "lorahub", "token_level", "ask_llm")  # many passes for a text
-LARGE = ("adapter_fusion", "ramole", "co_llm", "pwe_moe", "mole")  # reads all experts' outputs; mole trains in 14 GB
+LARGE = ("adapter_fusion", "ramole", "co_llm", "pwe_moe", "mole")  # reads all experts' outputs; mole takes 18.5 GB
 FEW_SHOT = "/few-shot"  # behind the base's name, where the prompt has solved examples
 
 
@@ -67,6 +68,11 @@ def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders, scaling: 
 def part_of(text: str, pool: ExpertBank, deciders: Deciders) -> Part:
     """The part of one row, by its method's name with options; GLIDER's is that of the query itself."""
     name = text.partition("/")[0]
+    if text == MULTITASK:
+        return Part([Run(MULTITASK, PREFIX + MULTITASK)], deciders.multitask())
+    if text.endswith(SUFFIX):
+        written = deciders.written()
+        return Part(_runs([name]), written.pool, {"instruction": written.router}, suffix=SUFFIX)
     if name in LEARNED or name in LARGE or name == "meteora":
         return _learned((text,), pool, deciders)
     if name in TEXTS:

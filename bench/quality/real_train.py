@@ -1,6 +1,7 @@
 """Train one expert with gates for every held-in task of SmolLM2-135M-Instruct; a run that was stopped goes on.
 
 python bench/quality/real_train.py --data ../shared/data --cache DIR
+python bench/quality/real_train.py ... --multitask       # instead: one LoRA of all the tasks, by as many steps
 python bench/quality/real_train.py ... --recipe          # instead: what recipes do on the tasks that are set aside
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import sys
 import time
@@ -71,6 +73,25 @@ def other_gates(places: real.Places, names: Sequence[str], model: nn.Module, tok
         gates(places, name, model, tokenizer, recipe, folder)
 
 
+def multitask(places: real.Places, names: Sequence[str], model: nn.Module, tokenizer: Any) -> None:
+    """One LoRA by as many steps as all experts together, on as many random rows of every task as its expert saw."""
+    recipe, features = real.Recipe(), []
+    for name in names:
+        rows = places.rows(name, "train")
+        seen = random.Random(3).sample(rows, min(len(rows), recipe.steps * recipe.batch_size))
+        features += Encoder(model, tokenizer, prompt=real.FORM).features(seen)
+    data = batches(features, recipe.batch_size, tokenizer.pad_token_id)
+    steps, folder, start = recipe.steps * len(names), places.multitask(), time.process_time()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        result = train_expert(
+            model, data, folder, rank=recipe.rank, alpha=recipe.alpha, lr=recipe.lr, steps=steps,
+            checkpoint_every=20, resume=True,
+        )  # fmt: skip
+    if not result.already:
+        facts = {"rows": len(features), "steps": steps, "cpu_s": time.process_time() - start}
+        (folder / "facts.json").write_text(json.dumps(facts | {"losses": result.losses}))
+
+
 def try_recipes(places: real.Places, model: nn.Module, tokenizer: Any) -> None:
     """Mean loss of the last steps on every task that is set aside, for every candidate."""
     file = places.cache / "recipes.json"
@@ -102,12 +123,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with tasks/")
     parser.add_argument("--cache", type=Path, required=True, help="where base, experts and answers go")
     parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N tasks (default: all)")
+    parser.add_argument("--multitask", action="store_true", help="train one LoRA on all of these tasks")
     parser.add_argument("--recipe", action="store_true", help="compare recipes on the tasks that are set aside")
     parser.add_argument("--gate-steps", type=int, nargs="*", default=[], help="further gates, of so many steps")
     args = parser.parse_args()
     torch.set_num_threads(1)
     places = real.Places(args.data, args.cache)
     model, tokenizer = real.load_base(places)
+    if args.multitask:
+        multitask(places, real.HELD_IN[: args.experts], model, tokenizer)
+        return
     if args.recipe:
         try_recipes(places, model, tokenizer)
         return
