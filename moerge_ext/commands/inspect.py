@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     gates_of(args)
     check_can_write(args.output)
     check_named(listed(args.methods))
-    check_results(args, "inspect.json", grows=("methods", "tasks"))
+    check_results(args, "inspect.json", grows=("methods", "tasks", "oracle", "results"))
     check_matplotlib()
     if args.html is not None:
         check_plotly()

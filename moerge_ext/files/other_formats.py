@@ -34,7 +34,7 @@ def binary_kind(path: Path) -> str | None:
             if library is None or not _PLAIN.fullmatch(str(path)):
                 return kind
             rows = f"datasets.load_dataset('{library}', data_files='{path}')['train']"
-            code = f"import datasets; {rows}.to_json('{path.with_suffix('.jsonl')}')"
+            code = f"import datasets; {rows}.to_json('{_beside(path)}')"
             return f'{kind}; JSON lines of it: python -c "{code}" (pip install datasets)'
     return None
 
@@ -69,4 +69,9 @@ def _columns(lines: list[str], separator: str) -> list[str]:
 
 def _made(row: str, rows: str, path: Path) -> str:
     code = f"import csv, json, sys; [print(json.dumps({row})) for r in {rows}]"
-    return f'; JSON lines of it: python -c "{code}" < {path} > {path.with_suffix(".jsonl")}'
+    return f'; JSON lines of it: python -c "{code}" < {path} > {_beside(path)}'
+
+
+def _beside(path: Path) -> Path:
+    """Where the JSON lines of a file go: never into itself."""
+    return path.with_name(f"{path.stem}-rows.jsonl") if path.suffix == ".jsonl" else path.with_suffix(".jsonl")

@@ -37,13 +37,14 @@ def _restore_error(problems: list[str], args: tuple) -> AdapterError:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The resolved path of regular file `name` of `folder`; `folder` must be resolved.
+    """The resolved path of regular file `name` of `folder`.
 
     ValueError when it is missing, not a regular file, or a link that leaves the folder. Links of the Hugging
     Face cache (`<repo>/snapshots/<revision>/... -> <repo>/blobs/<hash>`) stay inside their repository and are
     fine.
     """
     try:
+        folder = folder.resolve()
         path = (folder / name).resolve(strict=True)
         regular = path.is_file()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -16,8 +17,12 @@ GENERIC = ("hf", "model", "snapshot", "base", "checkpoint")  # folder names that
 
 
 def base_name(path: str) -> str:
-    """What to call the model of a folder or hub id: its last part, or the one before when that says nothing."""
-    parts = [part for part in str(path).split("/") if part]
+    """What to call the model of a folder or hub id: its last part, or the one before when that says nothing; of a
+    folder from wherever it is named, and in the hub's cache the name of its repository.
+    """
+    parts = [part for part in (os.path.abspath(path) if os.path.isdir(path) else str(path)).split("/") if part]
+    if cached := [part for part in parts if part.startswith("models--")]:
+        return cached[-1].rpartition("--")[2]
     telling = [part for part in parts if part.lower() not in GENERIC]
     return (telling or parts or ["model"])[-1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -156,17 +156,18 @@ class Handle:
             yield trace
 
     @contextmanager
-    def affinities(self, scores: Tensor) -> Iterator[None]:
+    def affinities(self, scores: Tensor | Sequence | Mapping[str, float]) -> Iterator[None]:
         """Sets the global affinity of every sequence to every expert for the forwards inside the block.
 
         Args:
             scores: [N,E], or [E] for one row that serves all. N rows share the tokens of each forward evenly, in order,
-                so under beam search and sampling with several sequences each row covers its own copies.
+                so under beam search and sampling with several sequences each row covers its own copies. Or {expert's
+                name: number}, 0 for the others.
         """
         self._check_alive()
         if self.method.bias is None:
             raise ValueError(f"method '{self.method.name}' takes no global affinities; glider and glider_code do")
-        scores = torch.as_tensor(scores)
+        scores = self._numbers(scores)
         rows = scores[None] if scores.dim() == 1 else scores
         if rows.dim() != 2 or rows.shape[1] != len(self.names) or rows.shape[0] == 0:
             raise ValueError(
@@ -176,6 +177,19 @@ class Handle:
             raise ValueError("affinities must be finite")
         with self._rows(self.method.bias(rows.float(), self.options)):
             yield
+
+    def _numbers(self, scores: Any) -> Tensor:
+        if isinstance(scores, Mapping):
+            if unknown := [name for name in scores if name not in self.names]:
+                raise ValueError(f"affinities: no expert {unknown[0]!r}; expected some of {', '.join(self.names)}")
+            scores = [scores.get(name, 0.0) for name in self.names]
+        try:
+            return torch.as_tensor(scores)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"affinities must be numbers [N, E={len(self.names)}] or [E={len(self.names)}], or {{name: number}}, "
+                f"got {scores!r:.100}"
+            ) from None
 
     @contextmanager
     def queries(self, texts: str | Sequence[str], router: Any = None, *, tokenizer: Any = None) -> Iterator[None]:

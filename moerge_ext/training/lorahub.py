@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from ..experts.bank import ExpertBank
 from ..models.prompt import INPUT, PromptFormat
 from ..routing.patch import Handle, patch
-from .batches import Batch, BatchSource, Collate
-from .encoding import Encoder, collator
+from .batches import Batch, Collate
+from .encoding import MAX_LENGTH, Encoder, collator, prepare
 from .loop import batch_loss
 
 OPTIMIZERS = ("nevergrad", "cobyla")
@@ -41,6 +41,9 @@ def lorahub(
     bound: float = 1.5,
     l1: float = 0.05,
     optimizer: str = "nevergrad",
+    tokenizer: Any = None,
+    max_length: int = MAX_LENGTH,
+    prompt: PromptFormat | None = None,
     collate_fn: Collate | None = None,
     batch_size: int = 8,
     seed: int = 0,
@@ -54,13 +57,18 @@ def lorahub(
     evaluations, the first at w = 0 (the base). Use the result with
     `patch(model, experts, "lorahub")` and `with handle.affinities(result.weights):`.
 
-    `data`, `collate_fn` and `batch_size` are as in `train_gates`. The model is as before afterwards. Errors:
-    ImportError with the install line; ValueError for arguments out of range, empty data, and what `patch` refuses.
+    `data` and what it is made into batches by (`tokenizer` for rows of text) are as in `train_gates`. The model is as
+    before afterwards. Errors: ImportError with the install line; ValueError for arguments out of range, empty data, and
+    what `patch` refuses.
     """
     _check(count=count, budget=budget, bound=bound, batch_size=batch_size, l1=l1, optimizer=optimizer)
-    batches = list(BatchSource(data, collate_fn=collate_fn, batch_size=batch_size).epoch())
-    if not batches:
+    data = data if isinstance(data, Sequence) else list(data)
+    if not data:
         raise ValueError("lorahub: data is empty: a few examples of the task are needed")
+    prepared = prepare(
+        model, data, None, tokenizer=tokenizer, max_length=max_length, collate_fn=collate_fn, prompt=prompt
+    )
+    batches = list(prepared.sources(batch_size, False, seed)[0].epoch())
     with patch(model, experts, "lorahub") as handle:
         return _search(
             handle,

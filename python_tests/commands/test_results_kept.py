@@ -177,3 +177,7 @@ def test_inspections(folder, capsys):
     assert "no score of arrow on two: seen/results.json has no such rows" in out
     assert "correlation of KL and score over tasks: -" in out and "no correlation: it takes at least three tasks" in out
     assert run(f"{words} two --methods arrow") == 0, "what `eval` asked for is noted apart"
+    bare = f"{words.partition(' --oracle')[0].replace('seen', 'bare')} --tasks one --methods arrow"
+    for more in (" --oracle one=a", " --oracle one=a --results seen/results.json"):
+        assert run(bare + more) == 0, "what it said would bring more"
+    assert run(f"{bare} --oracle one=b --results seen/results.json") == 2

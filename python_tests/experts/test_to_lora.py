@@ -124,6 +124,14 @@ def test_refusals(tmp_path):
         convert_to_lora(folder, tmp_path / "out", model)
 
 
+def test_a_folder_by_a_relative_path(tmp_path, monkeypatch):
+    folder, model = adapter("LOHA", tmp_path / "own")[0], builders.tiny_llama()
+    monkeypatch.chdir(folder.parent)
+    assert convert_to_lora(folder.name, "out", model, progress=False).kind == "LOHA"
+    monkeypatch.chdir(folder)
+    assert convert_to_lora(".", tmp_path / "again", model, progress=False).kind == "LOHA"
+
+
 def test_the_command(tmp_path, capsys):
     folder, _ = adapter("LOHA", tmp_path / "own")
     builders.tiny_llama().save_pretrained(tmp_path / "base")

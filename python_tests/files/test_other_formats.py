@@ -46,6 +46,16 @@ def test_tables(tmp_path, monkeypatch, name, text, said, rows):
     assert [(row["input"], row["target"]) for row in read_rows(tmp_path / "a.jsonl")] == rows
 
 
+def test_a_command_never_writes_into_what_it_reads(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("first line\nsecond line\n")
+    done(refused(path, text=True), tmp_path)
+    assert path.read_text() == "first line\nsecond line\n"
+    assert [row["text"] for row in read_rows(tmp_path / "a-rows.jsonl", text=True)] == ["first line", "second line"]
+    path.write_bytes(b"PAR1" + bytes(20))
+    assert f"to_json('{tmp_path}/a-rows.jsonl')" in refused(path)
+
+
 def test_text(tmp_path, monkeypatch):
     path = tmp_path / "notes.txt"
     path.write_text("One line, with a comma.\n\nAnother one.\n")

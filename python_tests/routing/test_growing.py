@@ -12,6 +12,7 @@ from query_cases import WORDS, fake_embedder, letters
 
 import moerge_ext as moerge
 from moerge_ext.queries.cache import TextCache
+from moerge_ext.queries.hidden import base_name
 
 TOKENIZER = letters()
 DATA = {name: [{"input": f"{word} {other}", "target": ""} for other in "abc"] for name, word in WORDS.items()}
@@ -29,6 +30,16 @@ def experts(folders):
 
 
 # ---- the base as embedder --------------------------------------------------------------------------------------------
+
+
+def test_a_base_has_one_name_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "llama-x" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "llama-x")
+    snapshot = "/hub/models--org--llama-x/snapshots/0123abcd"
+    assert {base_name(path) for path in ("base", "./base", ".", "../llama-x", str(tmp_path / "llama-x/base"))} == {
+        "llama-x"
+    }
+    assert base_name("org/llama-x") == base_name(snapshot) == "llama-x" and base_name("") == "model"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])

@@ -188,6 +188,9 @@ def test_a_failure_halfway_leaves_the_model_alone(llama, experts, monkeypatch):
         (torch.tensor(1.0), r"got \[\]"),
         (torch.tensor([0.0, float("nan"), 0.0]), "finite"),
         (torch.tensor([0.0, float("inf"), 0.0]), "finite"),
+        ({"ant": 1.0, "wasp": 2.0}, "no expert 'wasp'; expected some of ant, bee, cat"),
+        ({"ant": "much"}, r"must be numbers \[N, E=3\] or \[E=3\], or {name: number}, got \['much', 0.0, 0.0\]"),
+        ("ant", "must be numbers .*, got 'ant'"),
     ],
 )
 def test_wrong_affinities(llama, experts, scores, text):

@@ -167,6 +167,15 @@ def test_affinities_in_and_out_of_inference_mode(setup):
     assert error(second.detach(), first) > 0.01
 
 
+def test_affinities_by_name(setup):
+    model, experts = setup("llama")
+    with moerge.patch(model, experts, method="given") as handle:
+        with handle.affinities([0.0, 0.5, 2.0]):
+            want = model(**batch("llama")).logits
+        with handle.affinities({"cat": 2, "bee": 0.5}):
+            assert torch.equal(model(**batch("llama")).logits, want)
+
+
 def test_affinities_are_written_in_place(setup):
     """A captured graph reads the buffer that it was captured with."""
     model, experts = setup("llama")

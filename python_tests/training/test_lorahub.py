@@ -5,8 +5,10 @@ from __future__ import annotations
 import patch_cases as cases
 import pytest
 import torch
+from builders import make_tokenizer
 
 import moerge_ext as moerge
+from moerge_ext.training.encoding import Encoder, collator
 
 
 @pytest.fixture
@@ -34,6 +36,17 @@ def test_weights_lower_the_objective(setup, optimizer):
     assert loss + 0.05 * result.weights.abs().mean().item() == pytest.approx(result.objective, rel=1e-5)
     few = moerge.lorahub(model, experts, data, count=1, budget=3, optimizer=optimizer, progress=False)
     assert (few.weights != 0).sum() <= 1
+
+
+def test_rows_of_text_by_the_tokenizer(setup, tmp_path):
+    model, experts = setup
+    tokenizer, options = make_tokenizer(tmp_path), {"optimizer": "cobyla", "budget": 4, "progress": False}
+    rows = [{"input": "abc", "target": "ca"}, {"input": "ba", "target": "abab"}]
+    ready = [collator(tokenizer)(Encoder(model, tokenizer).features(rows))]
+    found = moerge.lorahub(model, experts, rows, tokenizer=tokenizer, **options)
+    assert torch.equal(found.weights, moerge.lorahub(model, experts, ready, **options).weights)
+    with pytest.raises(ValueError, match="rows of text .*: pass tokenizer="):
+        moerge.lorahub(model, experts, rows, **options)
 
 
 def test_what_is_wrong_is_said(setup, monkeypatch):
