@@ -72,6 +72,13 @@ def is_stacked_parameter(path: str, modules: Iterable[str]) -> bool:
     return any(match["experts"] == last for match in map(_INDEXED.fullmatch, modules) if match)
 
 
+def has_slices(path: str, modules: Iterable[str]) -> bool:
+    """Whether `modules` have slices of the stacked parameter `path`, which go by the numbers of the base experts."""
+    experts, _, leaf = path.rpartition(".")
+    one = re.compile(rf"{re.escape(experts)}\.[0-9]+\.{re.escape(leaf)}")
+    return leaf in PARAMETERS and any(map(one.fullmatch, modules))
+
+
 def parameter_gate_problems(path: str, gate: Tensor) -> list[str]:
     """What is wrong with a gate of which only the model knows the width."""
     if gate.dim() != 1:
