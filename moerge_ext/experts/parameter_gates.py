@@ -49,8 +49,8 @@ class ParameterGates(dict[str, dict[str, dict[str, Tensor]]]):
         """
         gates, has_gate, wrong = {}, {}, []
         for kind, stored in self.items():
-            gates[kind] = torch.zeros(len(names), width, device=device)
-            has_gate[kind] = torch.zeros(len(names), dtype=torch.bool)
+            gates[kind] = torch.zeros(len(names), width, device=device, dtype=torch.float32)
+            has_gate[kind] = torch.zeros(len(names), dtype=torch.bool, device="cpu")
             for path in reversed(paths):  # the first wins
                 for name, gate in stored.get(path, {}).items():
                     if gate.shape != (width,):

@@ -51,7 +51,9 @@ def power_iteration_prototypes(
     as low as 0.97 has been seen.
     """
     device = lora_A.device
-    start = torch.randn(lora_A.shape[-1], device=device, generator=torch.Generator(device).manual_seed(seed))
+    start = torch.randn(
+        lora_A.shape[-1], device=device, generator=torch.Generator(device).manual_seed(seed), dtype=torch.float32
+    )
     vectors, found = [], []
     for a, b in zip(lora_A.float(), lora_B.float(), strict=True):
         gram = b.T @ b

@@ -166,7 +166,7 @@ class Handle:
         self._check_alive()
         if self.method.bias is None:
             raise ValueError(f"method '{self.method.name}' takes no global affinities; glider and glider_code do")
-        scores = torch.as_tensor(scores)
+        scores = scores if isinstance(scores, Tensor) else torch.as_tensor(scores, dtype=torch.float32, device="cpu")
         rows = scores[None] if scores.dim() == 1 else scores
         if rows.dim() != 2 or rows.shape[1] != len(self.names) or rows.shape[0] == 0:
             raise ValueError(
