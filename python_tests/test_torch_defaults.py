@@ -1,4 +1,4 @@
-"""What a program has told torch to do by default (`set_default_dtype`, `set_default_device`) changes no result."""
+"""What a program has told torch to do by default (types, devices, autocast, gradients) changes no result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import patch_cases
 import pytest
 import torch
 from builders import random_experts, tiny_llama
-from query_cases import described, fake_writer
+from query_cases import described, fake_embedder, fake_writer
 
 import moerge_ext as moerge
 
@@ -130,3 +130,20 @@ def test_gates_are_trained_alike(what, value, tmp_path):
     with default(what, value):
         got = losses(tmp_path / "got")
     assert got == want
+
+
+def test_queries_are_scored_as_without_autocast(tmp_path):
+    model, ids = tiny_llama(), patch_cases.tokens()
+    experts = described(random_experts(model, tmp_path, ("ant", "bee", "cat"), ("q_proj", "down_proj")))
+    handle = moerge.patch(model, experts, "glider_code", top_k=2)
+    handle.router = moerge.QueryRouter(experts, fake_embedder(), fake_writer())
+
+    def answer(enabled: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            block = handle.queries(["flying after digging and purring", "digging while flying twice"])
+            block.__enter__()
+        got = patch_cases.logits(model, input_ids=ids)
+        block.__exit__(None, None, None)
+        return got
+
+    assert torch.equal(answer(True), answer(False))

@@ -15,6 +15,7 @@ from ..experts.bank import ExpertBank
 from ..files.counting import counted
 from ..methods.base import Method
 from ..methods.weighing import Weigher
+from ..models.full_precision import without_autocast
 from ..models.wrappers import unwrapped
 from . import changes
 from .absent import alone_note
@@ -201,7 +202,7 @@ class Handle:
             raise ValueError(f"queries() needs a router: set handle.router = {ROUTERS[self.method.source]} first")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if "every" not in self.options:
-            with self._rows(router.bias(texts, self.method, self.options, self.names)):
+            with self._rows(self._scores(router, texts)):
                 yield
             return
         if tokenizer is None:
@@ -211,17 +212,21 @@ class Handle:
             )
         router = router.without_cache()  # every prefix is seen once
         grow = GrowingTexts(texts, tokenizer, self.options["every"])
-        with self._rows(router.bias(texts, self.method, self.options, self.names)) as affinities:
+        with self._rows(self._scores(router, texts)) as affinities:
             rows = weakref.proxy(affinities)  # it holds `follow`
 
             def follow(ids: Tensor) -> None:
                 if (grown := grow(ids)) is not None:
-                    bias = router.bias(grown, self.method, self.options, self.names)
-                    rows.set(for_slots(bias, self._slots))
+                    rows.set(for_slots(self._scores(router, grown), self._slots))
 
             affinities.follow = follow
             del affinities
             yield
+
+    def _scores(self, router: Any, texts: list[str]) -> Tensor:
+        """[N,E]: what the router adds to the scores, as it does without the caller's autocast."""
+        with without_autocast():
+            return router.bias(texts, self.method, self.options, self.names)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
