@@ -55,7 +55,7 @@ def train_factorization(
     if not len(pairs):
         raise ValueError("routellm learns from questions on which experts differ, and here there is none")
     vectors, probe = embedded(embedder, judged.texts)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = _Factors(len(judged.names), vectors.shape[1], dim)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)

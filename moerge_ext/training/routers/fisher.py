@@ -51,7 +51,8 @@ def fisher_diagonal(
                 leaves[path, factor] = getattr(layer, factor)
         count = 0
         for batch in tqdm(examples, desc=f"Fisher of {name}", unit="batch", disable=not progress):
-            batch_loss(model, batch).backward()
+            with torch.enable_grad():
+                batch_loss(model, batch).backward()
             count += 1
             for key, leaf in leaves.items():
                 if leaf.grad is not None:
