@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -118,8 +118,7 @@ class Handle:
         another thread runs the model: its forward would see the expert in some layers alone.
         """
         name, notes = changes.add(self, expert, name)
-        for note in notes:
-            warnings.warn(f"add_expert: {note}", stacklevel=2)
+        _say("add_expert", notes, lambda: changes.drop(self, name))
         return name
 
     def drop_expert(self, name: str) -> None:
@@ -342,9 +341,18 @@ def patch(
     notes += [base.unweighted_note(), own_top_k_note(row, own_top_k(row, experts, options))]
     notes += idle_notes(model, everywhere)
     handle._begin(routed, branches, base.place_own, strict)
-    for note in filter(None, notes):
-        warnings.warn(f"patch: {note}", stacklevel=2)
+    _say("patch", filter(None, notes), handle.remove)
     return handle
+
+
+def _say(caller: str, notes: Iterable[str], undo: Callable[[], None]) -> None:
+    """Warns the caller's caller, and undoes what was done where that makes an error of a warning."""
+    try:
+        for note in notes:
+            warnings.warn(f"{caller}: {note}", stacklevel=3)
+    except Warning:
+        undo()
+        raise
 
 
 def check_patch(
