@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.single_label:
         entries = read_parts(args.prompts)["experts"]
         names = [entry["name"] for entry in entries]
-        labels: Any = torch.tensor(domains(questions, names, by_dataset(entries)))
+        labels: Any = torch.tensor(domains(questions, names, by_dataset(entries)), device="cpu")
         note = note_of(prompt_of(args))
     else:
         names, questions, labels, note = labels_of(args, questions)

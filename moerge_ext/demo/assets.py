@@ -90,7 +90,9 @@ def train_base(folder: Path, recipe: Recipe) -> None:
     rng = random.Random("base")
     tokenizer = build_tokenizer()
     model = new_base(tokenizer, recipe)
-    prototypes = torch.nn.Parameter(torch.randn(recipe.layers, len(KINDS), recipe.hidden))
+    prototypes = torch.nn.Parameter(
+        torch.randn(recipe.layers, len(KINDS), recipe.hidden, dtype=torch.float32, device="cpu")
+    )
     parameters = [*model.parameters(), prototypes]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.base_lr, betas=(0.9, 0.98), weight_decay=0.05)
     steps = recipe.base_steps
@@ -100,7 +102,7 @@ def train_base(folder: Path, recipe: Recipe) -> None:
     bar = tqdm(range(steps), desc="base", mininterval=5)
     for _ in bar:
         documents = [base_document(tokenizer, rng, recipe.base_length) for _ in range(recipe.base_batch)]
-        ids, kinds = (torch.tensor(rows) for rows in zip(*documents, strict=True))
+        ids, kinds = (torch.tensor(rows, device="cpu") for rows in zip(*documents, strict=True))
         out = model(input_ids=ids, labels=ids, output_hidden_states=True)
         topic = topic_loss(out.hidden_states, prototypes, kinds)
         (out.loss + recipe.topic_weight * topic).backward()
@@ -139,9 +141,9 @@ def expert_batches(
     for _ in range(steps):
         examples = [expert_example(tokenizer, TASKS[skill], rng) for _ in range(batch)]
         length = max(len(ids) for ids, _ in examples)
-        ids = torch.tensor([i + [tokenizer.pad_token_id] * (length - len(i)) for i, _ in examples])
-        labels = torch.tensor([x + [IGNORE] * (length - len(x)) for _, x in examples])
-        mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i, _ in examples])
+        ids = torch.tensor([i + [tokenizer.pad_token_id] * (length - len(i)) for i, _ in examples], device="cpu")
+        labels = torch.tensor([x + [IGNORE] * (length - len(x)) for _, x in examples], device="cpu")
+        mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i, _ in examples], device="cpu")
         yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -64,13 +64,13 @@ def collate(features: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Any
     """{"input_ids", "labels"} of rows as a batch that ends with all answers: the loss needs no other logits."""
     width = max(len(feature["input_ids"]) for feature in features)
     keep = 1 + max(sum(label != IGNORED for label in feature["labels"]) for feature in features)
-    ids = torch.full((len(features), width), pad)
+    ids = torch.full((len(features), width), pad, device="cpu")
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for i, feature in enumerate(features):
         own = slice(width - len(feature["input_ids"]), None)
         ids[i, own], labels[i, own], mask[i, own] = (
-            torch.tensor(feature["input_ids"]),
-            torch.tensor(feature["labels"]),
+            torch.tensor(feature["input_ids"], device="cpu"),
+            torch.tensor(feature["labels"], device="cpu"),
             1,
         )
     positions = (mask.cumsum(1) - 1).clamp_min(0)

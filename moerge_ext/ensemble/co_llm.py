@@ -33,7 +33,7 @@ class Defer:
 
     def __init__(self, theta: Tensor, threshold: float, last: LastHidden, ends: Sequence[int]):
         self.theta, self.threshold, self.last = theta, threshold, last
-        self.ends = torch.tensor(list(ends), dtype=torch.long)
+        self.ends = torch.tensor(list(ends), dtype=torch.long, device="cpu")
         self.counts: Tensor | None = None
         self.live: Tensor | None = None
 
@@ -48,11 +48,11 @@ class Defer:
 
     def _count(self, who: Tensor, before: Tensor, rows: int) -> None:
         if self.counts is None:
-            self.counts = torch.zeros(len(who), rows, dtype=torch.long)
-            self.live = torch.ones(len(who), dtype=torch.bool)
+            self.counts = torch.zeros(len(who), rows, dtype=torch.long, device="cpu")
+            self.live = torch.ones(len(who), dtype=torch.bool, device="cpu")
         else:
             self.live &= ~torch.isin(before, self.ends)
-        self.counts[torch.arange(len(who)), who] += self.live
+        self.counts[torch.arange(len(who), device="cpu"), who] += self.live
 
 
 class CoLLM(Answerer):
@@ -148,7 +148,7 @@ class CoLLM(Answerer):
 
     def _rows(self, count: int) -> Tensor:
         """[(1 + E) count, E]: the base's rows, then those of each expert."""
-        experts = torch.eye(len(self.names) - 1)
+        experts = torch.eye(len(self.names) - 1, dtype=torch.float32, device="cpu")
         return torch.cat([torch.zeros_like(experts[:1]), experts]).repeat_interleave(count, 0)
 
     @contextmanager

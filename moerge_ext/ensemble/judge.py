@@ -121,7 +121,8 @@ def judged(
                 leave=False,
                 disable=not progress,
             )
-        ]
+        ],
+        device="cpu",
     )
 
 
@@ -172,7 +173,7 @@ def _similarities(embedder: Embedder, answers: Sequence[str], golds: str | Golds
     """[N] cosines of the answers to the nearest of the golds; -1 for an empty answer, which has no embedding."""
     golds = (golds,) if isinstance(golds, str) else tuple(golds)
     given = [i for i, answer in enumerate(answers) if answer.strip()]
-    similar = torch.full((len(answers),), -1.0)
+    similar = torch.full((len(answers),), -1.0, dtype=torch.float32, device="cpu")
     if given:
         vectors = unit(embedder([*golds, *(answers[i] for i in given)]))
         similar[given] = (vectors[len(golds) :] @ vectors[: len(golds)].T).amax(1)

@@ -84,9 +84,9 @@ def _parts(start: int, end: int, size: int) -> Iterator[slice]:
 
 def answers_by_experts(ensemble: PromptEnsemble, questions: Sequence[str], **options: Any) -> list[list[str]]:
     """[M][N]: every expert's answer to every question; options as in `answers_of`."""
-    ones = torch.ones(len(questions), 1)
+    ones = torch.ones(len(questions), 1, dtype=torch.float32, device="cpu")
     columns = [
-        answers_of(ensemble, name, questions, (torch.full((len(questions), 1), e), ones), **options)
+        answers_of(ensemble, name, questions, (torch.full((len(questions), 1), e, device="cpu"), ones), **options)
         for e, name in enumerate(ensemble.names)
     ]
     return [list(row) for row in zip(*columns, strict=True)]
@@ -229,8 +229,10 @@ def _specific(ensemble: PromptEnsemble, questions: Sequence[Question], few_shot,
     )
     texts = [question.text for question in questions]
     check_lengths(other, texts, options.get("max_new_tokens", 64))
-    ids = torch.tensor([[names.index(question.dataset)] for question in questions])
-    return answers_of(other, BASELINE, texts, (ids, torch.ones(len(texts), 1)), **options)
+    ids = torch.tensor([[names.index(question.dataset)] for question in questions], device="cpu")
+    return answers_of(
+        other, BASELINE, texts, (ids, torch.ones(len(texts), 1, dtype=torch.float32, device="cpu")), **options
+    )
 
 
 def macro(scores: Sequence[Score], method: str) -> float:

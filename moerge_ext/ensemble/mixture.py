@@ -214,15 +214,20 @@ class PromptEnsemble:
         if name not in self.names:
             raise ValueError(f"no prompt expert named '{name}'; there are: {', '.join(self.names)}")
         questions = [questions] if isinstance(questions, str) else list(questions)
-        ids = torch.full((len(questions), 1), self.names.index(name))
-        return self.answer(questions, select=(ids, torch.ones(len(questions), 1)), **options)
+        ids = torch.full((len(questions), 1), self.names.index(name), device="cpu")
+        return self.answer(
+            questions, select=(ids, torch.ones(len(questions), 1, dtype=torch.float32, device="cpu")), **options
+        )
 
     def _selected(self, questions: list[str], top_k: int, select: tuple[Tensor, Tensor] | None):
         if select is None:
             if self.router is None:
                 raise ValueError("this ensemble has no router: pass one, or select=(ids, weights)")
             return self.router.select(questions, top_k)
-        ids, weights = (torch.as_tensor(part) for part in select)
+        ids, weights = torch.as_tensor(select[0], device="cpu"), select[1]
+        weights = (
+            weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float32, device="cpu")
+        )
         fits = ids.dim() == 2 and ids.shape == weights.shape and len(ids) == len(questions) and ids.shape[1] > 0
         if not fits or ids.min() < 0 or ids.max() >= len(self.names):
             raise ValueError(
@@ -239,7 +244,11 @@ class PromptEnsemble:
 
     def _sample(self, turns: Turns, count: int, limit: int, stop: Sequence[str]) -> list[str]:
         """`count` sampled answers to one prompt by the base model, with its own generation settings."""
-        base = self.handle.affinities(torch.zeros(len(self.handle.names))) if self.handle is not None else nullcontext()
+        base = (
+            self.handle.affinities(torch.zeros(len(self.handle.names), dtype=torch.float32, device="cpu"))
+            if self.handle is not None
+            else nullcontext()
+        )
         with base:
             options = {"do_sample": True, "num_return_sequences": count, **self._stopping(stop)}
             return [_cut(text, stop) for text in self.asked.generate([self.put(turns)], limit, **options)]
@@ -248,7 +257,7 @@ class PromptEnsemble:
         """A context in which row i of the batch runs with the LoRA of expert order[i]."""
         if self.handle is None:
             return nullcontext()
-        rows = torch.zeros(len(order), len(self.handle.names))
+        rows = torch.zeros(len(order), len(self.handle.names), dtype=torch.float32, device="cpu")
         for row, e in zip(rows, order, strict=True):
             if self.experts[e].lora is not None:
                 row[self.handle.names.index(self.experts[e].lora)] = 1.0

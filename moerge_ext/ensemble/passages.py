@@ -44,7 +44,7 @@ class PassageIndex:
         self.identity = of_text([similarity, embedder.name, self.passages])
 
     def __call__(self, question: str) -> list[str]:
-        asked = torch.cat([self._vectors([question]).double(), torch.zeros(1, 1)], 1)
+        asked = torch.cat([self._vectors([question]).double(), torch.zeros(1, 1, dtype=torch.float32, device="cpu")], 1)
         return [self.passages[i] for i in self.neighbours.kneighbors(asked.numpy(), return_distance=False)[0]]
 
     def _vectors(self, texts: list[str]) -> torch.Tensor:

@@ -104,6 +104,8 @@ class ModelPool:
         """(what routers are trained on, {model: mean cost per answer}) from all models' answers to all questions."""
         answers = self.answer_all(questions, progress=progress)
         right: Tensor = judged(judge, questions, [[answer.text for answer in row] for row in answers], golds)
-        costs = torch.tensor([[answer.cost for answer in row] for row in answers]).mean(0)
+        costs = torch.tensor(
+            [[answer.cost for answer in row] for row in answers], dtype=torch.float32, device="cpu"
+        ).mean(0)
         table = Judged(tuple(questions), right.float(), self.names)
         return table, dict(zip(self.names, costs.tolist(), strict=True))

@@ -126,8 +126,8 @@ class EnsembleAnswerer(Answerer):
 
     def _select(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.expert is not None:
-            ids = torch.full((len(questions), 1), self.ensemble.names.index(self.expert))
-            return ids, torch.ones(len(questions), 1)
+            ids = torch.full((len(questions), 1), self.ensemble.names.index(self.expert), device="cpu")
+            return ids, torch.ones(len(questions), 1, dtype=torch.float32, device="cpu")
         todo = [question for question in dict.fromkeys(questions) if question not in self._chosen]
         if todo:
             self._chosen |= zip(todo, zip(*self.ensemble.router.select(todo, self.top_k), strict=True), strict=True)

@@ -133,7 +133,7 @@ def _classifier(base: str, names: Sequence[str], kind: str, seed: int) -> tuple[
 
 
 def _targets(questions: Sequence[str], labels: Any, names: Sequence[str]) -> tuple[str, Tensor]:
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels, device="cpu")
     if not questions:
         raise ValueError("no questions: a router is trained on at least one")
     if labels.dim() == 2:
@@ -171,8 +171,8 @@ class _Encoded(torch.utils.data.Dataset):
 
 
 def _top1(prediction: Any) -> dict[str, float]:
-    first = torch.as_tensor(prediction.predictions).argmax(1)
-    labels = torch.as_tensor(prediction.label_ids)
+    first = torch.as_tensor(prediction.predictions, device="cpu").argmax(1)
+    labels = torch.as_tensor(prediction.label_ids, device="cpu")
     right = labels.gather(1, first[:, None])[:, 0] > 0 if labels.dim() == 2 else labels == first
     return {"top1": right.float().mean().item()}
 

@@ -108,7 +108,9 @@ class Answerer:
         device = model_device(self.model)
         if self.meter is not None:
             self.meter.add(sum(map(len, starts)) + sum(map(len, ends)), len(starts))
-        labels = nn.utils.rnn.pad_sequence([torch.tensor(e) for e in ends], batch_first=True, padding_value=-100)
+        labels = nn.utils.rnn.pad_sequence(
+            [torch.tensor(e, device="cpu") for e in ends], batch_first=True, padding_value=-100
+        )
         labels = labels.to(device)
         if self.seq2seq:
             ids, mask = self._padded(starts, left=False)
@@ -128,10 +130,13 @@ class Answerer:
 
     def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows))
-        ids, mask = torch.full((len(rows), width), self.pad), torch.zeros(len(rows), width, dtype=torch.long)
+        ids, mask = (
+            torch.full((len(rows), width), self.pad, device="cpu"),
+            torch.zeros(len(rows), width, dtype=torch.long, device="cpu"),
+        )
         for i, row in enumerate(rows):
             where = slice(width - len(row), None) if left else slice(len(row))
-            ids[i, where], mask[i, where] = torch.tensor(row), 1
+            ids[i, where], mask[i, where] = torch.tensor(row, device="cpu"), 1
         device = model_device(self.model)
         return ids.to(device), mask.to(device)
 
@@ -147,7 +152,7 @@ class _UntilTheEnd:
     """A stopping criterion of transformers' generate that stops nothing; tells a trace which rows go on."""
 
     def __init__(self, ends: Sequence[int], trace: Any):
-        self.ends, self.trace = torch.tensor(ends), trace
+        self.ends, self.trace = torch.tensor(ends, device="cpu"), trace
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         ended = torch.isin(input_ids[:, -1], self.ends.to(input_ids.device))

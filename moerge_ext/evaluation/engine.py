@@ -188,8 +188,8 @@ class EngineAnswerer(Answerer):
             found = self._engine.log_probs(starts, ends, self._routing(len(starts)))
         if self.meter is not None:
             self.meter.add(sum(lengths), len(starts))
-        values = [torch.tensor(row, dtype=torch.float64) for row in found]
-        real = [torch.ones(len(row), dtype=torch.bool) for row in found]
+        values = [torch.tensor(row, dtype=torch.float64, device="cpu") for row in found]
+        real = [torch.ones(len(row), dtype=torch.bool, device="cpu") for row in found]
         pad = nn.utils.rnn.pad_sequence
         return pad(values, batch_first=True), pad(real, batch_first=True)
 
@@ -221,7 +221,7 @@ class Asked:
     @contextmanager
     def affinities(self, scores: Tensor) -> Iterator[None]:
         """A block whose requests all have these affinities [E]."""
-        self._answerer._affinities = torch.as_tensor(scores).float().reshape(1, -1)
+        self._answerer._affinities = torch.as_tensor(scores, dtype=torch.float32, device="cpu").reshape(1, -1)
         try:
             yield
         finally:

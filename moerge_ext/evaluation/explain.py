@@ -236,7 +236,7 @@ def _stream(side: _Side, modules: list[str], applied: Applied, handle: Handle, t
         return (len(stacks), 0) if depth.layer is None else (stacks.index(depth.stack), depth.layer)
 
     ordered = sorted(depths, key=rank)
-    weights = torch.zeros(len(side.ids), len(ordered), len(handle.names))
+    weights = torch.zeros(len(side.ids), len(ordered), len(handle.names), dtype=torch.float32, device="cpu")
     for at, depth in enumerate(ordered):
         dense = [applied.dense(path, len(handle.names)) for path in depths[depth]]
         weights[: side.read, at] = (sum(dense) / len(dense))[: side.read]

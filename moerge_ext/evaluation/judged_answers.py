@@ -39,7 +39,7 @@ def judged_answers(folder: Path, tasks: Sequence[Task], names: Sequence[str], *,
             "answers are missing:\n- " + "\n- ".join(problems) + f"\nmake them with `moerge eval --methods {runs} "
             f"--output {folder}` on these tasks"
         )
-    return Judged(texts, torch.tensor(rows).float(), [name for name, _ in wanted], of)
+    return Judged(texts, torch.tensor(rows, device="cpu").float(), [name for name, _ in wanted], of)
 
 
 def _column(folder: Path, task: Task, label: str) -> list[float]:

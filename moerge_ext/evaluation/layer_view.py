@@ -20,7 +20,9 @@ _LEGEND = 240  # pixels
 
 def cell_shares(inspection: Inspection, grid: Grid) -> Tensor:
     """[layers, columns, E] float64: the mean distribution of each cell's modules, NaN where the model has none."""
-    made = torch.full((len(grid.layers), len(grid.columns), len(inspection.experts)), torch.nan, dtype=torch.float64)
+    made = torch.full(
+        (len(grid.layers), len(grid.columns), len(inspection.experts)), torch.nan, dtype=torch.float64, device="cpu"
+    )
     for (layer, column), modules in grid.cells.items():
         place = grid.layers.index(layer), grid.columns.index(column)
         made[place] = inspection.shares_of(modules).mean(0)
@@ -78,9 +80,11 @@ def draw_layers(found: Sequence[Inspection], grid: Grid, path: Path, title: str)
 def bars(shares: Tensor, experts: Sequence[str], colours: Mapping[str, str], first: str) -> Tensor:
     """shares [L,C,E] -> [L, C * STEPS, 3] uint8: each cell a bar, `first` at its left, then in the colours' order."""
     order = [experts.index(name) for name in (first, *(name for name in colours if name != first))]
-    painted = torch.tensor([rgb(colours.get(experts[e], OTHERS)) for e in order] + [rgb(OTHERS)], dtype=torch.uint8)
+    painted = torch.tensor(
+        [rgb(colours.get(experts[e], OTHERS)) for e in order] + [rgb(OTHERS)], dtype=torch.uint8, device="cpu"
+    )
     ends = shares[..., order].cumsum(-1)  # [L,C,coloured]; what is left are the others
-    middles = (torch.arange(STEPS, dtype=shares.dtype) + 0.5) / STEPS
+    middles = (torch.arange(STEPS, dtype=shares.dtype, device="cpu") + 0.5) / STEPS
     which = (middles[:, None] >= ends[:, :, None] - 1e-9).sum(-1)  # [L,C,STEPS]
     picture = painted[which.clamp_max(len(order))]
     picture[shares[..., 0].isnan()] = 255

@@ -59,7 +59,9 @@ def probe(model: nn.Module) -> Iterator[dict[str, ModuleSums]]:
             tokens = args[0].detach().reshape(-1, layer.in_features)
             applied, p = distributions(layer, tokens, layer.rows_of(args[0]))
         if layer.name not in sums:
-            sums[layer.name] = ModuleSums(*(torch.zeros(p.shape[1], dtype=torch.float64) for _ in range(3)))
+            sums[layer.name] = ModuleSums(
+                *(torch.zeros(p.shape[1], dtype=torch.float64, device="cpu") for _ in range(3))
+            )
         mine = sums[layer.name]
         log = p.clamp_min(TINY).log()
         mine.distribution += p.sum(0)
@@ -104,5 +106,5 @@ def _applied_and_all(
 
 
 def _dense(weights: Tensor, experts: Tensor, count: int) -> Tensor:
-    zeros = torch.zeros(weights.shape[0], count, dtype=torch.float64)
+    zeros = torch.zeros(weights.shape[0], count, dtype=torch.float64, device="cpu")
     return zeros.scatter_add(1, experts.long().cpu(), weights.double().cpu())

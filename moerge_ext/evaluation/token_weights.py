@@ -32,7 +32,7 @@ class Applied:
     def dense(self, path: str, count: int) -> Tensor:
         """[T,E] float32."""
         weights, experts = (torch.cat(parts) for parts in zip(*self.calls[path], strict=True))
-        return torch.zeros(len(weights), count).scatter_add(1, experts, weights)
+        return torch.zeros(len(weights), count, dtype=torch.float32, device="cpu").scatter_add(1, experts, weights)
 
 
 @contextmanager

@@ -185,7 +185,7 @@ class ExpertBank:
         anything is set.
         """
         e = self._id(expert, "set_gates")
-        rows = {path: torch.as_tensor(gate).detach().float() for path, gate in gates.items()}
+        rows = {path: _as_tensor(gate).detach().float() for path, gate in gates.items()}
         problems, unknown = [], []
         for path, row in rows.items():
             module = self.modules.get(path)
@@ -213,7 +213,7 @@ class ExpertBank:
         if rows:  # what is noted of a prompt is of the gates before
             self.global_metadata.get(kind, {}).get(self.names[e], {}).pop(PROMPT_KEY, None)
         if global_vector is not None:
-            vector = torch.as_tensor(global_vector).detach().float().clone()
+            vector = _as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector
             self.global_metadata.setdefault(kind, {})[self.names[e]] = dict(metadata or {})
 
@@ -326,6 +326,10 @@ def load_experts(
     )
 
 
+def _as_tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float32, device="cpu")
+
+
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in FLOATS.values():
         known = ", ".join(str(known) for known in FLOATS.values())
@@ -336,7 +340,7 @@ def _usable_device(device: torch.device | str, caller: str) -> torch.device:
     try:
         found = torch.device(device)
         if found.type != "meta":
-            torch.empty(1, device=found)
+            torch.empty(1, device=found, dtype=torch.float32)
             return found
         reason = "it holds no values"
     except Exception as error:  # AssertionError, RuntimeError, TypeError, ...: it depends on how torch was built

@@ -93,7 +93,7 @@ def joined(parts: Iterable[tuple[Branches, Sequence[int]]]) -> dict[str, Branch]
 
 def _stacked(kind: str, rows: Mapping[int, Mapping[str, Tensor]], num: int, device: torch.device) -> Branch:
     """Rows of different sizes (M of bottlenecks) are padded."""
-    present = torch.zeros(num, dtype=torch.bool)
+    present = torch.zeros(num, dtype=torch.bool, device="cpu")
     present[list(rows)] = True
     tensors = {}
     for name in next(iter(rows.values())):
@@ -116,7 +116,7 @@ def _as_branch(weights: ScaleWeights | BottleneckWeights) -> tuple[str, dict[str
 
 def covered(branches: Branches, num: int) -> Tensor:
     """[E] bool: which experts are of any of these kinds."""
-    found = torch.zeros(num, dtype=torch.bool)
+    found = torch.zeros(num, dtype=torch.bool, device="cpu")
     for branch in branches.values():
         found |= branch.present
     return found

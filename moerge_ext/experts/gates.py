@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomically
 from ..files.safefile import FLOATS, AdapterError, file_inside, open_tensors, path_problem, read_headers, read_tensor
-from .parameter_gates import is_stacked_parameter
+from .parameter_gates import has_slices, is_stacked_parameter
 
 GATES_FILE = "moerge_gates.safetensors"
 GLOBAL_KEY = "__global__"
@@ -98,7 +98,8 @@ def _read_sidecar(
         problems = _metadata_problems(metadata, match["kind"] if match else None)
         headers = read_headers(handle)
         if keep is not None:
-            headers = {key: header for key, header in headers.items() if key == GLOBAL_KEY or keep(key)}
+            taken = {key for key in headers if key == GLOBAL_KEY or keep(key) or has_slices(key, modules or ())}
+            headers = {key: header for key, header in headers.items() if key in taken}
         for key, header in headers.items():
             problems += _header_problems(key, header, modules)
         if problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ def live_adapters(model: nn.Module, selection: Selection) -> tuple[list[LiveAdap
         path: module
         for path, module in ((bare_path(name), module) for name, module in model.named_modules())
         if isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "lora_A")
-        if selection.keeps is None or selection.keeps(path)
+        if selection.keeps is None or any(map(selection.keeps, _paths(path, module)))
     }
     found, bad = [], {}
     for name in selection.choose(list(model.peft_config)):
         try:
-            adapter = _live_adapter(name, model.peft_config[name], layers, model)
+            adapter = _live_adapter(name, model.peft_config[name], layers, model, selection.keeps)
             if selection.keeps is not None:
                 kept = {
                     path: tensor for path, tensor in adapter.claims.saved.items() if selection.keeps(module_of(path))
@@ -85,7 +85,13 @@ def _role(name: str) -> str:
     return ""
 
 
-def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module], model: nn.Module) -> LiveAdapter:
+def _live_adapter(
+    name: str,
+    config: Any,
+    layers: dict[str, nn.Module],
+    model: nn.Module,
+    keep: Callable[[str], bool] | None,
+) -> LiveAdapter:
     values = _plain(config.to_dict())
     rules, problems = check_config(values)
     modules: dict[str, ModuleHeader] = {}
@@ -96,7 +102,7 @@ def _live_adapter(name: str, config: Any, layers: dict[str, nn.Module], model: n
         reasons = _layer_problems(path, layer, name)
         problems += reasons
         if not reasons:
-            found = _module_headers(path, layer, name)
+            found = _module_headers(path, layer, name, keep)
             modules |= found
             held |= dict.fromkeys(found, layer)
     if rules is not None:
@@ -181,16 +187,27 @@ def _tensors(layer: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor | None
     return widened(layer.lora_A[name].weight), widened(lora_b.weight), None if bias is None else widened(bias)
 
 
-def _module_headers(path: str, layer: nn.Module, name: str) -> dict[str, ModuleHeader]:
+def _module_headers(
+    path: str, layer: nn.Module, name: str, keep: Callable[[str], bool] | None
+) -> dict[str, ModuleHeader]:
     """{module path: header}: one for a layer, one per base expert for PEFT's wrapper of a stacked parameter."""
     header = _module_header(layer, name)
     if not hasattr(layer, "parameter_name"):
         return {path: header}
+    lora = _stacked(path, layer, header.rank // layer.num_experts, keep)
+    header = replace(header, rank=lora.rank, nbytes=header.nbytes // lora.count)
+    return {path: replace(header, slice=part) for path, part in lora.modules().items()}
+
+
+def _paths(path: str, layer: nn.Module) -> Iterable[str]:
+    """The paths of the modules that a layer holds."""
+    return _stacked(path, layer).all_modules() if hasattr(layer, "parameter_name") else (path,)
+
+
+def _stacked(path: str, layer: nn.Module, rank: int = 1, keep: Callable[[str], bool] | None = None) -> StackedLora:
+    """What PEFT's wrapper at `path` has of its parameter."""
     parameter = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
-    rank, count = header.rank // layer.num_experts, layer.num_experts
-    header = replace(header, rank=rank, nbytes=header.nbytes // count)
-    slices = StackedLora(path, parameter, count, rank).modules()
-    return {path: replace(header, slice=part) for path, part in slices.items()}
+    return StackedLora(path, parameter, layer.num_experts, rank, keep)
 
 
 def _module_header(layer: nn.Module, name: str) -> ModuleHeader:

@@ -60,7 +60,9 @@ class ModuleBank:
             problems.append(f"lora_bias must be [E, O] = {list(lora_B.shape[:2])}, got {list(lora_bias.shape)}")
         num_experts, rank = lora_A.shape[0], lora_A.shape[1] if lora_A.ndim > 1 else 0
         if present is not None and ranks is not None and not problems:
-            known = torch.tensor([r > 0 for r in ranks], dtype=torch.bool) | covered(branches or {}, num_experts)
+            known = torch.tensor([r > 0 for r in ranks], dtype=torch.bool, device="cpu") | covered(
+                branches or {}, num_experts
+            )
             if lost := (present.cpu() & ~known).nonzero().flatten().tolist():
                 problems.append(f"experts {lost} are present and have neither a LoRA nor a branch")
         if problems:
@@ -68,7 +70,7 @@ class ModuleBank:
         self._lora_A = lora_A.transpose(1, 2).contiguous()
         self._lora_B = lora_B.transpose(1, 2).contiguous()
         self.lora_bias = None if lora_bias is None else lora_bias.contiguous()
-        self.present = torch.ones(num_experts, dtype=torch.bool) if present is None else present.cpu()
+        self.present = torch.ones(num_experts, dtype=torch.bool, device="cpu") if present is None else present.cpu()
         self.ranks = (rank,) * num_experts if ranks is None else tuple(ranks)
         self.gates = dict(gates or {})
         self.has_gate = {kind: flags.cpu() for kind, flags in (has_gate or {}).items()}
@@ -144,8 +146,8 @@ class ModuleBank:
         """Write several rows of gates[kind], {expert: [D]}, in one copy."""
         if kind not in self.gates:
             self.gates[kind] = torch.zeros(self.num_experts, self.in_features, dtype=torch.float32, device=self.device)
-            self.has_gate[kind] = torch.zeros(self.num_experts, dtype=torch.bool)
-        experts = torch.tensor(list(rows))
+            self.has_gate[kind] = torch.zeros(self.num_experts, dtype=torch.bool, device="cpu")
+        experts = torch.tensor(list(rows), device="cpu")
         self.gates[kind][experts.to(self.device)] = torch.stack(list(rows.values())).to(self.device, torch.float32)
         self.has_gate[kind][experts] = True
 

@@ -49,8 +49,8 @@ class ParameterGates(dict[str, dict[str, dict[str, Tensor]]]):
         """
         gates, has_gate, wrong = {}, {}, []
         for kind, stored in self.items():
-            gates[kind] = torch.zeros(len(names), width, device=device)
-            has_gate[kind] = torch.zeros(len(names), dtype=torch.bool)
+            gates[kind] = torch.zeros(len(names), width, device=device, dtype=torch.float32)
+            has_gate[kind] = torch.zeros(len(names), dtype=torch.bool, device="cpu")
             for path in reversed(paths):  # the first wins
                 for name, gate in stored.get(path, {}).items():
                     if gate.shape != (width,):
@@ -70,6 +70,13 @@ def is_stacked_parameter(path: str, modules: Iterable[str]) -> bool:
     if leaf not in PARAMETERS or not last:
         return False
     return any(match["experts"] == last for match in map(_INDEXED.fullmatch, modules) if match)
+
+
+def has_slices(path: str, modules: Iterable[str]) -> bool:
+    """Whether `modules` have slices of the stacked parameter `path`, which go by the numbers of the base experts."""
+    experts, _, leaf = path.rpartition(".")
+    one = re.compile(rf"{re.escape(experts)}\.[0-9]+\.{re.escape(leaf)}")
+    return leaf in PARAMETERS and any(map(one.fullmatch, modules))
 
 
 def parameter_gate_problems(path: str, gate: Tensor) -> list[str]:

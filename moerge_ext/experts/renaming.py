@@ -56,7 +56,7 @@ def _joined(path: str, parts: Sequence[tuple[ModuleBank, list[int]]]) -> ModuleB
     lora_a = torch.zeros(num, d, rank, dtype=dtype, device=device)  # as a ModuleBank stores them
     lora_b = torch.zeros(num, rank, o, dtype=dtype, device=device)
     bias = torch.zeros(num, o, dtype=dtype, device=device) if any(p.lora_bias is not None for p, _ in parts) else None
-    present, ranks = torch.zeros(num, dtype=torch.bool), [0] * num
+    present, ranks = torch.zeros(num, dtype=torch.bool, device="cpu"), [0] * num
     for part, rows in parts:
         lora_a[rows, :, : part.rank] = part.lora_A[rows].transpose(1, 2).to(dtype)
         lora_b[rows, : part.rank] = part.lora_B[rows].transpose(1, 2).to(dtype)

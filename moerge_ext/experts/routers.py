@@ -106,7 +106,11 @@ def marks_of(modules: Mapping[str, Any]) -> dict[str, Tensor]:
 def _mark(factor: Tensor) -> Tensor:
     """[E,.,.] -> [E,2]: norm, and the sum over v_i cos(1 + i) of what is not padding (zeros add nothing)."""
     flat = factor.detach().to("cpu", torch.float64)
-    wave = torch.cos(1 + torch.arange(flat.shape[1])[:, None] * 0.7 + torch.arange(flat.shape[2])[None] * 1.3).double()
+    wave = torch.cos(
+        1
+        + torch.arange(flat.shape[1], device="cpu")[:, None] * 0.7
+        + torch.arange(flat.shape[2], device="cpu")[None] * 1.3
+    ).double()
     return torch.stack([flat.square().sum((1, 2)).sqrt(), (flat * wave).sum((1, 2))], 1).float()
 
 

@@ -77,7 +77,7 @@ class Stack:
             ranks[e], present[e] = module.rank, True
         branches = stacked_branches(others, self.num, self.device)
         a, b = self.lora_a.transpose(1, 2), self.lora_b.transpose(1, 2)
-        return ModuleBank(a, b, self.bias, present=torch.tensor(present), ranks=ranks, branches=branches)
+        return ModuleBank(a, b, self.bias, present=torch.tensor(present, device="cpu"), ranks=ranks, branches=branches)
 
 
 def _alike(*tensors: Tensor) -> bool:

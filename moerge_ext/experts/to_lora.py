@@ -110,7 +110,11 @@ def best_product(delta: Tensor, rank: int | None, max_error: float | None) -> tu
     # what is lost with the first r kept, for r = 0, 1, ...
     left = torch.cat([values.square().flip(0).cumsum(0).flip(0), values.new_zeros(1)]).sqrt()
     if not left[0]:
-        return torch.zeros(1, delta.shape[1]), torch.zeros(delta.shape[0], 1), 0.0
+        return (
+            torch.zeros(1, delta.shape[1], dtype=torch.float32, device="cpu"),
+            torch.zeros(delta.shape[0], 1, dtype=torch.float32, device="cpu"),
+            0.0,
+        )
     lost = left / left[0]
     bound = EXACT / 10 if max_error is None else max_error
     needed = max(1, int((lost > bound).sum()))

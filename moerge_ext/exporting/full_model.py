@@ -51,7 +51,11 @@ def _computes_as_linear(layer: nn.Linear) -> bool:
     weight = layer.weight
     if type(weight) is not nn.Parameter:
         return False
-    x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+    x = (
+        torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=torch.float32)
+        .view(2, -1)
+        .to(weight.dtype)
+    )
     want = F.linear(x, weight, layer.bias)
     try:
         got = layer(x)

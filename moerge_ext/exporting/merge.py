@@ -127,7 +127,7 @@ def check_arguments(
         if wrong:
             problems.append(f"weights must be finite numbers, got {', '.join(f'{n}={weights[n]!r}' for n in wrong)}")
         if not (unknown or missing or wrong):
-            each = torch.tensor([float(weights[name]) for name in experts.names], dtype=torch.float64)
+            each = torch.tensor([float(weights[name]) for name in experts.names], dtype=torch.float64, device="cpu")
             if not each.any():
                 problems.append("all weights are 0: nothing would be left")
     if others := [path for path, module in experts.modules.items() if module.branches]:

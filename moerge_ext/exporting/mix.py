@@ -204,10 +204,12 @@ class _Mixing:
                 self._add(writer, self.mixture.key(layer, expert, part), model.read(key).clone())
         random = torch.Generator().manual_seed(self.seed)
         for layer in layers:
-            router = torch.randn(len(self.stored), self.config.hidden_size, generator=random)
+            router = torch.randn(
+                len(self.stored), self.config.hidden_size, generator=random, dtype=torch.float32, device="cpu"
+            )
             self._add(writer, self.mixture.router.format(layer=layer), router * self.config.initializer_range)
             for key, shape in self.mixture.added(layer, self.config):
-                self._add(writer, key, torch.zeros(shape))
+                self._add(writer, key, torch.zeros(shape, dtype=torch.float32, device="cpu"))
         writer.finish()
         self._beside(folder)
 
@@ -221,11 +223,11 @@ class _Mixing:
     def _mean(self, key: str) -> Tensor:
         """The mean of a tensor over the models, in the type that is written."""
         shape = self.stored[0].headers[key].shape
-        made = torch.empty(shape, dtype=self.config.dtype)
+        made = torch.empty(shape, dtype=self.config.dtype, device="cpu")
         step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
-            total = torch.zeros(stop - start, *shape[1:], dtype=torch.float64)
+            total = torch.zeros(stop - start, *shape[1:], dtype=torch.float64, device="cpu")
             for model in self.stored:
                 rows = model.rows(key, start, stop).double()
                 square = float(rows.square().sum())

@@ -177,7 +177,7 @@ def map_gguf(file: GgufFile) -> mmap.mmap:
 def read_values(mapped: mmap.mmap, tensor: GgufTensor) -> Tensor:
     """The tensor; it aliases the mapped file unless it is converted."""
     if tensor.nbytes == 0:
-        return torch.empty(tensor.shape, dtype=_HELD[tensor.held_as])
+        return torch.empty(tensor.shape, dtype=_HELD[tensor.held_as], device="cpu")
     if tensor.type == "Q8_0":
         return _from_q8_0(torch.frombuffer(mapped, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.start), tensor)
     dtype = _HELD[tensor.held_as]

@@ -35,7 +35,10 @@ _UNSIGNED = {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 6
 _TYPES = FLOATS | NARROW | _SIGNED | _UNSIGNED | {"BOOL": torch.bool, "C64": torch.complex64}
 # how numpy holds the bits of what it has no type for
 _AS_BITS = {"BF16": np.dtype("<i2")} | dict.fromkeys(NARROW, np.dtype("u1"))
-_HELD = {name: _AS_BITS.get(name) or torch.empty(0, dtype=dtype).numpy().dtype for name, dtype in _TYPES.items()}
+_HELD = {
+    name: _AS_BITS.get(name) or torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+    for name, dtype in _TYPES.items()
+}
 
 
 class TensorHeader(NamedTuple):

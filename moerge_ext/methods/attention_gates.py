@@ -96,7 +96,7 @@ class Fusion(OutputAttention):
     def start(cls, place: Place, options: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         shapes = cls.shapes(place, options)
         made = {name: draw(shapes[name], START, generator) for name in ("query_weight", "key")}
-        return made | {"value": torch.eye(place.out)}
+        return made | {"value": torch.eye(place.out, dtype=torch.float32, device="cpu")}
 
     def query(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.query_weight.to(x.dtype)) @ self.key.to(x.dtype)
@@ -105,7 +105,7 @@ class Fusion(OutputAttention):
         return functional.linear(branch.to(self.value.dtype), self.value)
 
     def penalty(self) -> Tensor:
-        eye = torch.eye(len(self.value), device=self.value.device)
+        eye = torch.eye(len(self.value), device=self.value.device, dtype=torch.float32)
         return self.options["value_decay"] * (self.value - eye).square().sum()
 
 

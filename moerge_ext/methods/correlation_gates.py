@@ -55,7 +55,7 @@ class TaskPrompts(Weigher):
     @classmethod
     def begin(cls, target: Tensor, sources: list[Tensor]) -> dict[str, Tensor]:
         """The tensors, of prompts [L,D] and E times [L_e,D]."""
-        rows = [torch.ones(len(source)) for source in sources]
+        rows = [torch.ones(len(source), dtype=torch.float32, device="cpu") for source in sources]
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return {"target": target.float(), "sources": pad(sources).float(), "real": pad(rows)}
 

@@ -42,7 +42,7 @@ def fixed_plan(
         lora_A=kernel_copy(module_bank.lora_A[rows, :rank]),
         lora_B=kernel_copy(module_bank.lora_B[rows, :, :rank]),
         lora_bias=None if bias is None else bias[rows].clone(),
-        weights=torch.full((1,), float(present), device=module_bank.device),
+        weights=torch.full((1,), float(present), device=module_bank.device, dtype=torch.float32),
         branches={kind: branch.take([index]) for kind, branch in own.items() if branch.present[index]},
     )
 

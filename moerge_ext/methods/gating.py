@@ -83,8 +83,8 @@ def gates_lacking(bank: ExpertBank, *, kind: str) -> list[str]:
 
 def flat_gates(bank: ExpertBank, kind: str) -> list[str]:
     """The experts, quoted, that have gates of `kind` and only such whose values are all the same."""
-    some = torch.zeros(len(bank), dtype=torch.bool)
-    flat = torch.ones(len(bank), dtype=torch.bool)
+    some = torch.zeros(len(bank), dtype=torch.bool, device="cpu")
+    flat = torch.ones(len(bank), dtype=torch.bool, device="cpu")
     for module in bank.modules.values():
         if kind in module.gates and kind in module.has_gate:
             gates, has = module.gates[kind], module.has_gate[kind].cpu()

@@ -42,7 +42,7 @@ def ungated_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, op
         lora_A=module_bank.lora_A,
         lora_B=module_bank.lora_B,
         lora_bias=module_bank.lora_bias,
-        gates=torch.zeros(shape, device=module_bank.device),
+        gates=torch.zeros(shape, device=module_bank.device, dtype=torch.float32),
         mask=expert_mask(module_bank.present, module_bank.device),
         branches=module_bank.branches,
     )

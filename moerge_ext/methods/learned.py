@@ -109,7 +109,10 @@ class NewRouters:
         digest = hashlib.sha256(f"{self.seed} {place.path}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         if kind is None:
-            return {GATES: torch.randn(place.experts, place.width, generator=generator) * self.learned.start}
+            return {
+                GATES: torch.randn(place.experts, place.width, generator=generator, dtype=torch.float32, device="cpu")
+                * self.learned.start
+            }
         return kind.start(place, options, generator)
 
 
@@ -217,7 +220,7 @@ def excluded(bank: ExpertBank, options: Mapping[str, Any]) -> Tensor | None:
         raise ValueError(f"without names {', '.join(unknown)}; the experts are {', '.join(bank.names)}")
     if names and set(names) == set(bank.names):
         raise ValueError("without names every expert: use the base model")
-    return torch.tensor([name in names for name in bank.names]) if names else None
+    return torch.tensor([name in names for name in bank.names], device="cpu") if names else None
 
 
 _BLOCK = re.compile(r"(.*?\.\d+)(?:\.|$)")

@@ -31,8 +31,8 @@ TAXONOMY = Taxonomy(  # a baseline; not in the survey
 
 def used_ranks(module_bank: ModuleBank) -> Tensor:
     """[E, R] bool: False on the zero padding of experts with a smaller rank or without this module."""
-    ranks = torch.tensor(module_bank.ranks) * module_bank.present
-    return (torch.arange(module_bank.lora_A.shape[1]) < ranks[:, None]).to(module_bank.device)
+    ranks = torch.tensor(module_bank.ranks, device="cpu") * module_bank.present
+    return (torch.arange(module_bank.lora_A.shape[1], device="cpu") < ranks[:, None]).to(module_bank.device)
 
 
 def merged_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, options: Mapping[str, Any]) -> Plan:
@@ -46,7 +46,7 @@ def merged_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, opt
         lora_A=kernel_copy(module_bank.lora_A[used].unsqueeze(0)),
         lora_B=module_bank.lora_B.transpose(1, 2)[used].unsqueeze(0).transpose(1, 2),
         lora_bias=None if bias is None else bias.float().sum(0, keepdim=True).to(bias.dtype),
-        weights=torch.full((1,), 1.0 / module_bank.num_experts, device=module_bank.device),
+        weights=torch.full((1,), 1.0 / module_bank.num_experts, device=module_bank.device, dtype=torch.float32),
     )
 
 
@@ -58,7 +58,7 @@ def merged_factors_plan(
         lora_A=_mean(module_bank.lora_A.transpose(1, 2)).transpose(1, 2),
         lora_B=_mean(module_bank.lora_B.transpose(1, 2)).transpose(1, 2),
         lora_bias=None if module_bank.lora_bias is None else _mean(module_bank.lora_bias),
-        weights=torch.ones(1, device=module_bank.device),
+        weights=torch.ones(1, device=module_bank.device, dtype=torch.float32),
     )
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models.full_precision import without_autocast
+
 CHUNK_ELEMENTS = 1 << 23  # of float64 factors at a time: 64 MiB however large the bank is
 
 
@@ -40,6 +42,7 @@ def _svd_chunk(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return _finish(direction, found)
 
 
+@without_autocast()
 def power_iteration_prototypes(
     lora_A: Tensor, lora_B: Tensor, *, iterations: int = 15, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +54,9 @@ def power_iteration_prototypes(
     as low as 0.97 has been seen.
     """
     device = lora_A.device
-    start = torch.randn(lora_A.shape[-1], device=device, generator=torch.Generator(device).manual_seed(seed))
+    start = torch.randn(
+        lora_A.shape[-1], device=device, generator=torch.Generator(device).manual_seed(seed), dtype=torch.float32
+    )
     vectors, found = [], []
     for a, b in zip(lora_A.float(), lora_B.float(), strict=True):
         gram = b.T @ b

@@ -79,7 +79,7 @@ class Network(Constant):
         return (
             super().start(place, options, generator)
             | made
-            | {"bias2": torch.full(shapes["bias2"], float(options["constant"]))}
+            | {"bias2": torch.full(shapes["bias2"], float(options["constant"]), dtype=torch.float32, device="cpu")}
         )
 
     def factors(self, v: Tensor) -> Tensor:
@@ -124,11 +124,15 @@ def preference_of(options: Mapping[str, Any], experts: int) -> Tensor:
     """
     given = options["preference"]
     if given is None:
-        return torch.full((experts,), 1 / experts)
+        return torch.full((experts,), 1 / experts, dtype=torch.float32, device="cpu")
     try:
-        numbers = torch.tensor([float(n) for n in (given.split(",") if isinstance(given, str) else list(given))])
+        numbers = torch.tensor(
+            [float(n) for n in (given.split(",") if isinstance(given, str) else list(given))],
+            dtype=torch.float32,
+            device="cpu",
+        )
     except (TypeError, ValueError):
-        numbers = torch.empty(0)
+        numbers = torch.empty(0, dtype=torch.float32, device="cpu")
     if numbers.shape != (experts,) or not numbers.isfinite().all() or (numbers < 0).any() or not numbers.any():
         raise ValueError(f"preference must be {experts} numbers, none negative and not all 0, got {given!r}")
     return numbers / numbers.sum()

@@ -59,7 +59,7 @@ def twin_plan(bank: ExpertBank, module_bank: ModuleBank, module_name: str, optio
         lora_A=kernel_copy(lora_A.to(module_bank.lora_A.dtype)),
         lora_B=kernel_copy(lora_B.to(module_bank.lora_B.dtype)),
         lora_bias=module_bank.lora_bias,
-        gates=torch.zeros(shape, device=module_bank.device),
+        gates=torch.zeros(shape, device=module_bank.device, dtype=torch.float32),
     )
 
 

@@ -61,7 +61,10 @@ class Weigher(nn.Module):
     @classmethod
     def start(cls, place: Place, options: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         """The tensors before training: zeros, unless a subclass says otherwise."""
-        return {name: torch.zeros(shape) for name, shape in cls.shapes(place, options).items()}
+        return {
+            name: torch.zeros(shape, dtype=torch.float32, device="cpu")
+            for name, shape in cls.shapes(place, options).items()
+        }
 
     def scores(self, x: Tensor, bank: Any) -> Tensor:
         """x [T,D] float -> [T,E]; `bank` is the layer, with lora_A [E,R,D] and lora_B [E,O,R]."""
@@ -193,4 +196,4 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 def draw(shape: tuple[int, ...], deviation: float, generator: torch.Generator) -> Tensor:
     """Normal numbers of a deviation."""
-    return torch.randn(shape, generator=generator) * deviation
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * deviation

@@ -39,7 +39,10 @@ class CrossAttention(nn.Module):
         """Normal numbers with a deviation of 1/sqrt(in features), and zeros in `o_proj`."""
         for name in PARTS:
             weight = getattr(self, name).weight.data
-            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
+            weight.copy_(
+                torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+                / math.sqrt(weight.shape[1])
+            )
         self.o_proj.weight.data.zero_()
 
     def forward(self, anchor: Tensor, augmenting: Tensor, mask: Tensor, cache: Cache | None, index: int) -> Tensor:

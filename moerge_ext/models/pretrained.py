@@ -25,7 +25,7 @@ def usable_device(name: str) -> torch.device:
     """The device called `name` ("cpu", "cuda:0"), or a ValueError when it cannot be computed on here."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).cpu()
+        torch.empty(1, device=device, dtype=torch.float32).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:  # all of these, by the kind of device
         there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         reason = str(error).partition("\n")[0].partition(". ")[0]  # the rest can be a page

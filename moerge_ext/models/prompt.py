@@ -167,5 +167,5 @@ def encode(tokenizer: Any, prompt: Prompt, *, ends: Sequence[int] = (), seq2seq:
     import torch
     from transformers import BatchEncoding
 
-    ids = torch.tensor([prompt.some_ids(tokenizer, ends, seq2seq=seq2seq)])
+    ids = torch.tensor([prompt.some_ids(tokenizer, ends, seq2seq=seq2seq)], device="cpu")
     return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -95,10 +95,12 @@ def _examine_build(report: Report, torch: Any) -> None:
 
 
 def _try_an_op(report: Report, torch: Any) -> None:
-    x = torch.arange(12.0).reshape(2, 6)
+    x = torch.arange(12.0, dtype=torch.float32, device="cpu").reshape(2, 6)
     try:
-        weights, experts = torch.ops.moerge.route(x, torch.eye(3, 6))
-        fine = experts.shape == (2, 2) and torch.allclose(weights.sum(-1), torch.ones(2))
+        weights, experts = torch.ops.moerge.route(x, torch.eye(3, 6, dtype=torch.float32, device="cpu"))
+        fine = experts.shape == (2, 2) and torch.allclose(
+            weights.sum(-1), torch.ones(2, dtype=torch.float32, device="cpu")
+        )
     except (RuntimeError, ValueError) as error:
         report.problems.append((f"the ops load but do not run: {error}", "Please report this with the lines above."))
         return

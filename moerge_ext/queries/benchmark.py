@@ -48,11 +48,11 @@ def train_benchmark(
     marks, scores = described_experts(experts, judged.names), judged.correctness()
     vectors, probe = embedded(embedder, judged.texts)
     names = list(dict.fromkeys(judged.tasks))
-    tasks = torch.tensor([names.index(task) for task in judged.tasks], dtype=torch.long)
+    tasks = torch.tensor([names.index(task) for task in judged.tasks], dtype=torch.long, device="cpu")
     tensors = {"vectors": vectors, "scores": scores, "probe": probe}
     if len(names) > 1:
         held = [_held_out(vectors, scores, tasks == task, neighbours, threshold) for task in range(len(names))]
-        tensors["distances"] = torch.tensor([distance for distance, _ in held])
+        tensors["distances"] = torch.tensor([distance for distance, _ in held], dtype=torch.float32, device="cpu")
         tensors["accuracies"] = torch.stack([accuracy for _, accuracy in held])
     facts = {"tasks": names, "neighbours": neighbours, "threshold": threshold}
     return Stored("benchmark", judged.names, tensors, facts, marks, embedder.name).save(output_dir)

@@ -37,8 +37,8 @@ def train_classifier_of_data(
     names = tuple(data)
     texts = [text for name in names for text in data[name]]
     vectors, probe = embedded(embedder, texts)
-    counts = torch.tensor([len(data[name]) for name in names])
-    labels = torch.arange(len(names)).repeat_interleave(counts)
+    counts = torch.tensor([len(data[name]) for name in names], device="cpu")
+    labels = torch.arange(len(names), device="cpu").repeat_interleave(counts)
     share = len(texts) / (len(names) * counts)
     targets = torch.nn.functional.one_hot(labels, len(names)) * share[labels][:, None]
     weight, bias = fit_classes(vectors, targets, c=c)

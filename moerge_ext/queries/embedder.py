@@ -157,7 +157,7 @@ class Embedder:
         if self.cache is not None:
             for text in dict.fromkeys(texts):
                 if (known := self.cache.get("embedding", self.identity, text)) is not None:
-                    rows[text] = torch.tensor(known)
+                    rows[text] = torch.tensor(known, dtype=torch.float32, device="cpu")
         todo = [text for text in dict.fromkeys(texts) if text not in rows]
         for start in range(0, len(todo), self.batch_size):
             part = todo[start : start + self.batch_size]
@@ -168,7 +168,8 @@ class Embedder:
         return torch.stack([rows[text] for text in texts])
 
     def _vectors(self, texts: list[str]) -> Tensor:
-        vectors = torch.as_tensor(self.embed([self.prefix + text for text in texts])).detach().float().cpu()
+        made = self.embed([self.prefix + text for text in texts])
+        vectors = torch.as_tensor(made, dtype=torch.float32, device="cpu").detach()
         if vectors.dim() != 2 or vectors.shape[0] != len(texts) or vectors.shape[1] == 0:
             raise ValueError(f"embedder '{self.name}' must return [N={len(texts)}, G], got {list(vectors.shape)}")
         if not vectors.isfinite().all() or (vectors.norm(dim=1) == 0).any():

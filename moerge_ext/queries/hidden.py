@@ -40,9 +40,12 @@ def hidden_states(model: nn.Module, tokenizer: Any, layer: int, max_length: int)
     def embed(texts: list[str]) -> Tensor:
         rows = [tokenizer(text, truncation=True, max_length=length).input_ids for text in texts]
         width = max(map(len, rows))
-        ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+        ids, mask = (
+            torch.zeros(len(rows), width, dtype=torch.long, device="cpu"),
+            torch.zeros(len(rows), width, dtype=torch.long, device="cpu"),
+        )
         for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, device="cpu"), 1
         device = next(model.parameters()).device
         handle = getattr(model, "_moerge_handle", None)
         with torch.no_grad(), handle.disabled() if handle is not None else nullcontext():

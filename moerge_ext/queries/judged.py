@@ -32,7 +32,7 @@ class Judged:
     tags: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        scores = torch.as_tensor(self.scores).float()
+        scores = torch.as_tensor(self.scores, dtype=torch.float32, device="cpu")
         object.__setattr__(self, "scores", scores)
         for name in ("texts", "names", "tasks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -84,7 +84,9 @@ def read_judged(path: Path) -> Judged:
     names = tuple(rows[0]["scores"])
     return Judged(
         texts=tuple(row["input"] for row in rows),
-        scores=torch.tensor([[float(row["scores"][name]) for name in names] for row in rows]),
+        scores=torch.tensor(
+            [[float(row["scores"][name]) for name in names] for row in rows], dtype=torch.float32, device="cpu"
+        ),
         names=names,
         tasks=tuple(row["task"] for row in rows) if all("task" in row for row in rows) else (),
         tags=tuple(tuple(row.get("tags", ())) for row in rows) if any("tags" in row for row in rows) else (),

@@ -62,9 +62,11 @@ class LikelihoodRouter(Router):
         if not ids.shape[1]:
             raise ValueError(f"a text without tokens has no likelihood: {text[:80]!r}")
         if ids.shape[1] == 1:
-            return torch.zeros(len(self.names), 2, dtype=torch.float64)
+            return torch.zeros(len(self.names), 2, dtype=torch.float64, device="cpu")
         ids, found = ids.to(next(self._model.parameters()).device), []
-        for experts in torch.eye(len(self.names)).split(max(1, SIDE_BY_SIDE // ids.shape[1])):
+        for experts in torch.eye(len(self.names), dtype=torch.float32, device="cpu").split(
+            max(1, SIDE_BY_SIDE // ids.shape[1])
+        ):
             rows = ids.expand(len(experts), -1)
             with handle.affinities(experts):
                 logits = self._model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits[:, :-1]

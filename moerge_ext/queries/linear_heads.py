@@ -20,11 +20,13 @@ def fit_classes(vectors: Tensor, targets: Tensor, *, c: float = L2, steps: int =
     """
     count, experts = targets.shape
     if experts == 1:
-        return torch.zeros(1, vectors.shape[1]), torch.zeros(1)
+        return torch.zeros(1, vectors.shape[1], dtype=torch.float32, device="cpu"), torch.zeros(
+            1, dtype=torch.float32, device="cpu"
+        )
     weights = targets.clamp_min(torch.finfo(torch.float32).tiny)  # no class may be absent
     # of two, scikit-learn fits the difference w = W_1 - W_0, whose |w|^2 is twice |W|^2
     model = _logistic(2 * c if experts == 2 else c, steps)
-    labels = torch.arange(experts).repeat_interleave(count)
+    labels = torch.arange(experts, device="cpu").repeat_interleave(count)
     model.fit(vectors.double().repeat(experts, 1).numpy(), labels.numpy(), weights.double().T.reshape(-1).numpy())
     weight, bias = torch.from_numpy(model.coef_).float(), torch.from_numpy(model.intercept_).float()
     if experts == 2:
@@ -41,10 +43,12 @@ def fit_probabilities(vectors: Tensor, targets: Tensor, *, c: float = L2, steps:
     for column in targets.T:
         model = _logistic(c, steps)
         weights = torch.cat([1 - column, column]).clamp_min(torch.finfo(torch.float32).tiny)
-        labels = torch.tensor([0, 1]).repeat_interleave(len(column))
+        labels = torch.tensor([0, 1], device="cpu").repeat_interleave(len(column))
         model.fit(vectors.double().repeat(2, 1).numpy(), labels.numpy(), weights.double().numpy())
         parts.append((torch.from_numpy(model.coef_[0]).float(), float(model.intercept_[0])))
-    return torch.stack([weight for weight, _ in parts]), torch.tensor([bias for _, bias in parts])
+    return torch.stack([weight for weight, _ in parts]), torch.tensor(
+        [bias for _, bias in parts], dtype=torch.float32, device="cpu"
+    )
 
 
 def _logistic(c: float, steps: int) -> Any:

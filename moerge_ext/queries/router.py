@@ -247,4 +247,6 @@ class AskRouter(Router):
         """texts (N) -> [N,E] float32: 1 for the expert that was picked."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         picked = {text: self.writer.choose(text, self.instructions, self.template) for text in dict.fromkeys(texts)}
-        return torch.nn.functional.one_hot(torch.tensor([picked[t] for t in texts]), len(self.names)).float()
+        return torch.nn.functional.one_hot(
+            torch.tensor([picked[t] for t in texts], device="cpu"), len(self.names)
+        ).float()

@@ -27,7 +27,7 @@ from .text_router import Stored, TextRouter, described_experts, embedded
 def costs_of(costs: Mapping[str, float] | None, names: Sequence[str]) -> Tensor:
     """[E] float32, 1 for all without `costs`; ValueError for names without one, unknown ones, and negative costs."""
     if costs is None:
-        return torch.ones(len(names))
+        return torch.ones(len(names), dtype=torch.float32, device="cpu")
     problems = [f"no cost for {name}" for name in names if name not in costs]
     problems += [f"a cost for {name}, which is no expert here" for name in costs if name not in names]
     problems += [
@@ -37,7 +37,7 @@ def costs_of(costs: Mapping[str, float] | None, names: Sequence[str]) -> Tensor:
     ]
     if problems:
         raise ValueError("costs: " + "; ".join(problems))
-    return torch.tensor([float(costs[name]) for name in names])
+    return torch.tensor([float(costs[name]) for name in names], dtype=torch.float32, device="cpu")
 
 
 def train_routoo(
@@ -73,7 +73,7 @@ def price_for(predicted: Tensor, costs: Tensor, budget: float) -> float:
     gains = (predicted[:, :, None] - predicted[:, None, :]).double()
     dearer = (costs[:, None] - costs[None, :]).double()
     turns = (gains / dearer)[(dearer > 0).expand_as(gains) & (gains >= 0)].unique()  # where a choice can change
-    prices = torch.cat([torch.zeros(1, dtype=torch.float64), turns * (1 + 1e-6) + 1e-12])
+    prices = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), turns * (1 + 1e-6) + 1e-12])
     low, high = 0, len(prices) - 1
     while low < high:
         middle = (low + high) // 2

@@ -55,16 +55,18 @@ def train_factorization(
     if not len(pairs):
         raise ValueError("routellm learns from questions on which experts differ, and here there is none")
     vectors, probe = embedded(embedder, judged.texts)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = _Factors(len(judged.names), vectors.shape[1], dim)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
         bar = tqdm(range(epochs), desc="routellm", unit="epoch", disable=not progress)
         for _ in bar:
             losses = []
-            for part in torch.randperm(len(pairs)).split(batch_size):
+            for part in torch.randperm(len(pairs), device="cpu").split(batch_size):
                 question, won, lost = pairs[part].T
-                noisy = vectors[question] + noise * torch.randn(len(part), vectors.shape[1])
+                noisy = vectors[question] + noise * torch.randn(
+                    len(part), vectors.shape[1], dtype=torch.float32, device="cpu"
+                )
                 loss = -nn.functional.logsigmoid(model(won, noisy) - model(lost, noisy)).mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -86,9 +88,13 @@ class _Factors(nn.Module):
 
     def __init__(self, experts: int, width: int, dim: int):
         super().__init__()
-        self.experts = nn.Parameter(torch.randn(experts, dim))
-        self.project = nn.Parameter(nn.Linear(width, dim, bias=False).weight.detach())
-        self.classify = nn.Parameter(nn.Linear(dim, 1, bias=False).weight.detach()[0])
+        self.experts = nn.Parameter(torch.randn(experts, dim, dtype=torch.float32, device="cpu"))
+        self.project = nn.Parameter(
+            nn.Linear(width, dim, bias=False, dtype=torch.float32, device="cpu").weight.detach()
+        )
+        self.classify = nn.Parameter(
+            nn.Linear(dim, 1, bias=False, dtype=torch.float32, device="cpu").weight.detach()[0]
+        )
 
     def forward(self, expert: Tensor, vectors: Tensor) -> Tensor:
         unit = nn.functional.normalize(self.experts[expert], dim=1)
@@ -153,7 +159,7 @@ class StrongWeakRouter(TextRouter):
 
     def values(self, texts: Sequence[str], options: Mapping[str, Any]) -> Tensor:
         strong = self.win_rates(self.embed(texts), options) >= options["threshold"]
-        values = torch.full((len(texts), len(self.choices)), -1.0)
+        values = torch.full((len(texts), len(self.choices)), -1.0, dtype=torch.float32, device="cpu")
         values[:, self.choices.index(options["weak"])] = 0.0
         values[strong, self.choices.index(options["strong"])] = 1.0
         return values

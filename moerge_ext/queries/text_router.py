@@ -91,7 +91,7 @@ def marks_of(experts: ExpertBank) -> dict[str, list[float]]:
     """
     found = {}
     for e, name in enumerate(experts.names):
-        ends, count = [torch.zeros(0, dtype=torch.float64)], 0
+        ends, count = [torch.zeros(0, dtype=torch.float64, device="cpu")], 0
         for _, module in sorted(experts.modules.items()):
             if not module.present[e]:
                 continue
@@ -101,7 +101,8 @@ def marks_of(experts: ExpertBank) -> dict[str, list[float]]:
                 ends += [flat[:ENDS].to("cpu", torch.float64), flat[-ENDS:].to("cpu", torch.float64)]
         whole = torch.cat(ends)
         waves = torch.cos(
-            torch.arange(1.0, len(whole) + 1).double() * (1 + 0.3 * torch.arange(FORMS)[:, None].double())
+            torch.arange(1.0, len(whole) + 1, dtype=torch.float32, device="cpu").double()
+            * (1 + 0.3 * torch.arange(FORMS, device="cpu")[:, None].double())
         )
         found[name] = [float(count), *(float(f"{x:.6g}") for x in [whole.norm(), *(waves @ whole)])]
     return found

@@ -288,8 +288,8 @@ def with_parameters(model: nn.Module, experts: ExpertBank, placement: Placement)
             problems.append(f"module '{path}': {error}")
             continue
         modules[path] = ModuleBank(
-            torch.zeros(len(experts), 1, width, device=device),
-            torch.zeros(len(experts), out, 1, device=device),
+            torch.zeros(len(experts), 1, width, device=device, dtype=torch.float32),
+            torch.zeros(len(experts), out, 1, device=device, dtype=torch.float32),
             present=torch.stack([piece.factors.present for piece in pieces]).any(0),
             gates=gates,
             has_gate=has_gate,

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..experts.bank import ExpertBank
 from ..files.counting import counted
 from ..methods.base import Method
 from ..methods.weighing import Weigher
+from ..models.full_precision import without_autocast
 from ..models.wrappers import unwrapped
 from . import changes
 from .absent import alone_note
+from .affinities import affinity_rows
 from .few_experts import own_top_k, own_top_k_note
 from .fitting import on_model
 from .fused_experts import close_door, open_door
@@ -117,8 +118,7 @@ class Handle:
         another thread runs the model: its forward would see the expert in some layers alone.
         """
         name, notes = changes.add(self, expert, name)
-        for note in notes:
-            warnings.warn(f"add_expert: {note}", stacklevel=2)
+        _say("add_expert", notes, lambda: changes.drop(self, name))
         return name
 
     def drop_expert(self, name: str) -> None:
@@ -167,29 +167,9 @@ class Handle:
         self._check_alive()
         if self.method.bias is None:
             raise ValueError(f"method '{self.method.name}' takes no global affinities; glider and glider_code do")
-        scores = self._numbers(scores)
-        rows = scores[None] if scores.dim() == 1 else scores
-        if rows.dim() != 2 or rows.shape[1] != len(self.names) or rows.shape[0] == 0:
-            raise ValueError(
-                f"affinities must be [N, E={len(self.names)}] or [E={len(self.names)}], got {list(scores.shape)}"
-            )
-        if not rows.isfinite().all():
-            raise ValueError("affinities must be finite")
+        rows = affinity_rows(scores, self.names)
         with self._rows(self.method.bias(rows.float(), self.options)):
             yield
-
-    def _numbers(self, scores: Any) -> Tensor:
-        if isinstance(scores, Mapping):
-            if unknown := [name for name in scores if name not in self.names]:
-                raise ValueError(f"affinities: no expert {unknown[0]!r}; expected some of {', '.join(self.names)}")
-            scores = [scores.get(name, 0.0) for name in self.names]
-        try:
-            return torch.as_tensor(scores)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"affinities must be numbers [N, E={len(self.names)}] or [E={len(self.names)}], or {{name: number}}, "
-                f"got {scores!r:.100}"
-            ) from None
 
     @contextmanager
     def queries(self, texts: str | Sequence[str], router: Any = None, *, tokenizer: Any = None) -> Iterator[None]:
@@ -215,7 +195,7 @@ class Handle:
             raise ValueError(f"queries() needs a router: set handle.router = {ROUTERS[self.method.source]} first")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if "every" not in self.options:
-            with self._rows(router.bias(texts, self.method, self.options, self.names)):
+            with self._rows(self._scores(router, texts)):
                 yield
             return
         if tokenizer is None:
@@ -225,17 +205,21 @@ class Handle:
             )
         router = router.without_cache()  # every prefix is seen once
         grow = GrowingTexts(texts, tokenizer, self.options["every"])
-        with self._rows(router.bias(texts, self.method, self.options, self.names)) as affinities:
+        with self._rows(self._scores(router, texts)) as affinities:
             rows = weakref.proxy(affinities)  # it holds `follow`
 
             def follow(ids: Tensor) -> None:
                 if (grown := grow(ids)) is not None:
-                    bias = router.bias(grown, self.method, self.options, self.names)
-                    rows.set(for_slots(bias, self._slots))
+                    rows.set(for_slots(self._scores(router, grown), self._slots))
 
             affinities.follow = follow
             del affinities
             yield
+
+    def _scores(self, router: Any, texts: list[str]) -> Tensor:
+        """[N,E]: what the router adds to the scores, as it does without the caller's autocast."""
+        with without_autocast():
+            return router.bias(texts, self.method, self.options, self.names)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -351,9 +335,18 @@ def patch(
     notes += [base.unweighted_note(), own_top_k_note(row, own_top_k(row, experts, options))]
     notes += idle_notes(model, everywhere)
     handle._begin(routed, branches, base.place_own, strict)
-    for note in filter(None, notes):
-        warnings.warn(f"patch: {note}", stacklevel=2)
+    _say("patch", filter(None, notes), handle.remove)
     return handle
+
+
+def _say(caller: str, notes: Iterable[str], undo: Callable[[], None]) -> None:
+    """Warns the caller's caller, and undoes what was done where that makes an error of a warning."""
+    try:
+        for note in notes:
+            warnings.warn(f"{caller}: {note}", stacklevel=3)
+    except Warning:
+        undo()
+        raise
 
 
 def check_patch(

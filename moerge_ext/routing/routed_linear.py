@@ -65,7 +65,7 @@ class RoutedLinear(StandIn):
         self.resize(n_experts, None if plan.gates is None else routing)
         plan = with_spare(plan, spare)
         weights = None if plan.weights is None else plan.weights.float()[None]
-        experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32)[None]
+        experts = None if weights is None else torch.arange(n_experts, dtype=torch.int32, device="cpu")[None]
         device = execution_device(base_layer)
         for key, tensor in (
             *zip(("lora_A", "lora_B"), bank_laid_out(plan.lora_A, plan.lora_B, device), strict=True),

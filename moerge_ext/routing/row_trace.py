@@ -43,7 +43,7 @@ class RowTrace(Trace):
     def row_share(self) -> Tensor:
         """[count,E] float64: each expert's part of a row's routing weight, over all modules; 0 where none counted."""
         if self._by_row is None:
-            return torch.zeros(self.count, len(self.names), dtype=torch.float64)
+            return torch.zeros(self.count, len(self.names), dtype=torch.float64, device="cpu")
         total = self._by_row.cpu()
         return total / total.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 

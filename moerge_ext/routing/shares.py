@@ -36,7 +36,9 @@ def share_of_plan(plan: Plan, share: Share, *, adds_bias: bool = True) -> Plan:
     """
     features = plan.lora_B.shape[1]
     if share.rows != ((0, features),):
-        ids = torch.cat([torch.arange(start, start + size) for start, size in share.rows]).to(plan.lora_B.device)
+        ids = torch.cat([torch.arange(start, start + size, device="cpu") for start, size in share.rows]).to(
+            plan.lora_B.device
+        )
         bias = None if plan.lora_bias is None else plan.lora_bias[:, ids].contiguous()
         plan = replace(plan, lora_B=kernel_copy(plan.lora_B[:, ids]), lora_bias=bias)
     if share.columns not in (None, (0, plan.lora_A.shape[2])):

@@ -87,9 +87,9 @@ def for_slots(bias: Tensor, slots: Slots | None) -> Tensor:
 def row_of(plan: Plan | None, absent: str) -> dict[str, Tensor | None]:
     """What a slot of a module will hold of the one expert of `plan`; without a plan, of an expert that lacks it."""
     if plan is None:
-        return {"mask": torch.tensor(absent == "base")}
+        return {"mask": torch.tensor(absent == "base", device="cpu")}
     kept = {key: None if (value := getattr(plan, key)) is None else value[0] for key in STACKED}
-    return kept | {"mask": torch.tensor(True) if plan.mask is None else plan.mask[0]}
+    return kept | {"mask": torch.tensor(True, device="cpu") if plan.mask is None else plan.mask[0]}
 
 
 def no_room(stacked: Mapping[str, Tensor], row: Mapping[str, Tensor | None]) -> str | None:

@@ -82,7 +82,7 @@ class Trace:
     def share(self) -> Tensor:
         """[E] float64: each expert's part of all routing weight, over all modules; sums to 1 under softmax weights."""
         if not self._weight:
-            return torch.zeros(len(self.names), dtype=torch.float64)
+            return torch.zeros(len(self.names), dtype=torch.float64, device="cpu")
         total = torch.stack([w.cpu() for w in self._weight.values()]).sum(0)
         return total / total.sum().clamp_min(torch.finfo(torch.float64).tiny)
 

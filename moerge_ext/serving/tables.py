@@ -44,9 +44,11 @@ class Tables:
         self.count = num_experts
         shape = (max_requests + 1, num_experts + spare)
         self._rows = torch.full((max_tokens,), self._pad, dtype=torch.int32, device=device)
-        self.weights = torch.zeros(shape, device=device)
+        self.weights = torch.zeros(shape, device=device, dtype=torch.float32)
         self.experts = torch.arange(shape[1], dtype=torch.int32, device=device).repeat(shape[0], 1)
-        self.bias = {name: torch.zeros(shape, device=device) for name, make in methods.items() if make}
+        self.bias = {
+            name: torch.zeros(shape, device=device, dtype=torch.float32) for name, make in methods.items() if make
+        }
         self._allowed = {name: torch.zeros(shape, dtype=torch.bool, device=device) for name in methods}
         self._masked: dict[tuple[str, bytes], tuple[Tensor, Tensor]] = {}
         self.used = dict.fromkeys(methods, True)  # whether any request of the step is routed by the method
@@ -95,7 +97,7 @@ class Tables:
             if weighted[row]:
                 self._put(self.weights[row, : len(choice.weights)], choice.weights)
             if choice is not None and choice.affinities is not None:
-                affinities = torch.tensor(choice.affinities)[None]
+                affinities = torch.tensor(choice.affinities, dtype=torch.float32, device="cpu")[None]
                 bias = self._biases[choice.method](affinities)[0]
                 self.bias[choice.method][row, : len(bias)].copy_(bias, non_blocking=True)
         for (name, _), (mask, table) in self._masked.items():
@@ -108,4 +110,4 @@ class Tables:
         self._rows[used:] = self._pad
 
     def _put(self, where: Tensor, values: Sequence[float] | Sequence[bool]) -> None:
-        where.copy_(torch.tensor(values, dtype=where.dtype), non_blocking=True)
+        where.copy_(torch.tensor(values, dtype=where.dtype, device="cpu"), non_blocking=True)

@@ -61,10 +61,10 @@ class Traces:
     def add(self, step: Any, count: int) -> None:
         """A `Step` of `count` experts."""
         tokens, at = int(sum(step.lengths)), 0
-        sums = torch.zeros(tokens, count)
+        sums = torch.zeros(tokens, count, dtype=torch.float32, device="cpu")
         by_module: dict[str, Tensor] = {}
         for one in step.found:
-            dense = torch.zeros(tokens, max(count, int(one.experts.max()) + 1))
+            dense = torch.zeros(tokens, max(count, int(one.experts.max()) + 1), dtype=torch.float32, device="cpu")
             dense.scatter_add_(1, one.experts.long().cpu(), one.weights.cpu())
             sums += dense[:, :count]
             held = by_module.get(one.module)

@@ -64,7 +64,7 @@ class BatchSource:
         order: Sequence[int] = range(len(self.data))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + number)
-            order = torch.randperm(len(self.data), generator=generator).tolist()
+            order = torch.randperm(len(self.data), generator=generator, device="cpu").tolist()
         for start in range(0, len(order), self.batch_size):
             yield self.collate_fn([self.data[i] for i in order[start : start + self.batch_size]])
 

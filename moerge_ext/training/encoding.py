@@ -193,7 +193,7 @@ def collator(tokenizer: Any) -> Collate:
 
     def padded(lists: list[list[int]], value: int) -> torch.Tensor:
         longest = max(len(ids) for ids in lists)
-        return torch.tensor([ids + [value] * (longest - len(ids)) for ids in lists])
+        return torch.tensor([ids + [value] * (longest - len(ids)) for ids in lists], device="cpu")
 
     def collate(features: list[dict[str, list[int]]]) -> Batch:
         inputs = [feature["input_ids"] for feature in features]

@@ -43,7 +43,7 @@ class GatedParameter(nn.Module):
             self.ran = True
         with torch.autocast(x.device.type, enabled=False):
             if self.gate is None:
-                strength = torch.ones(len(x), 1, device=x.device)
+                strength = torch.ones(len(x), 1, device=x.device, dtype=torch.float32)
             else:
                 dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
                 strength = torch.sigmoid(scored.to(dtype) @ self.gate.to(dtype)).unsqueeze(-1)

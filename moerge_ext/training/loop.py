@@ -55,13 +55,17 @@ def fit(
     as if one process had accumulated them, and every rank ends with the same state. Rank 0 reads and writes the file.
 
     Errors: ValueError for data that runs out, a model that returns no loss, a loss that is not finite or depends on
-    no parameter, a state file of another run, or ranks that were called with different settings.
+    no parameter, a state file of another run, ranks that were called with different settings, or a call inside
+    torch.inference_mode().
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{label}: nothing can be trained inside torch.inference_mode(): leave that block first")
     run = _Run(model, parameters, options, still, validation, label, state_file)
     run.loss = loss or batch_loss
     run.begin(settings)
     try:
-        run.go(batches)
+        with torch.enable_grad():  # whatever the caller has set
+            run.go(batches)
     except KeyboardInterrupt as interrupt:
         run.keep_interrupted(interrupt)
         raise

@@ -98,15 +98,16 @@ def _search(
     """The weights on a patched model, whose mode of training is as before afterwards."""
     model, size = handle.model, len(handle.names)
     drawn = sorted(random.Random(seed).sample(range(size), min(count, size)))
-    history, best, was_training = [], (float("inf"), torch.zeros(size)), model.training
+    nothing = torch.zeros(size, dtype=torch.float32, device="cpu")
+    history, best, was_training = [], (float("inf"), nothing), model.training
     model.eval()
     try:
         with tqdm(total=budget, desc="lorahub", disable=not progress) as bar, torch.no_grad():
 
             def objective(values: Any) -> float:
                 nonlocal best
-                chosen = torch.as_tensor(values, dtype=torch.float32)
-                weights = torch.zeros(size)
+                chosen = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+                weights = torch.zeros(size, dtype=torch.float32, device="cpu")
                 weights[drawn] = chosen
                 with handle.affinities(weights):
                     loss = sum(batch_loss(model, batch).item() for batch in batches) / len(batches)

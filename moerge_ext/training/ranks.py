@@ -35,7 +35,7 @@ class Ranks:
         """Each value's sum over the ranks."""
         if self.size == 1:
             return list(values)
-        return self.added(torch.tensor(list(values), dtype=torch.float64)).tolist()
+        return self.added(torch.tensor(list(values), dtype=torch.float64, device="cpu")).tolist()
 
     def added(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over the ranks, on the CPU."""

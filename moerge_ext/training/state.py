@@ -54,7 +54,7 @@ class TrainingState:
             for group in _GROUPS
             for name, value in getattr(self, group).items()
         }
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64, device="cpu")
         header = {
             "settings": self.settings,
             "step": self.step,

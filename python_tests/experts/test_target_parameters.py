@@ -15,6 +15,7 @@ from moerge_ext.experts.gates import write_gates
 
 EXPERTS = "model.layers.0.mlp.experts"
 N, R, D, I = 3, 2, 8, 5
+GATED = {"gate_up_proj": D, "down_proj": I}
 
 
 def stacked(width: int, out: int, r: int = R) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,9 +162,39 @@ def test_live_adapters_are_read_like_their_folders(tmp_path):
         assert bank.ranks == stored.modules[path].ranks == (2, 4)
         assert torch.equal(bank.lora_A, stored.modules[path].lora_A)
         assert torch.equal(bank.lora_B, stored.modules[path].lora_B)
+    part = load_experts(model, modules="^(?!.*gate_up)", names=["bee"])
+    assert list(part.modules) == [f"experts.{j}.down_proj" for j in range(N)]
+    assert torch.equal(part.modules["experts.2.down_proj"].lora_B[0], live.modules["experts.2.down_proj"].lora_B[1])
     delta = model.base_model.model.experts.get_delta_weight("ant")
     bank = live.modules["experts.1.down_proj"]
     assert torch.allclose(bank.lora_B[0] @ bank.lora_A[0], delta[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("taken", "left"),
+    [
+        ("gate_up_proj", lambda path: path.endswith("gate_up_proj")),
+        ("^(?!.*down_proj)", lambda path: path.endswith("gate_up_proj")),
+        (r"\.2\.", lambda path: ".2." in path),
+        (lambda path: path == f"{EXPERTS}.1.down_proj", lambda path: path == f"{EXPERTS}.1.down_proj"),
+    ],
+    ids=["one", "not the other", "a base expert", "a function"],
+)
+def test_modules_tell_the_parameters_of_one_module_apart(taken, left, tmp_path):
+    folder, _ = write(tmp_path)
+    write_gates(folder, {f"{EXPERTS}.{p}": torch.ones(w) for p, w in GATED.items()}, kind="sigmoid-gate")
+    whole, part = load_experts({"ant": folder}), load_experts({"ant": folder}, modules=taken)
+    assert list(part.modules) == [path for path in whole.modules if left(path)]
+    for path, bank in part.modules.items():
+        assert torch.equal(bank.lora_A, whole.modules[path].lora_A)
+        assert torch.equal(bank.lora_B, whole.modules[path].lora_B)
+    kept = {f"{EXPERTS}.{path.rpartition('.')[2]}" for path in part.modules}
+    assert set(part.get_gates("ant")) == kept
+
+
+def test_modules_that_take_no_parameter_are_told_their_names(tmp_path):
+    with pytest.raises(ValueError, match=rf"one of them: {EXPERTS}\.0\.gate_up_proj"):
+        load_experts({"ant": write(tmp_path)[0]}, modules="q_proj")
 
 
 def test_gates_of_a_parameter_are_read_set_and_written(tmp_path):

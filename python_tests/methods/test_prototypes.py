@@ -74,3 +74,11 @@ def test_power_iteration_converges_to_the_exact_prototype():
     exact, _ = svd_prototypes(a, b)
     many, _ = power_iteration_prototypes(a, b, iterations=2000)
     assert ((exact * many).sum(-1).abs() - 1).abs().max() < 1e-5
+
+
+def test_prototypes_under_autocast():
+    a, b = randn(6, 4, 30, seed=1), randn(6, 20, 4, seed=2)
+    for prototypes in (power_iteration_prototypes, svd_prototypes):
+        want = prototypes(a, b)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(prototypes(a, b)[0], want)

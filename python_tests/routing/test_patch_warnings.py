@@ -143,3 +143,32 @@ def test_a_freshly_initialised_head(llama, tmp_path):
     assert not notes(trained, bank, method="expert:e")
     assert notes(builders.tiny_bert(), on_head(builders.tiny_bert(), "classifier", tmp_path / "b"), method="expert:e")
     assert not notes(llama, on_head(llama, "lm_head", tmp_path / "l"), method="expert:e")
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_alone(tmp_path, llama, uneven):
+    before = cases.snapshot(llama)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="patch: "):
+            moerge.patch(llama, uneven, "arrow")  # fewer experts than arrow's own top_k
+    assert cases.same(before, cases.snapshot(llama))
+    with pytest.raises(ValueError, match="not patched"):
+        moerge.get_handle(llama)
+
+
+def test_a_warning_that_is_an_error_adds_no_expert(tmp_path, llama):
+    folders = builders.random_experts(llama, tmp_path, ["ant", "bee"], ("q_proj",))
+    other = moerge.load_experts({"bee": folders["bee"]})
+    other.bases = [("someone/another-model", None)]
+    llama.config._name_or_path = "someone/this-model"
+    with moerge.patch(llama, moerge.load_experts({"ant": folders["ant"]}), "arrow", top_k=1, spare=2) as handle:
+        want = logits(llama, input_ids=tokens())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="add_expert: .*another-model"):
+                handle.add_expert(other)
+        assert handle.names == ("ant",)
+        assert torch.equal(logits(llama, input_ids=tokens()), want)
+        with pytest.warns(UserWarning, match="another-model"):
+            handle.add_expert(other)
+        assert handle.names == ("ant", "bee")

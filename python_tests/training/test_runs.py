@@ -211,3 +211,26 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(adapter, tmp_pa
     ):
         with pytest.raises(NotADirectoryError, match=str(target)):
             train()
+
+
+@pytest.mark.parametrize("kind", ["gates", "expert"])
+def test_gradients_that_the_caller_has_switched_off(kind, tmp_path):
+    data = batches()
+    folder = make_adapter(llama(), tmp_path / "adapter")
+
+    def losses(name: str) -> list[float]:
+        model, options = llama(), quiet(lr=0.05)
+        untouched = Untouched(model)
+        try:
+            if kind == "gates":
+                return train_gates(model, folder, data, output_dir=tmp_path / name, **options).losses
+            return train_expert(model, data, tmp_path / name, **options).losses
+        finally:
+            untouched.check()
+
+    want = losses("on")
+    with torch.no_grad():
+        assert losses("off") == want
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.*leave that block"):
+        losses("inference")

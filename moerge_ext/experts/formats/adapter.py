@@ -171,7 +171,7 @@ def _weights(module: ModuleHeader, parts: dict[str, Tensor]) -> ModuleWeights:
     if module.kind == LORA:
         return LoraWeights(parts["A"], parts["B"], module.scaling, parts.get("bias"))
     if module.kind == BOTTLENECK:
-        factor = parts.pop("factor", torch.tensor([module.factor]))
+        factor = parts.pop("factor", torch.tensor([module.factor], dtype=torch.float32, device="cpu"))
         said = {name: getattr(module, name) for name in ("activation", "after_residual", "in_features", "out_features")}
         return BottleneckWeights(factor=factor, **parts, **said)
     scale = parts["scale"].flatten()

@@ -27,7 +27,7 @@ from .adapter import Adapter, AdapterHeader, LoraWeights, ModuleHeader, ModuleWe
 from .foreign import what_else
 from .peft_config import check_config, read_config, refused_fields
 from .peft_keys import SortedKeys, sort_keys
-from .peft_parameters import StackedLora, stacked_notes, take_stacked
+from .peft_parameters import StackedLora, find_stacked, stacked_notes, take_stacked
 from .peft_rules import Alpha, LoraRules, show
 from .peft_shapes import shape_problems
 from .view import AdapterView, OpenTensors
@@ -141,7 +141,10 @@ def inspect_view(
         problems += reasons
     headers = read_headers(view, problems)
     refused = refused_fields(config)
-    keys = sort_keys(headers, refused, keep)
+    keys = sort_keys(headers, refused)
+    loras, misfits = find_stacked(keys.parts(headers), rules, keep)
+    if keep is not None:
+        keys = sort_keys(headers, refused, keep, {path: lora.all_modules() for path, lora in loras.items()})
     modules: dict[str, ModuleHeader] = {}
     alphas: dict[str, Alpha] = {}
     parts, stacked = {}, {}
@@ -150,8 +153,9 @@ def inspect_view(
         problems += keys.problems
         if headers and not keys.keys and not keys.problems:
             problems.append("there is no LoRA weight among its tensors")
-        parts, stacked, reasons = take_stacked(keys.parts(headers), rules)
-        problems += reasons
+        problems += dict.fromkeys(said for path, said in misfits.items() if path in keys.keys)
+        found = {path: of for path, of in keys.parts(headers).items() if path not in misfits}
+        parts, stacked = take_stacked(found, loras)
         modules, alphas = _check_modules(parts, rules, problems, stacked)
     # gates are matched against modules only when the modules could be understood
     widths = {path: module.in_features for path, module in modules.items()}

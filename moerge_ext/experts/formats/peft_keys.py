@@ -45,16 +45,19 @@ def sort_keys(
     headers: Mapping[str, TensorHeader],
     refused: Mapping[str, object],
     keep: Callable[[str], bool] | None = None,
+    slices: Mapping[str, Collection[str]] | None = None,
 ) -> SortedKeys:
     """Sorts the names of a file, those of the modules that `keep` takes. One problem for all tensors of a kind, and
     none for a kind that the config says of itself: `refused` holds its fields that were refused already.
+
+    slices: {module path of keys: the modules that they hold}, where these are others.
     """
-    found, kinds = SortedKeys(), {}
+    found, kinds, slices = SortedKeys(), {}, slices or {}
     lora_keys = {key: lora for key in headers if (lora := lora_key(key))}
     found.adapters.update(lora.adapter for lora in lora_keys.values() if lora.adapter)
     # the base's parameters have PEFT's prefix where the factors have it
     bare = bool(lora_keys) and not any(PREFIX in key for key in lora_keys)
-    taken = [key for key in headers if keep is None or keep(module_of(key))]
+    taken = [key for key in headers if keep is None or any(map(keep, _modules_of(key, lora_keys.get(key), slices)))]
     for key in taken:
         if kind := next((kind for kind in _KINDS if kind[0] in key), None):
             kinds.setdefault(kind, []).append(key)
@@ -70,9 +73,13 @@ def sort_keys(
         if any(f"{path.rpartition('.')[0]}.lora_embedding_" in key for key in taken):
             del found.saved[path]
     if headers and not taken:
-        some = module_of(next(iter(headers)))
+        some = next(iter(_modules_of(key := next(iter(headers)), lora_keys.get(key), slices)))
         found.problems.append(f"modules=... takes none of its modules (one of them: {some}); names=[...] leaves it out")
     return found
+
+
+def _modules_of(key: str, lora: LoraKey | None, slices: Mapping[str, Collection[str]]) -> Collection[str]:
+    return (lora is not None and slices.get(lora.path)) or (module_of(key),)
 
 
 def _sort(key: str, lora: LoraKey | None, bare: bool, found: SortedKeys) -> None:

@@ -13,7 +13,7 @@ A's rows are ordered [n, r], B's columns [r, n]. Base expert j of gate_up_proj i
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,9 +49,14 @@ class StackedLora:
     path: str  # of the parameter
     count: int  # n, the base experts; 1 for a 2-D parameter
     rank: int  # r
+    keep: Callable[[str], bool] | None = None  # which module paths are taken; None: all
 
     def modules(self) -> dict[str, Slice]:
-        """{module path: its slice}."""
+        """{module path: its slice} of those that are taken."""
+        found = self.all_modules()
+        return found if self.keep is None else {path: part for path, part in found.items() if self.keep(path)}
+
+    def all_modules(self) -> dict[str, Slice]:
         owner, _, name = self.path.rpartition(".")
         if self.count == 1 and name == "weight":
             return {owner: Slice(self.stored, 0, 1)}
@@ -60,8 +65,9 @@ class StackedLora:
 
 def targeted_parameters(
     stored: Iterable[str], targets: Iterable[str], layers: Collection[str] = ()
-) -> tuple[dict[str, str], list[str]]:
-    """({module path of the keys: parameter path}, problems), for the paths that `target_parameters` explains.
+) -> tuple[dict[str, str], dict[str, str]]:
+    """({module path of the keys: parameter path}, {module path of keys: problem}), for the paths that
+    `target_parameters` explains.
 
     layers: those of the paths that `target_modules` names. A target without a dot ("down_proj", as PEFT writes for
     "all-linear") is of any module that has such a parameter, which no file tells: it is not of one of `layers`.
@@ -71,7 +77,7 @@ def targeted_parameters(
     nested: dict[str, list[str]] = {}
     for path in stored:
         nested.setdefault(path.replace(_BASE, ""), []).append(path)
-    found, problems = {}, []
+    found, problems = {}, {}
     for module, paths in nested.items():
         sure = {t.rpartition(".")[2] for t in dotted if f".{module}.{t.rpartition('.')[2]}".endswith(f".{t}")}
         names = sure if len(sure) == len(paths) else sure | bare
@@ -79,9 +85,9 @@ def targeted_parameters(
             continue
         inner_first = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
         if len(names) != len(paths):
-            problems.append(
-                f"{module}: target_parameters names {', '.join(inner_first)} of it, the file has LoRA for {len(paths)}"
-            )
+            named = ", ".join(inner_first)
+            said = f"{module}: target_parameters names {named} of it, the file has LoRA for {len(paths)}"
+            problems |= dict.fromkeys(paths, said)
             continue
         # the outermost wrapper has no ".base_layer"
         ordered = zip(sorted(paths, key=len, reverse=True), inner_first, strict=True)
@@ -112,35 +118,50 @@ def square_note(loras: Iterable[StackedLora], sizes: Mapping[str, tuple[int, int
     )
 
 
-def take_stacked(
-    parts: Mapping[str, Mapping[str, TensorHeader]], rules: LoraRules | None
-) -> tuple[dict[str, Mapping[str, TensorHeader]], dict[str, StackedLora], list[str]]:
-    """(parts by module, the LoRAs by parameter path, problems): `parts` are by the modules of the keys.
+def find_stacked(
+    parts: Mapping[str, Mapping[str, TensorHeader]],
+    rules: LoraRules | None,
+    keep: Callable[[str], bool] | None = None,
+) -> tuple[dict[str, StackedLora], dict[str, str]]:
+    """({module path of the keys: the LoRA of a parameter}, {module path of keys: problem}).
 
-    In the result the LoRA of a parameter stands under the parameter's path, with the shapes of one base expert's slice.
+    `parts` are by the modules of the keys, those of the whole file: how many there are says which parameter is which.
     """
     if rules is None or not rules.parameters:
-        return dict(parts), {}, []
+        return {}, {}
     parameters, problems = targeted_parameters(parts, rules.parameters, rules.targets.wanted(list(parts)))
-    plain = {path: found for path, found in parts.items() if path not in parameters}
     loras: dict[str, StackedLora] = {}
     for stored, path in parameters.items():
         found = parts[stored]
         rank = rules.first_rank(path)
         a, b = (found[part].shape if part in found else () for part in "AB")
         if rank is None or len(a) != 2 or len(b) != 2 or "bias" in found:
-            plain[path] = found  # to be refused as any module would be
-        elif a[0] != b[1] or not a[0] or a[0] % rank:
-            problems.append(
+            continue  # to be refused as any module would be
+        if a[0] != b[1] or not a[0] or a[0] % rank:
+            problems[stored] = (
                 f"{path}: lora_A must have n * r rows and lora_B r * n columns, r = {rank}; got {a[0]} and {b[1]}"
             )
         else:
-            loras[path] = StackedLora(stored, path, a[0] // rank, rank)
-            plain[path] = {
-                "A": TensorHeader((rank, a[1]), found["A"].dtype),
-                "B": TensorHeader((b[0], rank), found["B"].dtype),
-            }
-    return plain, loras, problems
+            loras[stored] = StackedLora(stored, path, a[0] // rank, rank, keep)
+    return loras, problems
+
+
+def take_stacked(
+    parts: Mapping[str, Mapping[str, TensorHeader]], loras: Mapping[str, StackedLora]
+) -> tuple[dict[str, Mapping[str, TensorHeader]], dict[str, StackedLora]]:
+    """(parts by module, the LoRAs by parameter path) of the `parts` by the modules of their keys.
+
+    In the result the LoRA of a parameter stands under the parameter's path, with the shapes of one base expert's slice.
+    """
+    plain = {path: found for path, found in parts.items() if path not in loras}
+    taken = {lora.path: lora for stored, lora in loras.items() if stored in parts}
+    for path, lora in taken.items():
+        a, b = (parts[lora.stored][part] for part in "AB")
+        plain[path] = {
+            "A": TensorHeader((lora.rank, a.shape[1]), a.dtype),
+            "B": TensorHeader((b.shape[0], lora.rank), b.dtype),
+        }
+    return plain, taken
 
 
 def stacked_notes(loras: Mapping[str, StackedLora], parts: Mapping, rules: LoraRules, version: object) -> list[str]:

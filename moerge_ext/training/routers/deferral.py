@@ -82,7 +82,7 @@ def speaking(handle: Handle, e: int):
         with handle.disabled():
             yield
         return
-    alone = torch.zeros(len(handle.names))
+    alone = torch.zeros(len(handle.names), dtype=torch.float32, device="cpu")
     alone[e - 1] = 1.0
     with handle.affinities(alone):
         yield
@@ -127,7 +127,7 @@ class DeferralRun(Run):
         )  # fmt: skip
         threshold = current_ranks().from_first(lambda: self._threshold(handle.model, hear, theta, sources[1]))
         kept = {name: self.settings[name] for name in self.row.learned.kept} | {VOCABULARY: len(vocabulary)}
-        tensors = parameters | {f"{GATE}/{THRESHOLD}": torch.tensor([threshold])}
+        tensors = parameters | {f"{GATE}/{THRESHOLD}": torch.tensor([threshold], dtype=torch.float32, device="cpu")}
         return self._write(handle, state, tensors, settings, marks, file, kept, theta.shape[1])
 
     def _weak(self, hear: Heard, theta: Tensor):
@@ -158,7 +158,7 @@ def best_threshold(chances: Tensor, right: Tensor) -> float:
     """log P(z | h) [n,1+E], who is right [n,1+E] -> of the thresholds that defer 0, 10, ..., 100 % of the n tokens the
     one under which most are right."""
     deferred = -torch.expm1(chances[:, 0])
-    shares = torch.linspace(1, 0, SHARES + 1, device=deferred.device)
+    shares = torch.linspace(1, 0, SHARES + 1, device=deferred.device, dtype=torch.float32)
     best, found = -1.0, 1.0
     for threshold in [*deferred.quantile(shares).tolist(), 0.0]:
         score = right.gather(1, speakers(chances, threshold)[:, None]).float().mean().item()

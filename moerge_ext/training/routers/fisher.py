@@ -51,7 +51,8 @@ def fisher_diagonal(
                 leaves[path, factor] = getattr(layer, factor)
         count = 0
         for batch in tqdm(examples, desc=f"Fisher of {name}", unit="batch", disable=not progress):
-            batch_loss(model, batch).backward()
+            with torch.enable_grad():
+                batch_loss(model, batch).backward()
             count += 1
             for key, leaf in leaves.items():
                 if leaf.grad is not None:
@@ -60,7 +61,10 @@ def fisher_diagonal(
                     leaf.grad = None
     if not count:
         raise ValueError(f"expert '{name}': there are no examples to take its Fisher information from")
-    whole = [sums.get(key, torch.zeros(leaf.shape[2 if key[1] == "lora_A" else 1])) for key, leaf in leaves.items()]
+    whole = [
+        sums.get(key, torch.zeros(leaf.shape[2 if key[1] == "lora_A" else 1], dtype=torch.float32, device="cpu"))
+        for key, leaf in leaves.items()
+    ]
     vector = torch.cat([part.double().cpu() for part in whole])
     if not vector.isfinite().all() or not vector.any():
         raise ValueError(f"expert '{name}': its gradients on these examples are all zero or not finite")

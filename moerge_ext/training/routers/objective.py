@@ -67,7 +67,7 @@ class Objective:
         """What the method is about; of a row that also reads queries, with every expert retrieved."""
         if self.handle.method.bias is None:
             return self.measured(model, batch)
-        with self.handle._rows(torch.zeros(1, len(self.handle.names))):
+        with self.handle._rows(torch.zeros(1, len(self.handle.names), dtype=torch.float32, device="cpu")):
             return self.measured(model, batch)
 
     def measured(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -111,9 +111,9 @@ class Tasks(Objective):
 
     def measured(self, model: nn.Module, batch: Batch) -> Tensor:
         count = len(self.handle.names)
-        p = torch.full((count,), 1 / count)
+        p = torch.full((count,), 1 / count, dtype=torch.float32, device="cpu")
         if model.training:
-            p = torch.empty(count).exponential_()
+            p = torch.empty(count, dtype=torch.float32, device="cpu").exponential_()
             p = p / p.sum()
         for weigher in self.handle.options["routers"].weighers.values():
             weigher.preference = p

@@ -86,8 +86,8 @@ class Dropped:
 
     def draw(self) -> None:
         """Other experts sit out; from torch's generator of the CPU, which training seeds step by step."""
-        kept = torch.rand(self.experts) >= self.share
-        kept[torch.randint(self.experts, (1,))] = True
+        kept = torch.rand(self.experts, dtype=torch.float32, device="cpu") >= self.share
+        kept[torch.randint(self.experts, (1,), device="cpu")] = True
         for path, layer in self.layers.items():
             here = kept.to(layer.lora_A.device)
             layer.mask = here if self.masks[path] is None else self.masks[path] & here
