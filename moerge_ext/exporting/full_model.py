@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..files.listing import grouped
 from ..routing.layers import shared_parameters, values_problem
+from ..routing.products import is_product
 from .products import Product
 
 
@@ -32,13 +33,14 @@ def check_can_hold(model: nn.Module, modules: Mapping[str, bool]) -> None:
 
 def _problem(layer: nn.Module, biased: bool) -> str | None:
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
-    if not isinstance(layer, nn.Linear) and not _is_conv1d(layer):
+    inside = is_product(layer)
+    if not isinstance(layer, nn.Linear) and not _is_conv1d(layer) and not inside:
         return f"it is a {kind}, no plain linear layer (quantized or patched)"
     if why := values_problem(layer.weight):
         return f"its weight cannot be changed: {why}"
-    if not _is_conv1d(layer) and not _computes_as_linear(layer):
+    if not _is_conv1d(layer) and not inside and not _computes_as_linear(layer):
         return f"it is a {kind}, which does not compute x W^T + b with its weight (quantized, or a forward of its own)"
-    if biased and layer.bias is None:
+    if biased and getattr(layer, "bias", None) is None:
         return "the experts bring an output bias, and the layer has none"
     return None
 

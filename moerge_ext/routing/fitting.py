@@ -15,9 +15,9 @@ from ..files.counting import counted
 from ..files.listing import listed
 from ..methods.base import Routing
 from .base_model import BaseCheck, saved_problems
-from .layers import linear_features
 from .naming import ModelPaths, Naming
 from .parameter_banks import Placement, place
+from .products import layer_features
 from .provenance import made_for
 from .refusals import layer_problems
 from .routed_experts import RoutedExperts
@@ -251,7 +251,7 @@ def _size_problems(model: nn.Module, experts: ExpertBank) -> list[str]:
     for name, bank in experts.modules.items():
         if (layer := layers.get(name)) is None:
             continue
-        features = linear_features(layer)
+        features = layer_features(layer)
         if features is None:
             problems.append(
                 f"module '{name}' is not a linear layer but {type(layer).__name__}: load_experts(..., modules=...) "

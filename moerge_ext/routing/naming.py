@@ -14,7 +14,7 @@ from functools import cached_property
 from torch import nn
 
 from ..experts.keys import bare_path
-from .layers import linear_features
+from .products import layer_features
 from .tables import renaming_tables
 
 Sizes = Mapping[str, tuple[int, int]]  # {module path: (D, O)}
@@ -45,7 +45,7 @@ class ModelPaths:
         for path, layer in model.named_modules(remove_duplicate=False):
             bare = bare_path(path)
             self.real[bare] = path  # of a wrapper and what it wraps, the latter comes last
-            features = linear_features(layer)
+            features = layer_features(layer)
             if features is not None:
                 self.sizes[bare] = features
 

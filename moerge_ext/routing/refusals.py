@@ -11,6 +11,7 @@ from .. import ops
 from .callers import asks_for_peft, home, use_of
 from .layers import execution_device, holder, linear_features
 from .peft_layers import peft_layers, wrapper_problem
+from .products import is_product
 from .tensor_parallel import is_parallel, model_problems, place_problem, ranks_of
 
 _UNSLOTH = "unsloth"  # its `generate` computes with the layers' weights, also where its `forward` calls the layers
@@ -33,12 +34,15 @@ def layer_problems(model: nn.Module, names: Iterable[str], *, by_rank: bool = Fa
     return problems + [f"module '{name}': {text}" for name, text in no_effect(model, names).items()]
 
 
-def no_effect(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """{name: why} of the layers on which a branch would have no effect, or could not be computed."""
+def no_effect(model: nn.Module, names: Iterable[str], *, inside: bool = True) -> dict[str, str]:
+    """{name: why} of the layers on which a branch would have no effect, or could not be computed.
+
+    inside: whether a branch may be added to the product inside of a layer's forward (`products.py`).
+    """
     layers = dict(model.named_modules(remove_duplicate=False))
     found = {}
     for name in names:
-        if name in layers and (why := _caller_problem(layers, name) or _call_problem(layers[name])):
+        if name in layers and (why := _caller_problem(layers, name) or _call_problem(layers[name], inside)):
             found[name] = why
     return found
 
@@ -86,8 +90,10 @@ def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     )
 
 
-def _call_problem(layer: nn.Module) -> str | None:
+def _call_problem(layer: nn.Module, inside: bool) -> str | None:
     """Of a subclass of nn.Linear with a forward of its own: that it does not turn [..., D] into [..., O]."""
+    if inside and is_product(layer):
+        return None
     own = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and "forward" not in vars(layer)
     weight = layer._parameters.get("weight") if own else None
     if type(weight) is not nn.Parameter or list(weight.shape) != list(linear_features(layer)[::-1]):

@@ -27,10 +27,10 @@ from ..experts.formats.adapter import SCALE_IN, SCALE_OUT
 from ..experts.module_bank import ModuleBank
 from ..methods.base import Method, Plan, Routing
 from .bottleneck import Residual, bottleneck, residual_problems, unwatch, watch_residual
+from .by_request import ByRequest
 from .layers import execution_device
 from .routed_linear import BACKENDS, RoutedLinear
-from .state import IDLE, Request
-from .threads import REQUESTS
+from .state import Request
 
 
 def against_branches(method: Method, model: nn.Module, modules: Mapping[str, ModuleBank]) -> list[str]:
@@ -50,7 +50,7 @@ def left_out(method: Method, path: str, module: ModuleBank) -> str:
     )
 
 
-class RoutedBranches(RoutedLinear):
+class RoutedBranches(ByRequest, RoutedLinear):
     """A RoutedLinear whose plan has `branches`. Their tensors are buffers, the vectors of (IA)3 as l - 1 in float32."""
 
     why_apart = "some of its experts are no LoRA"
@@ -79,17 +79,7 @@ class RoutedBranches(RoutedLinear):
         if self.residual is not None:
             unwatch(model)
 
-    def _eager_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        request = self.state.current() if REQUESTS.get() or self.state.busy else IDLE
-        return self._with_branches(x, request, *args, **kwargs)
-
-    def _compiled_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        request = self.state.shown()
-        if request is None:
-            return self._outside_of_graphs(x, *args, **kwargs)
-        return self._with_branches(x, request, *args, **kwargs)
-
-    def _with_branches(self, x: Tensor, request: Request, *args: Any, **kwargs: Any) -> Tensor:
+    def _with_request(self, x: Tensor, request: Request, *args: Any, **kwargs: Any) -> Tensor:
         if not request.enabled:
             return self.base_layer(x, *args, **kwargs)
         tokens = x.reshape(-1, self.in_features)

@@ -15,8 +15,9 @@ from ..ops import reference
 from ..ops.options import BRANCH, filled
 from . import ways
 from .generation import NOT_SET
-from .layers import execution_device, linear_features
+from .layers import execution_device
 from .outside_graphs import outside_of_graphs
+from .products import layer_features
 from .slots import with_spare
 from .stand_in import StandIn
 from .state import AMBIGUOUS, IDLE, Request, RoutingState, for_graph
@@ -59,7 +60,7 @@ class RoutedLinear(StandIn):
         super().__init__(base_layer)
         self.name, self.factored, self.needs_bias, self.backend = name, factored, needs_bias, backend
         self.state = RoutingState() if state is None else state
-        self.in_features, self.out_features = linear_features(base_layer)
+        self.in_features, self.out_features = layer_features(base_layer)
         n_experts = plan.lora_A.shape[0]
         self.route_options = None
         self.resize(n_experts, None if plan.gates is None else routing)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from ..experts.bank import ExpertBank
 from ..methods.base import Plan, Routing
 from .partial_scores import chosen, partial_scores
+from .products import is_product
 from .routed_linear import BACKENDS, RoutedLinear
+from .routed_product import AT_PRODUCTS
 from .shares import share_of_plan
 from .state import Request
 from .tensor_parallel import Place, is_parallel, mesh_group, place_of, sum_over
@@ -100,7 +102,7 @@ def layers_at(model: nn.Module, plans: Mapping[str, Plan]) -> dict[str, Callable
     for path, plan in plans.items():
         layer, place = model.get_submodule(path), place_of(model, path) if parallel else None
         if place is None:
-            found[path] = partial(layer_of(plan), layer)
+            found[path] = partial(AT_PRODUCTS[layer_of(plan)] if is_product(layer) else layer_of(plan), layer)
         else:
             kind = SharedLinear if place.share.columns is None else PartialLinear
             found[path] = partial(kind, layer, place=place)
@@ -108,10 +110,16 @@ def layers_at(model: nn.Module, plans: Mapping[str, Plan]) -> dict[str, Callable
 
 
 def plan_problems(model: nn.Module, plans: Mapping[str, Plan], spare: int) -> list[str]:
-    """Why the experts of layers that are shared out over ranks cannot be."""
+    """Why the experts of layers that are shared out over ranks cannot be, nor those of products within a module."""
+    alone = [path for path, plan in plans.items() if layer_of(plan) not in AT_PRODUCTS]
+    problems = [
+        f"module '{path}': in a {type(layer).__name__} only LoRA experts are routed"
+        for path in alone
+        if is_product(layer := model.get_submodule(path))
+    ]
     if not is_parallel(model):
-        return []
-    problems = [] if not spare else [f"spare={spare}: a tensor parallel model has no spare slots"]
+        return problems
+    problems += [] if not spare else [f"spare={spare}: a tensor parallel model has no spare slots"]
     for path, plan in plans.items():
         if place_of(model, path) is not None and layer_of(plan) is not RoutedLinear:
             problems.append(

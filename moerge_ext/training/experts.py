@@ -245,7 +245,7 @@ def check_targets(model: nn.Module, target_modules: str | list[str]) -> None:
 
 def _without_effect(model: nn.Module) -> list[str]:
     """The linear layers that all-linear would take along in vain, which is warned of."""
-    found = no_effect(model, [name for name, module in model.named_modules() if linear_features(module)])
+    found = no_effect(model, [name for name, module in model.named_modules() if linear_features(module)], inside=False)
     kinds: dict[str, list[str]] = {}
     for name, why in found.items():
         kinds.setdefault(why, []).append(name)

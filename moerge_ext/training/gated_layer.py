@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..experts.formats.adapter import LoraWeights
 from ..routing.layers import execution_device
+from ..routing.products import Products
 from ..routing.stand_in import StandIn
 
 _NAMES = ("lora_A", "lora_B", "lora_bias", "gate")
@@ -60,7 +61,10 @@ class GatedLoRA(StandIn):
             return getattr(self.base_layer, name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
+        return self._add(self.base_layer(x, *args, **kwargs), x)
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y with the gated LoRA of x."""
         if x.numel() == 0:  # an expert of a mixture that got no token: it has nothing to learn from
             return y
         if torch.is_grad_enabled():
@@ -84,6 +88,14 @@ class GatedLoRA(StandIn):
         """The layer's own parameters: "gate" and, when trained, "lora_A", "lora_B", "lora_bias"."""
         values = {name: getattr(self, name) for name in _NAMES}
         return {name: value for name, value in values.items() if isinstance(value, nn.Parameter)}
+
+
+class GatedProduct(GatedLoRA):
+    """The same at the product by its weight inside of a module (`routing.products`)."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with Products(self.base_layer.weight, self._add):
+            return self.base_layer(x, *args, **kwargs)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

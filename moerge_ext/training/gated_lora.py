@@ -36,9 +36,10 @@ from ..routing.base_start import init_problems, on_base
 from ..routing.bottleneck import residual_problems
 from ..routing.fitting import renamed_note
 from ..routing.fused_experts import close_door, open_door
-from ..routing.layers import execution_device, linear_features
+from ..routing.layers import execution_device
 from ..routing.naming import ModelPaths
 from ..routing.parameter_banks import Placement, place
+from ..routing.products import is_product, layer_features
 from ..routing.provenance import made_for, other_base_note
 from ..routing.ran import FirstForward
 from ..routing.refusals import no_effect, parallel_problems
@@ -46,7 +47,7 @@ from .checkpointing import gradients_pass_checkpoints
 from .frozen import Frozen, frozen
 from .gated_bottleneck import GatedBottleneck
 from .gated_experts import GatedParameter, gated_experts, gated_parameters
-from .gated_layer import GatedLoRA
+from .gated_layer import GatedLoRA, GatedProduct
 from .gated_scale import GatedScale
 from .left_out import NOT_REACHED, warn_of_left_out
 from .ranks import current_ranks, whole
@@ -269,7 +270,8 @@ def _gated(base: nn.Module, weights: ModuleWeights, gate: bool, joint: bool) -> 
         return GatedScale(base, weights, gate=gate)
     if isinstance(weights, BottleneckWeights):
         return GatedBottleneck(base, weights, gate=gate)
-    return GatedLoRA(base, weights, gate=gate, train_lora=joint)
+    kind = GatedProduct if is_product(base) else GatedLoRA
+    return kind(base, weights, gate=gate, train_lora=joint)
 
 
 def _places(model: nn.Module, adapter: Adapter) -> dict[str, str]:
@@ -323,7 +325,7 @@ def _matching_layers(
         if hasattr(layer, "base_layer"):
             problems.append(f"{path}: already wrapped by {type(layer).__name__}; remove that first")
             continue
-        features = linear_features(layer)
+        features = layer_features(layer)
         wanted = (weights.in_features, weights.out_features)
         if features is None:
             problems.append(f"{path}: {type(layer).__name__} is not a linear layer")

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import moerge_ext as moerge
+from moerge_ext.routing.products import layer_features
 
 NAMES = ("ant", "bee", "cat")
 DECODER = {
@@ -30,7 +31,7 @@ def experts(model: nn.Module, paths: Iterable[str]) -> moerge.ExpertBank:
     random, modules = torch.Generator().manual_seed(0), {}
     for path in paths:
         layer = model.get_submodule(path)
-        d, o = layer.in_features, layer.out_features
+        d, o = layer_features(layer)
         modules[path] = moerge.ModuleBank(
             torch.randn(len(NAMES), 2, d, generator=random) / d**0.5,
             torch.randn(len(NAMES), o, 2, generator=random),
