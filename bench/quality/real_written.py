@@ -10,15 +10,13 @@ from pathlib import Path
 from bench.quality import real
 from moerge_ext import Embedder, describe, load_experts
 from moerge_ext.experts.bank import ExpertBank
-from moerge_ext.experts.gates import gates_file
-from moerge_ext.experts.kinds import SIGMOID_GATE
 from moerge_ext.models import smollm2
 from moerge_ext.queries.cache import TextCache
 from moerge_ext.queries.router import QueryRouter
 from moerge_ext.queries.writer import Example, InstructionWriter, WriterError
 
 SUFFIX = "/written"  # behind the names of rows with such instructions
-FILES = ("adapter_model.safetensors", "adapter_config.json", gates_file(Path(), SIGMOID_GATE).name)
+FILES = ("adapter_model.safetensors", "adapter_config.json", "moerge_gates*.safetensors")
 
 
 class BaseWrites:
@@ -59,8 +57,8 @@ class Written:
         folders = [places.cache / "written" / name for name in names]
         for name, folder in zip(names, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            for file in FILES:
-                shutil.copy2(places.expert(name) / file, folder / file)
+            for file in (file for pattern in FILES for file in places.expert(name).glob(pattern)):
+                shutil.copy2(file, folder / file.name)
             rows = random.Random(0).sample(places.rows(name, "train"), 3)
             self.instructions[name] = describe(folder, rows, embedder, self.writes).instruction
         self.pool: ExpertBank = load_experts(folders)

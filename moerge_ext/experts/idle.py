@@ -17,7 +17,7 @@ def idle_notes(names: Sequence[str], modules: Mapping[str, ModuleBank]) -> list[
     if not modules:
         return []
     present = torch.stack([module.present for module in modules.values()])  # [modules, E]
-    idle = torch.stack([_idle(module) for module in modules.values()]) & present
+    idle = torch.stack([idle_experts(module) for module in modules.values()]) & present
     notes = []
     for e, count in enumerate(idle.sum(0).tolist()):
         if count:
@@ -30,7 +30,7 @@ def idle_notes(names: Sequence[str], modules: Mapping[str, ModuleBank]) -> list[
     return notes
 
 
-def _idle(module: ModuleBank) -> Tensor:
+def idle_experts(module: ModuleBank) -> Tensor:
     """[E] bool on the CPU: A or B is zero, and so is the bias."""
     works = _any(module.lora_A.transpose(1, 2)) & _any(module.lora_B.transpose(1, 2))
     if module.lora_bias is not None:

@@ -25,12 +25,12 @@ class BaseCheck:
     """The experts that a method uses, and what they say of their base, on one model.
 
     `problems` is what keeps them from it: nothing for a model that lacks their layers, where what it lacks besides is
-    no news.
+    no news. left_out: modules that the experts had and that are not in the bank.
     """
 
-    def __init__(self, model: nn.Module, experts: ExpertBank, method: str):
+    def __init__(self, model: nn.Module, experts: ExpertBank, method: str, left_out: Iterable[str] = ()):
         alone = method.removeprefix(ONE_EXPERT) if method.startswith(ONE_EXPERT) else None
-        self.model, self.experts = model, experts
+        self.model, self.experts, self.left_out = model, experts, frozenset(left_out)
         self.claims = {name: claims for name, claims in experts.claims.items() if alone in (None, name)}
         self.problems: list[str] = []
         self.own: dict[str, dict[str, Tensor]] = {}  # {module: {parameter: tensor}} of the one expert
@@ -48,7 +48,7 @@ class BaseCheck:
         return on_this_base(self.model, self.experts, self.claims)
 
     def unweighted_note(self) -> str | None:
-        lines = unweighted_targets(self.model, self.experts, self.claims)
+        lines = unweighted_targets(self.model, self.experts, self.claims, self.left_out)
         return (
             "layers have no weights in an expert's file:" + "".join(f"\n  - {line}" for line in lines)
             if lines
@@ -131,14 +131,16 @@ def own_parameters(
     return found, [f"expert {name!r}: {problem}" for problem in problems]
 
 
-def unweighted_targets(model: nn.Module, experts: ExpertBank, claims: Mapping[str, BaseClaims]) -> list[str]:
+def unweighted_targets(
+    model: nn.Module, experts: ExpertBank, claims: Mapping[str, BaseClaims], left_out: frozenset[str]
+) -> list[str]:
     """One line for all experts that lack the same layers: those their configs target and their files do not hold."""
     linears = [path for path, layer in model.named_modules() if linear_features(layer) is not None]
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, claim in claims.items():
         if claim.targets is not None:
             e = experts.index(name)
-            held = {path for path, module in experts.modules.items() if module.present[e]}
+            held = left_out.union(path for path, module in experts.modules.items() if module.present[e])
             if missing := tuple(path for path in claim.targets.wanted(linears) if path not in held):
                 groups.setdefault(missing, []).append(repr(name))
     return [

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from ..experts.bank import ExpertBank
+from ..experts.idle import idle_experts
 from ..experts.keys import bare_path
 from ..experts.live_peft import is_peft_model
 from ..experts.renaming import renamed_bank
@@ -19,7 +20,7 @@ from .naming import ModelPaths, Naming
 from .parameter_banks import Placement, place
 from .products import layer_features
 from .provenance import made_for
-from .refusals import layer_problems
+from .refusals import layer_problems, no_effect
 from .routed_experts import RoutedExperts
 from .routed_linear import RoutedLinear
 
@@ -62,12 +63,13 @@ def on_model(
             "rename={old: new}) if they are there"
         )
     fitted.problems += placement.problems
+    left_out = _leave_out_idle(model, fitted)
     misfits = _size_problems(model, fitted.experts)
     if fitted.problems or misfits:
         fitted.made_for = made_for(model, experts.names, experts.bases)
     fitted.problems += _start_problems(experts, placement)
     fitted.notes += placement.notes
-    base = BaseCheck(model, fitted.experts, method)
+    base = BaseCheck(model, fitted.experts, method, left_out)
     if not experts.modules:
         fitted.problems.append("the experts have no LoRA module")
     fitted.problems[:0] = _count_problems(experts, routing)
@@ -232,6 +234,21 @@ def _start_problems(experts: ExpertBank, placement: Placement) -> list[str]:
         for name, claims in experts.claims.items()
         if claims.init is not None and sources.intersection(claims.scalings)
     ]
+
+
+def _leave_out_idle(model: nn.Module, fitted: Fitted) -> list[str]:
+    """Leaves out, and returns, the layers that no branch can reach and where no expert changes anything: what PEFT
+    trains there never moves.
+    """
+    bank = fitted.experts
+    idle = [path for path, module in bank.modules.items() if idle_experts(module).all()]
+    if found := no_effect(model, idle):
+        kept = {path: module for path, module in bank.modules.items() if path not in found}
+        fitted.experts = bank.with_modules(kept, bank.stored_paths)
+        fitted.notes += [
+            f"module '{path}' is left out, where no expert changes anything: {found[path]}" for path in found
+        ]
+    return list(found)
 
 
 def _count_problems(experts: ExpertBank, routing: Routing | None) -> list[str]:
