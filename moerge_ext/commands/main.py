@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         if lost and isinstance(error, BrokenPipeError):
             return NOBODY_READS
         what = "standard output cannot be written: " if lost else ""
-        print(f"{name}: {what}{said(str(error), names)}", file=sys.stderr)
+        text = said(str(error), names).removeprefix(f"{argv[0]}: ")  # a function that is called as its command
+        print(f"{name}: {what}{text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

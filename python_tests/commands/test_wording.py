@@ -169,6 +169,17 @@ def test_warnings_are_lines_without_code(folder):
     assert "warnings.warn" not in done.stderr and ".py:" not in done.stderr
 
 
+def test_a_hint_at_an_option_that_is_not_there_and_a_list_without_its_head():
+    text = "x\n(names=[...] loads the others without them)"
+    assert said(text, ["names"]) == "x\n(--names NAME ... loads the others without them)"
+    assert said(text, ["experts"]) == "x"
+    with plain_warnings():
+        shown = warnings.formatwarning
+        assert shown("load_experts: \n  - expert 'a': x", UserWarning, "", 1) == "warning: expert 'a': x\n"
+        many = "load_experts: \n  - expert 'a': x\n  - expert 'b': y"
+        assert shown(many, UserWarning, "", 1) == "warning: of the experts:\n  - expert 'a': x\n  - expert 'b': y\n"
+
+
 def test_warnings_are_as_before_afterwards(recwarn):
     before = warnings.formatwarning
     with plain_warnings():
