@@ -43,7 +43,7 @@ def add_selection(parser: Any, *, dtype: bool = True) -> None:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="a part OLD of the modules' paths, between dots, is NEW on this model; repeatable",
+        help="a part OLD of the modules' paths, between dots, is NEW on this model; =NEW is put before all; repeatable",
     )
     if dtype:
         add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
@@ -51,7 +51,7 @@ def add_selection(parser: Any, *, dtype: bool = True) -> None:
 
 def selection_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `load_experts` takes of `add_selection`, but for the type."""
-    return {"names": args.names, "modules": args.modules, "rename": pairs(args.rename, "--rename", "NEW") or None}
+    return {"names": args.names, "modules": args.modules, "rename": renames(args.rename) or None}
 
 
 def add_placing(parser: Any) -> None:
@@ -147,6 +147,19 @@ def pairs(texts: list[str], option: str, value: str) -> dict[str, str]:
         if name in found:
             raise ValueError(f"{option} {name}=... is given twice: {found[name]!r} and {rest!r}")
         found[name] = rest
+    return found
+
+
+def renames(texts: list[str]) -> dict[str, str]:
+    """{old: new} of --rename; an empty OLD is the start of every path, an empty NEW leaves OLD out."""
+    found: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or not (old or new):
+            raise ValueError(f"--rename takes OLD=NEW, got {text!r}")
+        if old in found:
+            raise ValueError(f"--rename {old}=... is given twice: {found[old]!r} and {new!r}")
+        found[old] = new
     return found
 
 

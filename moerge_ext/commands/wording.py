@@ -34,7 +34,7 @@ WORDS = (
     (r"load_experts\(\.\.\., modules=\.\.\.\) --modules", "--modules PATTERN"),
     (r"load_experts\(\.\.\., modules=\.\.\.\)", "--modules PATTERN"),
     (r"\bmodules=\.\.\.", "--modules"),
-    (r"load_experts\(\.\.\., rename=\{'?([^':}]+)'?: '?([^'}]+)'?\}\)", r"--rename \1=\2"),
+    (r"load_experts\(\.\.\., rename=\{'?([^':}]*)'?: '?([^'}]*)'?\}\)", r"--rename \1=\2"),
     (r"pass \{name: path\} to name them apart", "name one of them, --experts NAME=DIR"),
     (r"name them, \{name: path\}", "name them, NAME=DIR"),
     (r"load_experts\(\{name: path\}\) gives names", "--experts NAME=DIR gives names"),
@@ -46,7 +46,7 @@ WORDS = (
     (r"\btexts=True\b", "--index-texts"),
     (r"\bpass resume=False\b", "leave out --resume"),
     (r"pass top_k=(\d+), or None for all", r"pass --top-k \1, or all"),
-    (r"call calibrate_threshold\([^()]*\), or pass threshold=\.\.\.", "pass --calibrate DIR or the option threshold"),
+    (r"call calibrate_threshold\([^()]*\), or pass threshold=\.\.\.", "pass --calibrate DIR, or the option threshold"),
     (r"\b(\w+)=\"(\w+)\"", r"\1=\2"),  # an option of a method
     (r"Leave `with handle\.disabled\(\):`, and choose", "Choose"),
     (
@@ -67,6 +67,10 @@ def said(text: str, names: Iterable[str] = ()) -> str:
         text = re.sub(pattern, words, text)
     if names and "names" not in names:  # a hint at an option that the command has not
         text = text.replace(f"\n{OTHERS}", "")
+    if names and "calibrate" not in names:
+        found = "(`moerge eval --calibrate DIR` finds one)"
+        option = "--option threshold=T" if "option" in names else "the option threshold"
+        text = text.replace("pass --calibrate DIR, or the option threshold", f"pass {option} {found}")
     if names and "routers" not in names:  # a command without --routers takes them as an option of the method
         text = text.replace("--routers FILE", "--option routers=FILE")
     if found := sorted(name for name in names if "_" in name and name not in NO_FLAGS):

@@ -82,7 +82,8 @@ def _found(source: str | os.PathLike) -> tuple[str, Path]:
         if text and local.exists():
             return default_name(text), local
     except TypeError:
-        raise ValueError(f"an expert must be a path or a hub id, got {type(source).__name__}") from None
+        hint = " (a PeftModel is given alone, not in a list)" if hasattr(source, "named_modules") else ""
+        raise ValueError(f"an expert must be a path or a hub id, got {type(source).__name__}{hint}") from None
     except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, no home folder
         raise ValueError(f"{str(source)[:200]!r} is not a usable path") from None
     if (hub := _hub_id(source)) is None:

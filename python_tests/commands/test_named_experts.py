@@ -8,6 +8,7 @@ import builders
 import pytest
 
 from moerge_ext.commands import main as cli
+from moerge_ext.commands.expert_options import renames
 from moerge_ext.commands.meaning import meant
 from moerge_ext.commands.named_dirs import named_dirs
 
@@ -57,6 +58,13 @@ def test_two_experts_of_one_name_are_named_apart(folders, capsys):
 def test_a_named_expert_means_its_folder(folders, monkeypatch):
     monkeypatch.chdir(folders)
     assert meant({"experts": ["tom=cat", "cat"]}) == {"experts": [f"tom={folders / 'cat'}", str(folders / "cat")]}
+
+
+def test_a_rename_of_the_start_of_every_path():
+    assert renames(["=anchor", "model.layers=h", "wrapped="]) == {"": "anchor", "model.layers": "h", "wrapped": ""}
+    for texts in (["model"], ["="], ["a=b", "a=c"]):
+        with pytest.raises(ValueError, match="--rename"):
+            renames(texts)
 
 
 def test_the_hint_at_names_is_where_they_are(folders, capsys, tmp_path):

@@ -130,9 +130,7 @@ def test_experts_that_bring_something_of_the_base(folders, tmp_path, capsys, eng
         weights = load_file(own / "adapter_model.safetensors")
         weights["base_model.model.lm_head.weight"] = builders.tiny_llama().lm_head.weight.detach().clone()
         save_file(weights, own / "adapter_model.safetensors")
-        words = (
-            "expert 'own' brings parameters of the base, lm_head.weight, which a server does not exchange"
-        )
+        words = "expert 'own' brings parameters of the base, lm_head.weight, which a server does not exchange"
     else:
         config = json.loads((own / "adapter_config.json").read_text())
         (own / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
