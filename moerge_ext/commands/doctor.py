@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..native.health import examine
-from .expert_options import add_gates, add_placing, add_selection, gates_of, load_bank, placing_of
+from .expert_options import add_experts, add_gates, add_placing, add_selection, gates_of, load_bank, placing_of
 from .fits import check_fits
 from .model_options import add_model
 
@@ -14,9 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     add = parser.add_argument
     add_model(parser, required=False, more=": also say which way its layers take, and why not a faster one")
-    add(
-        "--experts", nargs="+", action="extend", default=[], metavar="DIR", help="with --model: PEFT folders or hub ids"
-    )
+    add_experts(parser, required=False)
     add_gates(parser)
     add("--method", default="arrow", help="with --model (default: %(default)s, which needs no gates)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model")

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .expert_options import pairs, placing_of, selection_of
+from .expert_options import experts_of, pairs, placing_of, selection_of
 from .prompt_options import check_chat, prompt_of
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def engine_answerers(
         settings = None
         if experts.names:
             (method, chosen), *rest = group.methods.items()
-            said = {"experts": args.experts, "method": method, "methods": dict(rest), "dtype": args.expert_dtype}
+            said = {"experts": experts_of(args), "method": method, "methods": dict(rest), "dtype": args.expert_dtype}
             said |= selection_of(args) | placing_of(args)
             settings = Settings.parse(said | chosen)
             check(settings, args.model)

@@ -6,6 +6,8 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .named_dirs import named_dirs
+
 if TYPE_CHECKING:
     from ..evaluation.runs import Run
     from ..experts.bank import ExpertBank
@@ -20,12 +22,19 @@ def add_experts(parser: Any, *, required: bool = True) -> None:
         nargs="+",
         action="extend",
         metavar="DIR",
-        help="PEFT folders or hub ids (user/repo[/sub][@rev]); can be repeated",
+        help="PEFT folders or hub ids (user/repo[/sub][@rev]), NAME=DIR to name one; can be repeated",
     )
 
 
-def add_selection(parser: Any) -> None:
-    """Declare what `load_bank` takes of --experts."""
+def experts_of(args: argparse.Namespace) -> list[str] | dict[str, str]:
+    """What `load_experts` gets of --experts: {name: folder} where some have a name. ValueError for a name twice."""
+    from ..experts.hub import default_name
+
+    return named_dirs(args.experts, "--experts", default_name)
+
+
+def add_selection(parser: Any, *, dtype: bool = True) -> None:
+    """Declare what `load_bank` takes of --experts. dtype: whether their type is chosen."""
     add = parser.add_argument_group("what is taken of the experts").add_argument
     add("--names", nargs="+", action="extend", metavar="NAME", help="only these of --experts, in this order")
     add("--modules", metavar="PATTERN", help="only these modules of theirs: a regular expression (default: all)")
@@ -34,14 +43,15 @@ def add_selection(parser: Any) -> None:
         action="append",
         default=[],
         metavar="OLD=NEW",
-        help="a part OLD of the modules' paths, between dots, is NEW on this model; repeatable",
+        help="a part OLD of the modules' paths, between dots, is NEW on this model; =NEW is put before all; repeatable",
     )
-    add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
+    if dtype:
+        add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
 
 
 def selection_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `load_experts` takes of `add_selection`, but for the type."""
-    return {"names": args.names, "modules": args.modules, "rename": pairs(args.rename, "--rename", "NEW") or None}
+    return {"names": args.names, "modules": args.modules, "rename": renames(args.rename) or None}
 
 
 def add_placing(parser: Any) -> None:
@@ -140,6 +150,19 @@ def pairs(texts: list[str], option: str, value: str) -> dict[str, str]:
     return found
 
 
+def renames(texts: list[str]) -> dict[str, str]:
+    """{old: new} of --rename; an empty OLD is the start of every path, an empty NEW leaves OLD out."""
+    found: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or not (old or new):
+            raise ValueError(f"--rename takes OLD=NEW, got {text!r}")
+        if old in found:
+            raise ValueError(f"--rename {old}=... is given twice: {found[old]!r} and {new!r}")
+        found[old] = new
+    return found
+
+
 def load_bank(args: argparse.Namespace) -> ExpertBank:
     """The experts of --experts with the gates of --gates, for --model; an empty bank where none may be given."""
     import torch
@@ -149,4 +172,4 @@ def load_bank(args: argparse.Namespace) -> ExpertBank:
     if not args.experts:
         return ExpertBank((), {})
     dtype = args.expert_dtype and getattr(torch, args.expert_dtype)
-    return load_experts(args.experts, dtype, base=args.model, gates=gates_of(args), **selection_of(args))
+    return load_experts(experts_of(args), dtype, base=args.model, gates=gates_of(args), **selection_of(args))

@@ -7,8 +7,9 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import Any, NoReturn
 
 from .._version import __version__
 from .progress import bars
@@ -70,9 +71,31 @@ def _output_is_lost(error: Exception) -> bool:
     return True
 
 
+class Parser(argparse.ArgumentParser):
+    """Says where a word stands that an option before it has taken for its own."""
+
+    words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = args or ()
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """argparse's, with the options that take everything up to the next one where a word is missing."""
+        lost = message.rpartition("arguments are required: ")[2].split(", ")
+        placed = [action.metavar or action.dest for action in self._actions if not action.option_strings]
+        greedy = [option for action in self._actions if action.nargs in ("+", "*") for option in action.option_strings]
+        if (lost := [name for name in lost if name in placed]) and (taken := [w for w in greedy if w in self.words]):
+            message += (
+                f"; put {' '.join(lost)} first, or after another option than {', '.join(taken)}, which takes "
+                "everything up to the next option"
+            )
+        super().error(message)
+
+
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """The whole parser; a named `command` gets its own arguments only, so that `doctor` imports nothing."""
-    root = argparse.ArgumentParser(prog="moerge", description="Route among LoRA experts, per token and per layer.")
+    root = Parser(prog="moerge", description="Route among LoRA experts, per token and per layer.")
     root.add_argument("--version", action="version", version=f"moerge_ext {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
@@ -123,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         if lost and isinstance(error, BrokenPipeError):
             return NOBODY_READS
         what = "standard output cannot be written: " if lost else ""
-        print(f"{name}: {what}{said(str(error), names)}", file=sys.stderr)
+        text = said(str(error), names).removeprefix(f"{argv[0]}: ")  # a function that is called as its command
+        print(f"{name}: {what}{text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

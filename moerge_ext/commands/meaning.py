@@ -13,6 +13,7 @@ from ..experts.routers import ROUTERS_FILE
 from ..queries.cache import model_name
 from ..queries.hidden import base_name
 from ..queries.similar import SHOWN
+from .named_dirs import split_name
 
 PLACES = (
     "model", "experts", "tasks", "routers", "query_router", "calibrate", "multitask", "embedder", "writer",
@@ -50,6 +51,9 @@ def placed(asked: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, A
     for key in PLACES:
         if found.get(key):
             value = found[key]
+            if key == "experts":
+                found[key] = [_named(text, place) for text in value]
+                continue
             found[key] = place(value) if isinstance(value, str) else [place(text) for text in value]
     for key in NAMED_PLACES:
         if found.get(key):
@@ -59,6 +63,11 @@ def placed(asked: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, A
         listed = methods.split(",") if isinstance(methods, str) else methods
         found["methods"] = [_method(text.strip(), place) for text in listed if text.strip()]
     return found
+
+
+def _named(text: str, place: Callable[[str], str]) -> str:
+    name, folder = split_name(text)
+    return place(folder) if name is None else f"{name}={place(folder)}"
 
 
 def _method(text: str, place: Callable[[str], str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files.counting import counted
-from .expert_options import add_experts, pairs
+from .expert_options import add_experts, add_selection, experts_of, pairs, selection_of
 from .model_options import add_model
 from .progress import add_progress
 
@@ -36,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of one expert, as it is; one for each of them (default: 1 / number of experts)",
     )
     add("--rank", type=int, metavar="R", help="at most, by singular values, the error is said (default: exact)")
-    add("--modules", metavar="PATTERN", help="which modules of the experts: a regular expression (default: all)")
     add_model(parser, required=False, more=": to hold the experts against it")
     add("--full", action="store_true", help="write the base of --model with the merge in its weights")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the base model")
     add("--device", default="cpu", help="such as cpu or cuda:0 (default: %(default)s)")
+    add_selection(parser, dtype=False)
     add_progress(parser)
 
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     weights = {name: _number(text) for name, text in pairs(args.weight, "--weight", "W").items()} or None
     check_new_folder(args.output)
     device = usable_device(args.device)
-    experts = load_experts(args.experts, base=args.model, modules=args.modules)
+    experts = load_experts(experts_of(args), base=args.model, **selection_of(args))
     check_arguments(experts, args.method, weights, args.rank, args.model is not None, args.full)
     tokenizer = load_tokenizer(args.model) if args.full else None
     model = None if args.model is None else load_model(args.model, dtype=args.dtype, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .expert_options import pairs
+from .named_dirs import named_dirs
 from .progress import add_progress
 
 
@@ -29,10 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder and says what is in it; returns the exit status. ValueError for what the user can mend."""
-    from ..exporting.mix import mix_models
+    from ..exporting.mix import last_part, mix_models
 
-    named = all("=" in text for text in args.models)
-    models = pairs(args.models, "--models", "DIR") if named else args.models
+    models = named_dirs(args.models, "--models", last_part)
     mix = mix_models(
         models, args.output, top_k=args.top_k, seed=args.seed, dtype=args.dtype, progress=not args.no_progress
     )

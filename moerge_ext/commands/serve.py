@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files.counting import counted
 from ..methods.option_text import ALL, parse_option, top_k
-from .expert_options import add_experts
+from .expert_options import add_experts, add_placing, add_selection, experts_of, placing_of, selection_of
 from .model_options import add_model
 
 VARIABLE, PLUGIN = "VLLM_PLUGINS", "moerge"
@@ -44,10 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--live-experts", type=int, default=0, metavar="N", help="room for N more, see docs/serving.md (default: off)")
     add("--routing-metrics", action="store_true", help="count what is routed where, in /metrics")
     add("--traces", type=int, default=0, metavar="N", help="keep which experts answered the last N requests that ask")
-    add("--expert-dtype", choices=("float32", "bfloat16", "float16"), help="of the experts (default: as stored)")
-    add("--absent", choices=("mask", "base"), default="mask", help="see `patch` (default: %(default)s)")
     add("--check", action="store_true", help="say whether the experts can be served, and start nothing")
     add("passed", nargs="*", metavar="-- ...", help="what the server takes, such as --port 8000 --dtype float32")
+    add_selection(parser)
+    add_placing(parser)
+    parser.set_defaults(settle=settle)
+
+
+def settle(args: argparse.Namespace, refuse: Any) -> None:
+    """The usage, with what options of the server need, for options that are not this command's."""
+    if args.rest:
+        refuse(
+            f"unrecognized arguments: {' '.join(args.rest)}: put options of the server after --, such as: moerge serve "
+            "--model DIR --experts DIR DIR -- --port 8000"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         from ..serving.transformers.checks import checked
 
         experts, config = checked(settings, args.model)
+    # transformers reads its options with packages that a check alone does not need
+    context = passed_on(engine, args.model, args.passed) if args.passed or not args.check else None
     if args.check:
         served = f"{counted(len(args.experts), 'expert')} can be served with {', '.join(settings.variants())}"
         print(f"moerge serve: {served} by {engine}")
@@ -69,12 +81,21 @@ def run(args: argparse.Namespace) -> int:
     if engine == "transformers":
         from ..serving.transformers import launch
 
-        context = launch.options_of(args.model, args.passed)
         return launch.wait(launch.start(settings, args.model, experts, config, context))
     words = command(settings, args.model, args.passed)
     os.environ |= plugin_environment(os.environ, settings.answers_more)
     sys.stdout.flush()
     os.execv(words[0], words)
+
+
+def passed_on(engine: str, model: str, words: list[str]) -> Any:
+    """What transformers makes of the options after --, None of vLLM; ValueError for those that cannot be passed on."""
+    if engine == "vllm":
+        check_words(words)
+        return None
+    from ..serving.transformers import launch
+
+    return launch.options_of(model, words)
 
 
 def default_engine() -> str:
@@ -84,16 +105,20 @@ def default_engine() -> str:
 
 def settings_of(args: argparse.Namespace) -> Any:
     """The settings of the arguments; ValueError lists what is wrong with them."""
-    from ..serving.settings import Settings
+    from ..serving.settings import KEY, Settings
 
     options = dict(parse_option(text) for text in args.option)
     if args.top_k is not None:
         if "top_k" in options:
             raise ValueError("give --top-k or --option top_k=..., not both")
         options["top_k"] = None if args.top_k == ALL else args.top_k
-    said = {"experts": args.experts, "method": args.method, "methods": args.methods, "absent": args.absent}
+    said = {"experts": experts_of(args), "method": args.method, "methods": args.methods, "dtype": args.expert_dtype}
+    said |= selection_of(args) | placing_of(args)
     said |= {"spare": args.live_experts, "metrics": args.routing_metrics, "traces": args.traces}
-    return Settings.parse(said | {"requests": not args.no_requests, "dtype": args.expert_dtype} | options)
+    try:
+        return Settings.parse(said | {"requests": not args.no_requests} | options)
+    except ValueError as error:  # of which the first line speaks of vLLM's config
+        raise ValueError(str(error).replace(f'"{KEY}" cannot be served', "the experts cannot be served", 1)) from None
 
 
 def check(settings: Any, model: str) -> None:
@@ -105,17 +130,21 @@ def check(settings: Any, model: str) -> None:
 
 
 def command(settings: Any, model: str, rest: list[str]) -> list[str]:
-    """The words of `vllm serve`. ImportError without vLLM; ValueError for options of it that ours would replace."""
+    """The words of `vllm serve`. ImportError without vLLM."""
     if find_spec("vllm") is None:
         raise ImportError(INSTALL)
+    config = json.dumps({"moerge": settings.as_dict()})
+    started = [sys.executable, "-m", "moerge_ext.serving.vllm.launch", "serve", model]
+    return [*started, "--additional-config", config, *rest]
+
+
+def check_words(rest: list[str]) -> None:
+    """ValueError for options of vLLM's server that ours would replace."""
     if given := [word for word in rest if word.partition("=")[0] == "--additional-config"]:
         raise ValueError(
             f"{given[0].partition('=')[0]} is what this command makes of its arguments: to write it yourself, call "
             "`vllm serve`, see docs/serving.md"
         )
-    config = json.dumps({"moerge": settings.as_dict()})
-    started = [sys.executable, "-m", "moerge_ext.serving.vllm.launch", "serve", model]
-    return [*started, "--additional-config", config, *rest]
 
 
 def plugin_environment(environment: Any, answers_more: bool) -> dict[str, str]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 FUNCTIONS = (
     "load_experts|patch|add_expert|drop_expert|save_gates|convert_to_lora|train_routers|train_mix|ExpertBank|ModuleBank"
 )
+OTHERS = "(--names NAME ... loads the others without them)"
 # what a message says: what the shell says; in this order
 WORDS = (
     # what a message of a function begins with; an argument that is at fault comes next
@@ -28,14 +29,15 @@ WORDS = (
     (r"load_experts\(\.\.\., gates=\{name: DIR\}\) or --gates", "--gates"),
     (r"(`moerge [^`]+`) or moerge_ext\.\w+\([^()]*\)", r"\1"),
     (r"moerge_ext\.\w+ \((moerge [^()]+)\)", r"`\1`"),
-    (r"\(names=\[\.\.\.\] loads the others without them\)", "(--names NAME ... loads the others without them)"),
+    (r"\(names=\[\.\.\.\] loads the others without them\)", OTHERS),
     (r"(?:load_experts\(\.\.\., )?names=\[\.\.\.\]\)?", "--names"),
     (r"load_experts\(\.\.\., modules=\.\.\.\) --modules", "--modules PATTERN"),
     (r"load_experts\(\.\.\., modules=\.\.\.\)", "--modules PATTERN"),
     (r"\bmodules=\.\.\.", "--modules"),
-    (r"load_experts\(\.\.\., rename=\{'?([^':}]+)'?: '?([^'}]+)'?\}\)", r"--rename \1=\2"),
-    (r"pass \{name: path\} to name them apart", "rename a folder, or link to it under another name"),
-    (r"load_experts\(\{name: path\}\) gives names", "an expert's name is its folder's"),
+    (r"load_experts\(\.\.\., rename=\{'?([^':}]*)'?: '?([^'}]*)'?\}\)", r"--rename \1=\2"),
+    (r"pass \{name: path\} to name them apart", "name one of them, --experts NAME=DIR"),
+    (r"name them, \{name: path\}", "name them, NAME=DIR"),
+    (r"load_experts\(\{name: path\}\) gives names", "--experts NAME=DIR gives names"),
     (r"patch\(\.\.\., missing=\"drop\"\)", "--missing drop"),
     (r"patch\(\.\.\., backend=\"reference\"\)|\bbackend=\"reference\"", "--backend reference"),
     (r"\babsent=\"base\"", "--absent base"),
@@ -44,7 +46,7 @@ WORDS = (
     (r"\btexts=True\b", "--index-texts"),
     (r"\bpass resume=False\b", "leave out --resume"),
     (r"pass top_k=(\d+), or None for all", r"pass --top-k \1, or all"),
-    (r"call calibrate_threshold\([^()]*\), or pass threshold=\.\.\.", "pass --calibrate DIR or the option threshold"),
+    (r"call calibrate_threshold\([^()]*\), or pass threshold=\.\.\.", "pass --calibrate DIR, or the option threshold"),
     (r"\b(\w+)=\"(\w+)\"", r"\1=\2"),  # an option of a method
     (r"Leave `with handle\.disabled\(\):`, and choose", "Choose"),
     (
@@ -63,6 +65,12 @@ def said(text: str, names: Iterable[str] = ()) -> str:
     names = set(names)
     for pattern, words in WORDS:
         text = re.sub(pattern, words, text)
+    if names and "names" not in names:  # a hint at an option that the command has not
+        text = text.replace(f"\n{OTHERS}", "")
+    if names and "calibrate" not in names:
+        found = "(`moerge eval --calibrate DIR` finds one)"
+        option = "--option threshold=T" if "option" in names else "the option threshold"
+        text = text.replace("pass --calibrate DIR, or the option threshold", f"pass {option} {found}")
     if names and "routers" not in names:  # a command without --routers takes them as an option of the method
         text = text.replace("--routers FILE", "--option routers=FILE")
     if found := sorted(name for name in names if "_" in name and name not in NO_FLAGS):
@@ -71,11 +79,18 @@ def said(text: str, names: Iterable[str] = ()) -> str:
     return text
 
 
+def _begun(text: str) -> str:
+    """The text of a warning; a list whose head was a function's name as one line, or under a head of its own."""
+    if not text.startswith("\n"):
+        return text
+    return text.strip().removeprefix("- ") if text.count("\n") == 1 else f"of the experts:{text}"
+
+
 @contextmanager
 def plain_warnings(names: Iterable[str] = ()) -> Iterator[None]:
     """A block whose warnings are printed as "warning: ...", without the line of code that gave them."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {said(str(message), names)}\n"
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {_begun(said(str(message), names))}\n"
     try:
         yield
     finally:

@@ -80,10 +80,10 @@ def _found(source: str | os.PathLike) -> tuple[str, Path]:
             raise TypeError
         local = Path(text).expanduser()
         if text and local.exists():
-            name = local.resolve().name if local.name in ("", "..") else local.name
-            return name.removesuffix(GGUF), local
+            return default_name(text), local
     except TypeError:
-        raise ValueError(f"an expert must be a path or a hub id, got {type(source).__name__}") from None
+        hint = " (a PeftModel is given alone, not in a list)" if hasattr(source, "named_modules") else ""
+        raise ValueError(f"an expert must be a path or a hub id, got {type(source).__name__}{hint}") from None
     except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, no home folder
         raise ValueError(f"{str(source)[:200]!r} is not a usable path") from None
     if (hub := _hub_id(source)) is None:
@@ -91,8 +91,15 @@ def _found(source: str | os.PathLike) -> tuple[str, Path]:
             f"there is no local folder {text!r}{beside(text)}, and it is no hub id (user/repo, user/repo/subfolder, "
             "each with @revision or without): check the path"
         )
-    repo, subfolder, _ = hub
-    return f"{repo}/{subfolder}".rstrip("/").rsplit("/", 1)[-1].removesuffix(GGUF), _snapshot(*hub)
+    return default_name(text), _snapshot(*hub)
+
+
+def default_name(source: str) -> str:
+    """What an expert is called that is given no name: the last part of its path or hub id."""
+    if (hub := _hub_id(source)) is not None:
+        return f"{hub[0]}/{hub[1]}".rstrip("/").rsplit("/", 1)[-1].removesuffix(GGUF)
+    local = Path(source).expanduser()
+    return (local.resolve().name if local.name in ("", "..") else local.name).removesuffix(GGUF)
 
 
 def _hub_id(source: object) -> tuple[str, str, str | None] | None:

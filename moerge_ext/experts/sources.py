@@ -25,7 +25,7 @@ from .claims import BaseClaims
 from .fingerprint import Fingerprint
 from .formats import inspect_adapter
 from .formats.adapter import LoraWeights, ModuleHeader, ModuleWeights
-from .formats.layer_sizes import fill_sizes
+from .formats.layer_sizes import fill_sizes, layer_size
 from .formats.peft import GateSet, common_dtype, nonfinite_problems
 from .gate_files import Gates, gate_places, has_noted_gates, stale_note, stale_note_of, with_gates
 from .hub import find_adapter
@@ -89,7 +89,8 @@ def collect_sources(
     model = paths if isinstance(paths, nn.Module) else None
     sources = _with_gates(sources, places, selection, partial(_whole, model, base), bad)
     sources, unnamed = selection.rename(sources, complete=not bad)
-    bad |= unnamed | {repr(name): said for name, said in fill_sizes(sources, base).items()} | _misfits(sources)
+    bad |= unnamed | {repr(name): said for name, said in fill_sizes(sources, base).items()}
+    bad |= _misfits(sources, base)
     if bad:
         # all are refused now, so what reading them would find belongs to the list
         for source in tqdm(sources, "looking for NaN", delay=PROGRESS_AFTER, leave=False):
@@ -159,7 +160,8 @@ def _named_folders(paths: Any, bad: dict[str, list[str]], selection: Selection) 
         try:
             default, folder = find_adapter(path)
         except ValueError as error:
-            bad[f"{name!r}" if name else f"{str(path)[:200]!r}"] = [str(error)]
+            told = repr(str(path)[:200]) if isinstance(path, (str, bytes, os.PathLike)) else f"<{type(path).__name__}>"
+            bad[repr(name) if name else told] = [str(error)]
             continue
         found.append((name or default, folder))
     for name, count in Counter(name for name, _ in found).items():
@@ -194,8 +196,11 @@ def _refusal(bad: Mapping[str, Sequence[str]], total: int) -> AdapterError:
     return error
 
 
-def _misfits(sources: Sequence[Source]) -> dict[str, list[str]]:
-    """{expert: what is wrong}, one line each, for experts whose modules have another D or O than most experts'."""
+def _misfits(sources: Sequence[Source], base: Any = None) -> dict[str, list[str]]:
+    """{expert: what is wrong}, one line each, for experts whose modules have another D or O than the layers of the base
+    or, where these are not known, than most experts'.
+    """
+    size_of = None
     differing: dict[int, list[str]] = {}
     agreeing: dict[int, set[int]] = {}
     for path, every in _by_module(sources).items():
@@ -203,20 +208,26 @@ def _misfits(sources: Sequence[Source]) -> dict[str, list[str]]:
         if not holders:
             continue
         shapes = Counter((m.out_features, m.in_features) for _, m in holders)
+        if len(shapes) == 1:
+            continue
         (usual, count), *_ = shapes.most_common()
+        size_of = layer_size(base) if size_of is None else size_of
+        if size := size_of(path):
+            usual = size[::-1]
+        there = "the model has" if size else f"in {count} other expert(s) for"
         for e, module in holders:
             shape = (module.out_features, module.in_features)
             if shape != usual:
                 differing.setdefault(e, []).append(
-                    f"{path} is for a layer [O={shape[0]}, D={shape[1]}], in {count} other expert(s) for "
-                    f"[O={usual[0]}, D={usual[1]}]"
+                    f"{path} is for a layer [O={shape[0]}, D={shape[1]}], {there} [O={usual[0]}, D={usual[1]}]"
                 )
                 agreeing.setdefault(e, set()).update(o for o, m in holders if (m.out_features, m.in_features) == usual)
     bad = {}
     for e, said in differing.items():
         more = f"; {len(said)} of its {len(sources[e].modules)} modules differ" if len(said) > 1 else ""
         theirs = sorted({sources[o].base_model or "one they do not name" for o in agreeing[e]})
-        bases = f"made for {sources[e].base_model or 'a model it does not name'}, they for {', '.join(theirs)}: "
+        others = f", the others for {', '.join(theirs)}" if theirs else ""
+        bases = f"made for {sources[e].base_model or 'a model it does not name'}{others}: "
         bad[repr(sources[e].name)] = [bases + said[0] + more]
     return bad
 

@@ -105,6 +105,11 @@ def mix_models(
     return mix
 
 
+def last_part(path: str) -> str:
+    """What a model is called that is given no name."""
+    return Path(path.rstrip("/")).name
+
+
 def _named(models: Mapping[str, Any] | Sequence[Any]) -> dict[str, str]:
     if isinstance(models, (str, os.PathLike)):
         raise ValueError(f"mix: models must be several folders or hub ids, got {os.fspath(models)!r}")
@@ -112,7 +117,7 @@ def _named(models: Mapping[str, Any] | Sequence[Any]) -> dict[str, str]:
         named = {name: os.fspath(path) for name, path in models.items()}
     else:
         paths = [os.fspath(path) for path in models]
-        names = [Path(path.rstrip("/")).name for path in paths]
+        names = [last_part(path) for path in paths]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"mix: several models are called {', '.join(twice)}: name them, {{name: path}}")
         named = dict(zip(names, paths, strict=True))

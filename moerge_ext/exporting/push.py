@@ -60,6 +60,8 @@ def pack(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no repository id such as user/name: {_one_line(error)}") from None
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} is no repository id USER/NAME: put your user or organization before it")
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"there is no local folder {str(folder)!r}: push takes the folder of an adapter")

@@ -46,7 +46,14 @@ def as_example(row: Any, *, text: bool = False) -> Example:
         return _conversation(row, row["messages"])
     if text and isinstance(row.get("text"), str):
         return Example(row)
-    raise ValueError(f"{expected}, got keys {sorted(map(str, row))}")
+    raise ValueError(f"{expected}, got {_came(row)}")
+
+
+def _came(row: Mapping[str, Any]) -> str:
+    """The keys of a row, and which of those that were looked for hold something else than a text."""
+    asked = ("input", "target", "prompt", "completion", "messages", "text")
+    wrong = [f"{key} is {type(row[key]).__name__}" for key in asked if key in row and not isinstance(row[key], str)]
+    return f"keys {sorted(map(str, row))}" + (f", of which {', '.join(wrong)}" if wrong else "")
 
 
 def as_prompt(row: Any) -> Example:
@@ -61,7 +68,7 @@ def as_prompt(row: Any) -> Example:
             return Example({**row, "input": row[name]})
     messages = next((row[name] for name in ("prompt", "messages") if isinstance(row.get(name), list)), None)
     if messages is None:
-        raise ValueError(f"expected {ASKED}, got keys {sorted(map(str, row))}")
+        raise ValueError(f"expected {ASKED}, got {_came(row)}")
     _check_messages(messages)
     given = messages[:-1] if messages and messages[-1]["role"] == "assistant" and "messages" in row else messages
     if not given or given[-1]["role"] == "assistant":

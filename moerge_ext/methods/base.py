@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..experts.bank import ExpertBank, ModuleBank
 from ..experts.branches import Branches
 
 HIDDEN_STATES = "the base model's hidden states"  # `Embedder.from_hidden_states`
+OF_PATCH = ("method", "backend", "absent", "missing", "spare", "strict")  # its other arguments, for who mistypes one
 GATE_EPS = 1e-5  # the epsilon of `route`'s standardization, used on gates as well
 
 
@@ -137,8 +139,11 @@ class Method:
         known = routing_names | set(self.options) | {"aggregation"}
         unknown = sorted(set(overrides) - known)
         if unknown:
+            near = [get_close_matches(name, [*known, *OF_PATCH], 1, 0.8) for name in set(unknown).difference(OF_PATCH)]
+            meant = ", ".join(sorted({found[0] for found in near if found}))
+            hint = f"did you mean {meant}? It takes" if meant else "it takes"
             raise ValueError(
-                f"method '{self.name}': unknown option(s) {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+                f"method '{self.name}': unknown option(s) {', '.join(unknown)}; {hint} {', '.join(sorted(known))}"
             )
         options = {name: overrides.get(name, default) for name, default in self.options.items()}
         if self.learned is not None:

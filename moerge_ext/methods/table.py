@@ -87,8 +87,9 @@ def render(console: Console, *, verbose: bool = False) -> None:
     """Print the methods; `verbose` adds the survey's taxonomy, the options, embedders and papers."""
     data = rows()
     console.print(
-        f"[bold]{len(data)} routing methods[/bold] (patch(model, experts, method=...); {', '.join(WHOLE_MODELS)}: of "
-        "whole models, docs/whole_models.md)"
+        f"[bold]{len(METHODS)} routing methods[/bold] and expert:<name> (patch(model, experts, method=...)), and "
+        f"{', '.join(WHOLE_MODELS)} of whole models (docs/whole_models.md)",
+        highlight=False,
     )
     table = _table("method", "what it does", "gates", "top-k", "weights", "applied", "arXiv", wraps="what it does")
     for row in data:

@@ -46,6 +46,7 @@ def train_benchmark(
     other experts or scores outside 0 .. 1.
     """
     marks, scores = described_experts(experts, judged.names), judged.correctness()
+    judged.check_differing("benchmark")
     vectors, probe = embedded(embedder, judged.texts)
     names = list(dict.fromkeys(judged.tasks))
     tasks = torch.tensor([names.index(task) for task in judged.tasks], dtype=torch.long, device="cpu")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files.counting import counted
 from ..files.rows import MAX_LISTED, read_text
 
 FORM = '{"input": str, "scores": {name: number, ...}} and perhaps "task": str, "tags": [str, ...]'
@@ -48,6 +49,14 @@ class Judged:
                 problems.append(f"{name} must be one per question, {count}, got {len(getattr(self, name))}")
         if problems:
             raise ValueError("judged answers: " + "; ".join(problems))
+
+    def check_differing(self, kind: str) -> None:
+        """ValueError where every expert has the same score on every question."""
+        if bool((self.scores == self.scores[:, :1]).all()):
+            raise ValueError(
+                f"{kind} learns from questions on which experts differ, and here there is none: every expert has the "
+                f"same score on each of {counted(len(self.texts), 'question')}"
+            )
 
     def correctness(self) -> Tensor:
         """The scores [M,E]; ValueError for rewards outside 0 .. 1."""

@@ -55,6 +55,7 @@ def train_routoo(
     or costs.
     """
     marks, scores = described_experts(experts, judged.names), judged.correctness()
+    judged.check_differing("routoo")
     prices = costs_of(costs, judged.names)
     vectors, probe = embedded(embedder, judged.texts)
     weight, bias = fit_probabilities(vectors, scores, c=c)

@@ -51,9 +51,8 @@ def train_factorization(
     for name, value in {"dim": dim, "epochs": epochs, "batch_size": batch_size, "lr": lr}.items():
         if not value > 0:
             raise ValueError(f"routellm: {name} must be positive, got {value}")
+    judged.check_differing("routellm")
     pairs = won_pairs(judged.scores)
-    if not len(pairs):
-        raise ValueError("routellm learns from questions on which experts differ, and here there is none")
     vectors, probe = embedded(embedder, judged.texts)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

@@ -63,6 +63,7 @@ def train_zooter(
             f"zooter: expected beta in 0 .. 1, temperature > 0 and c > 0, got {beta}, {temperature} and {c}"
         )
     marks = described_experts(experts, judged.names)
+    judged.check_differing("zooter")
     if not judged.tags and judged.tasks:
         tags = tuple((task,) for task in judged.tasks)
         judged = Judged(judged.texts, judged.scores, judged.names, judged.tasks, tags)

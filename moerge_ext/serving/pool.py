@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..experts.bank import ExpertBank
 from ..files.listing import listed
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
+from ..methods.fixed import PREFIX as ONE_EXPERT
 from ..routing.absent import alone_note
 from ..routing.few_experts import own_top_k
 from ..routing.fitting import on_model
@@ -154,14 +155,13 @@ def _method(
     else:
         row = get_method(name)
         routing, aggregation, kept = row.configure(**options | own_top_k(row, range(count), options))
-    problems = _unserved(row, kept)
+    problems = _unserved(row, kept) + of_base(experts, row.name)
+    experts = _lora_alone(experts)
     fitted, base = on_model(model, experts, row.name, routing if count is None else None, settings.missing)
     problems += spare_problems(settings.spare, row, fitted.experts, fitted.placement.parameters)
     problems += fitted.problems
     if fitted.placement.parameters:
         problems.append(f"{', '.join(fitted.placement.parameters)}: experts on fused base experts are not served yet")
-    if base.own:
-        problems.append(f"its expert brings its own {', '.join(base.own)}, which a server cannot exchange")
     plans = {}
     if not problems:
         plans = plans_of(row, base.bank(), kept, settings.absent, problems)
@@ -171,6 +171,32 @@ def _method(
     notes = [*fitted.notes, alone_note(plans, experts.names, routing)]
     made = Planned(row, routing, aggregation == "factored", kept, plans)
     return made, [note for note in notes if note]
+
+
+def of_base(experts: ExpertBank, method: str) -> list[str]:
+    """Why experts that come with something of the base's own weights cannot be served with a method."""
+    problems = []
+    for name, claims in experts.claims.items():
+        if method.startswith(ONE_EXPERT) and method != ONE_EXPERT + name:
+            continue
+        if claims.saved:
+            problems.append(
+                f"expert {name!r} brings parameters of the base, {listed(list(claims.saved))}, which a server does not "
+                "exchange: load_experts(..., modules=...) takes the LoRA alone"
+            )
+        if claims.init is not None:
+            problems.append(
+                f"expert {name!r} began its LoRA with {claims.init}, which moved a part of the base into the factors: "
+                "convert the adapter first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+    return problems
+
+
+def _lora_alone(experts: ExpertBank) -> ExpertBank:
+    """The experts without what `of_base` refuses."""
+    bare = experts.with_modules(experts.modules, experts.stored_paths)
+    bare.claims = {name: replace(c, saved={}, init=None, scalings={}) for name, c in experts.claims.items()}
+    return bare
 
 
 def _unserved_plans(plans: Mapping[str, Plan]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..files.counting import counted
 from ..files.examples import as_example
+from ..files.listing import listed
 from ..files.rows import MAX_LISTED
 from ..models.end_tokens import end_tokens, target_ids
 from ..models.pretrained import context_of, is_seq2seq
@@ -41,17 +42,18 @@ class Encoder:
     def features(self, rows: Iterable[Mapping[str, Any]], name: str = "data") -> list[dict[str, list[int]]]:
         """Every row encoded. One ValueError with all rows that cannot be."""
         options = {"seq2seq": is_seq2seq(self.model.config), "ends": self.ends, "prompt": self.prompt}
-        features, problems = [], []
+        features, causes = [], {}
         for number, row in enumerate(rows):
             try:
                 feature = encode(row, self.tokenizer, UNCUT, **options)
             except ValueError as error:
-                problems.append(f"row {number}: {error}")
+                causes.setdefault(str(error), []).append(str(number))
                 continue
             if max(map(len, feature.values())) > self.length:
                 self.cut += 1
                 feature = encode(row, self.tokenizer, self.length, **options)
             features.append(feature)
+        problems = [f"row {listed(numbers)}: {cause}" for cause, numbers in causes.items()]
         if not features and not problems:
             problems.append("there are no rows")
         if problems:

@@ -43,6 +43,17 @@ def test_text_json_and_page(words, tmp_path, capsys):
     assert all(sum(t["weights"]["1"].values()) == pytest.approx(1, abs=1e-5) for t in told["streams"][0]["tokens"])
 
 
+def test_a_prompt_that_experts_has_taken(words, capsys):
+    _, model, prompt, *experts = words
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--model", model, *experts, prompt])
+    said = capsys.readouterr().err
+    assert "required: PROMPT; put PROMPT first, or after another option than --experts, which takes" in said
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--model", model])
+    assert "--experts, which" not in capsys.readouterr().err
+
+
 def test_a_method_that_routes_by_the_sequence_says_so(words, capsys, monkeypatch):
     monkeypatch.setattr(options, "build_embedder", lambda *_: fake_embedder())
     for method, new in (("retrieval", "0"), ("token_level", "3")):

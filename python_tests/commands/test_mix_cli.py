@@ -76,6 +76,17 @@ def test_mix_train_and_evaluate(root, capsys):
     assert mixed in json.dumps(rows)
 
 
+def test_models_with_and_without_a_name(root, capsys):
+    words = ("mix", "--models", "@seed", f"own={root / 'code'}", "--no-progress", "--output")
+    assert call(root, *words, "@own") == 0
+    assert "experts seed, own, 2 per token" in capsys.readouterr().out
+    assert call(root, *words, "@none", "--models", f"own={root / 'law'}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moerge mix: --models: ") and "are both called 'own': name them apart, NAME=DIR" in said
+    assert call(root, "mix", "--models", "@seed", "@seed", "--output", "@none") == 2
+    assert capsys.readouterr().err.startswith("moerge mix: several models are called seed: name them, NAME=DIR")
+
+
 def test_the_answers_are_the_other_models(root, capsys):
     """The row of a model is what the base's row is where that model is the base."""
     tasks = ("--tasks", "@task", "--no-progress", "--max-new-tokens", "6")
@@ -99,7 +110,7 @@ def test_refused(root, capsys):
 
     out = ("--output", "@none", "--no-progress")
     refused("two models or more are needed", "mix", "--models", "@seed", *out)
-    refused("--models takes NAME=DIR", "mix", "--models", "a=b", "a=", *out)
+    refused("--models takes [NAME=]DIR, got 'a='", "mix", "--models", "a=b", "a=", *out)
     refused("is no mixture of experts", "train-mix", "@seed", "--data", "@task/train.jsonl", *out)
     evaluated = ("eval", "--overwrite", "--model", "@seed", "--tasks", "@task", *out, "--methods")
     refused("--experts is needed for arrow, oracle_dataset", *evaluated, "base,arrow,oracle_dataset")

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import builders
 import pytest
+from safetensors.torch import load_file, save_file
 
 from moerge_ext.commands import main as cli
 from moerge_ext.commands import serve
@@ -61,6 +62,7 @@ def test_the_engine_is_vllm_where_it_is_installed(folders, capsys, monkeypatch, 
         (["--live-experts", "-1"], ["spare must be a number of experts, 0 or more, got -1"]),
         (["--live-experts", "1", "--method", "merged"], ["spare=1: method 'merged' routes nothing"]),
         (["--method", "token_level"], ["reads the text again as it grows"]),
+        (["--method", "nope"], ["moerge serve: the experts cannot be served:\n", "unknown method 'nope'"]),
     ],
 )
 def test_experts_that_cannot_be_served_end_with_status_2(folders, capsys, monkeypatch, more, words):
@@ -91,6 +93,7 @@ ALONE = "needs weights or affinities of each request, which transformers' server
         (["--model", "a@b"], ["'a@b': transformers' server takes what follows an @ for a revision"]),
         (["--model", "a.gguf"], ["'a.gguf' is a GGUF file"]),
         pytest.param(["--", "--prt", "1"], ["transformers serve: No such option: --prt"], marks=SERVER),
+        pytest.param(["--check", "--", "--prt", "1"], ["transformers serve: No such option: --prt"], marks=SERVER),
         pytest.param(["--", "other"], ["transformers serve: Got unexpected extra argument"], marks=SERVER),
     ],
 )
@@ -108,6 +111,37 @@ def test_the_options_of_transformers_server_are_shown(folders, capsys, monkeypat
     with pytest.raises(SystemExit) as ended:
         called(folders, "--", "--help", engine="transformers")
     assert ended.value.code == 0 and "Usage: moerge serve ... -- [OPTIONS]" in capsys.readouterr().out
+
+
+def test_options_of_the_server_without_dashes_before_them(folders, capsys):
+    with pytest.raises(SystemExit):
+        called(folders, "--port", "8123")
+    assert "unrecognized arguments: --port: put options of the server after --" in capsys.readouterr().err
+    assert called(folders, "--check", "--", "--additional-config", "{}") == 2
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+@pytest.mark.parametrize("brings", ["a head", "a start"])
+def test_experts_that_bring_something_of_the_base(folders, tmp_path, capsys, engine, brings):
+    """Known without the weights of the model; one that is not used by the method is no matter."""
+    own = tmp_path / "own"
+    builders.random_experts(builders.tiny_llama(), tmp_path, ["own"], ["q_proj"])
+    if brings == "a head":
+        weights = load_file(own / "adapter_model.safetensors")
+        weights["base_model.model.lm_head.weight"] = builders.tiny_llama().lm_head.weight.detach().clone()
+        save_file(weights, own / "adapter_model.safetensors")
+        words = "expert 'own' brings parameters of the base, lm_head.weight, which a server does not exchange"
+    else:
+        config = json.loads((own / "adapter_config.json").read_text())
+        (own / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+        words = "expert 'own' began its LoRA with pissa"
+    more = ("--experts", str(own), "--check", "--method")
+    assert called(folders, *more, "arrow", engine=engine) == 2
+    said = capsys.readouterr().err
+    assert words in said and "meta device" not in said and said.count("expert 'own'") == 1, said
+    assert called(folders, *more, "expert:own", engine=engine) == 2
+    assert called(folders, *more, "expert:cat", engine=engine) == 0
+    assert called(folders, *more, "arrow", "--names", "cat", "dog", engine=engine) == 0
 
 
 def test_transformers_server_answers_with_decoders(tmp_path, capsys):

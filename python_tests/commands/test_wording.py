@@ -79,6 +79,11 @@ def test_no_message_of_a_command_speaks_python():
         ("pass data (--data) of other rows (--tasks: a there)", "pass --data of other rows (--tasks: a there)"),
         ("say where to write (output_dir, --output DIR)", "say where to write (--output DIR)"),
         ("load_experts(..., rename={'a.b': 'c'}) if it is", "--rename a.b=c if it is"),
+        ("load_experts(..., rename={'': 'anchor'}) if it is", "--rename =anchor if it is"),
+        (
+            "call calibrate_threshold(router, held_in_queries), or pass threshold=...",
+            "pass the option threshold (`moerge eval --calibrate DIR` finds one)",
+        ),
         ('patch(..., missing="drop") leaves it out', "--missing drop leaves it out"),
         ("E=2: pass top_k=2, or None for all", "E=2: pass --top-k 2, or all"),
         ("a number in (0, 1] or None, got 'None'", "a number in (0, 1] or none, got 'None'"),
@@ -167,6 +172,20 @@ def test_warnings_are_lines_without_code(folder):
     assert done.returncode == 0 and all(line.startswith("warning: ") for line in lines), done.stderr
     assert any("one expert is alone" in line and "--absent base lets" in line for line in lines), done.stderr
     assert "warnings.warn" not in done.stderr and ".py:" not in done.stderr
+
+
+def test_a_hint_at_an_option_that_is_not_there_and_a_list_without_its_head():
+    text = "x\n(names=[...] loads the others without them)"
+    assert said(text, ["names"]) == "x\n(--names NAME ... loads the others without them)"
+    assert said(text, ["experts"]) == "x"
+    text = "call calibrate_threshold(router, held_in_queries), or pass threshold=..."
+    assert said(text, ["calibrate"]) == "pass --calibrate DIR, or the option threshold"
+    assert said(text, ["option"]).startswith("pass --option threshold=T (`moerge eval")
+    with plain_warnings():
+        shown = warnings.formatwarning
+        assert shown("load_experts: \n  - expert 'a': x", UserWarning, "", 1) == "warning: expert 'a': x\n"
+        many = "load_experts: \n  - expert 'a': x\n  - expert 'b': y"
+        assert shown(many, UserWarning, "", 1) == "warning: of the experts:\n  - expert 'a': x\n  - expert 'b': y\n"
 
 
 def test_warnings_are_as_before_afterwards(recwarn):

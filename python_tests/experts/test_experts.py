@@ -106,13 +106,27 @@ def test_experts_for_different_layers(two):
         load_experts([folder / name for name in "abc"])
     assert "1 of 3" in str(caught.value) and "'c'" in str(caught.value)
     assert "[O=6, D=9], in 1 other expert(s) for [O=6, D=8]; 2 of its 2 modules differ" in str(caught.value)
-    assert "expert 'c': made for tiny, they for tiny: layers.0" in str(caught.value)
+    assert "expert 'c': made for tiny, the others for tiny: layers.0" in str(caught.value)
     write_adapter(folder / "d", {Q: factors(d=8, o=9)}, base_model_name_or_path="another/model")
     with pytest.raises(ValueError) as caught:  # what cannot be read and what does not fit, in one error
         load_experts([folder / name for name in "abcde"])
     said = str(caught.value)
     assert "3 of 5" in said and "expert 'd':\n  - " in said and "no local folder" in said
-    assert "expert 'd':\n  - made for another/model, they for tiny: " in said
+    assert "expert 'd':\n  - made for another/model, the others for tiny: " in said
+
+
+def test_the_base_decides_which_expert_is_for_other_layers(tmp_path):
+    llama = builders.tiny_llama()
+    for name, d in (("wide", 9), ("right", llama.config.hidden_size)):
+        write_adapter(tmp_path / name, {"model.layers.0.self_attn.q_proj": factors(d=d, o=llama.config.hidden_size)})
+    with pytest.raises(ValueError, match=r"'wide': made for .*, D=9\], the model has \[O=") as caught:
+        load_experts([tmp_path / "wide", tmp_path / "right"], base=llama.config)
+    assert "expert 'right'" not in str(caught.value)
+
+
+def test_a_module_in_place_of_a_path_is_not_printed():
+    with pytest.raises(ValueError, match=r"expert <Linear>: an expert must be a path or a hub id, got Linear \(a Peft"):
+        load_experts([torch.nn.Linear(2, 2)])
 
 
 def test_nan_is_found_while_stacking(two):

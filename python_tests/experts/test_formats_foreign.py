@@ -106,3 +106,16 @@ def test_other_kinds_of_adapter(tmp_path, kind):
     assert len(error.problems) == 1
     set_config(folder)
     assert load_experts(folder)
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("LOHA", ["a LoRA can be made of LOHA: moerge convert FOLDER OUT --to-lora --model MODEL"]),
+        ("PREFIX_TUNING", ["trains tokens or activations"]),
+    ],
+)
+def test_another_kind_of_adapter(tmp_path, kind, words):
+    folder = write_adapter(tmp_path / "expert", {Q: factors()})
+    set_config(folder, peft_type=kind)
+    refused(folder, "peft_type must be 'LORA', 'ADALORA' or 'IA3'", f"got '{kind}'", *words)

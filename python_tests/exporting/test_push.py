@@ -67,7 +67,7 @@ def expert(tmp_path):
 def test_only_the_known_files_and_one_commit(expert, tmp_path):
     hub = Hub()
     before = {file.name for file in expert.iterdir()}
-    assert push_expert(expert, "sql", api=hub) == "https://hub/user/sql/commit/1"
+    assert push_expert(expert, "user/sql", api=hub) == "https://hub/user/sql/commit/1"
     sent = hub.commits[None]
     gates = ["moerge_examples.some.safetensors", "moerge_gates.instruction-embedding.safetensors"]
     assert sorted(sent) == sorted([*ADAPTER, *gates, "moerge_gates.safetensors", README, MANIFEST_FILE])
@@ -147,13 +147,18 @@ def test_a_base_of_this_machine_is_refused_and_named_anew(expert, tmp_path, monk
     assert manifest["base_model"] == "user/base" and README not in manifest["files"]
 
 
+def test_a_repository_without_a_user_is_refused(expert):
+    with pytest.raises(ValueError, match="'sql' is no repository id USER/NAME"):
+        pack(expert, "sql")
+
+
 def test_revision_and_private(expert):
     hub = Hub(private=True)
     push_expert(expert, "user/sql", private=True, revision="v2", api=hub)
     assert hub.calls[0] == ("create_repo", "user/sql", True) and hub.commits[None] == {} and len(hub.commits["v2"]) == 7
     hub = Hub(private=False)
     with pytest.raises(ValueError, match="^repository user/sql is there already and public"):
-        push_expert(expert, "sql", private=True, api=hub)
+        push_expert(expert, "user/sql", private=True, api=hub)
     assert hub.commits == {None: {}}
 
 

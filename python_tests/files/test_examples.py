@@ -38,6 +38,7 @@ def test_every_form_has_input_and_target(row, conversation):
         ({"input": "a"}, "got keys ['input']"),
         ({"text": "a"}, "got keys ['text']"),
         ({"prompt": "a", "completion": [ANSWER]}, "got keys"),
+        ({"input": 3, "target": None}, "got keys ['input', 'target'], of which input is int, target is NoneType"),
         ({"messages": []}, "the last message must be the assistant's"),
         ({"messages": [USER]}, "the roles are ['user']"),
         ({"messages": [SYSTEM, ANSWER]}, "must hold one of the user"),

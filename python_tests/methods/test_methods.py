@@ -219,6 +219,9 @@ def test_get_method_lists_what_there_is():
         ("arrow", {"scale_by_width": "abc", "iterations": True}, ["scale_by_width", "'abc'", "iterations"]),
         ("arrow", {"seed": False}, ["seed must be an integer, got False"]),
         ("arrow", {"self": 1}, ["unknown option(s) self"]),
+        ("phatgoose", {"methd": "arrow"}, ["unknown option(s) methd; did you mean method? It takes "]),
+        ("arrow", {"temprature": 2, "bakend": 1}, ["did you mean backend, temperature?"]),
+        ("phatgoose", {"backend": "reference"}, ["unknown option(s) backend; it takes"]),
     ],
 )
 def test_configure_names_every_bad_option(name, overrides, parts):

@@ -336,8 +336,9 @@ def test_experts_in_another_type_are_the_same(setup, tmp_path):
         load_text_router(tmp_path, moerge.load_experts(folders, modules=".*q_proj"), fake_embedder())
 
 
-def test_routoo_keeps_to_the_budget_where_predictions_are_equal(setup, tmp_path):
+def test_routoo_keeps_to_the_budget_where_predictions_are_equal(setup, tmp_path, monkeypatch):
     _, bank, _ = setup
+    monkeypatch.setattr(Judged, "check_differing", lambda *_: None)
     table = judged()
     same = table.scores[:, :1].expand(-1, 3)
     train_routoo(
@@ -350,6 +351,17 @@ def test_routoo_keeps_to_the_budget_where_predictions_are_equal(setup, tmp_path)
     router = load_text_router(tmp_path, bank, fake_embedder())
     settings = router.settings("routoo", options("routoo", budget=2.0))
     assert router.chosen([*table.texts, "flying anew"], settings).tolist() == [2] * 25
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+@pytest.mark.parametrize("train", [train_benchmark, train_zooter, train_routoo, train_factorization])
+def test_answers_that_are_all_alike_teach_no_router(setup, tmp_path, train, score):
+    _, bank, _ = setup
+    table = judged()
+    alike = Judged(table.texts, torch.full_like(table.scores, score), table.names)
+    with pytest.raises(ValueError, match="learns from questions on which experts differ, and here there is none"):
+        train(alike, bank, fake_embedder(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_routellm_takes_another_pair_where_shares_are_equal(setup, tmp_path):

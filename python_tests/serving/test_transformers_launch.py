@@ -11,6 +11,7 @@ import pytest
 from query_cases import wide_tokenizer
 
 from moerge_ext.serving.transformers import launch
+from moerge_ext.serving.transformers.context import hold_to_template
 
 
 class Served:
@@ -50,6 +51,19 @@ def test_a_server_that_could_not_start_is_status_1():
     served = Served(started=False)
     served.ended.set()
     assert launch.wait(served) == 1
+
+
+def test_a_chat_without_a_template_is_http_400(tmp_path):
+    exceptions = pytest.importorskip("fastapi").HTTPException
+    tokenizer = wide_tokenizer(tmp_path)
+    hold_to_template(tokenizer)
+    with pytest.raises(exceptions) as refused:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+    assert refused.value.status_code == 400 and "no chat template" in refused.value.detail
+    tokenizer = wide_tokenizer(tmp_path)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    hold_to_template(tokenizer)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a"
 
 
 def test_a_tokenizer_that_puts_no_chat_is_warned_of(tmp_path, recwarn):

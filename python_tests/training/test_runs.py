@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from moerge_ext.experts.gates import read_gates
 from moerge_ext.files import atomic
+from moerge_ext.models.prompt import PromptFormat
 from moerge_ext.training import experts, state
 from moerge_ext.training.activation import average_activation
 from moerge_ext.training.encoding import Encoder, collator
@@ -101,6 +102,15 @@ def test_the_encoder_counts_what_it_cuts(tokenizer):
     assert [len(f["input_ids"]) for f in encoder.features([*ROWS[:2], {"text": "a"}])] == [9, 9, 2]
     assert encoder.cut == 2
     assert Encoder(llama(), tokenizer, 1000).length == 64  # the model has no more positions
+
+
+def test_rows_that_fail_alike_are_one_line(tokenizer):
+    encoder = Encoder(llama(), tokenizer, 9, PromptFormat("{instruction} {input}"))
+    with pytest.raises(
+        ValueError, match=r"\n- row 0, 1, 2 and 61 more: the template asks for \{instruction\}"
+    ) as caught:
+        encoder.features([{"input": "a", "target": "b"}] * 64)
+    assert str(caught.value).count("\n") == 1
 
 
 def interrupting(data, after):

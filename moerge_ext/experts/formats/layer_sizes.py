@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,15 @@ def _known(sources: Sequence[Any]) -> Sizes:
         for path, header in source.modules.items()
         if header.in_features and header.out_features
     }
+
+
+def layer_size(base: Any) -> Callable[[str], tuple[int, int] | None]:
+    """(D, O) of the base's layer by a path of an expert's; None where it is not known, or no base is given."""
+    try:
+        layers = {} if base is None else {bare_path(path): size for path, size in _sizes(base).items()}
+    except (ValueError, OSError):  # said by who needs it
+        layers = {}
+    return lambda path: _found(layers, path)
 
 
 def _sizes(base: Any) -> Sizes:

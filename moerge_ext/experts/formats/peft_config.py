@@ -131,7 +131,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
     """(rules, problems): the rules of a LoRA config, or None with every reason why it cannot be used."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        expected = "peft_type must be 'LORA', the only kind of adapter that can be an expert"
+        expected = "peft_type must be 'LORA', 'ADALORA' or 'IA3', the kinds of adapter that can be experts as they are"
         got = f"got {show(kind)}" if "peft_type" in config else "the config has none"
         return None, [f"{expected}; {got}{what_kind(kind)}"]
     problems: list[str] = []

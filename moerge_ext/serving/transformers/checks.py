@@ -9,7 +9,7 @@ from ...methods import get_method
 from ...models.pretrained import GGUF, context_of, is_seq2seq, load_config
 from ...routing.patch import check_patch
 from ...routing.planning import listing
-from ..pool import CANNOT, meta_model
+from ..pool import CANNOT, meta_model, of_base
 from ..settings import Settings
 
 INSTEAD = "`--engine vllm` has it"
@@ -24,6 +24,8 @@ def checked(settings: Settings, model: str) -> tuple[ExpertBank, Any]:
     if problems := unanswering(config):
         raise ValueError(listing(cannot, problems))
     experts = settings.load(model)
+    if problems := of_base(experts, settings.method):
+        raise ValueError(listing(cannot, problems))
     kept = {"absent": settings.absent, "missing": settings.missing, "loaded": False}
     check_patch(meta_model(config), experts, settings.method, **kept, **settings.options)
     return experts, config

@@ -46,6 +46,16 @@ def check_counts(prompt: int, new: int | None) -> None:
         raise refusal(f"max_tokens must be at least 1, got {new}")
 
 
+def hold_to_template(processor: Any) -> None:
+    """HTTP 400 for a chat that the tokenizer of the model has no template for."""
+    if getattr(getattr(processor, "tokenizer", processor), "chat_template", None) is None:
+
+        def apply_chat_template(*_: Any, **__: Any) -> Any:
+            raise refusal("the model's tokenizer has no chat template: ask /v1/completions, or serve a chat model")
+
+        processor.apply_chat_template = apply_chat_template
+
+
 def refusal(said: str) -> Exception:
     """HTTP 400, with these words of ours."""
     from fastapi import HTTPException

@@ -75,11 +75,11 @@ def start(settings: Settings, name: str, experts: ExpertBank, config: Any, conte
 
 
 def warn_of_chats(name: str) -> None:
-    """Warns where the model's tokenizer cannot put a chat: the server would answer each with HTTP 500."""
+    """Warns where the model's tokenizer cannot put a chat: the server answers each with HTTP 400."""
     if load_tokenizer(name).chat_template is None:
         warnings.warn(
             f"{name}: its tokenizer has no chat template, so that /v1/chat/completions and /v1/responses fail "
-            "(HTTP 500); /v1/completions answers",
+            "(HTTP 400); /v1/completions answers",
             stacklevel=2,
         )
 

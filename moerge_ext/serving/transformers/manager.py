@@ -11,7 +11,7 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from ...routing.patch import Handle
 from .cache import hold_to_cache
-from .context import hold_to_context
+from .context import hold_to_context, hold_to_template
 from .leaving import end_with_client
 
 REVISION = "main"  # which transformers' server adds to a name without one
@@ -55,7 +55,9 @@ class RoutedManager(ModelManager):
         return model
 
     def _load_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-        return super()._load_processor(f"{model_id_and_revision}@{REVISION}", *args, **kwargs)
+        processor = super()._load_processor(f"{model_id_and_revision}@{REVISION}", *args, **kwargs)
+        hold_to_template(processor)
+        return processor
 
     def _check(self, name: str) -> None:
         from fastapi import HTTPException

@@ -1,0 +1,79 @@
+"""Experts that --experts names, and hints at options that a command has."""
+
+from __future__ import annotations
+
+import json
+
+import builders
+import pytest
+
+from moerge_ext.commands import main as cli
+from moerge_ext.commands.expert_options import renames
+from moerge_ext.commands.meaning import meant
+from moerge_ext.commands.named_dirs import named_dirs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model, and two experts of one name."""
+    root = tmp_path_factory.mktemp("named")
+    model = builders.tiny_llama()
+    model.save_pretrained(root / "model")
+    builders.random_experts(model, root, ["cat"], ["q_proj"])
+    builders.random_experts(model, root / "other", ["cat"], ["q_proj"], seed=1)
+    return root
+
+
+def refused(capsys, *words) -> str:
+    assert cli.main([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+def test_folders_some_of_which_have_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    assert named_dirs(["x/cat", "a=b"], "--experts", str) == ["x/cat", "a=b"]
+    assert named_dirs(["x/cat", "dog=y/cat", "a=b"], "--experts", str.upper) == {
+        "X/CAT": "x/cat",
+        "dog": "y/cat",
+        "A=B": "a=b",
+    }
+    for texts in (["a="], ["=c"]):
+        with pytest.raises(ValueError, match=r"--experts takes \[NAME=\]DIR, got"):
+            named_dirs(texts, "--experts", str)
+
+
+def test_two_experts_of_one_name_are_named_apart(folders, capsys):
+    pair = ["--experts", folders / "cat", folders / "other" / "cat"]
+    named = ["--experts", folders / "cat", f"tom={folders / 'other' / 'cat'}"]
+    served = ["serve", "--engine", "vllm", "--check", "--model", folders / "model", "--method"]
+    assert "2 experts have this name" in (said := refused(capsys, *served, "arrow", *pair))
+    assert "name one of them, --experts NAME=DIR" in said
+    assert cli.main([str(word) for word in [*served, "expert:tom", *named]]) == 0
+    merged = ["merge", "--output", folders / "merged", "--no-progress"]
+    assert cli.main([str(word) for word in [*merged, *named, "--weight", "cat=1", "--weight", "tom=0.5"]]) == 0
+    assert "are both called 'tom'" in refused(capsys, *served, "arrow", *named, f"tom={folders / 'cat'}")
+
+
+def test_a_named_expert_means_its_folder(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    assert meant({"experts": ["tom=cat", "cat"]}) == {"experts": [f"tom={folders / 'cat'}", str(folders / "cat")]}
+
+
+def test_a_rename_of_the_start_of_every_path():
+    assert renames(["=anchor", "model.layers=h", "wrapped="]) == {"": "anchor", "model.layers": "h", "wrapped": ""}
+    for texts in (["model"], ["="], ["a=b", "a=c"]):
+        with pytest.raises(ValueError, match="--rename"):
+            renames(texts)
+
+
+def test_the_hint_at_names_is_where_they_are(folders, capsys, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA"}))
+    pair = ["--experts", folders / "cat", tmp_path / "bad"]
+    for words in (
+        ["merge", "--output", tmp_path / "merged"],
+        ["serve", "--engine", "vllm", "--check", "--model", folders / "model", "--method", "arrow"],
+    ):
+        assert "(--names NAME ... loads the others without them)" in refused(capsys, *words, *pair)
+        assert cli.main([str(word) for word in [*words, *pair, "--names", "cat"]]) == 0
