@@ -60,8 +60,6 @@ def pack(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no repository id such as user/name: {_one_line(error)}") from None
-    if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} is no repository id USER/NAME: put your user or organization before it")
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"there is no local folder {str(folder)!r}: push takes the folder of an adapter")
@@ -75,7 +73,7 @@ def pack(
     readme = _own_readme(path)
     if readme is None:
         forms = [str(form) for form in dict.fromkeys(noted_prompts(path).values())]
-        text = card(header, repo_id, base, index_embedders(path), forms, revision)
+        text = card(header, _with_user(repo_id), base, index_embedders(path), forms, revision)
     files[README] = text.encode() if readme is None else readme
     files[MANIFEST_FILE] = manifest_of(
         {name: content for name, content in files.items() if name != README}, moerge_ext=__version__, base_model=base
@@ -120,25 +118,31 @@ def send(parcel: Parcel, *, private: bool = False, api: Any = None) -> tuple[str
         )
     api = HfApi() if api is None else api
     repo_id, revision = parcel.repo_id, parcel.revision
-    names = list(parcel.files)
     try:
         repo_id = getattr(api.create_repo(repo_id, private=private or None, exist_ok=True), "repo_id", repo_id)
         if private and not api.repo_info(repo_id).private:
             raise ValueError(f"repository {repo_id} is there already and public: leave --private out, or name another")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        files = dict(parcel.files)
         if parcel.generated and api.file_exists(repo_id, README, revision=revision):
-            names.remove(README)
+            del files[README]
+        elif parcel.generated:
+            files[README] = files[README].replace(_with_user(parcel.repo_id).encode(), repo_id.encode())
         operations = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else os.fspath(content))
-            for name, content in parcel.files.items()
-            if name in names
+            for name, content in files.items()
         ]
         message = f"Expert {parcel.name} (moerge_ext {__version__})"
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     except Exception as error:  # the hub client has a dozen unrelated error types, and more in its transports
         raise ValueError(_refusal(error, repo_id)) from error
-    return str(getattr(commit, "commit_url", commit)), names
+    return str(getattr(commit, "commit_url", commit)), list(files)
+
+
+def _with_user(repo_id: str) -> str:
+    """The id as a card says it: the hub puts the user before a name alone when it makes the repository."""
+    return repo_id if "/" in repo_id else f"USER/{repo_id}"
 
 
 def _refusal(error: Exception, repo_id: str) -> str:

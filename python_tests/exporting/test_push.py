@@ -147,9 +147,11 @@ def test_a_base_of_this_machine_is_refused_and_named_anew(expert, tmp_path, monk
     assert manifest["base_model"] == "user/base" and README not in manifest["files"]
 
 
-def test_a_repository_without_a_user_is_refused(expert):
-    with pytest.raises(ValueError, match="'sql' is no repository id USER/NAME"):
-        pack(expert, "sql")
+def test_the_card_has_the_user_whom_the_hub_adds(expert):
+    hub = Hub()
+    assert b'load_experts(["USER/sql"' in pack(expert, "sql").files[README]
+    assert push_expert(expert, "sql", api=hub) == "https://hub/user/sql/commit/1"
+    assert b'load_experts(["user/sql"' in hub.commits[None][README]
 
 
 def test_revision_and_private(expert):
