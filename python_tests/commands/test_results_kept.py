@@ -137,7 +137,7 @@ def test_results_of_arguments_that_mean_the_same(folder, tmp_path_factory, monke
         f"--model {here}/model --experts ./a/ {here}/b --tasks {here}/one {again} out",
         f"--model model/../model --experts link b --names link b --tasks one {again} {here}/out",
         f"--model model --experts a b --tasks one --top-k 4 {again} {here}/out",
-        f"--model model --experts a b --tasks one --base-name model --split test --writer-timeout 9 {again} out",
+        f"--model model --experts a b --tasks one --base-name {here.name} --split test --writer-timeout 9 {again} out",
     ):
         fits = "link" not in words and "--top-k" not in words
         assert run(f"eval {words}") == (0 if fits else 2), words

@@ -149,6 +149,7 @@ def test_a_client_that_leaves_keeps_nobody_waiting(server, folders):
     assert asked(client, folders[0], "zz", tokens=3) == wanted(folders, "zz", tokens=3)
 
 
+@pytest.mark.alone
 def test_an_answer_without_stream_ends_when_its_client_leaves(server, folders):
     """Also one that waits for its turn; the answer of who stays is whole."""
     served, client = server
