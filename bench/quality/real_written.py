@@ -12,9 +12,11 @@ from moerge_ext import Embedder, describe, load_experts
 from moerge_ext.experts.bank import ExpertBank
 from moerge_ext.models import smollm2
 from moerge_ext.queries.cache import TextCache
+from moerge_ext.queries.calibration import calibrate_threshold
 from moerge_ext.queries.router import QueryRouter
 from moerge_ext.queries.writer import Example, InstructionWriter, WriterError
 
+CALIBRATION = 5  # queries of every expert
 SUFFIX = "/written"  # behind the names of rows with such instructions
 FILES = ("adapter_model.safetensors", "adapter_config.json", "moerge_gates*.safetensors")
 
@@ -47,10 +49,8 @@ class BaseWrites:
 
 
 class Written:
-    """The pool with instructions that the base wrote from three examples of each expert, and GLIDER's router over it.
-
-    It knows nothing but what stands in the pool's folders: the threshold is the paper's, not calibrated.
-    """
+    """The pool with instructions that the base wrote from three examples of each expert, and GLIDER's router over it,
+    its threshold from CALIBRATION held-in queries of each."""
 
     def __init__(self, places: real.Places, names: Sequence[str], embedder: Embedder):
         self.writes, self.instructions = BaseWrites(places.cache), {}
@@ -63,6 +63,9 @@ class Written:
             self.instructions[name] = describe(folder, rows, embedder, self.writes).instruction
         self.pool: ExpertBank = load_experts(folders)
         self.router = QueryRouter(self.pool, embedder, self.writes)
+        held_in = {name: random.Random(1).sample(places.rows(name, "validation"), CALIBRATION) for name in names}
+        calibrate_threshold(self.router, {name: [row["input"] for row in rows] for name, rows in held_in.items()})
+        self.writes.asked.clear()
 
     def facts(self) -> dict:
         """What the table says of it: the experts' instructions, and of how many queries none was written."""
