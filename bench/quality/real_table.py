@@ -34,6 +34,8 @@ NAMES = {
     "base/few-shot": "base, with solved examples",
     "glider_softmax_all (zero-shot)": "glider_softmax_all (the tasks' own instructions)",
     "glider_code (zero-shot)": "glider_code (the tasks' own instructions)",
+    "glider (zero-shot)/written": "glider (instructions that the base writes)",
+    "multitask": "one LoRA of all held-in tasks",
 }
 
 
@@ -86,7 +88,7 @@ def facts(results: Results) -> str:
         f"alpha {recipe['alpha']:g}, AdamW at "
         f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
         f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
-        f"random items per task.{_learned(results)}{_joined(results)} In percent, with 95 % "
+        f"random items per task.{_learned(results)}{_together(results)}{_joined(results)} In percent, with 95 % "
         "intervals: the tasks fixed, their items a sample."
     )
 
@@ -102,6 +104,26 @@ def _learned(results: Results) -> str:
         f"{facts['pooled']}, or the answers of every expert to {facts['judged']} validation rows of each. "
         f"Solved examples: {facts['shots']}."
     )
+
+
+def _together(results: Results) -> str:
+    """How the one LoRA of all tasks was made."""
+    if (made := results.facts.get("multitask")) is None:
+        return ""
+    return (
+        f" The one LoRA of all held-in tasks saw {made['rows']} rows of them in {made['steps']} steps of "
+        f"{results.facts['recipe']['batch_size']}, as many as all experts together."
+    )
+
+
+def written(results: Results) -> str:
+    """What the base wrote of the experts, and of how many queries it wrote nothing."""
+    if (made := results.facts.get("written")) is None:
+        return ""
+    lines = [f"| {name} | {text.replace('|', '&#124;')} |" for name, text in made["instructions"].items()]
+    table = "\n".join(["| expert | its task, as the base says it of three examples |", "| --- | --- |", *lines])
+    none = f"Of {made['queries']} queries it wrote no instruction for {made['none']}, which stand for themselves."
+    return f"{table}\n\n{none}"
 
 
 def _joined(results: Results) -> str:
@@ -157,6 +179,7 @@ def blocks(pools: dict[int, Results]) -> dict[str, str]:
         "real-heldout": by_task(scores, "heldout"),
         "real-claims": real_claims.table(scores),
         "real-scaling": scaling(pools),
+        "real-written": written(results),
         "real-missing": missing(results),
     }
 
