@@ -275,3 +275,32 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+# ---- layers that no branch can reach ---------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up(self.attention(x, x, x)[0])
+
+
+def test_what_changes_nothing_there_is_left_out():
+    """As PEFT's all-linear leaves it: what it trains there gets no gradient."""
+    model, x = Attends().eval(), torch.randn(2, 3, 8)
+    bank = cases.experts(model, ["attention.out_proj", "up"])
+    assert "'attention.out_proj'" in refused(model, ["attention.out_proj", "up"])
+    bank.modules["attention.out_proj"]._lora_B.zero_()
+    with pytest.warns(UserWarning, match=r"'attention\.out_proj' is left out, where no expert changes anything"):
+        handle = moerge.patch(model, bank, "expert:ant")
+    assert [*handle.modules] == ["up"]
+    with torch.no_grad():
+        got, module = model(x), bank.modules["up"]
+        handle.remove()
+        hidden = model.attention(x, x, x)[0]
+        want = model.up(hidden) + hidden @ module.lora_A[0].T @ module.lora_B[0].T
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
