@@ -38,13 +38,13 @@ def test_the_table_covers_every_source_and_architecture():
 
 @pytest.mark.parametrize("name", of("Mma<"))
 def test_tensor_core_kernels(name):
-    """Tensor cores, asynchronous 16-byte copies, no spills (the scores: a few bytes after sm_100), registers for three
+    """Tensor cores, asynchronous 16-byte copies, no spills (the scores: some bytes from sm_100 on), registers for three
     blocks (of 256 threads: two; the largest kernels, of 128 ranks in two parts or many experts: one).
     """
     scores, one_block = name.startswith("RouteScores"), ("128, 2", "float, ", " 40>", " 56>")
     most = 168 if not (scores or "LoraOuter" in name) else 255 if any(part in name for part in one_block) else 128
     for architecture, found in KERNELS[name].items():
-        assert found["spills"] <= (160 if scores and int(architecture) > 100 else 0), (architecture, found)
+        assert found["spills"] <= (200 if scores and int(architecture) >= 100 else 0), (architecture, found)
         assert found["registers"] <= most, (architecture, found)
         assert found["mma"] > 0 and found["copy16"] > 0, (architecture, found)
 
