@@ -120,7 +120,8 @@ def written(results: Results) -> str:
     """What the base wrote of the experts, and of how many queries it wrote nothing."""
     if (made := results.facts.get("written")) is None:
         return ""
-    lines = [f"| {name} | {text.replace('|', '&#124;')} |" for name, text in made["instructions"].items()]
+    begun = {name: text[:80] + "..." * (len(text) > 80) for name, text in made["instructions"].items()}
+    lines = [f"| {name} | {text.replace('|', '&#124;')} |" for name, text in begun.items()]
     table = "\n".join(["| expert | its task, as the base says it of three examples |", "| --- | --- |", *lines])
     none = f"Of {made['queries']} queries it wrote no instruction for {made['none']}, which stand for themselves."
     return f"{table}\n\n{none}"
