@@ -65,12 +65,22 @@ def _shape_run(layer: nn.Module) -> tuple[tuple[int, int], Any] | None:
     weight = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dim() != 2 or next(layer.children(), None) is not None:
         return None
-    tensors = {name: t.to("meta") for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-    products = Products(tensors["weight"], lambda y, x: y)
+    probe = _on_meta(layer)
+    products = Products(probe.weight, lambda y, x: y)
     x = torch.empty(1, 2, weight.shape[1], device="meta", dtype=weight.dtype)
     try:
         with torch.no_grad(), products:
-            result = torch.func.functional_call(layer, tensors, (x,))
+            result = type(layer).forward(probe, x)
     except Exception:  # whatever a forward that wants something else does
         return None
     return ((weight.shape[1], weight.shape[0]), result) if products.found == 1 else None
+
+
+def _on_meta(layer: nn.Module) -> nn.Module:
+    """The layer with tensors that have shapes alone; the layer itself, its hooks and where its weights are stay out."""
+    probe = object.__new__(type(layer))
+    probe.__dict__.update(layer.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        held = {name: None if t is None else t.to("meta") for name, t in getattr(layer, kind).items()}
+        probe.__dict__[kind] = held
+    return probe

@@ -127,6 +127,9 @@ def test_what_counts_as_a_product():
     assert [layer_features(layer) for layer in (Twice(), By(), nn.Embedding(3, 8), nn.LayerNorm(8))] == [None] * 4
     assert is_product(Cast()) and not is_product(nn.Linear(8, 3))
     layer = Cast()
+    layer.register_forward_hook(lambda *_: pytest.fail("it was called"))
+    assert is_product(layer) and layer.weight.device.type == "cpu"
+    layer = Cast()
     with Products(layer.weight, lambda y, x: y + x.sum(-1, keepdim=True)):
         y, _ = layer(torch.ones(1, 8))
     torch.testing.assert_close(y, layer(torch.ones(1, 8))[0] + 8)
