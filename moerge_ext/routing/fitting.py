@@ -81,6 +81,7 @@ def on_patched(model: nn.Module, experts: ExpertBank, missing: str) -> Fitted:
     """Experts under the paths of a model whose layers carry others already, and what keeps them from fitting it."""
     placement = place(model, experts.modules, experts.parameter_gates.paths())
     fitted = fit(model, _linears(experts, placement), missing)
+    _leave_out_idle(model, fitted)
     fused = listed(list(placement.parameters))
     fitted.problems += [f"fused base experts ({fused}) have no spare slots: patch again"] if fused else []
     fitted.problems += placement.problems + _size_problems(model, fitted.experts)

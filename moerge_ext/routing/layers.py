@@ -30,6 +30,17 @@ def execution_device(layer: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def on_meta(layer: nn.Module) -> nn.Module:
+    """The layer, of no children, with tensors that have shapes alone, to run its class's forward on: the layer itself,
+    its hooks and where its weights are stay out.
+    """
+    probe = object.__new__(type(layer))
+    probe.__dict__.update(layer.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        probe.__dict__[kind] = {name: None if t is None else t.to("meta") for name, t in getattr(layer, kind).items()}
+    return probe
+
+
 def holder(layers: dict[str, nn.Module], name: str) -> tuple[str, str]:
     """(path of the module whose code holds the layer, its attribute there): containers have no code of their own."""
     parent, _, leaf = name.rpartition(".")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .layers import linear_features
+from .layers import linear_features, on_meta
 
 # what routers do to a weight or its product's input before they multiply
 _CASTS = frozenset([Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16])
@@ -46,7 +46,7 @@ def layer_features(layer: nn.Module) -> tuple[int, int] | None:
 
 def product_features(layer: nn.Module) -> tuple[int, int] | None:
     """(D, O) of a module whose forward, given hidden states alone, multiplies them once by its weight [O,D]."""
-    return None if (run := _shape_run(layer)) is None else run[0]
+    return None if (run := _meta_run(layer)) is None else run[0]
 
 
 def is_product(layer: nn.Module) -> bool:
@@ -55,17 +55,17 @@ def is_product(layer: nn.Module) -> bool:
         not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward
     ):
         return False
-    if (run := _shape_run(layer)) is None:
+    if (run := _meta_run(layer)) is None:
         return False
     return linear_features(layer) is None or not isinstance(run[1], Tensor)
 
 
-def _shape_run(layer: nn.Module) -> tuple[tuple[int, int], Any] | None:
+def _meta_run(layer: nn.Module) -> tuple[tuple[int, int], Any] | None:
     """((D, O), what the forward returns) for hidden states on the meta device: shapes, and no arithmetic."""
     weight = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dim() != 2 or next(layer.children(), None) is not None:
         return None
-    probe = _on_meta(layer)
+    probe = on_meta(layer)
     products = Products(probe.weight, lambda y, x: y)
     x = torch.empty(1, 2, weight.shape[1], device="meta", dtype=weight.dtype)
     try:
@@ -74,13 +74,3 @@ def _shape_run(layer: nn.Module) -> tuple[tuple[int, int], Any] | None:
     except Exception:  # whatever a forward that wants something else does
         return None
     return ((weight.shape[1], weight.shape[0]), result) if products.found == 1 else None
-
-
-def _on_meta(layer: nn.Module) -> nn.Module:
-    """The layer with tensors that have shapes alone; the layer itself, its hooks and where its weights are stay out."""
-    probe = object.__new__(type(layer))
-    probe.__dict__.update(layer.__dict__)
-    for kind in ("_parameters", "_buffers"):
-        held = {name: None if t is None else t.to("meta") for name, t in getattr(layer, kind).items()}
-        probe.__dict__[kind] = held
-    return probe

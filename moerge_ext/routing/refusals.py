@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .callers import asks_for_peft, home, use_of
-from .layers import execution_device, holder, linear_features
+from .layers import execution_device, holder, linear_features, on_meta
 from .peft_layers import peft_layers, wrapper_problem
 from .products import is_product
 from .tensor_parallel import is_parallel, model_problems, place_problem, ranks_of
@@ -120,9 +120,7 @@ def _call_problem(layer: nn.Module, inside: bool) -> str | None:
 @torch.no_grad()
 def _shape_run(layer: nn.Module, shape: tuple[int, ...]) -> object:
     """What the layer returns for an input on the meta device: shapes, and no arithmetic."""
-    tensors = {name: t.to("meta") for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
-    x = torch.empty(shape, device="meta", dtype=layer.weight.dtype)
-    return torch.func.functional_call(layer, tensors, (x,))
+    return type(layer).forward(on_meta(layer), torch.empty(shape, device="meta", dtype=layer.weight.dtype))
 
 
 def parallel_problems(model: nn.Module) -> list[str]:

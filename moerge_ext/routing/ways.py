@@ -88,7 +88,7 @@ def against_fused(x: Tensor, weight: Tensor) -> list[str]:
     """Against one op for a base layer that is plain and its branch."""
     reasons = []
     if x.device.type not in FUSED_DEVICES:
-        reasons.append(f"on {x.device.type} one op for both has no kernel of its own")
+        reasons.append(f"there is no such kernel for {x.device.type}")
     if type(weight) is not nn.Parameter:
         reasons.append(f"the weight is a {type(weight).__name__}")
     if weight.device != x.device:
@@ -141,7 +141,7 @@ class Way:
 
     def __str__(self) -> str:
         lines = [f"{len(self.modules)} x {self.layer}: {MEANING.get(self.way, self.way)}"]
-        lines += [f"    not {way}: {'; '.join(reasons)}" for way, reasons in self.against]
+        lines += [f"    not {MEANING.get(way, way)}: {'; '.join(reasons)}" for way, reasons in self.against]
         for tokens, said in self.kernels:
             lines.append(("    " if len(self.kernels) == 1 else f"    T = {tokens}: ") + "; ".join(said))
         return "\n".join(lines)

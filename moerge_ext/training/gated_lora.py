@@ -220,6 +220,9 @@ def gated_model(
     placement = place(model, taken.modules)
     linears = replace(taken, modules=placement.linears)
     places = _places(model, linears)
+    if not joint:
+        linears = _within_reach(model, linears, places)
+        places = {path: places[path] for path in linears.modules if path in places}
     problems = _stacked_problems(taken, placement, joint) + _other_problems(model, linears, places, joint)
     targets = _matching_layers(model, linears, places, problems)
     weights = _on_base(model, linears, places, joint)
@@ -263,6 +266,19 @@ def _taken(adapter: Adapter, modules: Modules, joint: bool) -> Adapter:
         some = listed(list(adapter.modules)[:3])
         raise ValueError(f"modules={modules!r} takes none of the {len(adapter.modules)} of '{adapter.name}', as {some}")
     return replace(adapter, modules=taken)
+
+
+def _within_reach(model: nn.Module, adapter: Adapter, places: dict[str, str]) -> Adapter:
+    """The adapter without the layers that no branch can reach and where it changes nothing, which is warned of."""
+    idle = {
+        places[path]: path
+        for path, weights in adapter.modules.items()
+        if path in places and isinstance(weights, LoraWeights) and weights.idle
+    }
+    lost = {idle[place]: why for place, why in no_effect(model, idle).items()}
+    for path, why in lost.items():
+        warnings.warn(f"no gate for {path}, where '{adapter.name}' changes nothing: {why}", stacklevel=5)
+    return replace(adapter, modules={path: w for path, w in adapter.modules.items() if path not in lost})
 
 
 def _gated(base: nn.Module, weights: ModuleWeights, gate: bool, joint: bool) -> nn.Module:

@@ -234,6 +234,6 @@ def test_doctor_explains_the_layers_of_a_model(tmp_path, capsys):
     folders = random_experts(model, tmp_path, ["cat", "dog"], ["q_proj", "up_proj"]).values()
     assert cli.main(["doctor", "--model", str(tmp_path / "base"), "--experts", *map(str, folders)]) == 0
     out = capsys.readouterr().out
-    assert "All fits." in out and " x Linear " in out and "not fused: " in out
+    assert "All fits." in out and " x Linear " in out and "not base layer and branch in one op: " in out
     assert cli.main(["doctor", "--model", str(tmp_path / "base")]) == 2
     assert "--model and --experts go together" in capsys.readouterr().err

@@ -97,6 +97,17 @@ def test_gates_of_a_router_are_trained(tmp_path):
         assert patch_cases.error(model(x).logits, tuned(x).logits) < 1e-5
 
 
+def test_a_router_under_its_name_of_transformers_4(tmp_path):
+    model, x = model_of("mixtral"), cases.ids(2, 5)
+    old = {path: path.replace(".mlp.", ".block_sparse_moe.") for path in routers(model)}
+    bank = cases.experts(model, old)
+    with moerge.patch(model, bank, "expert:ant"):
+        want = model(x).logits
+    renamed = moerge.ExpertBank(bank.names, {old[path]: module for path, module in bank.modules.items()})
+    with moerge.patch(model, renamed, "expert:ant"):
+        assert torch.equal(model(x).logits, want)
+
+
 def test_a_merge_in_the_weights_of_routers(tmp_path):
     model, x = model_of("mixtral"), cases.ids(2, 5)
     bank = cases.experts(model, routers(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
+from types import SimpleNamespace
 
 import builders
 import guard_cases as cases
@@ -304,3 +305,26 @@ def test_what_changes_nothing_there_is_left_out():
         hidden = model.attention(x, x, x)[0]
         want = model.up(hidden) + hidden @ module.lora_A[0].T @ module.lora_B[0].T
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_what_changes_nothing_there_joins_and_gets_no_gate(tmp_path):
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(Attends(), peft.LoraConfig(r=2, target_modules=["out_proj", "up"]))
+    nn.init.normal_(tuned.base_model.model.up.lora_B["default"].weight)
+    tuned.save_pretrained(tmp_path / "late")
+    model, x = Attends(), torch.randn(2, 3, 8)
+    with (
+        pytest.warns(UserWarning, match="is left out"),
+        moerge.patch(model, moerge.load_experts([tmp_path / "late"]), "given", spare=1) as handle,
+    ):
+        handle.add_expert(tmp_path / "late", name="later")
+        assert handle.names == ("late", "later")
+    forward = model.forward
+    model.forward = lambda x: SimpleNamespace(loss=forward(x).square().mean())
+    for write in (moerge.train_gates, moerge.average_activation):
+        options = {"steps": 1} if write is moerge.train_gates else {}
+        with pytest.warns(UserWarning, match=r"no gate for attention\.out_proj, where 'late' changes nothing"):
+            write(model, tmp_path / "late", [{"x": x}], progress=False, **options)
+    del model.forward
+    with pytest.warns(UserWarning, match="is left out"):
+        moerge.patch(model, moerge.load_experts([tmp_path / "late"]), "phatgoose").remove()

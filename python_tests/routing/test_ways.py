@@ -67,7 +67,7 @@ def foreign(layer):
 @pytest.mark.parametrize(
     "change, way, said",
     [
-        (lambda layer: None, ways.SHORT, "on cpu one op for both has no kernel of its own"),
+        (lambda layer: None, ways.SHORT, "there is no such kernel for cpu"),
         (hooked, ways.IN_PLACE, "the base layer has forward hooks"),
         (watched, ways.APART, "a forward hook may keep the base layer's result"),
         (replaced, ways.IN_PLACE, "the base layer's forward was replaced"),

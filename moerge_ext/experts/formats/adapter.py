@@ -69,6 +69,12 @@ class LoraWeights(_Weights):
     def out_features(self) -> int:
         return self.lora_B.shape[0]
 
+    @property
+    def idle(self) -> bool:
+        """Whether it adds nothing to any input."""
+        works = bool(self.lora_A.any() and self.lora_B.any())
+        return not works and (self.bias is None or not self.bias.any())
+
 
 @dataclass(frozen=True)
 class ScaleWeights(_Weights):
