@@ -146,7 +146,8 @@ def table(results: Results) -> Table:
     view = Table(title="Accuracy (%): answers given without being told the task", title_justify="left")
     view.add_column("", no_wrap=True)
     for column in columns:
-        view.add_column(column, justify="right", style="bold" if column == "PHATGOOSE" else None)
+        style, widest = "bold" if column == "PHATGOOSE" else None, max(map(len, column.split()))
+        view.add_column(column, justify="right", style=style, min_width=widest)
     for part, heading in (("held_in", "held-in skills"), ("held_out", "held-out compositions")):
         view.add_row(f"[bold]{heading}[/bold]")
         scores = getattr(results, part)
