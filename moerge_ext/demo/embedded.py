@@ -149,7 +149,7 @@ def table(results: Results) -> Table:
         # what cannot be broken is not cut off where there are 80 columns
         style = "bold" if column == "PHATGOOSE" else None
         view.add_column(column, justify="right", style=style, no_wrap=" " not in column)
-    for part, heading in (("held_in", "held-in skills"), ("held_out", "held-out pairs")):
+    for part, heading in (("held_in", "held-in skills"), ("held_out", "compositions")):
         view.add_row(f"[bold]{heading}[/bold]")
         scores = getattr(results, part)
         for row in scores[columns[0]]:
