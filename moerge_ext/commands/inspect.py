@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = loaded()
     form = prompt_of(args)
     settings = Settings(template=form.template, chat=form.chat, similar=similar_of_task(args, routers))
-    best = {task: expert for task, expert in best_experts(results).items() if expert is None or expert in experts.names}
+    best = {task: expert for task, expert in best_experts(results).items() if expert in experts.names}
     found = inspect(
         model,
         tokenizer,

@@ -33,11 +33,11 @@ def read_results(path: Path) -> list[dict]:
         raise ValueError(f"{path} is no results.json of `moerge eval`") from error
 
 
-def best_experts(results: list[dict]) -> dict[str, str | None]:
-    """{task: its best expert} from the `expert:<name>` rows; None for a task in which all of several score the same."""
+def best_experts(results: list[dict]) -> dict[str, str]:
+    """{task: its best expert} from the `expert:<name>` rows, of tasks in which not all of several score the same."""
     by_task: dict[str, dict[str, float]] = {}
     for row in results:
         if row["method"].startswith(PREFIX):
             by_task.setdefault(row["task"], {})[row["method"][len(PREFIX) :]] = row["score"]
     tied = {task for task, scores in by_task.items() if len(scores) > 1 and len(set(scores.values())) == 1}
-    return {task: None if task in tied else max(scores, key=scores.get) for task, scores in by_task.items()}
+    return {task: max(scores, key=scores.get) for task, scores in by_task.items() if task not in tied}

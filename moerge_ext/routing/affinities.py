@@ -12,6 +12,8 @@ from torch import Tensor
 def affinity_rows(scores: Any, names: Sequence[str]) -> Tensor:
     """[N,E] of numbers [N,E] or [E], or of {expert's name: number}, 0 for the others. ValueError for what is none."""
     if isinstance(scores, Mapping):
+        if not scores:
+            raise ValueError(f"affinities: {{}} names no expert; expected some of {', '.join(names)}")
         if unknown := [name for name in scores if name not in names]:
             raise ValueError(f"affinities: no expert {unknown[0]!r}; expected some of {', '.join(names)}")
         scores = [scores.get(name, 0.0) for name in names]

@@ -15,8 +15,8 @@ from torch import nn
 from .state import RoutingState
 
 NOT_SET = (
-    "this method adds a global affinity per sequence, and none is set; run the model inside "
-    "`with handle.queries(texts):` or `with handle.affinities(s):`, s [N, E]"
+    "this method takes a number per expert of each sequence, and none is set; run the model inside "
+    "`with handle.affinities(s):`, s [N, E] or {name: number}, or, where texts decide, `with handle.queries(texts):`"
 )
 # decoding that computes several tokens of a text, or parts of it, in one forward
 _AT_ONCE = ("assistant_model", "use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")

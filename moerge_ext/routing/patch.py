@@ -166,7 +166,7 @@ class Handle:
         """
         self._check_alive()
         if self.method.bias is None:
-            raise ValueError(f"method '{self.method.name}' takes no global affinities; glider and glider_code do")
+            raise ValueError(f"method '{self.method.name}' takes no affinities: 'given' takes any weights")
         rows = affinity_rows(scores, self.names)
         with self._rows(self.method.bias(rows.float(), self.options)):
             yield

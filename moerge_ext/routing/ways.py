@@ -169,8 +169,7 @@ def way_of(layer: nn.Module, x: Tensor) -> tuple[str, list[tuple[str, list[str]]
     for way, reasons in ((FUSED, fused), (SHORT, short), (IN_PLACE, against_in_place(layer, request))):
         if not reasons:
             return way, against
-        new = [reason for reason in reasons if not any(reason in said for _, said in against)]
-        against.append((way, new or ["the same"]))
+        against.append((way, reasons))
     return APART, against
 
 

@@ -94,6 +94,7 @@ ALONE = "needs weights or affinities of each request, which transformers' server
         (["--model", "a.gguf"], ["'a.gguf' is a GGUF file"]),
         pytest.param(["--", "--prt", "1"], ["transformers serve: No such option: --prt"], marks=SERVER),
         pytest.param(["--check", "--", "--prt", "1"], ["transformers serve: No such option: --prt"], marks=SERVER),
+        pytest.param(["--check", "--", "--port", "99999"], ["--port must be 0 to 65535, got 99999"], marks=SERVER),
         pytest.param(["--", "other"], ["transformers serve: Got unexpected extra argument"], marks=SERVER),
     ],
 )

@@ -126,6 +126,7 @@ def test_inspect_command(family, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [("phatgoose", "ant", 0.1), ("phatgoose", "bee", 0.5), ("phatgoose", "other", 0.2)]
     rows += [("expert:ant", "other", 0.1), ("expert:cat", "other", 0.4), ("expert:cat", "bee", 0.0)]
+    rows += [("expert:bee", "ant", 0.2), ("expert:cat", "ant", 0.2)]  # none is best: the task's name says it
     results.write_text(json.dumps([{"method": m, "task": t, "score": s} for m, t, s in rows]))
     words = [
         "inspect",

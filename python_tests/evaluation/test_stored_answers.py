@@ -127,7 +127,7 @@ def test_one_evaluation_at_a_time(ready, tmp_path):
 def test_no_oracle_where_all_experts_score_the_same():
     rows = [("a", "x", 0.5), ("b", "x", 0.5), ("a", "y", 0.1), ("b", "y", 0.2)]
     results = [{"method": f"expert:{expert}", "task": task, "score": score} for expert, task, score in rows]
-    assert best_experts(results) == {"x": None, "y": "b"}
+    assert best_experts(results) == {"y": "b"}
     assert best_experts(results[:1]) == {"x": "a"}
 
 

@@ -191,6 +191,7 @@ def test_a_failure_halfway_leaves_the_model_alone(llama, experts, monkeypatch):
         ({"ant": 1.0, "wasp": 2.0}, "no expert 'wasp'; expected some of ant, bee, cat"),
         ({"ant": "much"}, r"must be numbers \[N, E=3\] or \[E=3\], or {name: number}, got \['much', 0.0, 0.0\]"),
         ("ant", "must be numbers .*, got 'ant'"),
+        ({}, "names no expert; expected some of ant, bee, cat"),
     ],
 )
 def test_wrong_affinities(llama, experts, scores, text):
@@ -202,7 +203,7 @@ def test_wrong_affinities(llama, experts, scores, text):
 
 
 def test_affinities_need_a_method_that_takes_them(llama, experts):
-    text = "'phatgoose' takes no global affinities"
+    text = "'phatgoose' takes no affinities: 'given' takes any weights"
     with (
         moerge.patch(llama, experts) as handle,
         pytest.raises(ValueError, match=text),

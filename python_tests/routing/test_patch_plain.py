@@ -142,6 +142,6 @@ def test_global_affinities_take_it_too(short, tmp_path):
             assert len(short) == len(seen)
             assert error(seen[-1], long_way(layer, x)) < 1e-6
     assert error(seen[0], seen[1]) > 1e-4 and error(seen[1], seen[2]) > 1e-4
-    with pytest.raises(RuntimeError, match="adds a global affinity per sequence, and none is set"):
+    with pytest.raises(RuntimeError, match="takes a number per expert of each sequence, and none is set"):
         layer(x)
     assert len(short) == len(seen)

@@ -28,6 +28,7 @@ INSTALL = (
     "`--engine vllm`"
 )
 GRACE = 3  # seconds that a server which stops gives to answers under way
+PORTS = 65535
 
 
 def options_of(name: str, words: list[str]) -> Any:
@@ -40,7 +41,10 @@ def options_of(name: str, words: list[str]) -> Any:
     app.command()(Serve)
     command = typer.main.get_command(app)
     try:
-        return command.make_context("moerge serve ... --", [name, "--non-blocking", *words])
+        context = command.make_context("moerge serve ... --", [name, "--non-blocking", *words])
+        if not 0 <= (port := context.params["port"]) <= PORTS:
+            raise ValueError(f"--port must be 0 to {PORTS}, got {port}")
+        return context
     except typer.Exit:  # --help
         raise SystemExit(0) from None
     except Exception as error:
