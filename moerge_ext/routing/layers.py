@@ -31,13 +31,20 @@ def execution_device(layer: nn.Module) -> torch.device:
 
 
 def on_meta(layer: nn.Module) -> nn.Module:
-    """The layer, of no children, with tensors that have shapes alone, to run its class's forward on: the layer itself,
-    its hooks and where its weights are stay out.
+    """The layer and its children with tensors that have shapes alone, to run its class's forward on: the layer itself,
+    hooks and where its weights are stay out.
     """
     probe = object.__new__(type(layer))
     probe.__dict__.update(layer.__dict__)
+    probe.__dict__.pop("forward", None)
+    for name, value in layer.__dict__.items():
+        if isinstance(value, torch.Tensor):
+            probe.__dict__[name] = value.to("meta")
+        elif name.endswith("_hooks") and isinstance(value, dict):
+            probe.__dict__[name] = type(value)()
     for kind in ("_parameters", "_buffers"):
         probe.__dict__[kind] = {name: None if t is None else t.to("meta") for name, t in getattr(layer, kind).items()}
+    probe.__dict__["_modules"] = {name: None if m is None else on_meta(m) for name, m in layer._modules.items()}
     return probe
 
 

@@ -102,9 +102,11 @@ def _call_problem(layer: nn.Module, inside: bool) -> str | None:
     for leading in ((2,), (1, 2)):
         try:
             y = _shape_run(layer, (*leading, weight.shape[1]))
-        except (NotImplementedError, TypeError):
+        except (NotImplementedError, TypeError, AttributeError):
             return None  # no kernel for shapes alone, or more arguments: nothing is known
         except RuntimeError as error:
+            if "device meta" in str(error):
+                return None  # a tensor of its own that no module holds: nothing is known
             said = said or f"a forward of its own that fails ({str(error).partition(chr(10))[0]})"
             continue
         if isinstance(y, Tensor) and list(y.shape) == [*leading, weight.shape[0]]:

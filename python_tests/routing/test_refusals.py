@@ -132,14 +132,34 @@ def test_a_linear_layer_that_returns_a_tuple():
     assert "module '0'" in text and "Pair" in text and "into a tuple" in text
 
 
-def test_a_subclass_that_is_a_linear_layer_passes():
-    class Own(nn.Linear):
-        def forward(self, x):
-            return x @ self.weight.T
+class Own(nn.Linear):
+    """Linear layers whose own forward takes what else they hold, by module, plain attribute and closure."""
 
-    model = nn.Sequential(Own(8, 8, bias=False))
-    with moerge.patch(model, cases.experts(model, ["0"])):
-        model(torch.randn(2, 8))
+    def __init__(self):
+        super().__init__(8, 8, bias=False)
+        self.scale, table = torch.ones(8), [torch.ones(8)]
+        self.down = nn.Linear(8, 8)
+        self.hooked = nn.Sequential(nn.Linear(8, 8))
+        self.hooked[0].register_forward_hook(lambda module, args, y: y + table[0])
+        self.table = table
+
+    def forward(self, x):
+        return x @ self.weight.T * self.scale + self.down(x) + self.hooked(x)
+
+
+class Closed(Own):
+    def forward(self, x):
+        return super().forward(x) + self.table[0]
+
+
+@pytest.mark.parametrize("kind", [Own, Closed])
+def test_a_subclass_that_is_a_linear_layer_passes(kind):
+    model, x = nn.Sequential(kind()), torch.randn(2, 8)
+    plain, experts = model(x), cases.experts(model, ["0"])
+    module = experts.modules["0"]
+    with moerge.patch(model, experts, "merged"):
+        want = plain + x @ torch.einsum("erd,eor->do", module.lora_A, module.lora_B) / len(experts.names)
+        torch.testing.assert_close(model(x), want)
 
 
 def test_a_tuple_that_only_shows_when_it_runs():
