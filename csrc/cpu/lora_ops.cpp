@@ -3,8 +3,9 @@
 //   y_t = base_t + sum_k w_tk (B_e A_e x_t + bias_e)                           e = experts[t,k]
 //   factored: y_t = base_t + (sum_k w_tk B_e)(sum_k w_tk A_e) x_t + sum_k w_tk bias_e
 //
-// One parallel region per call: route (if asked), sort the pairs, shrink, combine (if needed), expand.
-#include "../common/linear.h"
+// One parallel region per call: the base layer of few tokens and route (if asked), sort the pairs, shrink, combine (if
+// needed), expand.
+#include "linear.h"
 #include "lora.h"
 #include "route.h"
 
@@ -15,6 +16,7 @@ namespace {
 // The branch as phases of a team, from [first] on, with what they share.
 template <class Acc>
 struct Branch {
+  static constexpr int kPhases = 4;
   const LoraArgs& args;
   const Acc* weights;
   Pairs pairs;
@@ -97,18 +99,20 @@ void lora_apply_(Tensor base, Tensor x, Tensor lora_a, Tensor lora_b, Tensor wei
   in_place(check, base, [&](const Tensor& target) { lora(args, weights, target, target); });
 }
 
-// The router and the branch in one parallel region. The router may accumulate in float beside a branch in double:
-// then there are two.
+// The router and the branch in one parallel region, with the base layer before them if `linear` is given. The router
+// may accumulate in float beside a branch in double: then there are two.
 template <class RouteAcc, class Acc>
 void route_and_apply(const RouteArgs& route, LoraArgs& args, RouteAcc* weights, int32_t* experts, const Tensor& base,
-                     const Tensor& out, Workspace& workspace) {
+                     const Tensor& out, Workspace& workspace, const FewLinear* linear) {
   args.set_slots(route.top_k, experts);
   const RouteForward<RouteAcc> router(route, workspace, weights, experts);
   const Matrix from(base), to(out);
   if constexpr (std::is_same_v<RouteAcc, Acc>) {
     Branch<Acc> branch(args, weights, from, to, workspace);
-    Team::work(router.cost() + branch.cost(), [&](Team& team) {
-      router.run(team);
+    constexpr int first = RouteForward<RouteAcc>::kPhases + Branch<Acc>::kPhases;
+    Team::work(router.cost() + branch.cost() + (linear ? linear->cost() : 0), [&](Team& team) {
+      if (linear) team.run(first, linear->count(), *linear);
+      if (!team.failed()) router.run(team);
       if (!team.failed()) branch.run(team, RouteForward<RouteAcc>::kPhases);
     });
   } else {
@@ -120,20 +124,20 @@ void route_and_apply(const RouteArgs& route, LoraArgs& args, RouteAcc* weights, 
   }
 }
 
-// weights [T,K] of the router's type and experts [T,K]: where to put what it chooses, or null.
+// weights [T,K] of the router's type and experts [T,K]: where to put what it chooses, or null. `linear` is for
+// accumulation in float.
 void routed(const RouteArgs& route, LoraArgs& args, void* weights, int32_t* experts, const Tensor& base,
-            const Tensor& out) {
+            const Tensor& out, Workspace& workspace, const FewLinear* linear = nullptr) {
   check_same_bank(args.check, route, args);
   if (args.T == 0) return;
-  Workspace workspace;
   const int64_t slots = args.T * route.top_k;
   if (!weights) weights = workspace.get<char>(slots * (route.wide ? 8 : 4)), experts = workspace.get<int32_t>(slots);
   if (route.wide)
-    route_and_apply<double, double>(route, args, static_cast<double*>(weights), experts, base, out, workspace);
+    route_and_apply<double, double>(route, args, static_cast<double*>(weights), experts, base, out, workspace, nullptr);
   else if (args.wide)
-    route_and_apply<float, double>(route, args, static_cast<float*>(weights), experts, base, out, workspace);
+    route_and_apply<float, double>(route, args, static_cast<float*>(weights), experts, base, out, workspace, nullptr);
   else
-    route_and_apply<float, float>(route, args, static_cast<float*>(weights), experts, base, out, workspace);
+    route_and_apply<float, float>(route, args, static_cast<float*>(weights), experts, base, out, workspace, linear);
 }
 
 std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lora_b,
@@ -153,7 +157,9 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(Tensor base, Tensor x, Tensor gat
   const Tensor weights = new_tensor(x, {args.T, top_k}, accumulator(route.wide));
   const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
   const Tensor out = new_tensor(base, {args.T, args.O}, base.scalar_type());
-  routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), rows_contiguous(base), out);
+  Workspace workspace;
+  routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), rows_contiguous(base), out,
+         workspace);
   return {out, weights, experts};
 }
 
@@ -170,10 +176,12 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
       top_p, std::move(weighting)};
   const RouteArgs route(check, x, gates, options);
   LoraArgs args(check, x, base.size(1), is_double(base), lora_a, lora_b, lora_bias, factored, packed);
-  in_place(check, base, [&](const Tensor& target) { routed(route, args, nullptr, nullptr, target, target); });
+  Workspace workspace;
+  in_place(check, base,
+           [&](const Tensor& target) { routed(route, args, nullptr, nullptr, target, target, workspace); });
 }
 
-// The base layer is torch's; the branch is added to it in place.
+// The base layer of many tokens is torch's; the branch is added to it in place.
 std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
                                                  Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
                                                  Word normalize, bool absolute, std::optional<double> scale,
@@ -193,8 +201,14 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
   const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
   const Tensor out = torch::stable::new_empty(x, with_columns(x, args.O), x.scalar_type());
   const Tensor y = flattened(check, out, "y");
-  linear_into(y, tokens, weight, linear_bias);
-  routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), y, y);
+  Workspace workspace;
+  std::optional<FewLinear> linear;
+  if (!route.wide && !args.wide && FewLinear::takes(args.x, weight))
+    linear.emplace(args.x, weight, linear_bias, y, workspace);
+  else
+    linear_into(y, tokens, weight, linear_bias);
+  routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), y, y, workspace,
+         linear ? &*linear : nullptr);
   return {out, weights, experts};
 }
 

@@ -28,6 +28,8 @@ struct Micro {
                Acc* const* out, const void* const* next);
   // out[m][j] += sum_d x[m][d] * w[d * stride + j], for many d and few j; stride >= J
   void (*tall)(int64_t M, int64_t D, int64_t J, const Acc* const* x, const void* w, int64_t stride, Acc* const* out);
+  // out[m][n] = sum_d x[m][d] * w[n * stride + d], for few m and a w that is read from memory; may be null
+  void (*linear)(int64_t M, int64_t N, int64_t D, const Acc* const* x, const void* w, int64_t stride, Acc* const* out);
 };
 
 // A call of `tall` over D is the same, bit for bit, as calls over its parts of kDepth one after the other.
@@ -73,6 +75,10 @@ struct Tiles {
   // from[m] may be to[m]
   void (*expand)(int64_t M, int64_t R, int64_t J, const float* const* h, const void* const* w, const TileRow* from,
                  const TileRow* to);
+  // out[m][n] = sum_d x[m][d] * w[n * stride + d] for M <= 16 and D a multiple of 32; pairs[d / 2][m] are x[m][d] and
+  // x[m][d + 1]
+  void (*linear)(int64_t M, int64_t N, int64_t D, const uint32_t* pairs, const void* w, int64_t stride,
+                 float* const* out);
 };
 
 // Null where this machine has none, or may not use them.

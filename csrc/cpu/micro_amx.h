@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kTile = 16;     // rows of a tile; also the columns of its sums
 constexpr int64_t kPairRows = 8;  // of a tile of w that expand multiplies: 16 ranks
 constexpr int64_t kShrinkRows = 48;
+constexpr int64_t kTileAhead = 512;  // bytes of a row of w that are asked for early
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -168,8 +169,38 @@ MOERGE_TILES void tiles_expand(int64_t M, int64_t R, int64_t J, const float* con
   end_tiles();
 }
 
+// 16 rows of w are the left operand as they lie, so that w is read once and moved nowhere.
+MOERGE_TILES void tiles_linear(int64_t M, int64_t N, int64_t D, const uint32_t* pairs, const void* w, int64_t stride,
+                               float* const* out) {
+  constexpr int64_t ahead = kTileAhead / sizeof(bf16);
+  alignas(64) float sums[kTile * kTile];
+  TileShapes shapes;
+  shapes.row_bytes[1] = 64, shapes.rows[2] = kTile;
+  shapes.row_bytes[0] = shapes.row_bytes[2] = static_cast<uint16_t>(4 * M);
+  for (int64_t n = 0; n < N; n += kTile) {
+    const int64_t count = N - n < kTile ? N - n : kTile;
+    if (n == 0 || count < kTile) {
+      shapes.rows[0] = shapes.rows[1] = static_cast<uint8_t>(count);
+      set_tiles(shapes);
+    }
+    clear_tile<0>();
+    const bf16* rows = static_cast<const bf16*>(w) + n * stride;
+    for (int64_t d = 0; d < D; d += 32) {
+      const bf16* soon = d + ahead < D ? rows + d + ahead : rows + kTile * stride + (d + ahead - D);
+      for (int64_t i = 0; i < kTile; ++i) __builtin_prefetch(soon + i * stride);
+      load_tile<1>(rows + d, stride * sizeof(bf16));
+      load_tile<2>(pairs + d / 2 * M, 4 * M);
+      multiply_tiles<0, 1, 2>();
+    }
+    store_tile<0>(sums, 4 * M);
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t i = 0; i < count; ++i) out[m][n + i] = sums[i * M + m];
+  }
+  end_tiles();
+}
+
 }  // namespace
 
-extern const Tiles tiles = {tiles_shrink, tiles_expand};
+extern const Tiles tiles = {tiles_shrink, tiles_expand, tiles_linear};
 
 }  // namespace moerge::cpu::MOERGE_ISA

@@ -62,6 +62,21 @@ inline float widen(f16 value) { return static_cast<float>(value); }
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 
+#ifdef __F16C__
+// One instruction: GCC 12 makes one for each number of __builtin_convertvector here, and a branch of T = 8 over float16
+// factors (SmolLM2's layers, E = 8, one thread) took 4 times as long.
+template <int N>
+inline Vec<float, N> widen_halves(const typename Lanes<float, N>::half& halves) {
+  Vec<float, N> wide;
+#ifdef __AVX512F__
+  asm("vcvtph2ps %1, %0" : "=v"(wide) : "m"(halves));
+#else
+  asm("vcvtph2ps %1, %0" : "=x"(wide) : "m"(halves));
+#endif
+  return wide;
+}
+#endif
+
 template <class Acc, int N, class T>
 inline Vec<Acc, N> load_vec(const T* p) {
   using L = Lanes<Acc, N>;
@@ -71,7 +86,11 @@ inline Vec<Acc, N> load_vec(const T* p) {
     typename L::u32 wide = __builtin_convertvector(*reinterpret_cast<const typename L::u16*>(p), typename L::u32);
     return reinterpret_cast<Vec<float, N>>(wide << 16);
   } else if constexpr (__is_same(Acc, float) && __is_same(T, f16)) {
-    return __builtin_convertvector(*reinterpret_cast<const typename L::half*>(p), Vec<float, N>);
+    const auto& halves = *reinterpret_cast<const typename L::half*>(p);
+#ifdef __F16C__
+    if constexpr (N == kWide<float>) return widen_halves<N>(halves);
+#endif
+    return __builtin_convertvector(halves, Vec<float, N>);
   } else if constexpr (__is_same(Acc, double) && __is_same(T, float)) {
     return __builtin_convertvector(*reinterpret_cast<const typename L::f32*>(p), Vec<double, N>);
   } else {
@@ -135,12 +154,10 @@ template <class Acc, int n>
     Vec<Acc, n / 2> half[2];
     __builtin_memcpy(half, &v, sizeof v);
     return reduce<Acc, n / 2>(half[0] + half[1]);
+  } else if constexpr (n == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
   } else {
-    Acc lane[n];
-    for (int i = 0; i < n; ++i) lane[i] = v[i];
-    for (int width = n / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+    return v[0] + v[1];
   }
 }
 
@@ -180,9 +197,13 @@ void store(int64_t n, const Acc* src, void* dst) {
   for (int64_t i = 0; i < n; ++i) narrow(src[i], out + i);
 }
 
-// The lanes of an output are P registers' worth at a time, and the sums of a tile fit the registers.
-template <class Acc, class T, int M, int N>
-inline void dot_tile(int64_t D, const Acc* const* x, const void* const* w, Acc* const* out, int64_t n0) {
+constexpr int64_t kAhead = 1024;  // bytes of a row of w that are asked for early
+
+// The lanes of an output are P registers' worth at a time, and the sums of a tile fit the registers. With `fetching`,
+// the rows of w come from memory and those of `next` are read after them.
+template <class Acc, class T, int M, int N, bool fetching = false>
+inline void dot_tile(int64_t D, const Acc* const* x, const void* const* w, Acc* const* out, int64_t n0,
+                     const void* const* next = nullptr) {
   constexpr int lanes = kDotLanes<Acc>, wide = kWide<Acc>, P = kDotParts<Acc> < 2 ? 1 : 2;
   const int64_t whole = D / lanes * lanes;
   Vec<Acc, wide> total[M][N][kDotParts<Acc>];
@@ -193,6 +214,11 @@ inline void dot_tile(int64_t D, const Acc* const* x, const void* const* w, Acc* 
         Vec<Acc, wide> b[N];
         unrolled<N>([&](auto n)
                         MOERGE_INLINE { pin(b[n] = load_vec<Acc, wide>(static_cast<const T*>(w[n]) + d + p * wide)); });
+        if constexpr (fetching) {
+          const int64_t at = d + p * wide + kAhead / static_cast<int64_t>(sizeof(T)), from = at < D ? 0 : D;
+          const void* const* soon = at < D ? w : next;
+          unrolled<N>([&](auto n) MOERGE_INLINE { __builtin_prefetch(static_cast<const T*>(soon[n]) + (at - from)); });
+        }
         unrolled<M>([&](auto m) MOERGE_INLINE {
           const Vec<Acc, wide> a = load_vec<Acc, wide>(x[m] + d + p * wide);
           unrolled<N>([&](auto n) MOERGE_INLINE { sum[p][m][n] += a * b[n]; });
@@ -284,6 +310,7 @@ void axpy(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* cons
 }  // namespace
 }  // namespace moerge::cpu::MOERGE_ISA
 
+#include "micro_linear.h"
 #include "micro_rows.h"
 #include "micro_tall.h"
 
@@ -292,7 +319,7 @@ namespace {
 
 template <class Acc, class T>
 constexpr Micro<Acc> make() {
-  return {load<Acc, T>, store<Acc, T>, dot<Acc, T>, axpy<Acc, T>, tall<Acc, T>};
+  return {load<Acc, T>, store<Acc, T>, dot<Acc, T>, axpy<Acc, T>, tall<Acc, T>, few_linear<Acc, T>()};
 }
 
 }  // namespace

@@ -189,7 +189,8 @@ class RoutedLinear(StandIn):
         options = None if self.route_options is None else dict(self.route_options)
         source = (*(held[key] for key in _BRANCH), options, bias)
         made = self._branch_arguments(request)
-        may_fuse = held["lora_A"].device.type in ways.FUSED_DEVICES
+        device = held["lora_A"].device.type
+        may_fuse = device == "cpu" or device in ways.FUSED_DEVICES
         self.__dict__["_kept"] = (source, made, may_fuse)  # at once, and not read again: other threads write here too
         return made, may_fuse
 

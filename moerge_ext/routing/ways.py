@@ -27,6 +27,9 @@ from .state import Request
 
 # Where a plain base layer and its branch are one op, whatever the number of tokens. A guess, not measured on a GPU yet.
 FUSED_DEVICES = {"cuda"}
+# On a CPU they are for up to so many tokens and a weight of so many numbers, which the op multiplies by itself: figures
+# in csrc/cpu/linear.h.
+FEW_TOKENS, LARGE_WEIGHT = 16, 1 << 16
 LINEAR_FORWARD = nn.Linear.forward
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FUSED, SHORT, IN_PLACE, APART = "fused", "short", "in place", "apart"
@@ -86,9 +89,11 @@ def against_short(base: nn.Module, x: Tensor, request: Request) -> list[str]:
 
 def against_fused(x: Tensor, weight: Tensor) -> list[str]:
     """Against one op for a base layer that is plain and its branch."""
-    reasons = []
-    if x.device.type not in FUSED_DEVICES:
-        reasons.append(f"there is no such kernel for {x.device.type}")
+    reasons, device = [], x.device.type
+    if device == "cpu" and device not in FUSED_DEVICES:
+        reasons += _against_fused_on_cpu(x, weight)
+    elif device not in FUSED_DEVICES:
+        reasons.append(f"there is no such kernel for {device}")
     if type(weight) is not nn.Parameter:
         reasons.append(f"the weight is a {type(weight).__name__}")
     if weight.device != x.device:
@@ -97,6 +102,20 @@ def against_fused(x: Tensor, weight: Tensor) -> list[str]:
         reasons.append(f"the weight is {_name(weight.dtype)}, the input {_name(x.dtype)}")
     if torch.is_autocast_enabled(x.device.type):
         reasons.append("autocast is on")
+    return reasons
+
+
+def _against_fused_on_cpu(x: Tensor, weight: Tensor) -> list[str]:
+    """Where torch's linear is as fast as the op's own product."""
+    reasons = []
+    if x.numel() > FEW_TOKENS * x.shape[-1]:
+        reasons.append(f"there are more than {FEW_TOKENS} tokens")
+    elif x.dtype is torch.float32 and x.numel() == x.shape[-1]:
+        reasons.append(f"there is one token in float32 (2 to {FEW_TOKENS} are one op)")
+    if x.dtype is torch.float64:
+        reasons.append("the tokens are float64")
+    if weight.numel() < LARGE_WEIGHT:
+        reasons.append(f"the weight has fewer than {LARGE_WEIGHT} numbers, and stays in the caches")
     return reasons
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import guard_cases
 import patch_cases as cases
 import pytest
 import torch
@@ -67,7 +68,7 @@ def foreign(layer):
 @pytest.mark.parametrize(
     "change, way, said",
     [
-        (lambda layer: None, ways.SHORT, "there is no such kernel for cpu"),
+        (lambda layer: None, ways.SHORT, "the weight has fewer than 65536 numbers, and stays in the caches"),
         (hooked, ways.IN_PLACE, "the base layer has forward hooks"),
         (watched, ways.APART, "a forward hook may keep the base layer's result"),
         (replaced, ways.IN_PLACE, "the base layer's forward was replaced"),
@@ -84,6 +85,26 @@ def test_what_is_said_is_what_runs(patched, change, way, said, monkeypatch):
         found, against = ways.way_of(layer, x)
         assert found == way and said in [reason for _, reasons in against for reason in reasons]
         assert ran(monkeypatch, layer, x) == way
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "dtype, fused", [(torch.float32, {2, 16}), (torch.bfloat16, {1, 2, 16}), (torch.float16, {1, 2, 16})]
+)
+def test_few_tokens_on_a_cpu_are_one_op(dtype, fused, monkeypatch):
+    model = nn.Sequential(nn.Linear(256, 256)).to(dtype)
+    experts = guard_cases.experts(model, ["0"])
+    x = torch.randn(17, 256).to(dtype)
+    moerge.patch(model, experts, "arrow", top_k=2)
+    layer = model[0]
+    layer.backend = "reference"
+    want = layer(x)
+    layer.backend = "native"
+    for tokens in (1, 2, 16, 17):
+        way = ways.FUSED if tokens in fused else ways.SHORT
+        assert ways.way_of(layer, x[:tokens])[0] == ran(monkeypatch, layer, x[:tokens]) == way
+        limit = 1e-5 if dtype == torch.float32 else 4e-2
+        torch.testing.assert_close(layer(x[:tokens]), want[:tokens], atol=limit, rtol=limit)
 
 
 def test_gradients_keep_base_and_branch_apart(patched, monkeypatch):
