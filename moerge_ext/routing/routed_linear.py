@@ -155,7 +155,9 @@ class RoutedLinear(StandIn):
         if request is None:
             return self._outside_of_graphs(x, *args, **kwargs)
         # the device first: all that is read becomes a guard, 0.9 microseconds a layer and call together
-        if x.device.type in ways.FUSED_DEVICES and not args and not kwargs:
+        device = x.device.type
+        may_fuse = device in ways.FUSED_DEVICES or (device == "cpu" and not torch.compiler.is_exporting())
+        if may_fuse and not args and not kwargs:
             made = self._branch_arguments(request)
             plain = made and not against_short(base, x, request) and self.rows_of(x, request) is None
             if plain and not against_fused(x, base.weight):

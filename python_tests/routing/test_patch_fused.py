@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import guard_cases
 import pytest
 import torch
 from patch_cases import bank, build, error, logits, tokens
@@ -106,6 +107,25 @@ def test_a_compiled_layer_fuses(graphs, layer):
     layer.route_options["top_k"] = 1
     assert torch.equal(compiled(x), layer(x)) and len(graphs) <= 3
     assert torch.equal(compiled(x[0, 0]), layer(x[0, 0])) and len(graphs) <= 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_compiled_layer_fuses_few_tokens_on_a_cpu(graphs, dtype, monkeypatch):
+    monkeypatch.setattr(ways, "FUSED_DEVICES", {"cuda"})
+    model = nn.Sequential(nn.Linear(256, 256)).to(dtype)
+    moerge.patch(model, guard_cases.experts(model, ["0"]), "arrow", top_k=2)
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for count in (1, 2, 3, 7, 16, 17, 33, 40, 5):
+        before, x = len(graphs), torch.randn(count, 256).to(dtype)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+        fused = 1 < count <= 16 or (count == 1 and dtype == BF16)
+        assert all((ops.ROUTED_LINEAR in graph) == fused for graph in graphs[before:])
+    assert len(graphs) <= 4  # one token, two, few, many
+    torch._dynamo.reset()
+    x = torch.randn(7, 256).to(dtype)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.testing.assert_close(torch.compile(model, backend=graphs, fullgraph=True)(x), model(x))
 
 
 @torch.no_grad()
