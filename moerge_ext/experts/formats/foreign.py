@@ -29,6 +29,13 @@ _NO_LAYER = frozenset(
     ["ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 )
 _CHANGES_WEIGHTS = frozenset(["BOFT", "HRA", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"])
+# what trainers write beside a LoRA of other parameters that they trained: PEFT does not read it either
+_BESIDE = {
+    "non_lora_trainables.bin": "LLaVA's trainer writes it",
+    "non_lora_state_dict.bin": "trainers of vision-language models write it",
+    "trainable_params.bin": "LongLoRA writes it of embeddings and norms",
+    "vit.safetensors": "ms-swift writes it of the image tower",
+}
 MAX_SCANNED = 1000  # entries of a folder
 MAX_MODEL_CONFIG = 4 << 20  # bytes
 _CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (torch.load, weights only)"
@@ -97,6 +104,16 @@ def what_else(folder: Path) -> str:
     if tensors:
         return f"; it holds {', '.join(tensors[:3])}"
     return ""
+
+
+def trained_beside(folder: Path) -> list[str]:
+    """Notes on files with parameters that were trained together with the LoRA and are not read."""
+    return [
+        f"{name} is not read: parameters that were trained beside the LoRA ({who}). Load them into the model first, "
+        "without them this is not what was trained"
+        for name, who in _BESIDE.items()
+        if os.path.lexists(folder / name)
+    ]
 
 
 def what_file(path: Path) -> str:

@@ -15,14 +15,15 @@ _TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
 # The base's own module, which modules_to_save keeps beside the trained one: in a state_dict() alone.
 _REPLACED = "original_module"
 _IGNORED = frozenset([*_TRAINING_STATE, _REPLACED])
+OTHERS = "load_experts(..., modules=...) takes the others"
 # (a part of a name, what it means, the field of the config that says so)
 _KINDS = (
     ("lora_magnitude_vector", "belongs to DoRA, which is not supported", "use_dora"),
     ("lora_diag", "belongs to KaSA, which is not supported", "kasa_config"),
-    ("lora_embedding_", "is LoRA on an embedding, which is not a linear layer", ""),
+    ("lora_embedding_", f"is LoRA on an embedding, which is not a linear layer; {OTHERS}", ""),
     (
         "trainable_tokens_",
-        "holds trained token embeddings, which replace rows of the base model",
+        f"holds trained token embeddings, which replace rows of the base model; {OTHERS}",
         "trainable_token_indices",
     ),
 )
