@@ -67,6 +67,7 @@ def _set(key, tensor):
         (_set(B_KEY, torch.full((6, 4), -torch.inf)), [f"{Q}: lora_B holds NaN or infinite"]),
         (_set(f"base_model.model.{Q}.lora_B.bias", torch.zeros(6)), ["lora_bias false", "holds lora_B.bias"]),
         (_set(f"base_model.model.{Q}.lora_B.bias", torch.zeros(7)), ["lora_B.bias must be [O=6]"]),
+        (_set(f"base_model.model.{Q}.alpha", torch.tensor(4.0)), [f"{Q}.alpha", "kohya", "alpha_pattern"]),
         (_set(f"base_model.model.{Q}.lora_magnitude_vector", torch.zeros(6)), ["DoRA"]),
         (_set("base_model.model.embed.lora_embedding_A", torch.zeros(4, 9)), ["embedding"]),
         (_set("lm_head.weight", torch.zeros(9, 8)), ["lm_head.weight", "not a LoRA weight"]),
@@ -78,7 +79,7 @@ def _set(key, tensor):
         (_rename(A_KEY, "base_model.model.a b.lora_A.weight"), ["not a module path"]),
         (_rename(A_KEY, f"base_model.model.{'x' * 600}.lora_A.weight"), ["600 characters"]),
     ],
-    ids=range(23),
+    ids=range(24),
 )
 def test_refused_tensors(folder, change, words):
     set_tensors(folder, change)

@@ -145,3 +145,6 @@ def test_what_other_tools_write(folder, name, words):
     (folder / CONFIG).unlink()
     refused(folder, "it is no adapter", name, words)
     refused(folder / name, "not a folder", words)
+    if words == "LitGPT":  # which copies the base's config there
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        refused(folder, "it is no adapter", name, words)

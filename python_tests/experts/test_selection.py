@@ -239,6 +239,10 @@ def test_one_cause_is_one_line(tmp_path):
         inspect_adapter("e", folder)
     assert len(caught.value.problems) == 40
     assert str(caught.value).count("\n") == 1 and "(37 more problems like this)" in str(caught.value)
+    with pytest.raises(AdapterError, match=r"\(1 more problem like this\)"):
+        inspect_adapter(
+            "e", write_adapter(tmp_path / "f", dict.fromkeys(paths[:4], factors()), rank_pattern={"q_proj": 3})
+        )
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["folder", "live"])

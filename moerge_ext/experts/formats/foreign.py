@@ -88,7 +88,7 @@ def what_kind(kind: object) -> str:
 
 def what_model(folder: Path) -> str | None:
     """The reason to refuse a model's folder in place of an adapter's; None for anything else."""
-    if os.path.lexists(folder / "adapter_config.json"):
+    if os.path.lexists(folder / "adapter_config.json") or any(folder.glob("*.pth.lora")):
         return None
     try:
         with open(file_inside(folder.resolve(), "config.json"), "rb") as opened:

@@ -73,6 +73,15 @@ def sort_keys(
     for path in list(found.saved):  # an embedding, saved with the LoRA on it: the same cause
         if any(f"{path.rpartition('.')[0]}.lora_embedding_" in key for key in taken):
             del found.saved[path]
+    if scaled := [
+        show(found.saved.pop(path))
+        for path in list(found.saved)
+        if path.endswith(".alpha") and path.removesuffix(".alpha") in found.keys
+    ]:
+        found.problems.append(
+            f"{some_of(scaled)} is a scaling beside the factors, as in kohya's layout: PEFT reads the config alone. "
+            "Put what is meant into alpha_pattern and remove it"
+        )
     if headers and not taken:
         some = next(iter(_modules_of(key := next(iter(headers)), lora_keys.get(key), slices)))
         found.problems.append(f"modules=... takes none of its modules (one of them: {some}); names=[...] leaves it out")
