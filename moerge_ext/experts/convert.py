@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,9 +54,10 @@ def convert_adapter(
 
 
 def _saved(header: AdapterHeader) -> dict[str, Tensor]:
-    """Parameters of the base that were saved beside the LoRA, under their own keys."""
+    """Parameters of the base that were saved beside the LoRA, under their own keys; tied ones apart."""
     with header.open() as tensors:
-        return {saved.key: tensors.read(saved.key).contiguous() for saved in header.claims.saved.values()}
+        read = {saved.key: tensors.read(saved.key) for saved in header.claims.saved.values()}
+        return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in read.items()}
 
 
 def _tensors(adapter: Adapter, header: AdapterHeader) -> dict[str, Tensor]:

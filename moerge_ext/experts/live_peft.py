@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..files.safefile import FLOATS, AdapterError, path_problem, widened
 from .claims import BaseClaims, SavedTensor
 from .formats.peft import GateSet, LoraWeights, ModuleHeader, common_dtype
-from .formats.peft_config import check_config
+from .formats.peft_config import check_config, of_modules
+from .formats.peft_keys import OTHERS
 from .formats.peft_parameters import StackedLora
 from .formats.peft_rules import LoraRules, some_of
 from .keys import bare_path, module_of
@@ -93,7 +94,7 @@ def _live_adapter(
     keep: Callable[[str], bool] | None,
 ) -> LiveAdapter:
     values = _plain(config.to_dict())
-    rules, problems = check_config(values)
+    rules, problems = check_config(values if _trains_tokens(model, name, keep) else of_modules(values, keep))
     modules: dict[str, ModuleHeader] = {}
     held: dict[str, nn.Module] = {}
     for path, layer in layers.items():
@@ -113,6 +114,15 @@ def _live_adapter(
         raise AdapterError(problems)
     claims = BaseClaims(_saved_modules(model, name))
     return LiveAdapter(name, rules.base_model, values, modules, held, claims=claims)
+
+
+def _trains_tokens(model: nn.Module, name: str, keep: Callable[[str], bool] | None) -> bool:
+    """Whether a module that is taken has rows of its own for some tokens."""
+    return any(
+        name in module.trainable_tokens_delta and (keep is None or keep(bare_path(path)))
+        for path, module in model.named_modules()
+        if hasattr(module, "trainable_tokens_delta")
+    )
 
 
 def _base_problems(
@@ -162,7 +172,7 @@ def _layer_problems(path: str, layer: nn.Module, name: str) -> list[str]:
     if why := path_problem(path):
         return [why]
     if name not in layer.lora_A:
-        return [f"{path}: LoRA on an embedding, which is not a linear layer"]
+        return [f"{path}: LoRA on an embedding, which is not a linear layer; {OTHERS}"]
     if isinstance(getattr(layer, "base_layer", None), nn.MultiheadAttention):
         return [f"{path}: LoRA on nn.MultiheadAttention, which is not a linear layer"]
     problems = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from .counting import counted
+
 NAMED = 3  # places named of those with one problem
 # "expert 'a' (folder): file.safetensors: " + the place + what is wrong with it
 _PROBLEM = re.compile(
@@ -27,7 +29,8 @@ def grouped(problems: Sequence[str]) -> list[str]:
             causes.setdefault((match["start"], colon, match["said"]), []).append(place.removesuffix(":"))
     lines = []
     for (start, colon, said), places in causes.items():
-        more = f" ({len(places) - NAMED} more problems like this)" if len(places) > NAMED else ""
+        beyond = len(places) - NAMED
+        more = f" ({counted(beyond, 'more problem')} like this)" if beyond > 0 else ""
         lines.append(f"{start}{', '.join(places[:NAMED])}{colon} {said}{more}" if places else start)
     return lines
 

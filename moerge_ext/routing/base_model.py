@@ -65,13 +65,19 @@ class BaseCheck:
 def differing(model: nn.Module, claims: BaseClaims) -> tuple[dict[str, SavedTensor], list[str]]:
     """({parameter path: tensor} of the saved parameters that are not the model's, why others cannot be compared).
 
-    Equal is what rounds to the same values in the type of one of the two.
+    Equal is what rounds to the same values in the type of one of the two. Buffers that the model computes by itself are
+    no parameters that it could be given.
     """
     if not claims.saved:
         return {}, []
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    computed = {
+        f"{path}.{leaf}" for path, module in model.named_modules() for leaf in module._non_persistent_buffers_set
+    }
     changed, problems = {}, []
     for path, saved in claims.saved.items():
+        if path in computed:
+            continue
         ours = tensors.get(path)
         if ours is None:
             problems.append(

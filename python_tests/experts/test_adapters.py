@@ -57,7 +57,8 @@ def _set(key, tensor):
         (_set(A_KEY, torch.zeros(4, 0)), ["no elements"]),
         (_set(B_KEY, torch.zeros(0, 4)), ["no elements"]),
         (_set(A_KEY, torch.randn(3, 8)), ["ranks disagree", "[3, 8]", "[6, 4]"]),
-        (_set(A_KEY, torch.randn(4, 8, 3, 3)), ["[4, 8, 3, 3]", "convolution"]),
+        (_set(A_KEY, torch.empty(0)), ["got [0]", "ZeRO-3", "gathered"]),
+        (_set(A_KEY, torch.randn(4, 8, 3, 3)), ["[4, 8, 3, 3]", "convolution", "modules="]),
         (_set(B_KEY, torch.randn(6)), ["must be [O, R], got [6]"]),
         (_set(A_KEY, torch.ones(4, 8, dtype=torch.int8)), ["I8"]),
         (_set(A_KEY, torch.ones(4, 8, dtype=torch.int64)), ["I64"]),
@@ -66,6 +67,7 @@ def _set(key, tensor):
         (_set(B_KEY, torch.full((6, 4), -torch.inf)), [f"{Q}: lora_B holds NaN or infinite"]),
         (_set(f"base_model.model.{Q}.lora_B.bias", torch.zeros(6)), ["lora_bias false", "holds lora_B.bias"]),
         (_set(f"base_model.model.{Q}.lora_B.bias", torch.zeros(7)), ["lora_B.bias must be [O=6]"]),
+        (_set(f"base_model.model.{Q}.alpha", torch.tensor(4.0)), [f"{Q}.alpha", "kohya", "alpha_pattern"]),
         (_set(f"base_model.model.{Q}.lora_magnitude_vector", torch.zeros(6)), ["DoRA"]),
         (_set("base_model.model.embed.lora_embedding_A", torch.zeros(4, 9)), ["embedding"]),
         (_set("lm_head.weight", torch.zeros(9, 8)), ["lm_head.weight", "not a LoRA weight"]),
@@ -77,7 +79,7 @@ def _set(key, tensor):
         (_rename(A_KEY, "base_model.model.a b.lora_A.weight"), ["not a module path"]),
         (_rename(A_KEY, f"base_model.model.{'x' * 600}.lora_A.weight"), ["600 characters"]),
     ],
-    ids=range(22),
+    ids=range(24),
 )
 def test_refused_tensors(folder, change, words):
     set_tensors(folder, change)
@@ -183,3 +185,10 @@ def test_many_problems_are_counted(folder):
     set_tensors(folder, lambda t: t.update({f"junk{i}": torch.zeros(1) for i in range(300)}))
     error = refused(folder, "more problems")
     assert len(error.problems) == 300 and len(str(error)) < 20_000
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "trainable_params.bin", "vit.safetensors"])
+def test_what_was_trained_beside_the_lora_is_said(folder, name):
+    (folder / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=f"{name} is not read.*trained beside the LoRA"):
+        read_adapter("e", folder)

@@ -301,6 +301,18 @@ def test_what_is_saved_beside_the_lora_comes_along(tmp_path):
     assert all(torch.equal(saved.read(), head[PREFIX + path]) for path, saved in claims.saved.items()) and claims.saved
 
 
+def test_tied_parameters_in_a_pickle(tmp_path):
+    """torch.save writes what an embedding and its head share once."""
+    folder = write_adapter(tmp_path / "p", {Q: factors()})
+    shared = torch.randn(200, 8)
+    saved = {f"{PREFIX}{name}.weight": shared for name in ("model.embed_tokens", "lm_head")}
+    converted = convert_adapter(
+        as_pickle(folder, load_file(folder / WEIGHTS) | saved), tmp_path / "out", allow_pickle=True
+    )
+    tensors = load_file(converted / WEIGHTS)
+    assert all(torch.equal(tensors[key], shared) for key in saved)
+
+
 def test_gates_are_trained_for_any_format(tmp_path):
     from moerge_ext.training.gated_lora import gated_model
 

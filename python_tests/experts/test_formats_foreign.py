@@ -91,7 +91,9 @@ def test_the_weights_in_place_of_their_folder(tmp_path):
         load_experts(folder / CONFIG)
 
 
-@pytest.mark.parametrize("kind", ["LOHA", "HIRA", "FOURIERFT", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "X"])
+@pytest.mark.parametrize(
+    "kind", ["LOHA", "HIRA", "FOURIERFT", "OFT", "UNILORA", "TRAINABLE_TOKENS", "PREFIX_TUNING", "X"]
+)
 def test_other_kinds_of_adapter(tmp_path, kind):
     folder = write_adapter(tmp_path / "expert", {Q: factors()})
     (folder / CONFIG).write_text(json.dumps(lora_config() | {"peft_type": kind}))
@@ -99,6 +101,8 @@ def test_other_kinds_of_adapter(tmp_path, kind):
         "LOHA": ["--to-lora"],
         "FOURIERFT": ["save_as_lora"],
         "OFT": ["multiplies"],
+        "UNILORA": ["save_as_lora"],
+        "TRAINABLE_TOKENS": ["rows of the base's embedding"],
         "PREFIX_TUNING": ["no layer"],
         "X": ["'X'"],
     }
@@ -119,3 +123,28 @@ def test_another_kind_of_adapter(tmp_path, kind, words):
     folder = write_adapter(tmp_path / "expert", {Q: factors()})
     set_config(folder, peft_type=kind)
     refused(folder, "peft_type must be 'LORA', 'ADALORA' or 'IA3'", f"got '{kind}'", *words)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("adapter_0.pt", "torchtune"),
+        ("lit_model.pth.lora", "LitGPT"),
+        ("zero_to_fp32.py", "DeepSpeed"),
+        ("pytorch_model_fsdp_0", "merge-weights"),
+        ("pytorch_model.bin", "whole model"),
+        ("adapter_model.pt", "rename it to adapter_model.bin"),
+        ("peft.nemo", "NeMo"),
+    ],
+)
+def test_what_other_tools_write(folder, name, words):
+    """With a config beside it or alone, as a folder or the file itself: what it is, and no advice that cannot help."""
+    (folder / name).write_bytes(b"")
+    error = refused(folder, name, words)
+    assert "--allow-pickle" not in str(error) or name == "adapter_model.pt"
+    (folder / CONFIG).unlink()
+    refused(folder, "it is no adapter", name, words)
+    refused(folder / name, "not a folder", words)
+    if words == "LitGPT":  # which copies the base's config there
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+        refused(folder, "it is no adapter", name, words)

@@ -239,3 +239,35 @@ def test_one_cause_is_one_line(tmp_path):
         inspect_adapter("e", folder)
     assert len(caught.value.problems) == 40
     assert str(caught.value).count("\n") == 1 and "(37 more problems like this)" in str(caught.value)
+    with pytest.raises(AdapterError, match=r"\(1 more problem like this\)"):
+        inspect_adapter(
+            "e", write_adapter(tmp_path / "f", dict.fromkeys(paths[:4], factors()), rank_pattern={"q_proj": 3})
+        )
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["folder", "live"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=["tokens", "tokens of two", "embedding"],
+)
+def test_the_lora_without_the_embedding(tmp_path, fields, live):
+    """What was trained of the embedding is refused with the way out, and left out by it."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights=False, **fields))
+    source = {"default": tmp_path}
+    if live:
+        source = model
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT says that it saves the embedding
+            model.save_pretrained(tmp_path)
+    for options in ({}, {"modules": "q_proj|embed_tokens"}):
+        with pytest.raises(AdapterError, match=r"load_experts\(..., modules=...\) takes"):
+            load_experts(source, **options)
+    bank = load_experts(source, modules=r"layers\.")
+    weights = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert torch.equal(bank.modules[Q].lora_A[0], weights) and len(bank.modules) == 2

@@ -142,6 +142,15 @@ def test_an_expert_with_a_module_of_its_own(make, target, tmp_path):
         assert error(logits(model), want) < 1e-5
 
 
+def test_buffers_that_the_model_computes_are_its_own(tmp_path):
+    """A state dict of an older version holds the angles of rotary embeddings, which PEFT passes over too."""
+    folder = save(tiny_llama, tmp_path / "e", target_modules=["q_proj"])
+    held = {"base_model.model.model.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(folder / WEIGHTS) | held, folder / WEIGHTS)
+    for method in ("expert:e", "merged"):
+        assert error(routed(tiny_llama, folder, method), by_peft(tiny_llama, folder)) < 1e-5
+
+
 def test_the_lora_without_the_head(tmp_path):
     folder = save(tiny_bert, tmp_path / "e", target_modules=["query"], task_type="SEQ_CLS")
     model, theirs = tiny_bert(), peft.PeftModel.from_pretrained(tiny_bert(), str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 import os
@@ -9,9 +10,23 @@ from pathlib import Path
 
 from ...files.safefile import file_inside, open_tensors, what_it_is
 
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_adapter.bin", "pytorch_model.bin")
-# PEFT's methods (0.21) that its save_as_lora approximates by a LoRA, that have no layer of their own, and that turn or
-# scale the base's weights
+PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
+# what other tools write, by a name (with wildcards): whose it is, and the way out
+_TOOLS = {
+    "adapter_model.pt": "is a pickle: if torch.save wrote it, rename it to adapter_model.bin and use "
+    "`moerge convert FOLDER OUT --allow-pickle`",
+    "adapter_[0-9]*.pt": "is of torchtune, whose HF checkpointer writes PEFT's adapter_model.safetensors too: pass "
+    "the folder of that",
+    "*.pth.lora": "is of LitGPT, whose names and fused layers are not read: train it with PEFT, or merge it "
+    "(litgpt merge_lora)",
+    "zero_to_fp32.py": "is of a DeepSpeed checkpoint, whose shards are not read: save the adapter by "
+    "model.save_pretrained",
+    "pytorch_model_fsdp_*": "is of an FSDP checkpoint, whose shards are not read: `accelerate merge-weights`, or save "
+    "the adapter by model.save_pretrained",
+    "pytorch_model.bin": "is a pickle, of a whole model or of a library whose adapters are not read",
+    "*.nemo": "is an archive of NeMo: export the adapter to PEFT's layout with it",
+}
+# PEFT's methods (0.21) that its save_as_lora approximates by a LoRA, and that have no layer of their own
 _CONVERTIBLE = frozenset(
     [
         "C3A",
@@ -19,8 +34,10 @@ _CONVERTIBLE = frozenset(
         "FOURIERFT",
         "GRALORA",
         "MISS",
+        "PSOFT",
         "RANDLORA",
         "TINYLORA",
+        "UNILORA",
         "VBLORA",
         "WAVEFT",
     ]
@@ -28,7 +45,22 @@ _CONVERTIBLE = frozenset(
 _NO_LAYER = frozenset(
     ["ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 )
-_CHANGES_WEIGHTS = frozenset(["BOFT", "HRA", "LN_TUNING", "OFT", "POLY", "ROAD", "SHIRA", "TRAINABLE_TOKENS"])
+# what the others do to the base instead
+_DOES = {
+    **dict.fromkeys(["BOFT", "HRA", "OFT", "ROAD"], "multiplies the base's weights"),
+    "LN_TUNING": "trains the norms of the base",
+    "SHIRA": "changes single entries of the base's weights, which no small rank holds",
+    "OSF": "changes the base's weights themselves",
+    "TRAINABLE_TOKENS": "replaces rows of the base's embedding",
+    **dict.fromkeys(["POLY", "XLORA"], "routes among LoRAs of its own and is not one"),
+}
+# what trainers write beside a LoRA of other parameters that they trained: PEFT does not read it either
+_BESIDE = {
+    "non_lora_trainables.bin": "LLaVA's trainer writes it",
+    "non_lora_state_dict.bin": "trainers of vision-language models write it",
+    "trainable_params.bin": "LongLoRA writes it of embeddings and norms",
+    "vit.safetensors": "ms-swift writes it of the image tower",
+}
 MAX_SCANNED = 1000  # entries of a folder
 MAX_MODEL_CONFIG = 4 << 20  # bytes
 _CONVERT = "convert it once with `moerge convert FOLDER OUT --allow-pickle` (torch.load, weights only)"
@@ -49,14 +81,14 @@ def what_kind(kind: object) -> str:
         return f"; {kind} trains tokens or activations and adds to no layer"
     if kind == "IA3":
         return "; an (IA)3 is read from its folder: save_pretrained(FOLDER) of the live model first"
-    if kind in _CHANGES_WEIGHTS:
-        return f"; {kind} multiplies the base's weights, which a routed sum of experts cannot do"
+    if kind in _DOES:
+        return f"; {kind} {_DOES[kind]}: a routed sum of experts cannot do this"
     return ""
 
 
 def what_model(folder: Path) -> str | None:
     """The reason to refuse a model's folder in place of an adapter's; None for anything else."""
-    if os.path.lexists(folder / "adapter_config.json"):
+    if os.path.lexists(folder / "adapter_config.json") or any(folder.glob("*.pth.lora")):
         return None
     try:
         with open(file_inside(folder.resolve(), "config.json"), "rb") as opened:
@@ -83,6 +115,9 @@ def what_else(folder: Path) -> str:
             if (what := what_it_is(folder / name)) and "pickle" not in what:
                 return f"; {name} is {what}"
             return f"; {name} is a pickle, which can run code when it is opened, and is never read here: {_CONVERT}"
+    for pattern, reason in _TOOLS.items():
+        if found := sorted(fnmatch.filter(names, pattern)):
+            return f"; {found[0]} {reason}"
     if "adapters.npz" in names:
         return (
             "; adapters.npz is of an old MLX-LM: save it as adapters.safetensors "
@@ -99,9 +134,21 @@ def what_else(folder: Path) -> str:
     return ""
 
 
+def trained_beside(folder: Path) -> list[str]:
+    """Notes on files with parameters that were trained together with the LoRA and are not read."""
+    return [
+        f"{name} is not read: parameters that were trained beside the LoRA ({who}). Load them into the model first, "
+        "without them this is not what was trained"
+        for name, who in _BESIDE.items()
+        if os.path.lexists(folder / name)
+    ]
+
+
 def what_file(path: Path) -> str:
     """The same for a file that was passed in place of a folder."""
     if path.suffix != ".safetensors":
+        if reason := next((said for name, said in _TOOLS.items() if fnmatch.fnmatch(path.name, name)), ""):
+            return f"; {path.name} {reason}"
         return "; expected a folder with adapter_config.json, or a .gguf file"
     if (path.parent / "adapter_config.json").exists():
         return f"; pass the folder of the file, {path.parent}"

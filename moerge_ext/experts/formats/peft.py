@@ -24,8 +24,8 @@ from ..claims import BaseClaims, SavedTensor
 from ..gates import GATES_FILE, GLOBAL_KEY, GateSet, read_gates, write_gates
 from . import adalora
 from .adapter import Adapter, AdapterHeader, LoraWeights, ModuleHeader, ModuleWeights, common_dtype
-from .foreign import what_else
-from .peft_config import check_config, read_config, refused_fields
+from .foreign import trained_beside, what_else
+from .peft_config import check_config, of_modules, read_config, refused_fields
 from .peft_keys import SortedKeys, sort_keys
 from .peft_parameters import StackedLora, find_stacked, stacked_notes, take_stacked
 from .peft_rules import Alpha, LoraRules, show
@@ -127,7 +127,7 @@ def view_peft(folder: Path, opener: Callable[[], AbstractContextManager[OpenTens
     opener = opener or (lambda: open_weights(folder, WEIGHTS_FILE))
     if config is not None and config.get("peft_type") == adalora.KIND:
         return adalora.view_adalora(config, opener, problems)
-    return AdapterView(config, opener, problems)
+    return AdapterView(config, opener, problems, trained_beside(folder))
 
 
 def inspect_view(
@@ -137,10 +137,10 @@ def inspect_view(
     problems = list(view.problems)
     config, rules = view.config or {}, None
     if view.config is not None:
-        rules, reasons = check_config(config)
+        rules, reasons = check_config(of_modules(config, keep))
         problems += reasons
     headers = read_headers(view, problems)
-    refused = refused_fields(config)
+    refused = refused_fields(of_modules(config, keep))
     keys = sort_keys(headers, refused)
     loras, misfits = find_stacked(keys.parts(headers), rules, keep)
     if keep is not None:

@@ -69,13 +69,14 @@ _USED = frozenset(
         "base_model_name_or_path",
     ]
 )
+TOKENS = "trainable_token_indices"
 _REFUSED = {
     "use_dora": "DoRA rescales the whole weight: moerge convert FOLDER OUT --to-lora --model MODEL --rank R",
     "use_qalora": "QALoRA pools the layer's input",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "alora_invocation_tokens": "aLoRA switches on at an invocation string",
     "alora_invocation_string": "aLoRA switches on at an invocation string",
-    "trainable_token_indices": "trained token embeddings replace rows of the base model",
+    TOKENS: "trained token embeddings replace rows of the base; load_experts(..., modules=...) takes the LoRA alone",
     "layer_replication": "the adapter expects a base model with repeated layers",
     "megatron_config": "Megatron layers are not supported",
     "arrow_config": "the file describes an Arrow router, not one expert",
@@ -158,6 +159,11 @@ def check_config(config: Mapping[str, Any]) -> tuple[LoraRules | None, list[str]
         parameters=_parameters(config.get("target_parameters"), problems),
     )
     return (None if problems else rules), problems
+
+
+def of_modules(config: Mapping[str, Any], keep: object) -> Mapping[str, Any]:
+    """The config of the modules that are taken: trained tokens are of an embedding alone, as the tensors' names say."""
+    return config if keep is None else {key: value for key, value in config.items() if key != TOKENS}
 
 
 def refused_fields(config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,14 +15,15 @@ _TRAINING_STATE = ("lora_velora_embed", "lora_monteclora_sampler")
 # The base's own module, which modules_to_save keeps beside the trained one: in a state_dict() alone.
 _REPLACED = "original_module"
 _IGNORED = frozenset([*_TRAINING_STATE, _REPLACED])
+OTHERS = "load_experts(..., modules=...) takes the others"
 # (a part of a name, what it means, the field of the config that says so)
 _KINDS = (
     ("lora_magnitude_vector", "belongs to DoRA, which is not supported", "use_dora"),
     ("lora_diag", "belongs to KaSA, which is not supported", "kasa_config"),
-    ("lora_embedding_", "is LoRA on an embedding, which is not a linear layer", ""),
+    ("lora_embedding_", f"is LoRA on an embedding, which is not a linear layer; {OTHERS}", ""),
     (
         "trainable_tokens_",
-        "holds trained token embeddings, which replace rows of the base model",
+        f"holds trained token embeddings, which replace rows of the base model; {OTHERS}",
         "trainable_token_indices",
     ),
 )
@@ -72,6 +73,15 @@ def sort_keys(
     for path in list(found.saved):  # an embedding, saved with the LoRA on it: the same cause
         if any(f"{path.rpartition('.')[0]}.lora_embedding_" in key for key in taken):
             del found.saved[path]
+    if scaled := [
+        show(found.saved.pop(path))
+        for path in list(found.saved)
+        if path.endswith(".alpha") and path.removesuffix(".alpha") in found.keys
+    ]:
+        found.problems.append(
+            f"{some_of(scaled)} is a scaling beside the factors, as in kohya's layout: PEFT reads the config alone. "
+            "Put what is meant into alpha_pattern and remove it"
+        )
     if headers and not taken:
         some = next(iter(_modules_of(key := next(iter(headers)), lora_keys.get(key), slices)))
         found.problems.append(f"modules=... takes none of its modules (one of them: {some}); names=[...] leaves it out")

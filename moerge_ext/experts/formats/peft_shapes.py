@@ -13,6 +13,9 @@ _WANTED = {
 }
 
 
+_UNGATHERED = " (DeepSpeed ZeRO-3 or FSDP, saved without gathering the parameters? Save it again with them gathered)"
+
+
 def shape_problems(found: Mapping[str, TensorHeader]) -> list[str]:
     problems = []
     for part, label in (("A", "lora_A"), ("B", "lora_B")):
@@ -23,10 +26,14 @@ def shape_problems(found: Mapping[str, TensorHeader]) -> list[str]:
         if header.dtype not in FLOATS:
             problems.append(f"{label} must be one of {', '.join(FLOATS)}, got {header.dtype}")
         if len(header.shape) != dims:
-            hint = " (LoRA of a convolution or of an old fused layout)" if len(header.shape) > 2 else ""
+            hint = _UNGATHERED if len(header.shape) < dims else ""
+            if len(header.shape) > 2:
+                hint = (
+                    " (LoRA of a convolution or of an old fused layout; load_experts(..., modules=...) leaves it out)"
+                )
             problems.append(f"{label} must be {want}, got {list(header.shape)}{hint}")
         elif 0 in header.shape:
-            problems.append(f"{label} has no elements, shape {list(header.shape)}")
+            problems.append(f"{label} has no elements, shape {list(header.shape)}{_UNGATHERED}")
     if problems:
         return problems
     lora_a, lora_b = found["A"].shape, found["B"].shape
