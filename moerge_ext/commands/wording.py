@@ -23,7 +23,7 @@ WORDS = (
     (r"(?m)(^|: )train_mix: (?=train |balance )", r"\1--"),
     (rf"(?m)(^|: )(?:{FUNCTIONS}): ", r"\1"),
     # both are named: an argument with its value, or by its name alone
-    (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\})|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
+    (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\}|\[[^][]*\])|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
     (r"\b([a-z]+) \((--\1\b[^():;]*)\)", r"\2"),
     (r"\((?:output_dir|base_model=ID), (--[a-z][^()]*)\)", r"(\1)"),
     (r"load_experts\(\.\.\., gates=\{name: DIR\}\) or --gates", "--gates"),
