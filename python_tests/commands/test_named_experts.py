@@ -97,3 +97,20 @@ def test_names_are_said_in_words_of_the_shell():
     assert said_by_shell("x: names=['a b', 'c'] (--names 'a b' c) loads those") == "x: --names 'a b' c loads those"
     assert left_out_note("no expert 'a'; there are b", {"names": ["b"], "experts": ["x/a", "b"]})
     assert not left_out_note("there is no place, a folder", {"names": ["b"], "experts": ["x/a", "b"]})
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("serve --model m --experts a --trace 3 --host 0.0.0.0 --no-requests", "(--trace is no option, --traces is)"),
+        ("serve --model m --experts a --host 0.0.0.0 --no-requests --port 80", "DIR -- --host 0.0.0.0 --port 80\n"),
+        ("list a --sorted", "unrecognized arguments: --sorted\n"),
+        ("merge --experts a --output o --modles x", "(--modles is no option, --modules is)"),
+        ("merge --experts a --outpt o --output o", "(--outpt is no option, --output is)"),
+        ("inspect --model m --experts a --tasks t --method arrow", "(--method is no option, --methods is)"),
+    ],
+)
+def test_options_are_not_abbreviated_and_the_one_that_was_meant_is_said(words, hint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == 2 and hint in capsys.readouterr().err
