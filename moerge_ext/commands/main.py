@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -105,6 +106,9 @@ class Parser(argparse.ArgumentParser):
                 f"; put {' '.join(lost)} first, or after another option than {', '.join(taken)}, which takes "
                 "everything up to the next option"
             )
+        bad = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        if bad is not None and (near := get_close_matches(bad[1], COMMANDS, n=1)):
+            message = f"there is no command {bad[1]!r}: did you mean {near[0]}?"
         super().error(message)
 
 
