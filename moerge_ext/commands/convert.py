@@ -56,24 +56,41 @@ def run(args: argparse.Namespace) -> int:
         return _to_lora(args)
     if args.rank is not None or args.max_error is not None:
         raise ValueError("--rank and --max-error go with --to-lora")
-    print(convert_adapter(args.source, args.output, base=args.base, allow_pickle=args.allow_pickle))
+    path = convert_adapter(args.source, args.output, base=args.base, allow_pickle=args.allow_pickle)
+    print(path)
+    if note := _as_it_was(args.source, path):
+        print(note)
     return 0
+
+
+def _as_it_was(source: str, written: Path) -> str | None:
+    """What was copied where one might expect that it was converted."""
+    from ..experts.formats import format_of
+    from ..experts.formats.peft import CONFIG_FILE
+    from ..experts.formats.peft_config import read_config
+    from ..experts.hub import find_adapter
+
+    init = read_config(written / CONFIG_FILE).get("init_lora_weights")
+    if init in ("pissa", "olora"):
+        return (
+            f"copied as it was: it still needs the base that its {init} start was taken from; PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) makes a LoRA of it that does not"
+        )
+    return "copied as it was: a PEFT folder already" if format_of(find_adapter(source)[1]) == "PEFT" else None
 
 
 def _to_lora(args: argparse.Namespace) -> int:
     from ..experts.to_lora import convert_to_lora
 
-    if args.base is None:
-        raise ValueError("--to-lora needs --model, the base that the adapter was trained on")
     if args.allow_pickle:
         raise ValueError("--to-lora opens no pickle: save the adapter as safetensors first")
     bounds = {"rank": args.rank, "max_error": args.max_error}
     made = convert_to_lora(args.source, args.output, args.base, **bounds, progress=not args.no_progress)
     module, error = made.worst
-    least, most = min(made.ranks.values()), max(made.ranks.values())
+    ranks = "-".join(str(rank) for rank in sorted({min(made.ranks.values()), max(made.ranks.values())}))
     print(made.path)
     print(
-        f"{made.kind} of {counted(len(made.ranks), 'module')} as LoRA of rank {least}-{most}; "
+        f"{made.kind} of {counted(len(made.ranks), 'module')} as LoRA of rank {ranks}; "
         f"largest relative error {error:.2g} ({module})"
     )
     return 0

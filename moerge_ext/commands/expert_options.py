@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .named_dirs import named_dirs
+from .named_dirs import named_dirs, split_name
 
 if TYPE_CHECKING:
     from ..evaluation.runs import Run
@@ -52,6 +53,28 @@ def add_selection(parser: Any, *, dtype: bool = True) -> None:
 def selection_of(args: argparse.Namespace) -> dict[str, Any]:
     """What `load_experts` takes of `add_selection`, but for the type."""
     return {"names": args.names, "modules": args.modules, "rename": renames(args.rename) or None}
+
+
+def left_out_note(text: str, said: dict[str, Any]) -> str:
+    """What to add to the error `text` of a call that names experts which its --names leaves out; often nothing.
+
+    said: the arguments by their names.
+    """
+    from ..experts.hub import default_name
+
+    if not (said.get("names") and said.get("experts")):
+        return ""
+    given = [name or default_name(folder) for name, folder in map(split_name, said["experts"])]
+    if not {*said["names"]} <= {*given}:  # which is what is wrong
+        return ""
+    left = [name for name in dict.fromkeys(given) if name not in said["names"] and _names(text, name)]
+    return f"\n(--names leaves out {', '.join(left)})" if left else ""
+
+
+def _names(text: str, name: str) -> bool:
+    """Whether a message lists the expert: between quotes, commas or the like."""
+    before = r"(?:['\":,=]|\b(?:experts|are|of|for|named?|no)) ?"
+    return re.search(rf"{before}{re.escape(name)}(?=['\",;:.\n]|$)", text) is not None
 
 
 def add_placing(parser: Any) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ..evaluation.canvas import check_matplotlib
 from ..evaluation.heatmaps import VIEWS, draw
-from ..evaluation.inspect import Inspection, correlations, inspect
+from ..evaluation.inspect import Inspection, check_oracles, check_routed, correlations, inspect
 from ..evaluation.inspect_page import check_plotly, write_page
-from ..evaluation.inspect_results import best_experts, read_results, record
-from ..evaluation.runs import check_named, parse_runs, with_top_k
+from ..evaluation.inspect_results import best_experts, check_same_oracles, read_results, record
+from ..evaluation.runs import DERIVED, check_named, parse_run, parse_runs, with_top_k
 from ..files.atomic import check_can_write, write_atomically
 from ..files.listing import listed as listed_names
 from ..methods import get_method
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     gates_of(args)
     check_can_write(args.output)
     check_named(listed(args.methods))
+    check_routed([parse_run(text) for text in listed(args.methods) if text not in DERIVED])
     check_results(args, "inspect.json", grows=("methods", "tasks", "oracle", "results"))
     check_matplotlib()
     if args.html is not None:
@@ -89,12 +90,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--methods takes methods that route, got {args.methods!r}")
     check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
     check_runs_fit(args, experts, runs)
+    best = {task: expert for task, expert in best_experts(results).items() if expert in experts.names}
+    named = {task.name: task.name for task in tasks if task.name in experts.names}
+    check_oracles(given, experts.names)
+    check_same_oracles(args.output / "inspect.json", named | best | given, overwrite=args.overwrite)
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()
     form = prompt_of(args)
     settings = Settings(template=form.template, chat=form.chat, similar=similar_of_task(args, routers))
-    best = {task: expert for task, expert in best_experts(results).items() if expert in experts.names}
     found = inspect(
         model,
         tokenizer,

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -72,9 +74,23 @@ def _output_is_lost(error: Exception) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says where a word stands that an option before it has taken for its own."""
+    """Takes options by their whole names: what is short for one today may be short for two tomorrow. Says where a word
+    stands that an option before it has taken for its own, and what an option may have been meant for."""
 
     words: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def unknown(self, words: Sequence[str]) -> str:
+        """What to say of options that there are none of, each with the one that is most like it."""
+        hints = []
+        for word in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            near = [option for option in known if len(word) > 2 and option.startswith(word)]
+            near = near or get_close_matches(word, known, n=1, cutoff=0.7)
+            hints += [f"{word} is no option, {' or '.join(near[:3])} is"] * bool(near)
+        return f"unrecognized arguments: {' '.join(words)}" + (f" ({'; '.join(hints)})" if hints else "")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.words = args or ()
@@ -90,6 +106,9 @@ class Parser(argparse.ArgumentParser):
                 f"; put {' '.join(lost)} first, or after another option than {', '.join(taken)}, which takes "
                 "everything up to the next option"
             )
+        bad = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        if bad is not None and (near := get_close_matches(bad[1], COMMANDS, n=1)):
+            message = f"there is no command {bad[1]!r}: did you mean {near[0]}?"
         super().error(message)
 
 
@@ -111,10 +130,11 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     args, rest = parser(argv[0]).parse_known_args(argv)
     args.rest, args.words = rest, argv  # a command that is interrupted says how to go on
     refuse, settle = vars(args).pop("refuse"), vars(args).pop("settle", None)
+    unknown = refuse.__self__.unknown
     if settle is not None:
         settle(args, refuse)
     if args.rest and args.command not in FOREIGN:
-        refuse(f"unrecognized arguments: {' '.join(args.rest)}")
+        refuse(unknown(args.rest))
     return args
 
 
@@ -147,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
             return NOBODY_READS
         what = "standard output cannot be written: " if lost else ""
         text = said(str(error), names).removeprefix(f"{argv[0]}: ")  # a function that is called as its command
+        if names.get("names"):
+            text += import_module(".expert_options", __package__).left_out_note(text, names)
         print(f"{name}: {what}{text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

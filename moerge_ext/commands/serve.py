@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -54,10 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def settle(args: argparse.Namespace, refuse: Any) -> None:
     """The usage, with what options of the server need, for options that are not this command's."""
     if args.rest:
+        theirs = shlex.join(_with_values(args.words, args.rest))
         refuse(
-            f"unrecognized arguments: {' '.join(args.rest)}: put options of the server after --, such as: moerge serve "
-            "--model DIR --experts DIR DIR -- --port 8000"
+            f"{refuse.__self__.unknown(args.rest)}: put options of the server after --, as the last ones: moerge serve "
+            f"--model DIR --experts DIR DIR -- {theirs}"
         )
+
+
+def _with_values(words: list[str], unknown: list[str]) -> list[str]:
+    """The unknown options with the words that follow each: argparse takes these for something else."""
+    found, taken = [], False
+    for word in words:
+        taken = word in unknown if word.startswith("-") else taken
+        found += [word] * taken
+    return found or unknown
 
 
 def run(args: argparse.Namespace) -> int:

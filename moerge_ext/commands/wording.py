@@ -23,7 +23,7 @@ WORDS = (
     (r"(?m)(^|: )train_mix: (?=train |balance )", r"\1--"),
     (rf"(?m)(^|: )(?:{FUNCTIONS}): ", r"\1"),
     # both are named: an argument with its value, or by its name alone
-    (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\})|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
+    (r"\b(?:[a-z_]+=(?:[\w.\"']+|\{[^{}]*\}|\[[^][]*\])|[a-z]+_[a-z_]+) \((--[a-z][^():;]*)\)", r"\1"),
     (r"\b([a-z]+) \((--\1\b[^():;]*)\)", r"\2"),
     (r"\((?:output_dir|base_model=ID), (--[a-z][^()]*)\)", r"(\1)"),
     (r"load_experts\(\.\.\., gates=\{name: DIR\}\) or --gates", "--gates"),
@@ -32,6 +32,8 @@ WORDS = (
     (r"\(names=\[\.\.\.\] loads the others without them\)", OTHERS),
     (r"(?:load_experts\(\.\.\., )?names=\[\.\.\.\]\)?", "--names"),
     (r"load_experts\(\.\.\., modules=\.\.\.\) --modules", "--modules PATTERN"),
+    (r"load_experts\(\.\.\., modules=('[^']*')\) \(--modules \1\)", r"--modules \1"),
+    (r"pass load_experts\(\.\.\., base=\) the base model", "pass --model, the base model"),
     (r"load_experts\(\.\.\., modules=\.\.\.\)", "--modules PATTERN"),
     (r"\bmodules=\.\.\.", "--modules"),
     (r"load_experts\(\.\.\., rename=\{'?([^':}]*)'?: '?([^'}]*)'?\}\)", r"--rename \1=\2"),
@@ -53,6 +55,7 @@ WORDS = (
         r"(?<![\w-])(lr|steps|epochs|accumulate|rank|alpha|balance|z|sparsity|dropout|samples|seed|limit|count) must",
         r"--\1 must",
     ),
+    (r"(--(?:rank|max-error) must be [^;,\n]*?) or None\b", r"\1"),  # an option is left out
     (r"\bTrue or False\b", "true or false"),
     (r"(?<!')\bNone\b(?!')", "none"),
 )

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..experts.bank import ExpertBank
 from ..experts.prompt_notes import warn_of_other_prompts
+from ..methods import get_method
 from .answers import Answerer
 from .asked_routers import row_queries, show_similar, task_queries
 from .checks import check_prompts
@@ -99,14 +100,11 @@ def inspect(
     """
     settings = settings or Settings()
     oracles = dict(oracles or {})
-    unknown = sorted(set(oracles.values()) - {None, *experts.names})
-    if unknown:
-        raise ValueError(f"oracles must be experts; there is no {', '.join(unknown)} among {', '.join(experts.names)}")
+    check_oracles(oracles, experts.names)
     for task in tasks:
         if task.name in experts.names:
             oracles.setdefault(task.name, task.name)
-    if alone := [run.label for run in runs if run.apart]:
-        raise ValueError(f"{', '.join(alone)}: this model routes nothing in its layers; leave that out")
+    check_routed(runs)
     check_runs(model, experts, runs, routers)
     answerer, found = Answerer(model, tokenizer), []
     check_prompts(answerer, tasks, settings.format, None, given=True)
@@ -127,6 +125,22 @@ def inspect(
                     name = label(run, handle)
                     found.append(Inspection(name, task.name, experts.names, oracles.get(task.name), dict(sums)))
     return found
+
+
+def check_oracles(oracles: Mapping[str, str | None], names: Sequence[str]) -> None:
+    """ValueError for oracles that are no expert."""
+    if unknown := sorted(set(oracles.values()) - {None, *names}):
+        raise ValueError(f"oracles must be experts; there is no {', '.join(unknown)} among {', '.join(names)}")
+
+
+def check_routed(runs: Sequence[Run]) -> None:
+    """ValueError for runs that decide nothing by scores, whose weights nobody could look at."""
+    unseen = [run.label for run in runs if run.apart or run.method is None or get_method(run.method).routing is None]
+    if unseen:
+        raise ValueError(
+            f"{', '.join(unseen)}: this model routes nothing in its layers that could be shown (its weights are fixed, "
+            "or its own routers compute them): leave that out"
+        )
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:

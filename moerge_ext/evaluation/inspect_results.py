@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.kept import check_replaced
 from ..files.rows import read_json
 from ..methods.fixed import PREFIX
 
@@ -31,6 +33,21 @@ def read_results(path: Path) -> list[dict]:
         return [{key: row[key] for key in ("method", "task", "score")} for row in rows]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no results.json of `moerge eval`") from error
+
+
+def check_same_oracles(file: Path, oracles: Mapping[str, str | None], *, overwrite: bool) -> None:
+    """ValueError where `file`, an inspect.json that is there, measures the distance from other oracles than these."""
+    if overwrite or not file.is_file():
+        return
+    try:
+        rows = {row["task"]: row["oracle"] for row in read_json(file, "an inspect.json")["rows"]}
+    except (ValueError, KeyError, TypeError):  # of something else, which is looked at elsewhere
+        return
+    here = {task: oracles.get(task) for task, oracle in rows.items() if oracle is not None}
+    if other := [
+        f"of {task} {rows[task]} there, {oracle} here" for task, oracle in here.items() if oracle != rows[task]
+    ]:
+        check_replaced(file, f"with other oracles ({'; '.join(other)})")
 
 
 def best_experts(results: list[dict]) -> dict[str, str]:

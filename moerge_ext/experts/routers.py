@@ -21,6 +21,7 @@ from ..files.atomic import write_atomically
 from ..files.listing import listed
 from ..files.safefile import open_tensors, read_headers, read_tensor
 from .bank import ExpertBank
+from .selection import alone
 
 ROUTERS_FILE = "moerge_routers.safetensors"
 _FORMAT = "moerge-routers"
@@ -65,7 +66,9 @@ class Routers:
     def _other_names(self, bank: ExpertBank) -> str:
         said = f"the routers are for the experts {', '.join(self.names)}, in this order; got {', '.join(bank.names)}"
         if sorted(self.names) == sorted(bank.names):
-            return f"{said}: load them in that order, or with load_experts(..., names=[...])"
+            return f"{said}: load them in that order, as {alone(self.names)} does"
+        if set(self.names) < set(bank.names):
+            return f"{said}: {alone(self.names)} loads those, or train routers for these"
         renamed = []
         here = marks_of(bank.modules)
         for old in sorted(set(self.names) - set(bank.names)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,9 +54,11 @@ class Selection:
         self._rename = rename
         if rename is not None and not callable(rename) and not _is_text_map(rename):
             problems.append(f"rename must be {{old: new}} or a function of the path, got {rename!r}")
-        self.names = None if names is None or isinstance(names, str) else tuple(dict.fromkeys(names))
+        self.names = None if names is None or isinstance(names, str) else tuple(names)
         if isinstance(names, str) or not all(isinstance(name, str) for name in self.names or ()):
             problems.append(f"names must be a list of expert names, got {names!r}")
+        elif twice := [name for name, count in Counter(self.names or ()).items() if count > 1]:
+            problems.append(f"names has {', '.join(twice)} more than once: name every expert once")
         if problems:
             raise ValueError("load_experts: " + "; ".join(problems))
 
@@ -90,6 +94,11 @@ class Selection:
                 f"between dots are matched; a path of the experts: {some})"
             )
         return renamed, bad
+
+
+def alone(names: Iterable[str]) -> str:
+    """The argument by which these experts alone are loaded, in this order."""
+    return f"names={list(names)} (--names {shlex.join(names)})"
 
 
 def _keeper(modules: Modules, problems: list[str]) -> Callable[[str], bool] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from .hub import find_adapter
 from .keys import PREFIX, bare_path
 
 KINDS = frozenset(["LOHA", "LOKR", "VERA", "HIRA"])
+AS_THEY_ARE = {"IA3": "(IA)3, which experts can be", "ADALORA": "AdaLoRA, which is read as a LoRA"}
 DORA = "DoRA"
 EXACT = 1e-6  # relative error below which a conversion counts as exact: what float32 factors hold
 _COMMON = ("task_type", "base_model_name_or_path", "revision")
@@ -62,7 +64,7 @@ class Conversion:
 def convert_to_lora(
     source: str | os.PathLike,
     output: str | os.PathLike,
-    base: nn.Module | str | os.PathLike,
+    base: nn.Module | str | os.PathLike | None,
     *,
     rank: int | None = None,
     max_error: float | None = None,
@@ -84,6 +86,8 @@ def convert_to_lora(
     name, folder = find_adapter(source)
     target = check_new_folder(output)
     config = _checked_config(name, folder)
+    if base is None:
+        raise ValueError("convert_to_lora: it takes base=MODEL (--model MODEL), which the adapter was trained on")
     kind = DORA if config["peft_type"] == "LORA" else config["peft_type"]
     loaded = not isinstance(base, nn.Module)
     model = load_model(os.fspath(base), dtype="auto", device="cpu") if loaded else base
@@ -142,19 +146,20 @@ def _bound_problems(delta: Tensor, kept: int, error: float, rank: int | None, ma
     if rank is None and max_error is None and kept * (out + width) >= out * width:
         return [
             f"an exact one takes rank {kept} for [{out}, {width}], more numbers than the matrix has: allow a loss by "
-            "rank= (--rank) or max_error= (--max-error)"
+            "rank=R (--rank R) or max_error=E (--max-error E)"
         ]
     return []
 
 
 def _checked_config(name: str, folder: Path) -> dict[str, Any]:
     """The config of an adapter that can be converted."""
-    problems = []
+    problems, head = [], f"adapter {name!r} in {folder} cannot be converted to a LoRA"
     config = read_config(file_inside(folder.resolve(), CONFIG_FILE)) if folder.is_dir() else {}
     kind = config.get("peft_type")
-    if kind == "LORA" and config.get("use_dora") is not True:
-        problems.append("it is a LoRA already: moerge convert without --to-lora")
-    elif kind != "LORA" and not (isinstance(kind, str) and kind in KINDS):
+    if (kind == "LORA" and config.get("use_dora") is not True) or kind in AS_THEY_ARE:
+        # no more is said of it: nothing of it stands in the way
+        raise ValueError(f"{head}: it is {AS_THEY_ARE.get(kind, 'a LoRA already')}: load it as it is")
+    if kind != "LORA" and not (isinstance(kind, str) and kind in KINDS):
         problems.append(f"peft_type must be {', '.join(sorted(KINDS))}, or LORA with use_dora, got {str(kind)[:80]!r}")
     if not has_weights(folder, WEIGHTS_FILE):
         problems.append(f"{WEIGHTS_FILE} is missing (adapter_model.bin is not opened here)")
@@ -165,7 +170,7 @@ def _checked_config(name: str, folder: Path) -> dict[str, Any]:
     if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in ("gaussian", "eva"):
         problems.append(f"init_lora_weights {config['init_lora_weights'][:80]!r} may have changed the base")
     if problems:
-        raise ValueError(f"adapter {name!r} in {folder} cannot be converted to a LoRA:\n- " + "\n- ".join(problems))
+        raise ValueError(f"{head}:\n- " + "\n- ".join(problems))
     return config
 
 
@@ -183,7 +188,9 @@ def _deltas(
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         settings = PeftConfig.from_peft_type(**{key: value for key, value in config.items() if key != "auto_mapping"})
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT asks transformers by the name that it had before version 5
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             adapted = get_peft_model(model, settings)
     except Exception as error:  # whatever a config that is wrong provokes in PEFT
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

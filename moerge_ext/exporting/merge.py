@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..experts.bank import ExpertBank
+from ..experts.branches import kind_name
 from ..experts.formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from ..experts.formats.peft_config import read_config
 from ..experts.formats.view import peft_config
@@ -32,6 +33,7 @@ from .full_model import check_can_hold, save_merged
 from .products import METHODS, Product, mean_of_factors, mean_of_products, truncated
 
 PROGRESS_AFTER = 2.5  # seconds
+OTHERS = r"^(?!.*\.experts\.)"  # modules that are not of fused experts
 _OF_A_MIXTURE = re.compile(r"(?:.+\.)?experts\.[0-9]+\..+")
 
 
@@ -130,8 +132,11 @@ def check_arguments(
             each = torch.tensor([float(weights[name]) for name in experts.names], dtype=torch.float64, device="cpu")
             if not each.any():
                 problems.append("all weights are 0: nothing would be left")
-    if others := [path for path, module in experts.modules.items() if module.branches]:
-        problems.append(f"{listed(others, 'modules')} have experts that are no LoRA, of which no LoRA can be made")
+    if others := _no_lora(experts):
+        verb, them = ("is", "it") if len(others) == 1 else ("are", "them")
+        problems.append(
+            f"{listed(others)} {verb} no LoRA and cannot be merged: leave {them} out by load_experts(..., names=[...])"
+        )
     if not has_model:
         problems += _needs_model(experts)
     if problems:
@@ -139,12 +144,24 @@ def check_arguments(
     return each
 
 
+def _no_lora(experts: ExpertBank) -> list[str]:
+    """The experts that are no LoRA somewhere, with what they are."""
+    found = {
+        e: kind_name(branch.kind)
+        for module in experts.modules.values()
+        for branch in module.branches.values()
+        for e in branch.present.nonzero().flatten().tolist()
+    }
+    return [f"{experts.names[e]!r} ({found[e]})" for e in sorted(found)]
+
+
 def _needs_model(experts: ExpertBank) -> list[str]:
     """What of the experts can only be merged with the base model at hand."""
     pass_it = "pass the base model (--model)"
     problems = []
     if fused := [path for path in experts.modules if _OF_A_MIXTURE.fullmatch(path)]:
-        problems.append(f"{listed(fused, 'modules')} may be parts of fused experts: {pass_it}")
+        rest = _without_fused(experts)
+        problems.append(f"{listed(fused, 'modules')} may be parts of fused experts: {pass_it}{rest}")
     for name, claims in experts.claims.items():
         if claims.saved:
             problems.append(
@@ -156,12 +173,22 @@ def _needs_model(experts: ExpertBank) -> list[str]:
     return problems
 
 
+def _without_fused(experts: ExpertBank) -> str:
+    """The way out for LoRA on fused experts."""
+    if all(".experts." in path for path in experts.modules):
+        return "; they have nothing besides"
+    return f", or take the rest alone by load_experts(..., modules='{OTHERS}') (--modules '{OTHERS}')"
+
+
 def _on_this_model(model: nn.Module, experts: ExpertBank) -> ExpertBank:
     """The experts as plain LoRA under the model's own paths; ValueError with all that does not fit."""
     fitted, base = on_model(model, experts, "merged", None, "error")
     problems = list(fitted.problems)
     if fused := list(fitted.placement.parameters):
-        problems.append(f"LoRA on fused experts ({listed(fused)}) cannot be merged: PEFT has no mean of such layers")
+        rest = _without_fused(experts)
+        problems.append(
+            f"LoRA on fused experts ({listed(fused)}) cannot be merged: PEFT has no mean of such layers{rest}"
+        )
     if problems:
         head = f": {fitted.made_for}" if fitted.made_for else ""
         raise ValueError(f"the experts cannot be merged on this model{head}:\n- " + "\n- ".join(grouped(problems)))

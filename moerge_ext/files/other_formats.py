@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from pathlib import Path
+from shlex import quote
 
 # the first bytes of a file: what it is, and, where a library reads that, its name in `datasets`
 MAGIC = {
@@ -22,7 +24,10 @@ MAGIC = {
 SEPARATED = {",": "CSV", "\t": "TSV", ";": "CSV (with semicolons)"}
 PAIR = ("input", "target")
 LOOKED_AT = 20  # lines
-_PLAIN = re.compile(r"[\w./-]+")  # a name that means nothing to a shell
+_SAFE = re.compile(r"[\w ./:;,?#()*+=&<>@-]+")  # a name that means nothing to a shell, nor to Python, between quotes
+_SENTENCE = re.compile(r".*[.!?]\W*")
+LONG = 4  # words: more than the name of a column has
+TABLES = (".csv", ".tsv")
 
 
 def binary_kind(path: Path) -> str | None:
@@ -31,7 +36,7 @@ def binary_kind(path: Path) -> str | None:
         first = opened.read(16)
     for magic, (kind, library) in MAGIC.items():
         if first.startswith(magic):
-            if library is None or not _PLAIN.fullmatch(str(path)):
+            if library is None or not _SAFE.fullmatch(str(path)):
                 return kind
             rows = f"datasets.load_dataset('{library}', data_files='{path}')['train']"
             code = f"import datasets; {rows}.to_json('{_beside(path)}')"
@@ -42,18 +47,38 @@ def binary_kind(path: Path) -> str | None:
 def text_kind(text: str, path: Path, *, texts: bool) -> str:
     """What a text is of which no line is JSON; texts: whether rows of {"text"} are read."""
     lines = [line for line in text.split("\n") if line.strip()]
+    told = _plain(path) if texts else "plain text"
     for separator, name in SEPARATED.items():
         if columns := _columns(lines, separator):
-            asked, answer = PAIR if set(PAIR) <= set(columns) else columns[:2]
-            options = "" if separator == "," else f", delimiter={separator!r}"
-            row = f"dict(input=r['{asked}'], target=r['{answer}'])"
-            made = _made(row, f"csv.DictReader(sys.stdin{options})", path)
-            plain = all(map(_PLAIN.fullmatch, (asked, answer, str(path))))
-            return f"{name} with the columns {', '.join(columns)}{made if plain else ''}"
-    if texts and _PLAIN.fullmatch(str(path)):
-        made = _made("dict(text=r.rstrip())", "sys.stdin if r.strip()", path)
-        return f"plain text{made} (a row of every line)"
-    return "plain text"
+            if path.suffix in TABLES:
+                return _table(columns, separator, name, path)
+            if _prose(columns):
+                return f"{told}; if it is {name}, call it {path.with_suffix('.csv').name}"
+            return _table(columns, separator, name, path) + (f"; or like {told}" if texts else "")
+    return told
+
+
+def _table(columns: list[str], separator: str, name: str, path: Path) -> str:
+    """What a table is, with its first two columns, or "input" and "target", as JSON lines."""
+    asked, answer = PAIR if set(PAIR) <= set(columns) else columns[:2]
+    told = f"{name} with the columns {', '.join(columns)}"
+    if not all(map(_SAFE.fullmatch, (asked, answer, str(path)))):
+        return f"{told} (called by letters, digits and _ alone, with a line of the shell that makes JSON lines of it)"
+    options = "" if separator == "," else f", delimiter={separator!r}"
+    row = f"dict(input=r['{asked}'], target=r['{answer}'])"
+    return told + _made(row, f"csv.DictReader(sys.stdin{options})", path)
+
+
+def _plain(path: Path) -> str:
+    """Plain text, with its lines as rows."""
+    if not _SAFE.fullmatch(str(path)):
+        return "plain text"
+    return f"plain text{_made('dict(text=r.rstrip())', 'sys.stdin if r.strip()', path)} (a row of every line)"
+
+
+def _prose(columns: list[str]) -> bool:
+    """Whether the first line of what could be a table is rather a sentence with commas."""
+    return _SENTENCE.fullmatch(columns[-1]) is not None or any(len(name.split()) > LONG for name in columns)
 
 
 def _columns(lines: list[str], separator: str) -> list[str]:
@@ -69,9 +94,11 @@ def _columns(lines: list[str], separator: str) -> list[str]:
 
 def _made(row: str, rows: str, path: Path) -> str:
     code = f"import csv, json, sys; [print(json.dumps({row})) for r in {rows}]"
-    return f'; JSON lines of it: python -c "{code}" < {path} > {_beside(path)}'
+    return f'; JSON lines of it: python -c "{code}" < {quote(str(path))} > {quote(str(_beside(path)))}'
 
 
 def _beside(path: Path) -> Path:
-    """Where the JSON lines of a file go: never into itself."""
-    return path.with_name(f"{path.stem}-rows.jsonl") if path.suffix == ".jsonl" else path.with_suffix(".jsonl")
+    """Where the JSON lines of a file go: never into what is there."""
+    stem = path.with_suffix("")
+    names = [f"{stem}.jsonl", f"{stem}-rows.jsonl", *(f"{stem}-rows-{n}.jsonl" for n in range(2, 100))]
+    return next((Path(name) for name in names if not os.path.lexists(name)), Path(f"{stem}-rows-100.jsonl"))

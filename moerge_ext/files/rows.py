@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .examples import ASKED, PAIRS, TEXTS, Example, as_example, as_prompt
+from .listing import listed
 from .other_formats import binary_kind, text_kind
 
 MAX_LISTED = 20  # bad lines that are shown
@@ -31,7 +32,8 @@ def read_rows(path: Path, *, text: bool = False) -> list[Example]:
 
 def read_prompts(path: Path | None) -> list[Example]:
     """What is to be answered, of a file or (None) of standard input: JSON lines in the forms of `as_prompt`, where the
-    first line is a JSON object; else every line that is not empty is a prompt. One ValueError as `read_rows`.
+    first line is a JSON object; else every line that is not empty is a prompt, none of them a row. One ValueError as
+    `read_rows`.
     """
     if path is not None:
         expect_file(path, f"a prompt in every line, or JSON lines {ASKED}")
@@ -43,6 +45,11 @@ def read_prompts(path: Path | None) -> list[Example]:
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not lines or _is_object(lines[0]) or "{" in text and _document(text) is not None:
         return _rows(text, path or "standard input", as_prompt)
+    if (number := next((n for n, line in enumerate(text.split("\n"), 1) if _asks(line)), None)) is not None:
+        raise ValueError(
+            f"{path or 'standard input'} cannot be used, its lines are not alike: its first one is no JSON and line "
+            f"{number} is a row: expected a prompt in every line, or JSON lines {ASKED}"
+        )
     return [Example(input=line) for line in lines]
 
 
@@ -90,32 +97,56 @@ def _is_object(line: str) -> bool:
         return False
 
 
+def _asks(line: str) -> bool:
+    """Whether a line is a row that could be answered."""
+    try:
+        as_prompt(json.loads(line))
+    except ValueError:
+        return False
+    return True
+
+
 def _rows(text: str, path: Path | str, read: Callable[[Any], Example]) -> list[Example]:
     """Every line of JSON as `read` takes it; a text in it may hold what other systems take for line ends."""
-    rows, problems = [], []
+    rows, causes, first = [], {}, None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not JSON ({error.msg})")
-            continue
-        try:
             rows.append(read(row))
         except ValueError as error:
-            problems.append(f"line {number}: {error}")
-    if not rows and not problems:
-        problems.append("the file has no rows")
-    if problems and (document := _document(text)) is not None:
+            wrong = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+            causes.setdefault(wrong, []).append(number)
+        else:
+            first = (number, row) if first is None and not causes else first
+    if not rows and not causes:
+        causes["the file has no rows"] = []
+    if causes and (document := _document(text)) is not None:
         raise ValueError(
             f"{path} is one JSON document ({document}), not JSON lines: expected one object a line, such as "
             f"`jq -c '.[]' {path}` makes of a list"
         )
-    if problems:
+    if causes:
+        problems = [f"{_lines(numbers)}{cause}" for cause, numbers in causes.items()]
         more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems[:MAX_LISTED] + more))
+        raise ValueError(
+            f"{path} cannot be used{_differs(first, causes)}:\n- " + "\n- ".join(problems[:MAX_LISTED] + more)
+        )
     return rows
+
+
+def _lines(numbers: list[int]) -> str:
+    """The lines that have a problem, as its beginning."""
+    return f"line{'s' * (len(numbers) > 1)} {listed([str(number) for number in numbers])}: " if numbers else ""
+
+
+def _differs(first: tuple[int, Any] | None, causes: dict[str, list[int]]) -> str:
+    """Where a file ceases to be what its first row is."""
+    if first is None:
+        return ""
+    keys = ", ".join(map(repr, first[1]))
+    return f" (line {min(map(min, causes.values()))} is the first that is not like line {first[0]}, of {keys})"
 
 
 def read_json(path: Path, expected: str) -> Any:

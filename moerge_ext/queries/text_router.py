@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..experts.bank import ExpertBank
+from ..experts.selection import alone
 from ..files.atomic import write_atomically
 from ..files.safefile import file_inside, open_tensors, read_headers, read_tensor
 from .embedder import Embedder
@@ -128,7 +129,9 @@ def _same_names(known: Sequence[str], names: Sequence[str], what: str) -> None:
     unknown = [name for name in names if name not in known and name != BASE]
     if missing or unknown:
         said = [f"{', '.join(part)} {how}" for part, how in ((missing, "missing"), (unknown, "unknown here")) if part]
-        raise ValueError(f"{what} {', '.join(names)}; the experts are {', '.join(known)}: {'; '.join(said)}")
+        rest = [name for name in known if name in names]
+        hint = f": {alone(rest)} loads the others without {', '.join(missing)}" if rest and not unknown else ""
+        raise ValueError(f"{what} {', '.join(names)}; the experts are {', '.join(known)}: {'; '.join(said)}{hint}")
 
 
 class TextRouter(Router):

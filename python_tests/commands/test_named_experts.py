@@ -8,9 +8,10 @@ import builders
 import pytest
 
 from moerge_ext.commands import main as cli
-from moerge_ext.commands.expert_options import renames
+from moerge_ext.commands.expert_options import left_out_note, renames
 from moerge_ext.commands.meaning import meant
 from moerge_ext.commands.named_dirs import named_dirs
+from moerge_ext.commands.wording import said as said_by_shell
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,41 @@ def test_the_hint_at_names_is_where_they_are(folders, capsys, tmp_path):
     ):
         assert "(--names NAME ... loads the others without them)" in refused(capsys, *words, *pair)
         assert cli.main([str(word) for word in [*words, *pair, "--names", "cat"]]) == 0
+
+
+def test_an_expert_that_names_leaves_out_is_said(folders, capsys):
+    two = ["--experts", folders / "cat", f"tom={folders / 'other' / 'cat'}"]
+    served = ["serve", "--engine", "vllm", "--check", "--model", folders / "model", *two, "--method"]
+    for method in ("expert:tom", "expert:dog"):
+        said = refused(capsys, *served, method, "--names", "cat")
+        assert said.endswith("\n(--names leaves out tom)\n") == (method == "expert:tom")
+        assert "--names leaves out" not in refused(capsys, *served, "expert:dog")
+    merged = ["merge", "--output", folders / "left", *two, "--names", "cat"]
+    assert "(--names leaves out tom)" in refused(capsys, *merged, "--weight", "cat=1", "--weight", "tom=1")
+    assert "--names has cat more than once" in refused(capsys, *merged, "--names", "tom", "cat")
+    assert not (folders / "left").exists()
+
+
+def test_names_are_said_in_words_of_the_shell():
+    assert said_by_shell("x: names=['a b', 'c'] (--names 'a b' c) loads those") == "x: --names 'a b' c loads those"
+    assert left_out_note("no expert 'a'; there are b", {"names": ["b"], "experts": ["x/a", "b"]})
+    assert not left_out_note("there is no place, a folder", {"names": ["b"], "experts": ["x/a", "b"]})
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("serve --model m --experts a --trace 3 --host 0.0.0.0 --no-requests", "(--trace is no option, --traces is)"),
+        ("serve --model m --experts a --host 0.0.0.0 --no-requests --port 80", "DIR -- --host 0.0.0.0 --port 80\n"),
+        ("generat hi", "moerge: error: there is no command 'generat': did you mean generate?\n"),
+        ("xyz hi", "invalid choice: 'xyz' (choose from "),
+        ("list a --sorted", "unrecognized arguments: --sorted\n"),
+        ("merge --experts a --output o --modles x", "(--modles is no option, --modules is)"),
+        ("merge --experts a --outpt o --output o", "(--outpt is no option, --output is)"),
+        ("inspect --model m --experts a --tasks t --method arrow", "(--method is no option, --methods is)"),
+    ],
+)
+def test_options_are_not_abbreviated_and_the_one_that_was_meant_is_said(words, hint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == 2 and hint in capsys.readouterr().err

@@ -109,3 +109,39 @@ def test_describe_looks_at_adapter_and_rows_first(folder, capsys, monkeypatch, a
     monkeypatch.setattr("moerge_ext.commands.describe.build_embedder", lambda *_: pytest.fail("a model was read"))
     assert cli.main(["describe", "--adapter", adapter, "--embedder", "none", *more]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods", "base,arrow"], "base: this model routes nothing in its layers that could be shown"),
+        (["--methods", "merged,expert:expert,arrow,mole"], "merged, expert:expert, mole: this model routes nothing"),
+        (["--methods", "arrow/top_k=1", "--oracle", "task=nobody"], "there is no nobody among expert"),
+        (["--methods", "arrow/top_k=1", "--oracle", "expert=other"], "there is no other among expert"),
+    ],
+)
+def test_inspections_of_what_cannot_be_shown(folder, capsys, monkeypatch, more, said):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
+    words = ["inspect", "--model", folder / "model", "--experts", folder / "expert", "--tasks", folder / "task"]
+    assert cli.main([*map(str, [*words, "--output", folder / "seen", *more])]) == 2
+    assert said in capsys.readouterr().err and not (folder / "seen").exists()
+
+
+def test_an_oracle_by_the_name_of_its_task_is_not_replaced(folder, capsys):
+    words = ["inspect", "--model", folder / "model", "--tasks", folder / "expert-task" / "expert", "--no-progress"]
+    (folder / "expert-task").mkdir()
+    (folder / "task").rename(folder / "expert-task" / "expert")
+    random_experts(llama(), folder, ["other"], ["q_proj"], seed=1)
+    words += [
+        "--experts",
+        folder / "expert",
+        folder / "other",
+        "--methods",
+        "arrow/top_k=1",
+        "--output",
+        folder / "seen",
+    ]
+    assert cli.main([*map(str, words)]) == 0
+    assert cli.main([*map(str, [*words, "--oracle", "expert=other"])]) == 2
+    assert "with other oracles (of expert expert there, other here): pass --overwrite" in capsys.readouterr().err
+    assert cli.main([*map(str, [*words, "--oracle", "expert=other", "--overwrite"])]) == 0

@@ -165,6 +165,12 @@ def test_inspections(folder, capsys):
     assert "no oracle" not in out and "Pearson" not in out
     assert "no scores: --results FILE, the results.json of `moerge eval` on these tasks, brings them" in out
     assert run(f"{words} two --methods arrow") == 0
+    before = (folder / "seen" / "inspect.json").read_bytes()
+    bare = words.replace("one=a two=b", "one=b two=b")
+    assert run(f"{bare} two --methods arrow") == 2 and (folder / "seen" / "inspect.json").read_bytes() == before
+    assert "inspect.json is there already, of other arguments (--oracle:" in capsys.readouterr().err
+    assert run(f"{words.replace('one=a two=b', 'one=a').replace('seen', 'fewer')} two --methods arrow") == 0
+    assert run(f"{words.replace('seen', 'fewer')} two --methods arrow") == 0, "an oracle more"
     assert run(f"{words} --methods arrow") == 2
     assert "seen/inspect.json is there already, of other arguments (--tasks:" in capsys.readouterr().err
     assert run(f"{EVAL.replace(' out ', ' seen ')} one --methods arrow") == 0

@@ -117,7 +117,7 @@ def test_the_options_of_transformers_server_are_shown(folders, capsys, monkeypat
 def test_options_of_the_server_without_dashes_before_them(folders, capsys):
     with pytest.raises(SystemExit):
         called(folders, "--port", "8123")
-    assert "unrecognized arguments: --port: put options of the server after --" in capsys.readouterr().err
+    assert "as the last ones: moerge serve --model DIR --experts DIR DIR -- --port 8123" in capsys.readouterr().err
     assert called(folders, "--check", "--", "--additional-config", "{}") == 2
 
 

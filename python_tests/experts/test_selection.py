@@ -186,6 +186,8 @@ def test_names_choose(tmp_path):
         load_experts(paths, names=["a", "d"])
     with pytest.raises(ValueError, match="names must be a list"):
         load_experts(paths, names="abc")
+    with pytest.raises(ValueError, match="names has a more than once"):
+        load_experts(paths, names=["a", "c", "a"])
     with pytest.raises(ValueError, match="names is empty"):
         load_experts(paths, names=[])
     with pytest.raises(ValueError, match="experts have this name"):

@@ -116,7 +116,9 @@ def test_refusals(tmp_path):
     refused("NaN or infinite", stored | {first: torch.full_like(stored[first], torch.nan)})
     refused("modules_to_save", modules_to_save=["lm_head"])
     refused("got 'OFT'", peft_type="OFT")
-    refused("LoRA already", peft_type="LORA")
+    refused("to a LoRA: it is a LoRA already: load it as it is$", peft_type="LORA", init_lora_weights="pissa")
+    refused("it is .IA.3, which experts can be: load it", base=None, peft_type="IA3")
+    refused("it takes base=MODEL", base=None)
     with pytest.raises(ValueError, match="rank must be a positive integer.*max_error must be between"):
         convert_to_lora(folder, tmp_path / "out", model, rank=0, max_error=2)
     weights.rename(folder / "adapter_model.bin")
@@ -136,6 +138,22 @@ def test_the_command(tmp_path, capsys):
     folder, _ = adapter("LOHA", tmp_path / "own")
     builders.tiny_llama().save_pretrained(tmp_path / "base")
     call = ["convert", str(folder), str(tmp_path / "out"), "--to-lora"]
-    assert main(call) != 0 and "needs --model" in capsys.readouterr().err
+    assert main(call) != 0 and "convert: it takes --model MODEL, which the" in capsys.readouterr().err
+    assert main([*call, "--base", "base", "--rank", "0"]) != 0
+    assert capsys.readouterr().err == "moerge convert: --rank must be a positive integer, got 0\n"
     assert main([*call, "--base", str(tmp_path / "base"), "--rank", "2", "--no-progress"]) == 0
-    assert "LOHA of 4 modules as LoRA of rank 2-2; largest relative error 0." in capsys.readouterr().out
+    assert "LOHA of 4 modules as LoRA of rank 2; largest relative error 0." in capsys.readouterr().out
+
+
+def test_the_command_says_its_options_by_name_and_what_it_only_copied(tmp_path, capsys):
+    folder, _ = adapter("DoRA", tmp_path / "own")
+    builders.tiny_llama().save_pretrained(tmp_path / "base")
+    call = ["convert", str(folder), str(tmp_path / "out"), "--to-lora", "--model", str(tmp_path / "base")]
+    assert main([*call, "--no-progress"]) == 2
+    assert (said := capsys.readouterr().err).endswith("allow a loss by --rank R or --max-error E\n")
+    assert "is_gradient" not in said
+    for init, told in (("pissa", "copied as it was: it still needs the base that its pissa start"), (True, "a PEFT")):
+        config = peft.LoraConfig(r=2, init_lora_weights=init, target_modules=TARGETS)
+        source, _ = adapter("DoRA", tmp_path / f"{init}", config=config)
+        assert main(["convert", str(source), str(tmp_path / f"{init}-out")]) == 0
+        assert told in capsys.readouterr().out

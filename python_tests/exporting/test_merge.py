@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import builders
 import patch_cases as cases
@@ -15,6 +16,7 @@ import moerge_ext as moerge
 from moerge_ext.commands import main as cli
 from moerge_ext.experts.prompt_notes import note_of_prompt, noted_prompts
 from moerge_ext.exporting import full_model as exporting
+from moerge_ext.exporting import merge as exporting_merge
 from moerge_ext.exporting.products import METHODS
 
 peft = pytest.importorskip("peft")
@@ -272,3 +274,29 @@ def test_command(tmp_path, capsys):
     assert run("--output", tmp_path / "x", "--weight", "ant=much") == 2
     assert "--weight takes NAME=W, a number, got 'much'" in capsys.readouterr().err
     assert run("--output", tmp_path / "out") == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_fused_experts_and_what_is_no_lora_come_with_a_way_out(tmp_path, capsys):
+    import moe_cases
+
+    model = moe_cases.build("mixtral")
+    for name, linear in (("with", "q_proj"), ("alone", "")):
+        moe_cases.adapter("mixtral", model, tmp_path / name, 0, layout="apart", linear=linear)
+    model.save_pretrained(tmp_path / "model")
+    words = ["merge", "--no-progress", "--output", str(tmp_path / "out"), "--experts"]
+    with_model = [str(tmp_path / "with"), "--model", str(tmp_path / "model")]
+    for call in (with_model[:1], with_model):
+        assert cli.main([*words, *call]) == 2
+        out = capsys.readouterr().err.rpartition("or take the rest alone by --modules ")[2]
+        assert out == f"'{exporting_merge.OTHERS}'\n"
+        assert cli.main([*words, *call, "--modules", out.strip()[1:-1]]) == 0
+        assert "2 modules" in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "out")
+    assert cli.main([*words, str(tmp_path / "alone")]) == 2
+    assert "they have nothing besides" in capsys.readouterr().err
+    llama = cases.build("llama")
+    builders.ia3_expert(llama, tmp_path / "ia3")
+    with pytest.raises(ValueError, match=r"'ia3' \(\(IA\)3\) is no LoRA and cannot be merged: leave it out"):
+        moerge.merge_experts(moerge.load_experts(tmp_path / "ia3", base=llama), tmp_path / "out")
+    assert cli.main([*words, str(tmp_path / "ia3")]) == 2
+    assert "is not in the file: pass --model, the base model" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def refused(path, **options) -> str:
 
 def done(told: str, folder) -> None:
     """Does what the message says."""
-    command = re.search(r'JSON lines of it: (python -c ".*?" < \S+ > \S+)', told)[1]
+    command = re.search(r'JSON lines of it: (python -c ".*?" < (?:\'.*?\'|\S+) > (?:\'.*?\'|[^\s;]+))', told)[1]
     command = command.replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True, cwd=folder, timeout=60)
 
@@ -53,7 +53,7 @@ def test_a_command_never_writes_into_what_it_reads(tmp_path):
     assert path.read_text() == "first line\nsecond line\n"
     assert [row["text"] for row in read_rows(tmp_path / "a-rows.jsonl", text=True)] == ["first line", "second line"]
     path.write_bytes(b"PAR1" + bytes(20))
-    assert f"to_json('{tmp_path}/a-rows.jsonl')" in refused(path)
+    assert f"to_json('{tmp_path}/a-rows-2.jsonl')" in refused(path)
 
 
 def test_text(tmp_path, monkeypatch):
@@ -116,3 +116,52 @@ def test_the_mark_of_some_editors_and_other_line_ends(tmp_path):
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
     assert read_rows(path)[0]["input"] == "a\u2028b"
     assert read_judged(path).texts == ("a\u2028b",)
+
+
+PROSE = "The dog, a big one, ran home.\nThe cat, a small one, sat down.\n"
+
+
+def test_sentences_with_as_many_commas_each_are_plain_text(tmp_path):
+    path = tmp_path / "my notes.txt"
+    path.write_text(PROSE)
+    assert "looks like plain text; if it is CSV, call it my notes.csv; what is read are" in refused(path)
+    told = refused(path, text=True)
+    done(told, tmp_path)
+    assert [row["text"] for row in read_rows(tmp_path / "my notes.jsonl", text=True)] == PROSE.splitlines()
+    path.rename(path.with_suffix(".csv"))
+    assert "looks like CSV with the columns The dog,  a big one" in refused(path.with_suffix(".csv"), text=True)
+
+
+def test_what_may_be_a_table_or_text_is_told_as_both(tmp_path):
+    (tmp_path / "a.txt").write_text("red, the hue\nblue, sky\n")
+    told = refused(tmp_path / "a.txt", text=True)
+    done(told.partition("or like plain text")[2], tmp_path)
+    assert read_rows(tmp_path / "a.jsonl", text=True)[1]["text"] == "blue, sky"
+    done(refused(tmp_path / "a.txt", text=True), tmp_path)  # beside what is there now
+    assert read_rows(tmp_path / "a-rows.jsonl")[0] == {"input": "blue", "target": " sky"}
+
+
+def test_a_command_writes_over_no_file(tmp_path):
+    (tmp_path / "a.csv").write_text("q,a\nx,y\n")
+    for name in ("a.jsonl", "a-rows.jsonl"):
+        (tmp_path / name).write_text("mine")
+    done(refused(tmp_path / "a.csv"), tmp_path)
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "a-rows.jsonl").read_text() == "mine"
+    assert read_rows(tmp_path / "a-rows-2.jsonl")[0]["target"] == "y"
+
+
+def test_rows_of_two_layouts_say_where_the_second_begins(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input": "a", "target": "b"}\n\n' + '{"question": "c", "answer": "d"}\n' * 5)
+    told = refused(path)
+    assert "a.jsonl cannot be used (line 3 is the first that is not like line 1, of 'input', 'target'):" in told
+    assert told.count("expected") == 1 and "lines 3, 4, 5 and 2 more: expected" in told
+
+
+def test_prompts_of_which_some_are_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('What is {"a": 1}?\n{"a": 1}\n')
+    assert [row["input"] for row in read_prompts(path)] == ['What is {"a": 1}?', '{"a": 1}']
+    path.write_text('One?\n\n{"input": "Two?"}\n')
+    with pytest.raises(ValueError, match="its first one is no JSON and line 3 is a row: expected a prompt in every"):
+        read_prompts(path)

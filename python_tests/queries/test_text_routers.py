@@ -291,7 +291,7 @@ def test_routers_of_others_are_refused_by_name(setup, tmp_path):
         handle.queries("flying", same),
     ):
         pass
-    with pytest.raises(ValueError, match="cat missing"):
+    with pytest.raises(ValueError, match=r"cat missing: names=\['ant', 'bee'\] \(--names ant bee\) loads"):
         table = judged()
         train_zooter(Judged(table.texts, table.scores[:, :2], ("ant", "bee")), bank, fake_embedder(), tmp_path)
     with pytest.raises(ValueError, match="got -1 to 1; rewards are for zooter"):

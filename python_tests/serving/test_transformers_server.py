@@ -207,6 +207,28 @@ def test_an_empty_prompt_is_refused(server, folders, stream):
     assert asked(client, folders[0], "a") == wanted(folders, "a")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_makes_no_sense_is_refused(server, folders, stream):
+    _, client = server
+
+    def refused(path: str, **body) -> str:
+        status, said = posted(client, path, {"model": folders[0], "max_tokens": 3, "stream": stream, **body})
+        assert status == 400, (status, said[:300])
+        return json.loads(said)["detail"]
+
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for path, rest in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", chat)):
+        assert refused(path, **rest, temperature=-1) == 'moerge: "temperature" must be a number from 0, got -1'
+        said = refused(path, **rest, top_p=1.5, seed="x")
+        assert '"top_p" must be a number above 0 and at most 1, got 1.5; "seed" must be an integer, got \'x\'' in said
+    assert refused("/v1/completions") == 'moerge: "prompt" must be a text, the request has none'
+    assert "got ['a', 'b']" in refused("/v1/completions", prompt=["a", "b"])
+    assert refused("/v1/completions", **chat).endswith("none; messages are for /v1/chat/completions")
+    assert (
+        posted(client, "/v1/completions", {"model": folders[0], "prompt": "a", "max_tokens": 3, "top_p": 1})[0] == 200
+    )
+
+
 @pytest.mark.parametrize("server", [BATCHING], indirect=True, ids=["continuous batching"])
 def test_a_request_larger_than_the_cache_is_refused_alone(server, folders):
     """transformers ends its batching, for all requests, at one that does not fit."""

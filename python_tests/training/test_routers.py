@@ -207,7 +207,10 @@ def test_routers_of_other_experts_are_named(setup, tmp_path):
         return str(caught.value)
 
     assert "trained for method 'meteora'" in said(experts, "mole")
-    assert "in that order" in said(moerge.load_experts(folders[::-1]))
+    turned = moerge.load_experts(folders[::-1])
+    assert "in that order, as names=['ant', 'bee', 'cat'] (--names ant bee cat) does" in said(turned)
+    more = list(random_experts(model, tmp_path / "more", ["dog"], cases.DECODER, seed=6).values())
+    assert "names=['ant', 'bee', 'cat'] (--names ant bee cat) loads those" in said(moerge.load_experts(folders + more))
     fewer = said(moerge.load_experts(folders[:2]))
     assert "ant, bee, cat" in fewer and "got ant, bee" in fewer
     renamed = said(moerge.load_experts({"ant": folders[0], "dog": folders[1], "cat": folders[2]}))

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import CBGenerateManager, GenerateManager
 
+from .bodies import hold_to_sense
+
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 LAST_OUTPUT = 10.0  # seconds after which a batch has nothing more to say of a request that was cancelled
 
@@ -40,10 +42,13 @@ _client: ContextVar[_Client | None] = ContextVar("moerge_client", default=None)
 
 
 def watching(build_server: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `build_server`, whose app knows of every request whether its client is there."""
+    """transformers' `build_server`, whose app knows of every request whether its client is there, and refuses what
+    makes no sense."""
 
     @wraps(build_server)
     def build(*args: Any, generation_state: Any, **options: Any) -> Any:
+        for handler in (*args, *options.values()):
+            hold_to_sense(handler)
         app = build_server(*args, generation_state=generation_state, **options)
         app.add_middleware(Watch)
         theirs = generation_state.get_manager

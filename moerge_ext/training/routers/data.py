@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ...experts.selection import alone
 from ...methods.base import Method
 from ..batches import Batch, BatchSource
 from ..encoding import Prepared, prepare
@@ -27,12 +28,11 @@ def check_data(row: Method, names: Sequence[str], data: Any, expert_data: Mappin
         return
     lost, more = sorted(set(names) - expert_data.keys()), sorted(expert_data.keys() - set(names))
     if lost or more:
-        raise ValueError(
-            f"expert_data must have the data of every expert ({', '.join(names)}); "
-            + "; ".join(
-                [f"there is none of {', '.join(lost)}"] * bool(lost) + [f"{', '.join(more)} is no expert"] * bool(more)
-            )
-        )
+        rest = [name for name in names if name not in lost]
+        hint = f": {alone(rest)} trains without {'it' if len(lost) == 1 else 'them'}" if lost and len(rest) > 1 else ""
+        problems = [f"there is none of {', '.join(lost)}{hint}"] * bool(lost)
+        problems += [f"{', '.join(more)} is no expert"] * bool(more)
+        raise ValueError(f"expert_data must have the data of every expert ({', '.join(names)}); {'; '.join(problems)}")
 
 
 def prepared_by_expert(
