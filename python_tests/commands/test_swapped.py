@@ -38,7 +38,7 @@ def test_every_command_says_that_they_were_swapped(there, capsys, monkeypatch):
         for words in (
             f"generate hi --model {model} --experts {adapter}",
             f"eval --model {model} --experts {adapter} {tasks}",
-            f"inspect --model {model} --experts {adapter} {tasks}",
+            f"inspect --model {model} --experts {adapter} {tasks.replace('merged', 'arrow')}",
             f"train-gates {model} {adapter} {data} --output out",
             f"train-gates {model} {adapter} {data} --output out --kind average-activation",
             f"describe --adapter {adapter} --instruction x --embedder none --output out" if model == "model" else "",

@@ -164,5 +164,5 @@ def test_methods_of_lora_alone_say_so(mixed):
 
 
 def test_a_merge_refuses_them(mixed, tmp_path):
-    with pytest.raises(ValueError, match="experts that are no LoRA"):
+    with pytest.raises(ValueError, match=r"'first' \(\(IA\)3\), 'second' \(\(IA\)3\) are no LoRA"):
         moerge.merge_experts(mixed[1], tmp_path / "merged")
