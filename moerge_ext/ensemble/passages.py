@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..evaluation.identity import of_text
-from ..files.rows import read_text
+from ..files.rows import parse_json, read_text
 from ..queries.embedder import Embedder
 from ..queries.vectors import unit
 
@@ -76,7 +76,7 @@ def read_passages(file: Path) -> list[str] | FoundPassages:
     found, problems = {}, []
     for number, line in enumerate(read_text(file).split("\n"), 1):
         try:
-            row = json.loads(line) if line.strip() else None
+            row = parse_json(line) if line.strip() else None
         except json.JSONDecodeError as error:
             problems.append(f"line {number}: not JSON ({error.msg})")
             continue

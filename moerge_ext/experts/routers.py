@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..files.atomic import write_atomically
 from ..files.listing import listed
+from ..files.rows import parse_json
 from ..files.safefile import open_tensors, read_headers, read_tensor
 from .bank import ExpertBank
 from .selection import alone
@@ -138,7 +139,7 @@ def read_routers(path: str | Path) -> Routers:
             raise ValueError(f"{file} is no file of routers: expected {_FORMAT} 1 in its header, got {found}")
         tensors = {key: read_tensor(opened, key, header) for key, header in read_headers(opened).items()}
     try:
-        facts = json.loads(metadata.pop("routers"))
+        facts = parse_json(metadata.pop("routers"))
         names, options, width = tuple(map(str, facts["names"])), dict(facts["options"]), int(facts["width"])
         method = str(facts["method"])
     except (KeyError, TypeError, ValueError) as error:

@@ -63,10 +63,21 @@ def expect_file(path: Path, expected: str) -> None:
         raise ValueError(f"there is no file {path}: expected {expected}")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds; JSONDecodeError also for what Python has no room for: deep nesting and long numbers."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except (ValueError, RecursionError) as error:
+        what = "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
+        raise json.JSONDecodeError(what, "", 0) from None
+
+
 def _document(text: str) -> str | None:
     """What a text is that is JSON as a whole and no row: a list, or an object over several lines; None for others."""
     try:
-        whole = json.loads(text)
+        whole = parse_json(text)
     except json.JSONDecodeError:
         return None
     if isinstance(whole, list):
@@ -84,7 +95,7 @@ def _no_json(text: str, path: Path, *, texts: bool) -> str | None:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
+        parse_json(line)
     except json.JSONDecodeError:
         return False
     return True
@@ -92,7 +103,7 @@ def _is_json(line: str) -> bool:
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except json.JSONDecodeError:
         return False
 
@@ -100,7 +111,7 @@ def _is_object(line: str) -> bool:
 def _asks(line: str) -> bool:
     """Whether a line is a row that could be answered."""
     try:
-        as_prompt(json.loads(line))
+        as_prompt(parse_json(line))
     except ValueError:
         return False
     return True
@@ -113,7 +124,7 @@ def _rows(text: str, path: Path | str, read: Callable[[Any], Example]) -> list[E
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             rows.append(read(row))
         except ValueError as error:
             wrong = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
@@ -153,7 +164,7 @@ def read_json(path: Path, expected: str) -> Any:
     """What a JSON file holds; ValueError, naming the file, when it is not there or not JSON."""
     expect_file(path, expected)
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}): expected {expected}") from error
 

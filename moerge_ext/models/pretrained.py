@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import torch
 
 from ..files.gguffile import read_gguf
 from ..files.hub import beside, model_options, not_there, only_cached
+from ..files.rows import parse_json
 from .stored import COMPOSITION, MODEL_CONFIG
 
 GGUF = ".gguf"
@@ -59,7 +59,7 @@ def location(path: str) -> tuple[str, dict[str, Any]]:
 def _swapped(path: str, config: Path | None = None) -> str:
     """What to say of an adapter in place of a model; `config` is its adapter_config.json."""
     try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config else None
+        base = parse_json(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config else None
     except (OSError, ValueError, KeyError, TypeError):  # whoever loads it as an expert says what is wrong with it
         base = None
     made = f", made for {base!r}" if isinstance(base, str) and base else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files.examples import Example, as_example
 from ..files.listing import listed
+from ..files.rows import parse_json
 from .pretrained import open_ids
 
 INPUT = "{input}"
@@ -138,7 +139,7 @@ class PromptFormat:
     def from_json(cls, text: str) -> PromptFormat:
         """ValueError for what `to_json` did not write."""
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             return cls(str(found["template"]), bool(found["chat"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"expected a template and chat, got {text[:200]!r}") from error

@@ -223,8 +223,9 @@ def routed_linear(
 
         y_t = W x_t + b + sum_k w_tk (B_e A_e x_t + bias_e),  w, e = route(x, gates, ...)
 
-    One launch on CUDA for one token where the shapes allow; else torch's linear, and the branch added to its
-    result (which then is rounded to y's dtype twice).
+    One launch on CUDA for one token where the shapes allow, and on a CPU with AVX2 products of its own for up to 16
+    tokens (but float64); else torch's linear. The branch is added to that result, which then is rounded to y's dtype
+    twice.
 
     Args:
         x: [T,D], or [...,D] when its rows lie at equal distances, as in a contiguous tensor; T counts all tokens.

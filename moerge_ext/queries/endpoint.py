@@ -9,6 +9,8 @@ import urllib.request
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from ..files.rows import parse_json
+
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses worth another attempt
 MAX_ANSWER = 1 << 20  # bytes
 
@@ -56,7 +58,7 @@ class Endpoint:
         """(the answer, tokens of prompt and answer as the server counts them); EndpointError when it does not."""
         answer, url = self._asked(prompt)
         try:
-            tokens = json.loads(answer)["usage"]["total_tokens"]
+            tokens = parse_json(answer)["usage"]["total_tokens"]
         except (ValueError, LookupError, TypeError):
             tokens = None
         text = _content(answer, url)
@@ -92,7 +94,7 @@ class Endpoint:
 
 def _content(answer: bytes, url: str) -> str:
     try:
-        content = json.loads(answer)["choices"][0]["message"]["content"]
+        content = parse_json(answer)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
         said = answer[:200].decode(errors="replace")
         raise EndpointError(f"{url} did not answer with a chat completion but with: {said}", transient=True) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..files.counting import counted
-from ..files.rows import MAX_LISTED, read_text
+from ..files.rows import MAX_LISTED, parse_json, read_text
 
 FORM = '{"input": str, "scores": {name: number, ...}} and perhaps "task": str, "tags": [str, ...]'
 
@@ -77,7 +77,7 @@ def read_judged(path: Path) -> Judged:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             problems.append(f"line {number}: not JSON ({error.msg})")
             continue

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moerge_ext.files.rows import read_prompts, read_rows
+from moerge_ext.files.rows import read_json, read_prompts, read_rows
+from moerge_ext.models.prompt import PromptFormat
 from moerge_ext.queries.judged import read_judged
 
 
@@ -165,3 +166,23 @@ def test_prompts_of_which_some_are_rows(tmp_path):
     path.write_text('One?\n\n{"input": "Two?"}\n')
     with pytest.raises(ValueError, match="its first one is no JSON and line 3 is a row: expected a prompt in every"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"input": ' * 100_000, "1" * 5000], ids=["list", "object", "number"])
+def test_what_python_has_no_room_for_is_no_json(tmp_path, line):
+    """A prompt as any other where lines are prompts, and a line that is named where they are rows."""
+    prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
+    prompts.write_text(f"Why?\n{line}\n")
+    assert [example["input"] for example in read_prompts(prompts)] == ["Why?", line]
+    prompts.write_text(f"{line}\nWhy?\n")
+    assert len(read_prompts(prompts)) == 2
+    rows.write_text(f'{{"input": "a", "target": "b"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"line 2: not JSON \((nested too deep|a number with too many digits)\)"):
+        read_rows(rows)
+    prompts.write_text(line)
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_json(prompts, "an object")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_judged(rows)
+    with pytest.raises(ValueError, match="nested too deep|digits"):
+        PromptFormat.from_json(line)
