@@ -1,19 +1,21 @@
 // The base layer inside of routed_linear, y_to = x_t . w_o + b_o, for so few tokens that reading w is what it costs.
 //
 // torch 2.13's own product falls behind what memory gives there: always in 16 bit, and in float32 from two tokens on.
-// The 210 layers of SmolLM2 with E = 8, R = 16, K = 2, ms, with this (with torch's product; the layers alone by torch),
-// Sapphire Rapids; AVX2 with torch held to it as well:
+// The 210 layers of SmolLM2 with E = 8, R = 16, K = 2, ms, with this (with torch's product; the layers alone by torch,
+// of which a second row is 0.98 to 1.05), Sapphire Rapids; AVX-512 and AVX2 with torch held to it as well:
 //   one thread           T = 1             2                 4                 8                  16
-//   bfloat16, AMX        24.9 (41.9; 33.4) 28.0 (45.7; 36.0) 31.2 (49.2; 36.3) 36.1 (53.6; 36.5)  41.7 (58.2; 36.7)
-//   bfloat16, AVX-512    29.9 (43.1; 35.1) 35.1 (47.6; 37.4) 41.7 (54.2; 42.7) 55.6 (66.4; 50.0)  85.4 (89.8; 66.7)
-//   bfloat16, AVX2       33.3 (39.7; 32.1) 38.3 (51.5; 41.5) 47.8 (73.6; 66.6) 66.3 (131.7; 103.4) 109 (216; 192)
-//   float16, AVX-512     29.7 (38.4; 32.4) 35.2 (61.8; 51.6) 39.4 (63.7; 51.3) 47.6 (69.2; 53.7)  70.4 (80.9; 62.0)
-//   float32, AVX-512     41.8 (40.9; 33.2) 46.7 (51.9; 40.7) 58.9 (77.0; 61.0) 67.3 (94.7; 74.6)  88.7 (105; 74.0)
-//   float32, AVX2        52.9 (53.2; 43.4) 60.8 (84.0; 66.6) 67.0 (96.3; 73.8) 82.6 (96.8; 76.6)  123 (123; 95.4)
+//   bfloat16, AMX        21.7 (38.9; 32.1) 25.5 (43.7; 33.9) 29.8 (48.2; 35.6) 34.9 (51.7; 34.2)  40.4 (57.5; 36.4)
+//   bfloat16, AVX-512    28.9 (41.5; 33.6) 31.5 (44.9; 35.1) 35.7 (51.0; 38.8) 47.9 (61.4; 46.0)  75.0 (81.6; 60.3)
+//   bfloat16, AVX2       30.0 (37.2; 33.9) 33.3 (49.0; 47.0) 44.4 (81.7; 76.3) 62.6 (136; 106)    103 (215; 193)
+//   float16, AVX-512     25.5 (36.3; 32.4) 28.5 (54.8; 47.6) 32.7 (59.3; 48.9) 43.7 (68.5; 52.2)  63.8 (82.5; 59.7)
+//   float32, AVX-512     37.5 (39.1; 31.4) 42.1 (45.6; 34.9) 50.4 (68.8; 53.4) 61.7 (89.1; 69.3)  83.7 (106; 75.7)
+//   float32, AVX2        41.8 (41.7; 34.1) 49.9 (71.8; 56.0) 58.1 (87.2; 66.7) 70.4 (89.9; 70.5)  107 (113; 90.0)
 //   two threads
-//   bfloat16, AMX        15.0 (25.4; 19.9) 18.1 (28.3; 20.8) 21.8 (31.2; 21.5) 23.7 (33.9; 22.3)  30.2 (37.2; 22.8)
-//   float32, AVX-512     24.0 (23.2; 16.7) 27.1 (30.4; 20.6) 35.5 (43.1; 29.9) 42.3 (50.8; 34.8)  52.4 (58.1; 40.5)
-// One token in float32 is left to torch where the caller can choose: in the model it costs 1.24 against 1.20 of plain.
+//   bfloat16, AMX        15.5 (26.2; 20.5) 17.0 (27.9; 19.9) 20.0 (29.3; 20.1) 23.3 (32.9; 20.4)  27.5 (36.2; 21.6)
+//   float16, AVX-512     16.4 (23.1; 17.7) 19.8 (35.9; 27.2) 20.7 (37.0; 27.2) 28.3 (44.0; 31.1)  39.0 (52.9; 37.3)
+//   float32, AVX-512     24.3 (23.7; 17.0) 25.9 (27.7; 17.8) 32.6 (39.9; 27.0) 39.2 (47.9; 31.7)  50.3 (57.7; 39.4)
+// One token in the model, over plain, by this (by torch's product), one and two threads: float32 1.17 and 1.30 (1.23
+// and 1.34), held to AVX2 1.20 and 1.32 (1.23 and 1.32), bfloat16 0.81 and 0.93 (1.23 and 1.29).
 // Tried: tasks of this in the time that a thread waits for the router's, with two threads: T = 1 float32 25.9 against
 // 24.0, bfloat16 17.4 against 15.0, since the rows are then read in short pieces. Up to 48 tokens by three tiles of x:
 // T = 32 72.3 against 69.3.
@@ -47,7 +49,9 @@ class FewLinear {
   }
 
   int64_t count() const { return ceil_div(O_, rows_); }
-  int64_t cost() const { return T_ * D_ * O_; }
+  // of numbers that come from memory, each as much as four multiplications: k_proj and v_proj of SmolLM2 are worth a
+  // second thread (one token in the model, two threads: float32 1.30 against 1.35 of plain, bfloat16 0.93 against 0.98)
+  int64_t cost() const { return 4 * T_ * D_ * O_; }
 
   void operator()(int64_t task) const {
     const int64_t o = task * rows_, count = std::min(rows_, O_ - o);

@@ -110,8 +110,6 @@ def _against_fused_on_cpu(x: Tensor, weight: Tensor) -> list[str]:
     reasons = []
     if x.numel() > FEW_TOKENS * x.shape[-1]:
         reasons.append(f"there are more than {FEW_TOKENS} tokens")
-    elif x.dtype is torch.float32 and x.numel() == x.shape[-1]:
-        reasons.append(f"there is one token in float32 (2 to {FEW_TOKENS} are one op)")
     if x.dtype is torch.float64:
         reasons.append("the tokens are float64")
     if weight.numel() < LARGE_WEIGHT:
@@ -209,7 +207,7 @@ def explain(layers: Iterable[nn.Module], *, grad: bool = False) -> Explanation:
 
 
 def _kernels(layer: nn.Module, x: Tensor) -> tuple[tuple[int, tuple[str, ...]], ...]:
-    """What the ops say of their kernels for one token of a layer and for many."""
+    """What the ops say of their kernels for one token of a layer and for many, and which way many take if another."""
     if layer.route_options is None or layer.backend != "native" or hasattr(type(layer), "why_apart"):
         return ()
     options = layer.route_options | {name: getattr(layer, name) for name in ("mask", "lora_bias", "factored")}
@@ -218,7 +216,8 @@ def _kernels(layer: nn.Module, x: Tensor) -> tuple[tuple[int, tuple[str, ...]], 
         many = x.expand(tokens, -1).contiguous()
         base = many.new_empty(tokens, layer.lora_B.shape[1])
         said = tuple(ops.routed_lora_ways(base, many, layer.gates, layer.lora_A, layer.lora_B, **options))
-        found.append((tokens, said))
+        way = way_of(layer, many)[0]
+        found.append((tokens, said if way == way_of(layer, x)[0] else (MEANING[way], *said)))
     return tuple(found[:1] if found[0][1] == found[1][1] else found)
 
 
