@@ -199,10 +199,11 @@ def explain(layers: Iterable[nn.Module], *, grad: bool = False) -> Explanation:
         with torch.set_grad_enabled(grad):
             x = torch.empty(1, layer.in_features, dtype=dtype, device=execution_device(layer))
             way, against = way_of(layer, x)
+            kernels = _kernels(layer, x)
         if slow := against_fast_kernels(layer):
             against.append(("the fast kernels", slow))
         said = tuple((faster, tuple(reasons)) for faster, reasons in against)
-        kinds.setdefault((_described(layer, x), way, said, _kernels(layer, x)), []).append(layer.name)
+        kinds.setdefault((_described(layer, x), way, said, kernels), []).append(layer.name)
     return Explanation(Way(tuple(names), *kind) for kind, names in kinds.items())
 
 

@@ -103,7 +103,8 @@ def test_few_tokens_on_a_cpu_are_one_op(dtype, monkeypatch):
         assert ways.way_of(layer, x[:tokens])[0] == ran(monkeypatch, layer, x[:tokens]) == way
         limit = 1e-5 if dtype == torch.float32 else 4e-2
         torch.testing.assert_close(layer(x[:tokens]), want[:tokens], atol=limit, rtol=limit)
-    said = str(ways.explain([layer]))
+    with torch.enable_grad():
+        said = str(ways.explain([layer]))
     assert ways.MEANING[ways.FUSED] in said and f"T = 512: {ways.MEANING[ways.SHORT]}; kernels for" in said
 
 
