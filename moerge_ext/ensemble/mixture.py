@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate, cycle
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from .. import ops
 from ..evaluation.answers import Answerer
 from ..models.prompt import Prompt, PromptFormat
 from ..routing.patch import Handle
+from .drawing import DrawRows, own_warpers, warpers
 from .prompts import PromptExpert, check_experts
 from .router import PromptRouter, warn_of_other_experts
-from .sampler import Sampler
+from .sampler import Sampler, Wish
 from .template import Turns
 
 
@@ -159,15 +161,10 @@ class PromptEnsemble:
         from transformers import LogitsProcessorList
 
         ids, weights = self._selected(questions, top_k, select)
-        ask = partial(self.sampler, limit=max_new_tokens, stop=tuple(stop))
-        prompts = [
-            self.put(self.experts[e].turns(question, ask))
-            for column in ids.T.tolist()
-            for e, question in zip(column, questions, strict=True)
-        ]
-        warpers = _warpers(temperature, top_p, top_k_tokens) if sample else None
+        prompts = self._prompts(ids.T.flatten().tolist(), questions, max_new_tokens, stop)
+        drawn = warpers(temperature, top_p, top_k_tokens) if sample else None
         device = next(self.asked.model.parameters()).device
-        processor = MixProbabilities(weights.float().to(device), warpers, seed)
+        processor = MixProbabilities(weights.float().to(device), drawn, seed)
         with self._loras(ids.T.flatten().tolist()):
             texts = self.asked.generate(
                 prompts,
@@ -198,10 +195,9 @@ class PromptEnsemble:
         """
         questions = list(questions)
         ids, weights = self._selected(questions, top_k, select)
-        ask = partial(self.sampler, limit=max_new_tokens, stop=tuple(stop))
         parts = []
         for column in ids.T.tolist():
-            prompts = [self.put(self.experts[e].turns(q, ask)) for e, q in zip(column, questions, strict=True)]
+            prompts = self._prompts(column, questions, max_new_tokens, stop)
             with self._loras(column):
                 tokens, real = self.asked.token_log_likelihoods(prompts, answers)
             parts.append(tokens)
@@ -242,16 +238,32 @@ class PromptEnsemble:
         """The prompt as the model is given it."""
         return self.form.turns(turns.shots, turns.question, self.asked.tokenizer)
 
-    def _sample(self, turns: Turns, count: int, limit: int, stop: Sequence[str]) -> list[str]:
-        """`count` sampled answers to one prompt by the base model, with its own generation settings."""
+    def _prompts(self, ids: Sequence[int], questions: Sequence[str], limit: int, stop: Sequence[str]) -> list[Prompt]:
+        """Prompt i is that of expert ids[i] for the questions in turn."""
+        makers = [
+            partial(self.experts[e].turns, question)
+            for e, question in zip(ids, cycle(questions), strict=False)  # cycle never ends
+        ]
+        made = self.sampler.made(makers, rows=len(makers), limit=limit, stop=tuple(stop))
+        return [self.put(turns) for turns in made]
+
+    def _sample(self, wishes: list[Wish], limit: int, stop: Sequence[str]) -> list[list[str]]:
+        """The sampled answers of every wish, by the base model with its own generation settings."""
         base = (
             self.handle.affinities(torch.zeros(len(self.handle.names), dtype=torch.float32, device="cpu"))
             if self.handle is not None
             else nullcontext()
         )
+        from transformers import LogitsProcessorList
+
+        model, counts = self.asked.model, [wish.count for wish in wishes]
+        drawn = own_warpers(model.generation_config, next(model.parameters()).device)
+        draw = DrawRows(drawn, counts, [wish.seed for wish in wishes])
+        prompts = [self.put(wish.prompt) for wish in wishes for _ in range(wish.count)]
         with base:
-            options = {"do_sample": True, "num_return_sequences": count, **self._stopping(stop)}
-            return [_cut(text, stop) for text in self.asked.generate([self.put(turns)], limit, **options)]
+            options = {"logits_processor": LogitsProcessorList([draw]), **self._stopping(stop)}
+            texts = [_cut(text, stop) for text in self.asked.generate(prompts, limit, **options)]
+        return [texts[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
     def _loras(self, order: Sequence[int]):
         """A context in which row i of the batch runs with the LoRA of expert order[i]."""
@@ -267,18 +279,6 @@ class PromptEnsemble:
         from transformers import StoppingCriteriaList
 
         return {"stopping_criteria": StoppingCriteriaList([_StopTexts(self.asked, stop)])} if stop else {}
-
-
-def _warpers(temperature: float, top_p: float | None, top_k: int | None) -> Any:
-    from transformers import LogitsProcessorList
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-    if top_k is not None:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import astuple
-
-import torch
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 
 from ..queries.cache import TextCache
+from .prompts import Ask
 from .template import Turns
 
 
+@dataclass(frozen=True)
+class Wish:
+    """`count` sampled answers to one prompt, drawn with a seed of its own."""
+
+    prompt: Turns
+    count: int
+    seed: int
+
+
+class _NotYet(BaseException):
+    """A prompt needs answers that are still to be sampled; no expert's own `except Exception` is to catch it."""
+
+
 class Sampler:
-    """(prompt, n) -> n sampled answers.
+    """Prompts that need sampled answers, made with them.
 
     Every prompt is sampled with a seed of its own, from `seed` and its text: what it gets does not depend on the
-    questions before it, nor on whether a run was interrupted. The same prompt is sampled once: the expert alone and the
-    ensembles that it is part of share its answers.
+    questions beside it or before it, nor on whether a run was interrupted (but for the last bits of logits, which may
+    differ in a batch of another shape). The same prompt is sampled once: the expert alone and the ensembles that it is
+    part of share its answers.
+
+    sample: (wishes, limit, stop) -> the answers of each wish, all of them in one batch.
     """
 
-    def __init__(self, sample: Callable[[Turns, int, int, Sequence[str]], list[str]], seed: int):
+    def __init__(self, sample: Callable[[list[Wish], int, Sequence[str]], list[list[str]]], seed: int):
         self.sample, self.seed = sample, seed
         self.kept: dict[str, list[str]] = {}
         self.cache: TextCache | None = None
@@ -31,18 +46,61 @@ class Sampler:
         """Keep the answers on disk as well, as those of the model of this identity."""
         self.cache, self.identity = cache, identity
 
-    def __call__(self, prompt: Turns, count: int, *, limit: int, stop: tuple[str, ...] = ()) -> list[str]:
-        asked = json.dumps([astuple(prompt), count, limit, stop, self.seed])
-        digest = hashlib.sha256(asked.encode()).hexdigest()
-        if digest not in self.kept:
-            known = self.cache.get("samples", self.identity, asked) if self.cache is not None else None
-            self.kept[digest] = known or self._sampled(prompt, count, limit, stop, int(digest[:15], 16))
-            if self.cache is not None and known is None:
-                self.cache.put(self.kept[digest], "samples", self.identity, asked)
-        return self.kept[digest]
+    def made(
+        self, makers: Sequence[Callable[[Ask], Turns]], *, rows: int, limit: int, stop: tuple[str, ...] = ()
+    ) -> list[Turns]:
+        """What each of `makers` makes with the answers that it asks for.
 
-    def _sampled(self, prompt: Turns, count: int, limit: int, stop: tuple[str, ...], seed: int) -> list[str]:
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            return self.sample(prompt, count, limit, stop)
+        The samples of several prompts are drawn together, at most `rows` at a time or those of one prompt.
+        """
+        done: list[Turns | None] = [None] * len(makers)
+        while True:
+            wanted: dict[str, Wish] = {}
+
+            def ask(prompt: Turns, count: int, wanted: dict[str, Wish] = wanted) -> list[str]:
+                asked = json.dumps([astuple(prompt), count, limit, stop, self.seed])
+                answers = self._known(asked)
+                if answers is None:
+                    wanted[asked] = Wish(prompt, count, int(_digest(asked)[:15], 16))
+                    raise _NotYet
+                return answers
+
+            for i, make in enumerate(makers):
+                if done[i] is None:
+                    try:
+                        done[i] = make(ask)
+                    except _NotYet:
+                        continue
+            if not wanted:
+                return [turns for turns in done if turns is not None]
+            self._draw(wanted, rows, limit, stop)
+
+    def _known(self, asked: str) -> list[str] | None:
+        if (digest := _digest(asked)) not in self.kept and self.cache is not None:
+            answers = self.cache.get("samples", self.identity, asked)
+            if answers is not None:
+                self.kept[digest] = answers
+        return self.kept.get(digest)
+
+    def _draw(self, wanted: dict[str, Wish], rows: int, limit: int, stop: tuple[str, ...]) -> None:
+        for part in _batches(wanted, rows):
+            answers = self.sample([wanted[asked] for asked in part], limit, stop)
+            for asked, own in zip(part, answers, strict=True):
+                self.kept[_digest(asked)] = own
+                if self.cache is not None:
+                    self.cache.put(own, "samples", self.identity, asked)
+
+
+def _digest(asked: str) -> str:
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def _batches(wanted: dict[str, Wish], rows: int) -> Iterator[list[str]]:
+    """Keys of `wanted` in order, with as many samples in a batch as `rows`, or one key."""
+    part: list[str] = []
+    for asked, wish in wanted.items():
+        if part and sum(wanted[key].count for key in part) + wish.count > rows:
+            yield part
+            part = []
+        part.append(asked)
+    yield part

@@ -1,0 +1,69 @@
+"""Sampling in a batch in which every prompt has random numbers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What transformers' generate takes where a model's generation settings leave these out.
+_DEFAULTS = {"top_k": 50}
+_OWN = (
+    ("temperature", "TemperatureLogitsWarper", lambda value: value != 1.0),
+    ("top_h", "TopHLogitsWarper", lambda value: True),
+    ("top_k", "TopKLogitsWarper", lambda value: value != 0),
+    ("top_p", "TopPLogitsWarper", lambda value: value < 1.0),
+    ("min_p", "MinPLogitsWarper", lambda value: True),
+    ("typical_p", "TypicalLogitsWarper", lambda value: value < 1.0),
+    ("epsilon_cutoff", "EpsilonLogitsWarper", lambda value: 0.0 < value < 1.0),
+    ("eta_cutoff", "EtaLogitsWarper", lambda value: 0.0 < value < 1.0),
+)
+
+
+class DrawRows:
+    """A logits processor: one token is drawn per row and all others are excluded, so that greedy search takes it.
+
+    The rows of a batch belong to prompts, `counts[i]` rows in turn to prompt i, each of which draws with a generator of
+    its own, seeded by `seeds[i]`: transformers' sampling draws all rows from one stream, where what a row gets depends
+    on the rows before it.
+    """
+
+    def __init__(self, warpers: Any, counts: Sequence[int], seeds: Sequence[int]):
+        self.warpers, self.counts = warpers, tuple(counts)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chances = self.warpers(input_ids, scores.float()).softmax(-1).cpu()
+        parts = zip(chances.split(self.counts), self.generators, strict=True)
+        tokens = torch.cat([torch.multinomial(part, 1, generator=own) for part, own in parts]).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+
+def warpers(temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None) -> Any:
+    """transformers' processors for these settings."""
+    from transformers import LogitsProcessorList
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    made = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k is not None:
+        made.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        made.append(TopPLogitsWarper(top_p))
+    return made
+
+
+def own_warpers(settings: Any, device: torch.device) -> Any:
+    """Those with which `generate(do_sample=True)` would draw by a model's generation settings, in its order."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process
+
+    made = LogitsProcessorList()
+    for name, kind, matters in _OWN:
+        value = getattr(settings, name, None)
+        value = _DEFAULTS.get(name) if value is None else value
+        if value is not None and matters(value):
+            more = {"device": device} if name == "eta_cutoff" else {}
+            made.append(getattr(logits_process, kind)(value, **more))
+    return made

@@ -1,0 +1,101 @@
+"""Answers that answer prompting samples: whose random numbers they use, and from which distribution they are."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import patch_cases as cases
+import pytest
+import torch
+from query_cases import wide_tokenizer
+
+from moerge_ext.ensemble.drawing import DrawRows, own_warpers
+from moerge_ext.ensemble.mixture import PromptEnsemble
+from moerge_ext.ensemble.prompts import Template, answer_prompting
+from moerge_ext.queries.cache import TextCache
+
+ROWS = [{"input": f"q{i}", "target": f"a{i}"} for i in range(20)]
+
+
+def test_samples_are_of_the_prompt_alone_and_drawn_once(tmp_path):
+    """The same answers whatever was asked before, in whatever batch, from memory, from disk, and in a new process."""
+    model, tokenizer = cases.build("llama"), wide_tokenizer(tmp_path)
+    short = Template(question="{input}:", answer="{target}.", samples="={answers}=")
+    batches: list[int] = []  # prompts sampled together
+    own = answer_prompting("own", ROWS, count=2, samples=3, template=short)
+
+    def asked(questions, seed=0, cache=None, stop=()):
+        mix, seen = PromptEnsemble(model, tokenizer, [own], seed=seed), []
+        if cache is not None:
+            mix.sampler.keep(cache, "model")
+        real = mix.asked.generate
+
+        def spy(prompts, *a, **o):
+            draw, texts = o["logits_processor"][0], [p.text for p in prompts]
+            starts = [0, *accumulate(draw.counts)][:-1] if isinstance(draw, DrawRows) else range(len(texts))
+            batches.extend([len(draw.counts)] if isinstance(draw, DrawRows) else [])
+            seen.append((isinstance(draw, DrawRows), [texts[start] for start in starts]))
+            return real(prompts, *a, **o)
+
+        mix.asked.generate = spy
+        torch.manual_seed(len(questions))
+        state = torch.get_rng_state()
+        mix.answer_by("own", questions, max_new_tokens=3, stop=stop)
+        mix.answer_by("own", questions, max_new_tokens=3, stop=stop)
+        assert state.equal(torch.get_rng_state()), "the caller's random numbers were used up"
+        sampled = [text for drawn, texts in seen if drawn for text in texts]
+        assert len(sampled) == len(set(sampled)), "a prompt was sampled twice"
+        return dict(zip(questions, [texts for drawn, texts in seen if not drawn][0], strict=True)), sampled
+
+    both, sampled = asked(["abc", "de", "fg", "hi", "jk", "lm"])
+    assert len(sampled) == 8  # two rows, each after the other one, and six questions
+    first = own.facts["demonstrations"][0]
+    assert sum(f"{first['input']}:{first['target']}." in text for text in sampled) == 7
+    assert not any(text.endswith(f"{first['input']}:{first['target']}.{first['input']}:") for text in sampled)
+    assert batches[:5] == [1, 1, 2, 2, 2]  # of six rows, three a prompt
+    assert asked(["de"])[0]["de"] == both["de"] and asked(["abc"], seed=1)[0]["abc"] != both["abc"]
+    cache = TextCache(tmp_path / "samples")
+    assert asked(["abc"], cache=cache)[1] and asked(["abc"], cache=cache) == ({"abc": both["abc"]}, [])
+    samples = both["abc"].rpartition("=abc:")[0].rpartition("=")[2]
+    letter = next(character for character in samples if character not in "; ")
+    assert letter not in asked(["abc"], stop=(letter,))[0]["abc"].rpartition("=abc:")[0].rpartition("=")[2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 5},
+        {"top_k": 0, "top_p": 0.6},
+        {"min_p": 0.9, "temperature": 2.0},
+        {"typical_p": 0.5, "epsilon_cutoff": 0.02},
+        {"eta_cutoff": 0.02, "top_k": 0},
+    ],
+    ids=str,
+)
+def test_what_is_drawn_from_is_what_generate_draws_from(settings):
+    model = cases.build("llama")
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    ids = torch.tensor([[5, 6, 7], [9, 3, 2]])
+    asked = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, pad_token_id=0, **asked)
+    ours = own_warpers(model.generation_config, torch.device("cpu"))(ids, out.logits[0].float())
+    torch.testing.assert_close(ours, out.scores[0], rtol=0, atol=0)
+    assert (out.scores[0] == -torch.inf).any()  # 50 tokens are left where nothing is said
+
+
+def test_every_prompt_draws_from_its_distribution_with_its_own_numbers():
+    probabilities = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.0, 0.2, 0.7]])
+    scores = probabilities.log().repeat_interleave(torch.tensor([3000, 2000]), 0)
+
+    def drawn(counts, seeds, scores):
+        out = DrawRows(lambda ids, scores: scores, counts, seeds)(None, scores)
+        assert (out == 0).sum() == len(out) and (out == -torch.inf).sum() == out.numel() - len(out)
+        return out.argmax(-1)
+
+    tokens = drawn((3000, 2000), (1, 2), scores)
+    for part, wanted in zip(tokens.split((3000, 2000)), probabilities, strict=True):
+        torch.testing.assert_close(part.bincount(minlength=4) / len(part), wanted, rtol=0, atol=0.04)
+    assert drawn((2000,), (2,), scores[3000:]).equal(tokens[3000:])
+    assert not drawn((2000,), (3,), scores[3000:]).equal(tokens[3000:])
