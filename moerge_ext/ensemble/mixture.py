@@ -261,9 +261,9 @@ class PromptEnsemble:
         model, counts = self.asked.model, [wish.count for wish in wishes]
         drawn = own_warpers(model.generation_config, next(model.parameters()).device)
         draw = DrawRows(drawn, counts, [wish.seed for wish in wishes])
-        prompts = [self.put(wish.prompt) for wish in wishes for _ in range(wish.count)]
+        prompts = [self.put(wish.prompt) for wish in wishes]
         with base:
-            options = {"logits_processor": LogitsProcessorList([draw]), **self._stopping(stop)}
+            options = {"counts": counts, "logits_processor": LogitsProcessorList([draw]), **self._stopping(stop)}
             texts = [_cut(text, stop) for text in self.asked.generate(prompts, limit, **options)]
         return [texts[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 

@@ -67,15 +67,27 @@ class Answerer:
         return [text.strip() for text in self.texts(prompts, max_new_tokens, **options)]
 
     @torch.no_grad()
-    def texts(self, prompts: Sequence[str | Prompt], max_new_tokens: int, **options: Any) -> list[str]:
+    def texts(
+        self,
+        prompts: Sequence[str | Prompt],
+        max_new_tokens: int,
+        *,
+        counts: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[str]:
         """What the model writes after each of N prompts in one batch, greedy unless `options` (of transformers'
-        generate) say otherwise."""
+        generate) say otherwise; with `counts` that many answers to each, for which its prompt is read once."""
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._padded(rows, left=not self.seq2seq)
         self.check_length(ids.shape[1] + (0 if self.seq2seq else max_new_tokens))
         options = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options}
         if self.trace is not None:
             options["stopping_criteria"] = [_UntilTheEnd(self.ends, self.trace)]
+        if counts is not None:
+            which = torch.repeat_interleave(torch.tensor(counts, device="cpu")).to(ids.device)
+            with self._measured():
+                options["past_key_values"] = self._read(ids, mask, which) if min(map(len, rows)) > 1 else None
+            ids, mask = ids[which], mask[which]
         with self._measured():
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options
@@ -86,6 +98,22 @@ class Answerer:
             fed = written if self.seq2seq else [length - 1 for length in written]  # the last token is read by nobody
             self.meter.add(sum(map(len, rows)) + sum(fed), sum(written))
         return self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+
+    def _read(self, ids: Tensor, mask: Tensor, which: Tensor) -> Any:
+        """What the model's cache holds of all tokens but the last, the rows `which`; None where `generate` is to read
+        the repeated prompts itself: its cache is not one of keys and values per token."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+        if self.seq2seq:
+            return None
+        asked = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "return_dict_in_generate": True}
+        out = self.model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], pad_token_id=self.pad, **asked)
+        cache = getattr(out, "past_key_values", None)
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+        if type(cache) is not DynamicCache or not all(type(layer) in kinds for layer in cache.layers):
+            return None
+        cache.batch_select_indices(which)
+        return cache
 
     def _length(self, written: list[int]) -> int:
         """Tokens of an answer, with its end and without the padding behind."""

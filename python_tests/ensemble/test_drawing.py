@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import patch_cases as cases
 import pytest
 import torch
@@ -12,6 +10,7 @@ from query_cases import wide_tokenizer
 from moerge_ext.ensemble.drawing import DrawRows, own_warpers
 from moerge_ext.ensemble.mixture import PromptEnsemble
 from moerge_ext.ensemble.prompts import Template, answer_prompting
+from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.queries.cache import TextCache
 
 ROWS = [{"input": f"q{i}", "target": f"a{i}"} for i in range(20)]
@@ -32,9 +31,8 @@ def test_samples_are_of_the_prompt_alone_and_drawn_once(tmp_path):
 
         def spy(prompts, *a, **o):
             draw, texts = o["logits_processor"][0], [p.text for p in prompts]
-            starts = [0, *accumulate(draw.counts)][:-1] if isinstance(draw, DrawRows) else range(len(texts))
             batches.extend([len(draw.counts)] if isinstance(draw, DrawRows) else [])
-            seen.append((isinstance(draw, DrawRows), [texts[start] for start in starts]))
+            seen.append((isinstance(draw, DrawRows), texts))
             return real(prompts, *a, **o)
 
         mix.asked.generate = spy
@@ -99,3 +97,48 @@ def test_every_prompt_draws_from_its_distribution_with_its_own_numbers():
         torch.testing.assert_close(part.bincount(minlength=4) / len(part), wanted, rtol=0, atol=0.04)
     assert drawn((2000,), (2,), scores[3000:]).equal(tokens[3000:])
     assert not drawn((2000,), (3,), scores[3000:]).equal(tokens[3000:])
+
+
+def _sliding():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5, "max_position_embeddings": 128}
+    return MistralForCausalLM(MistralConfig(**sizes, **heads)).eval()
+
+
+def _mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "once"),
+    [
+        (lambda: cases.build("llama"), True),
+        (lambda: cases.build("gpt2"), True),
+        (_sliding, True),
+        (lambda: cases.build("t5"), False),
+        (_mamba, False),
+    ],
+    ids=["llama", "gpt2", "sliding", "t5", "mamba"],
+)
+def test_several_answers_to_a_prompt_are_those_of_the_prompt_repeated(build, once, tmp_path):
+    """Where the model's cache allows, it reads the prompt once."""
+    model, tokenizer = build(), wide_tokenizer(tmp_path)
+    asked, fed = Answerer(model, tokenizer), []
+    asked.ends, model.generation_config.eos_token_id = (), None
+    prompts, counts = ["abcdefgh", "xy", "a longer prompt"], [2, 1, 3]
+    draw = [DrawRows(lambda ids, scores: scores, counts, (1, 2, 3)) for _ in range(2)]
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: fed.append(args[0].numel()))
+    repeated = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+    wanted = asked.texts(repeated, 6, logits_processor=draw[:1])
+    read = fed[0] if once else 0
+    fed.clear()
+    assert asked.texts(prompts, 6, counts=counts, logits_processor=draw[1:]) == wanted and len(set(wanted)) > 3
+    if once:
+        assert sum(fed) < read + 6 * 6 and fed[0] == read // 2 - 3  # six rows of three prompts, without the last token
+    assert asked.texts(["a", "bcd"], 2, counts=[1, 2]) == asked.texts(["a", "bcd", "bcd"], 2)  # one token alone
