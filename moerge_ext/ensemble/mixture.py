@@ -21,8 +21,6 @@ from .router import PromptRouter, warn_of_other_experts
 from .sampler import Sampler, Wish
 from .template import Turns
 
-SAMPLED_ROWS = 4  # for every prompt: without the sampled answers, prompts are several times shorter than with them
-
 
 class MixProbabilities:
     """A logits processor: K prompts of each of N questions, scores [K*N,V] -> the same mixture for all K [K*N,V].
@@ -246,7 +244,7 @@ class PromptEnsemble:
             partial(self.experts[e].turns, question)
             for e, question in zip(ids, cycle(questions), strict=False)  # cycle never ends
         ]
-        made = self.sampler.made(makers, rows=SAMPLED_ROWS * len(makers), limit=limit, stop=tuple(stop))
+        made = self.sampler.made(makers, rows=len(makers), limit=limit, stop=tuple(stop))
         return [self.put(turns) for turns in made]
 
     def _sample(self, wishes: list[Wish], limit: int, stop: Sequence[str]) -> list[list[str]]:

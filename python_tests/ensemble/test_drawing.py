@@ -45,12 +45,12 @@ def test_samples_are_of_the_prompt_alone_and_drawn_once(tmp_path):
         assert len(sampled) == len(set(sampled)), "a prompt was sampled twice"
         return dict(zip(questions, [texts for drawn, texts in seen if not drawn][0], strict=True)), sampled
 
-    both, sampled = asked(["abc", "de", "fg"])
-    assert len(sampled) == 5  # two rows, each after the other one, and three questions
+    both, sampled = asked(["abc", "de", "fg", "hi", "jk", "lm"])
+    assert len(sampled) == 8  # two rows, each after the other one, and six questions
     first = own.facts["demonstrations"][0]
-    assert sum(f"{first['input']}:{first['target']}." in text for text in sampled) == 4
+    assert sum(f"{first['input']}:{first['target']}." in text for text in sampled) == 7
     assert not any(text.endswith(f"{first['input']}:{first['target']}.{first['input']}:") for text in sampled)
-    assert batches == [1, 1, 3] and asked(["fg"])[0]["fg"] == both["fg"]
+    assert batches == [1, 1, 2, 2, 2] and asked(["fg", "hi", "jk", "lm"])[0]["fg"] == both["fg"]
     assert asked(["de"])[0]["de"] == both["de"] and asked(["abc"], seed=1)[0]["abc"] != both["abc"]
     cache = TextCache(tmp_path / "samples")
     assert asked(["abc"], cache=cache)[1] and asked(["abc"], cache=cache) == ({"abc": both["abc"]}, [])
