@@ -32,7 +32,7 @@ _OWN = {
     "retrieval": {
         "passages", "passage_count", "demonstration_passages", "similarity", "embedder", "mean_pool", "embedder_prefix"
     },
-    "answer-prompting": {"samples", "demonstration_samples"},
+    "answer-prompting": {"samples", "demonstration_samples", "sample_tokens"},
 }  # fmt: skip
 _KEYS = {"name", "kind", "demonstrations", "count", "seed", "template", "lora", "dataset"}
 _TEXTS = ("demonstrations", "lora", "passages", "similarity", "embedder", "embedder_prefix")
@@ -43,6 +43,7 @@ _NUMBERS = {
     "demonstration_passages": 0,
     "samples": 1,
     "demonstration_samples": 0,
+    "sample_tokens": 1,
 }
 _PARTS = {"experts", "few_shot", "router", "top_k", "stop", "answer_after", "max_new_tokens"}
 BASELINE = "specific few-shot"  # section 3.3
@@ -86,7 +87,7 @@ def read_experts(path: Path, make_embedder: MakeEmbedder, form: PromptFormat | N
          "template": {"question": ..., ...},
          "passages": "passages.txt", "passage_count": 10, "demonstration_passages": 10, "similarity": "cosine" | "dot",
          "embedder": MODEL, "mean_pool": false, "embedder_prefix": "",
-         "samples": 10, "demonstration_samples": 10}
+         "samples": 10, "demonstration_samples": 10, "sample_tokens": 32}
 
     Only the name is needed (few-shot; count 0 without demonstrations). Paths are relative to the file; passages are
     searched with `make_embedder(expert)`, which is called for those alone. The inputs of demonstrations are made by the
@@ -182,7 +183,7 @@ def _expert(
     if kind == "chain-of-thought":
         return chain_of_thought(name, rows, **common)
     if kind == "answer-prompting":
-        common["demonstration_samples"] = entry.get("demonstration_samples")
+        common |= {key: entry.get(key) for key in ("demonstration_samples", "sample_tokens")}
         return answer_prompting(name, rows, samples=entry.get("samples", SAMPLES), **common)
     if kind == "retrieval":
         common["demonstration_passages"] = entry.get("demonstration_passages")

@@ -247,7 +247,7 @@ class PromptEnsemble:
         made = self.sampler.made(makers, rows=len(makers), limit=limit, stop=tuple(stop))
         return [self.put(turns) for turns in made]
 
-    def _sample(self, wishes: list[Wish], limit: int, stop: Sequence[str]) -> list[list[str]]:
+    def _sample(self, wishes: list[Wish], stop: Sequence[str]) -> list[list[str]]:
         """The sampled answers of every wish, by the base model with its own generation settings."""
         base = (
             self.handle.affinities(torch.zeros(len(self.handle.names), dtype=torch.float32, device="cpu"))
@@ -262,7 +262,7 @@ class PromptEnsemble:
         prompts = [self.put(wish.prompt) for wish in wishes]
         with base:
             options = {"counts": counts, "logits_processor": LogitsProcessorList([draw]), **self._stopping(stop)}
-            texts = [_cut(text, stop) for text in self.asked.generate(prompts, limit, **options)]
+            texts = [_cut(text, stop) for text in self.asked.generate(prompts, wishes[0].limit, **options)]
         return [texts[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
 
     def _loras(self, order: Sequence[int]):

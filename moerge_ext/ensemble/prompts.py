@@ -14,7 +14,7 @@ DEMONSTRATIONS = 16  # of the paper, for every strategy
 PASSAGES = 10  # retrieval-augmented: what Contriever returned in the paper
 SAMPLES = 10  # answer prompting: the model's own answers
 
-Ask = Callable[[Turns, int], Sequence[str]]  # (prompt, n) -> n sampled answers of the model
+Ask = Callable[..., Sequence[str]]  # (prompt, n[, most tokens of one]) -> n sampled answers of the model
 Retriever = Callable[[str], Sequence[str]]  # question -> passages, best first
 
 
@@ -125,6 +125,7 @@ def answer_prompting(
     *,
     samples: int = SAMPLES,
     demonstration_samples: int | None = None,
+    sample_tokens: int | None = None,
     count: int = DEMONSTRATIONS,
     seed: int = 0,
     template: Template | None = None,
@@ -133,17 +134,19 @@ def answer_prompting(
     """As few-shot, with the model's own `samples` answers to that prompt put before the question and every row.
 
     demonstration_samples: with every row, default as many as with the question, as in the paper. For those the model
-    sees the other rows, never the row's own answer.
+    sees the other rows, never the row's own answer. sample_tokens: at most so many in each, where answers are short but
+    a model may not find their end; None takes as many as in the final answer.
     """
     template = template or Template()
     chosen = _drawn(name, rows, count, seed, ("input", "target"))
     plain = tuple(template.solved(row, template.answer) for row in chosen)
     shown = _number(name, "demonstration_samples", demonstration_samples, samples)
+    limit = [] if sample_tokens is None else [_number(name, "sample_tokens", sample_tokens, samples, least=1)]
 
     def sampled(ask: Ask, shots: tuple[tuple[str, str], ...], question: str, most: int) -> str:
         if not most:
             return ""
-        answers = [answer.strip() for answer in ask(Turns(shots, template.ask(question)), most)]
+        answers = [answer.strip() for answer in ask(Turns(shots, template.ask(question)), most, *limit)]
         return template.samples.replace("{answers}", "; ".join(answer for answer in answers if answer))
 
     def build(question: str, ask: Ask | None) -> Turns:
@@ -153,7 +156,7 @@ def answer_prompting(
         )
         return Turns(shots, template.ask(question, sampled(ask, plain, question, samples)))
 
-    facts = _facts("answer-prompting", chosen, template) | {"samples": [samples, shown]}
+    facts = _facts("answer-prompting", chosen, template) | {"samples": [samples, shown, *limit]}
     return PromptExpert(name, build, lora, needs_samples=True, facts=facts)
 
 
@@ -180,12 +183,12 @@ def _drawn(name: str, rows: Sequence[Row], count: int, seed: int, keys: tuple[st
     return random.Random(seed).sample(list(rows), count)
 
 
-def _number(name: str, what: str, value: int | None, default: int) -> int:
+def _number(name: str, what: str, value: int | None, default: int, least: int = 0) -> int:
     value = default if value is None else value
-    if not isinstance(value, int) or value < 0 or not isinstance(default, int) or default < 1:
+    if not isinstance(value, int) or value < least or not isinstance(default, int) or default < 1:
+        wanted = "at least 1" if least else "not negative"
         raise ValueError(
-            f"expert '{name}': expected at least 1 with the question and {what} not negative, got {default!r} and "
-            f"{value!r}"
+            f"expert '{name}': expected at least 1 with the question and {what} {wanted}, got {default!r} and {value!r}"
         )
     return value
 

@@ -14,10 +14,11 @@ from .template import Turns
 
 @dataclass(frozen=True)
 class Wish:
-    """`count` sampled answers to one prompt, drawn with a seed of its own."""
+    """`count` sampled answers to one prompt, of at most `limit` tokens, drawn with a seed of its own."""
 
     prompt: Turns
     count: int
+    limit: int
     seed: int
 
 
@@ -33,10 +34,10 @@ class Sampler:
     differ in a batch of another shape). The same prompt is sampled once: the expert alone and the ensembles that it is
     part of share its answers.
 
-    sample: (wishes, limit, stop) -> the answers of each wish, all of them in one batch.
+    sample: (wishes of one limit, stop) -> the answers of each wish, all of them in one batch.
     """
 
-    def __init__(self, sample: Callable[[list[Wish], int, Sequence[str]], list[list[str]]], seed: int):
+    def __init__(self, sample: Callable[[list[Wish], Sequence[str]], list[list[str]]], seed: int):
         self.sample, self.seed = sample, seed
         self.kept: dict[str, list[str]] = {}
         self.cache: TextCache | None = None
@@ -49,7 +50,8 @@ class Sampler:
     def made(
         self, makers: Sequence[Callable[[Ask], Turns]], *, rows: int, limit: int, stop: tuple[str, ...] = ()
     ) -> list[Turns]:
-        """What each of `makers` makes with the answers that it asks for.
+        """What each of `makers` makes with the answers that it asks for, of at most `limit` tokens, or fewer where it
+        says so.
 
         The samples of several prompts are drawn together, at most `rows` at a time or those of one prompt.
         """
@@ -57,11 +59,12 @@ class Sampler:
         while True:
             wanted: dict[str, Wish] = {}
 
-            def ask(prompt: Turns, count: int, wanted: dict[str, Wish] = wanted) -> list[str]:
-                asked = json.dumps([astuple(prompt), count, limit, stop, self.seed])
+            def ask(prompt: Turns, count: int, most: int = limit, *, wanted: dict[str, Wish] = wanted) -> list[str]:
+                most = min(most, limit)
+                asked = json.dumps([astuple(prompt), count, most, stop, self.seed])
                 answers = self._known(asked)
                 if answers is None:
-                    wanted[asked] = Wish(prompt, count, int(_digest(asked)[:15], 16))
+                    wanted[asked] = Wish(prompt, count, most, int(_digest(asked)[:15], 16))
                     raise _NotYet
                 return answers
 
@@ -73,7 +76,7 @@ class Sampler:
                         continue
             if not wanted:
                 return [turns for turns in done if turns is not None]
-            self._draw(wanted, rows, limit, stop)
+            self._draw(wanted, rows, stop)
 
     def _known(self, asked: str) -> list[str] | None:
         if (digest := _digest(asked)) not in self.kept and self.cache is not None:
@@ -82,9 +85,9 @@ class Sampler:
                 self.kept[digest] = answers
         return self.kept.get(digest)
 
-    def _draw(self, wanted: dict[str, Wish], rows: int, limit: int, stop: tuple[str, ...]) -> None:
+    def _draw(self, wanted: dict[str, Wish], rows: int, stop: tuple[str, ...]) -> None:
         for part in _batches(wanted, rows):
-            answers = self.sample([wanted[asked] for asked in part], limit, stop)
+            answers = self.sample([wanted[asked] for asked in part], stop)
             for asked, own in zip(part, answers, strict=True):
                 self.kept[_digest(asked)] = own
                 if self.cache is not None:
@@ -96,10 +99,11 @@ def _digest(asked: str) -> str:
 
 
 def _batches(wanted: dict[str, Wish], rows: int) -> Iterator[list[str]]:
-    """Keys of `wanted` in order, with as many samples in a batch as `rows`, or one key."""
+    """Keys of `wanted` in order, those of a batch of one limit, with as many samples as `rows`, or one key."""
     part: list[str] = []
     for asked, wish in wanted.items():
-        if part and sum(wanted[key].count for key in part) + wish.count > rows:
+        full = sum(wanted[key].count for key in part) + wish.count > rows
+        if part and (full or wanted[part[0]].limit != wish.limit):
             yield part
             part = []
         part.append(asked)

@@ -59,6 +59,17 @@ def test_samples_are_of_the_prompt_alone_and_drawn_once(tmp_path):
     assert letter not in asked(["abc"], stop=(letter,))[0]["abc"].rpartition("=abc:")[0].rpartition("=")[2]
 
 
+def test_samples_have_a_length_of_their_own(tmp_path):
+    model, tokenizer, limits = cases.build("llama"), wide_tokenizer(tmp_path), []
+    words = {"template": Template(question="{input}:", samples="={answers}="), "samples": 2, "count": 0}
+    experts = [answer_prompting(name, sample_tokens=n, **words) for name, n in (("a", 2), ("b", None), ("c", 99))]
+    mix = PromptEnsemble(model, tokenizer, experts)
+    real = mix.asked.generate
+    mix.asked.generate = lambda prompts, n, **o: limits.append((len(prompts), n)) or real(prompts, n, **o)
+    mix.answer(["abc", "de"], select=(torch.tensor([[0, 1, 2]] * 2), torch.ones(2, 3)), max_new_tokens=5)
+    assert limits == [(2, 2), (2, 5), (6, 5)]  # "b" and "c" share their samples
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -78,8 +78,8 @@ def test_every_demonstration_carries_its_passages():
 def test_every_demonstration_carries_sampled_answers():
     asked = []
 
-    def ask(prompt, count):
-        asked.append((prompt.text, count))
+    def ask(prompt, count, *limit):
+        asked.append((prompt.text, count, *limit))
         return ["x ", "", "y"]
 
     own = answer_prompting("own", ROWS, count=2, samples=3, template=SHORT)
@@ -92,6 +92,10 @@ def test_every_demonstration_carries_sampled_answers():
     asked.clear()
     plain = answer_prompting("own", ROWS, count=2, samples=3, demonstration_samples=0, template=SHORT)
     assert plain.prompt("new", ask) == f"{q1}:{a1}.{q2}:{a2}.{said}new:" and len(asked) == 1
+    asked.clear()
+    short = answer_prompting("own", count=0, samples=3, sample_tokens=5, template=SHORT)
+    assert short.prompt("new", ask) == f"{said}new:" and asked == [("new:", 3, 5)]
+    assert short.facts["samples"] != answer_prompting("own", count=0, samples=3, template=SHORT).facts["samples"]
 
 
 def test_prompts_explain_what_is_missing():
@@ -103,6 +107,7 @@ def test_prompts_explain_what_is_missing():
         (lambda: few_shot("a", count=0).prompt(" "), "empty question"),
         (lambda: answer_prompting("a", count=0).prompt("q"), "needs the model's own answers"),
         (lambda: answer_prompting("a", count=0, samples=0), "expected at least 1 with the question"),
+        (lambda: answer_prompting("a", count=0, sample_tokens=0), "sample_tokens at least 1, got 10 and 0"),
         (lambda: retrieval_augmented("a", lambda q: [], count=0).prompt("q"), "the retriever returned no passage"),
         (lambda: retrieval_augmented("a", lambda q: [], count=0, demonstration_passages=-1), "not negative"),
     ):
