@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--to-lora",
         action="store_true",
-        help="of a LoHa, LoKr, VeRA, HiRA or DoRA adapter; exact unless a loss is allowed",
+        help="of another kind that merges into a weight (DoRA, LoHa, OFT, ...); exact unless a loss is allowed",
     )
     add(
         "--rank",

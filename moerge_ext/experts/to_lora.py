@@ -4,8 +4,9 @@ rank, with what is lost.
     delta W = W' - W,  W' the weight that PEFT merges the adapter into      U S V^T = delta W,  B A = U_r S_r V_r^T
 
 The best product of rank r in the Frobenius norm (Eckart and Young 1936), computed in float64. VeRA has the rank of its
-projections, LoHa at most the product of its two ranks, LoKr rank(w1) * rank(w2); HiRA and DoRA change the weight by
-itself, so that delta W depends on the base and is of full rank in general.
+projections, LoHa at most the product of its two ranks, LoKr rank(w1) * rank(w2); what multiplies the weight (DoRA,
+HiRA, OFT) has a delta W that depends on the base and is of full rank in general. Whether W' x + b is what PEFT
+computes is looked at in every layer: some kinds change the bias too.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from ..files.safefile import file_inside
 from ..files.shards import has_weights, open_weights
 from ..models.linear import linear_features
 from ..models.pretrained import load_model
+from .formats.foreign import MERGES
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from .formats.peft_config import read_config
 from .formats.view import peft_config
 from .hub import find_adapter
 from .keys import PREFIX, bare_path
 
-KINDS = frozenset(["LOHA", "LOKR", "VERA", "HIRA"])
 AS_THEY_ARE = {"IA3": "(IA)3, which experts can be", "ADALORA": "AdaLoRA, which is read as a LoRA"}
 DORA = "DoRA"
+FITS = 1e-4  # relative difference below which a merged weight is what the layer computes, some of which use float32
 EXACT = 1e-6  # relative error below which a conversion counts as exact: what float32 factors hold
 _COMMON = ("task_type", "base_model_name_or_path", "revision")
 
@@ -70,17 +72,17 @@ def convert_to_lora(
     max_error: float | None = None,
     progress: bool = True,
 ) -> Conversion:
-    """Write the LoHa, LoKr, VeRA, HiRA or DoRA adapter `source` as a PEFT LoRA folder `output`.
+    """Write the adapter `source`, of a kind in MERGES or a DoRA, as a PEFT LoRA folder `output`.
 
-    base: the model it was trained on (left as it was), or its folder or hub id: HiRA and DoRA multiply its weights.
+    base: the model it was trained on (left as it was), or its folder or hub id: some kinds multiply its weights.
     rank: at most this rank in every module. max_error: the smallest rank whose relative error (Frobenius norm of what
     is lost over that of delta W, in each module) is at most this; with `rank` too, a module that needs more is refused.
     Neither: exact (an error of 1e-6 at most). Factors are float32 and hold the scaling (alpha = r). A module to which
     the adapter adds nothing gets rank 1 and zeros.
 
     Raises ValueError, before anything is written, for an adapter of another kind, layers that are not linear, tensors
-    that are missing or left over, biases or whole modules beside it, and, naming each module with the rank it needs,
-    where the bound cannot be held by factors that are smaller than the matrix.
+    that are missing or left over, biases or whole modules beside it, layers that change more than their weight, and,
+    naming each module with the rank it needs, where factors that keep the bound are not smaller than the matrix.
     """
     _check_bounds(rank, max_error)
     name, folder = find_adapter(source)
@@ -92,7 +94,10 @@ def convert_to_lora(
     loaded = not isinstance(base, nn.Module)
     model = load_model(os.fspath(base), dtype="auto", device="cpu") if loaded else base
     tensors, ranks, errors, problems = {}, {}, {}, []
-    for path, delta in _deltas(model, name, folder, config, progress):
+    for path, delta, fits in _deltas(model, name, folder, config, progress):
+        if not fits:
+            problems.append(f"{path}: PEFT changes more than the weight here, such as the bias")
+            continue
         a, b, errors[path] = best_product(delta, rank, max_error)
         ranks[path] = len(a)
         problems += [f"{path}: {why}" for why in _bound_problems(delta, len(a), errors[path], rank, max_error)]
@@ -159,8 +164,8 @@ def _checked_config(name: str, folder: Path) -> dict[str, Any]:
     if (kind == "LORA" and config.get("use_dora") is not True) or kind in AS_THEY_ARE:
         # no more is said of it: nothing of it stands in the way
         raise ValueError(f"{head}: it is {AS_THEY_ARE.get(kind, 'a LoRA already')}: load it as it is")
-    if kind != "LORA" and not (isinstance(kind, str) and kind in KINDS):
-        problems.append(f"peft_type must be {', '.join(sorted(KINDS))}, or LORA with use_dora, got {str(kind)[:80]!r}")
+    if kind != "LORA" and not (isinstance(kind, str) and kind in MERGES):
+        problems.append(f"peft_type must be {', '.join(sorted(MERGES))}, or LORA with use_dora, got {str(kind)[:80]!r}")
     if not has_weights(folder, WEIGHTS_FILE):
         problems.append(f"{WEIGHTS_FILE} is missing (adapter_model.bin is not opened here)")
     if config.get("bias", "none") not in ("none", None) or config.get("lora_bias"):
@@ -176,8 +181,9 @@ def _checked_config(name: str, folder: Path) -> dict[str, Any]:
 
 def _deltas(
     model: nn.Module, name: str, folder: Path, config: dict[str, Any], progress: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """(module path, W' - W [O,D] float64) of every layer with the adapter; the model is as before afterwards."""
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """(module path, W' - W [O,D] float64, whether that is all the layer adds) of every layer with the adapter; the
+    model is as before afterwards."""
     try:
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -197,8 +203,7 @@ def _deltas(
         raise ValueError(f"adapter {name!r} cannot be put on {type(model).__name__} by PEFT: {reason}") from None
     try:
         found = set_peft_model_state_dict(adapted, tensors)
-        own = {key for key, _ in adapted.named_parameters() if adapted.base_model.prefix in key}
-        missing = sorted(own.intersection(found.missing_keys))
+        missing = _missing(adapted, set(found.missing_keys))
         problems = [f"{key} is not in the file" for key in missing]
         problems += [f"{key} of the file belongs to no layer of the model" for key in found.unexpected_keys]
         problems += [f"{key} holds NaN or infinite values" for key, t in tensors.items() if not t.isfinite().all()]
@@ -211,19 +216,33 @@ def _deltas(
             said = grouped(problems) or ["no layer of the model carries it"]
             raise ValueError(f"adapter {name!r} does not fit {type(model).__name__}:\n- " + "\n- ".join(said))
         for path, layer in tqdm(layers.items(), "converting", unit="layer", disable=not progress, leave=False):
-            yield bare_path(path), _delta(layer)
+            yield bare_path(path), *_delta(layer)
     finally:
         adapted.unload()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
+def _missing(adapted: nn.Module, absent: set[str]) -> list[str]:
+    """Parameters of the adapter that no name loads: layers may share one, as VB-LoRA's do their bank."""
+    names: dict[int, list[str]] = {}
+    for key, parameter in adapted.named_parameters(remove_duplicate=False):
+        if adapted.base_model.prefix in key:
+            names.setdefault(id(parameter), []).append(key)
+    return sorted(keys[0] for keys in names.values() if absent.issuperset(keys))
+
+
 @torch.no_grad()
-def _delta(layer: Any) -> Tensor:
-    """W' - W [O,D] of one of PEFT's layers, in float64."""
-    twin = copy.deepcopy(layer).double()
+def _delta(layer: Any) -> tuple[Tensor, bool]:
+    """(W' - W [O,D] of one of PEFT's layers, in float64; whether the layer computes W' x + b)"""
+    twin = copy.deepcopy(layer).double().eval()
     base = twin.get_base_layer()
-    before = base.weight.detach().clone()
+    before, width = base.weight.detach().clone(), linear_features(base)[0]
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    x = x.to(before.device)
+    added = twin(x) - base(x)
     twin.merge()
     delta = base.weight.detach() - before
-    return delta.T if hasattr(base, "nf") else delta
+    delta = delta.T if hasattr(base, "nf") else delta
+    lost = torch.linalg.norm(added - x @ delta.T)
+    return delta, bool(lost <= FITS * torch.linalg.norm(added) + 1e-12 * torch.linalg.norm(x))

@@ -92,16 +92,16 @@ def test_the_weights_in_place_of_their_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["LOHA", "HIRA", "FOURIERFT", "OFT", "UNILORA", "TRAINABLE_TOKENS", "PREFIX_TUNING", "X"]
+    "kind", ["LOHA", "HIRA", "FOURIERFT", "OFT", "LN_TUNING", "TRAINABLE_TOKENS", "PREFIX_TUNING", "X"]
 )
 def test_other_kinds_of_adapter(tmp_path, kind):
     folder = write_adapter(tmp_path / "expert", {Q: factors()})
     (folder / CONFIG).write_text(json.dumps(lora_config() | {"peft_type": kind}))
     words = {
         "LOHA": ["--to-lora"],
-        "FOURIERFT": ["save_as_lora"],
-        "OFT": ["multiplies"],
-        "UNILORA": ["save_as_lora"],
+        "FOURIERFT": ["--to-lora"],
+        "OFT": ["--to-lora"],
+        "LN_TUNING": ["trains the norms"],
         "TRAINABLE_TOKENS": ["rows of the base's embedding"],
         "PREFIX_TUNING": ["no layer"],
         "X": ["'X'"],

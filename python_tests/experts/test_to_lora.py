@@ -1,4 +1,4 @@
-"""LoHa, LoKr, VeRA, HiRA and DoRA as LoRA: against what PEFT computes with the adapter itself."""
+"""PEFT's other kinds of adapters as LoRA: against what PEFT computes with the adapter itself."""
 
 import json
 
@@ -10,24 +10,43 @@ from safetensors.torch import load_file, save_file
 
 import moerge_ext as moerge
 from moerge_ext.commands.main import main
+from moerge_ext.experts.formats.foreign import MERGES
 from moerge_ext.experts.to_lora import best_product, convert_to_lora
 
 peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "down_proj"]
-KINDS = {
-    "LOHA": lambda: peft.LoHaConfig(r=2, alpha=4, target_modules=TARGETS),
-    "LOKR": lambda: peft.LoKrConfig(r=2, alpha=4, decompose_factor=4, target_modules=TARGETS),
-    "VERA": lambda: peft.VeraConfig(r=3, target_modules=["q_proj"]),
-    "HIRA": lambda: peft.HiraConfig(r=2, target_modules=TARGETS),
-    "DoRA": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=TARGETS),
+SETTINGS = {
+    "LOHA": {"r": 2, "alpha": 4},
+    "LOKR": {"r": 2, "alpha": 4, "decompose_factor": 4},
+    "VERA": {"r": 3, "target_modules": ["q_proj"]},
+    "HIRA": {"r": 2},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 4},
+    "FOURIERFT": {"n_frequency": 20},
+    "MISS": {"r": 4},
+    "OFT": {"oft_block_size": 4},
+    "PVERA": {"target_modules": ["q_proj"]},
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 4},
+    "VBLORA": {"vector_length": 4, "num_vectors": 8, "topk": 2, "target_modules": ["q_proj"]},
+    "WAVEFT": {"n_frequency": 20},
 }
+
+
+def config_of(kind):
+    """Skips where PEFT does not know the kind."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KNOWN
+
+    if kind == "DoRA":
+        return peft.LoraConfig(r=2, use_dora=True, target_modules=TARGETS)
+    if kind not in KNOWN:
+        pytest.skip(f"needs a newer PEFT: this one has no {kind}")
+    return KNOWN[kind](**{"target_modules": TARGETS} | SETTINGS.get(kind, {}))
 
 
 def adapter(kind, folder, build=builders.tiny_llama, config=None):
     """(the folder, PEFT's logits with it)"""
-    if kind == "HIRA" and not hasattr(peft, "HiraConfig"):
-        pytest.skip("needs a newer PEFT: this one has no HiraConfig")
-    model = peft.get_peft_model(build(), config or KINDS[kind]())
+    model = peft.get_peft_model(build(), config or config_of(kind))
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -42,7 +61,7 @@ def routed(folder, model):
 
 
 def reads_what_it_saved(kind, folder) -> bool:
-    model = peft.get_peft_model(builders.tiny_llama(), KINDS[kind]())
+    model = peft.get_peft_model(builders.tiny_llama(), config_of(kind))
     return not peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors")).unexpected_keys
 
 
@@ -77,6 +96,37 @@ def test_what_changes_the_weight_itself_is_bounded(kind, tmp_path):
     assert made.worst[1] <= 0.3 and max(made.ranks.values()) < 32
     with pytest.raises(ValueError, match="rank 1 leaves a relative error of .*, more than 0.01"):
         convert_to_lora(folder, tmp_path / "no", model, rank=1, max_error=0.01, progress=False)
+
+
+@pytest.mark.parametrize("kind", sorted(MERGES - {"LOHA", "LOKR", "VERA", "HIRA"}))
+def test_every_kind_that_merges_becomes_a_lora(kind, tmp_path):
+    folder, want = adapter(kind, tmp_path / "own")
+    model = builders.tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = convert_to_lora(folder, tmp_path / "lora", model, rank=32, progress=False)
+    assert made.worst[1] < 1e-6 and error(routed(made.path, model), want) < 1e-5
+    assert error(logits(model, input_ids=tokens()), want) > 1e-3  # the adapter changes something
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize("kind", ["ROAD", "GLORA"])
+def test_a_change_of_the_bias_is_refused(kind, tmp_path):
+    """Their layers change the bias too, where there is one; the merged weight alone says nothing of it."""
+
+    def biased():
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+        model.model.layers[0].self_attn.q_proj.bias.data.normal_()
+        return model
+
+    folder, _ = adapter(kind, tmp_path / "own", biased)
+    with pytest.raises(ValueError, match="q_proj: PEFT changes more than the weight here, such as the bias"):
+        convert_to_lora(folder, tmp_path / "lora", biased(), rank=32, progress=False)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_a_dora_of_conv1d(tmp_path):
@@ -115,7 +165,7 @@ def test_refusals(tmp_path):
     refused("belongs to no layer", stored | {"base_model.model.other.hada_w1_a": torch.ones(1)})
     refused("NaN or infinite", stored | {first: torch.full_like(stored[first], torch.nan)})
     refused("modules_to_save", modules_to_save=["lm_head"])
-    refused("got 'OFT'", peft_type="OFT")
+    refused("got 'LN_TUNING'", peft_type="LN_TUNING")
     refused("to a LoRA: it is a LoRA already: load it as it is$", peft_type="LORA", init_lora_weights="pissa")
     refused("it is .IA.3, which experts can be: load it", base=None, peft_type="IA3")
     refused("it takes base=MODEL", base=None)

@@ -26,31 +26,20 @@ _TOOLS = {
     "pytorch_model.bin": "is a pickle, of a whole model or of a library whose adapters are not read",
     "*.nemo": "is an archive of NeMo: export the adapter to PEFT's layout with it",
 }
-# PEFT's methods (0.21) that its save_as_lora approximates by a LoRA, and that have no layer of their own
-_CONVERTIBLE = frozenset(
+# PEFT's methods (0.21) of which a LoRA can be made, by what they do to a weight, and that have no layer of their own
+MERGES = frozenset(
     [
-        "C3A",
-        "DELORA",
-        "FOURIERFT",
-        "GRALORA",
-        "MISS",
-        "PSOFT",
-        "RANDLORA",
-        "TINYLORA",
-        "UNILORA",
-        "VBLORA",
-        "WAVEFT",
+        "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "LOHA", "LOKR",
+        "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+        "UNILORA", "VBLORA", "VERA", "WAVEFT"
     ]
-)
+)  # fmt: skip
 _NO_LAYER = frozenset(
     ["ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
 )
 # what the others do to the base instead
 _DOES = {
-    **dict.fromkeys(["BOFT", "HRA", "OFT", "ROAD"], "multiplies the base's weights"),
     "LN_TUNING": "trains the norms of the base",
-    "SHIRA": "changes single entries of the base's weights, which no small rank holds",
-    "OSF": "changes the base's weights themselves",
     "TRAINABLE_TOKENS": "replaces rows of the base's embedding",
     **dict.fromkeys(["POLY", "XLORA"], "routes among LoRAs of its own and is not one"),
 }
@@ -70,13 +59,8 @@ def what_kind(kind: object) -> str:
     """A clause for an error about PEFT's other methods: what this one is, and whether it can become a LoRA."""
     if not isinstance(kind, str):
         return ""
-    if kind in ("LOHA", "LOKR", "VERA", "HIRA"):
+    if kind in MERGES:
         return f"; a LoRA can be made of {kind}: moerge convert FOLDER OUT --to-lora --model MODEL [--rank R]"
-    if kind in _CONVERTIBLE:
-        return (
-            f"; {kind} adds to the weights, so PEFT can convert it: peft.save_as_lora(OUT, "
-            "PeftModel.from_pretrained(base, FOLDER), rank)"
-        )
     if kind in _NO_LAYER:
         return f"; {kind} trains tokens or activations and adds to no layer"
     if kind == "IA3":
