@@ -211,6 +211,14 @@ def test_training_refuses_before_the_model_is_read(folder, capsys, monkeypatch, 
     assert "rows 0, 1, 2 and 3 more (from 0): the template asks for {m}" in capsys.readouterr().err
     assert call(*words, "--template", "m") == 2
     assert "the template must contain {input}" in capsys.readouterr().err
+    make_tokenizer(folder / "model")
+    (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write(data, [ROWS[0], {"messages": messages}])
+    assert call(*words) == 2
+    told = capsys.readouterr()
+    assert f"{data} cannot be used:\n- row 1 (from 0): rows of messages: this tokenizer has no chat temp" in told.err
+    assert not told.out, "the plan of a run that does not begin"
     write(data, [{"text": "abc"}])
     assert call(*words, "--chat") == 2
     assert 'a chat template needs "input" and "target"' in capsys.readouterr().err
