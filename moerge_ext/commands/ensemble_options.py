@@ -17,6 +17,7 @@ from ..evaluation import identity
 from ..evaluation.runs import Run
 from ..evaluation.tasks import Task
 from ..files.counting import counted
+from ..files.listing import at_rows
 from ..files.meta import read_instructed_rows
 from ..queries.cache import TextCache
 from ..queries.embedder import Embedder
@@ -79,7 +80,7 @@ def read_questions(args: argparse.Namespace) -> list[Question]:
         rows = read_instructed_rows(path)[: args.limit]
         wrong = form.problems(rows)
         wrong += [
-            f"row {i}: a prompt expert is asked one question, got {counted(len(row.conversation), 'message')}"
+            f"{at_rows([i])}: a prompt expert is asked one question, got {counted(len(row.conversation), 'message')}"
             for i, row in enumerate(rows)
             if row.conversation is not None and len(row.conversation) > 1
         ]
@@ -87,7 +88,7 @@ def read_questions(args: argparse.Namespace) -> list[Question]:
             try:
                 questions.append(question_of(row, form.text(row), dataset))
             except ValueError as error:
-                wrong.append(f"row {i}: {error}")
+                wrong.append(f"{at_rows([i])}: {error}")
         if wrong:
             problems.append(f"{path} cannot be asked:\n- " + "\n- ".join(wrong))
     if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from functools import cache, partial
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     tasks = read_tasks(args, metric="exact_match")
     methods = with_top_k(listed(args.methods), args.top_k)
     given = dict(_pair(text) for text in args.oracle)
+    if unasked := sorted(set(given) - {task.name for task in tasks}):
+        warnings.warn(f"--oracle: no task is called {listed_names(unasked)}; nothing is measured there", stacklevel=2)
     results = read_results(args.results) if args.results else []
 
     from ..evaluation.composition import report as composition

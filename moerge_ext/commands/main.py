@@ -107,7 +107,10 @@ class Parser(argparse.ArgumentParser):
                 "everything up to the next option"
             )
         bad = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
-        if bad is not None and (near := get_close_matches(bad[1], COMMANDS, n=1)):
+        if (bad is not None or lost == ["COMMAND"]) and self.words and self.words[0].startswith("-"):
+            message = self.unknown(self.words[:1])
+            message += "" if message.endswith(")") else "; the command comes first, its options behind it"
+        elif bad is not None and (near := get_close_matches(bad[1], COMMANDS, n=1)):
             message = f"there is no command {bad[1]!r}: did you mean {near[0]}?"
         super().error(message)
 

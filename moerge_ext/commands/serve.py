@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         served = f"{counted(len(args.experts), 'expert')} can be served with {', '.join(settings.variants())}"
         print(f"moerge serve: {served} by {engine}")
-        if engine == "vllm" and find_spec("vllm") is None:
-            print(f"not here yet: {INSTALL}")
+        if (lost := not_here(engine)) is not None:
+            print(f"not here yet: {lost}")
         return 0
     if engine == "transformers":
         from ..serving.transformers import launch
@@ -107,6 +107,19 @@ def passed_on(engine: str, model: str, words: list[str]) -> Any:
     from ..serving.transformers import launch
 
     return launch.options_of(model, words)
+
+
+def not_here(engine: str) -> str | None:
+    """What the engine's server needs and is not installed."""
+    if engine == "vllm":
+        return INSTALL if find_spec("vllm") is None else None
+    from ..serving.transformers import launch
+
+    try:
+        launch.require()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def default_engine() -> str:

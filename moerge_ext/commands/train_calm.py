@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         return compose_models(args.model, args.augmenting, connections=connections, heads=args.heads,
                               seed=what.training.get("seed", 0), dtype=args.dtype)  # fmt: skip
 
-    model, tokenizer = load(args, composed)
+    model, tokenizer = load(what, composed)
     shared = {"default": _defaults(), "examples": len(what.rows), **what.shared(tokenizer)}
     result = what.go(train_calm, model, what.rows, args.output, **shared)
     if what.ranks.first:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     check_resumed(what, default, folder / STATE_FILE, args.output / WEIGHTS, **lora)
     check_named(args)
     check_writable(args.output)
-    model, tokenizer = load(args)
+    model, tokenizer = load(what)
     shared = {"default": default, "examples": len(what.rows), **what.shared(tokenizer)}
     what.go(train_expert, model, what.rows, args.output, **shared)
     return 0

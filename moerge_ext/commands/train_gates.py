@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     state, joint = target / CHECKPOINT_FOLDER / STATE_FILE, hasattr(args, "joint")
     check_resumed(what, _defaults(), state, gates_file(target, args.kind), joint=joint)
     check_writable(target)
-    model, tokenizer = load(args)
+    model, tokenizer = load(what)
     shared = {"output_dir": args.output, "modules": args.modules, **what.shared(tokenizer)}
     if args.kind == AVERAGE_ACTIVATION:
         shared |= {"samples": args.samples or SAMPLES, **what.training}

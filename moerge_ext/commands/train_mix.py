@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         **own,
     )
     check_can_write(args.output)
-    model, tokenizer = load(args)
+    model, tokenizer = load(what)
     shared = {"default": default, "examples": len(what.rows), **what.shared(tokenizer)}
     shared["dtype"] = load_config(args.model).dtype
     result = what.go(train_mix, model, what.rows, args.output, **shared)

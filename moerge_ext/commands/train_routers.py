@@ -11,7 +11,7 @@ from .expert_options import add_experts, add_gates, add_selection, gates_of, loa
 from .model_options import add_placed_model
 from .needs import describing
 from .resuming import check_resumed
-from .training_options import Training, add_data, add_training, check_finished, defaults, load, my_rows
+from .training_options import Training, add_data, add_training, check_finished, defaults, load
 
 OBJECTIVE = ("balance", "z", "dropout", "sparsity", "train_experts")  # what only `train_routers` takes
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.routers.run import NUMBERS, STATE_FILE
     from ..training.routers.train import CHECKPOINT_FOLDER, train_routers
 
-    own = {name: my_rows(Path(file), what.ranks, what.prompt) for name, file in own_files.items()}
+    own = {name: what.read(Path(file)) for name, file in own_files.items()}
     check_finished(args, args.output / ROUTERS_FILE)
     default, learned = _defaults(args.method), get_method(args.method).learned
     settings = {name: what.training.get(name, default[name]) for name in NUMBERS}
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     experts = load_bank(args)
     check_data(get_method(args.method), experts.names, what.rows, own or None)
     check_prompts(args, experts, options)
-    model, tokenizer = load(args)
+    model, tokenizer = load(what)
     shared = {"default": default, "examples": max(map(len, [what.rows or [], *own.values()]))}
     shared |= {"method": args.method, "expert_data": own or None, "options": options, **what.shared(tokenizer)}
     result = what.go(train_routers, model, experts, what.rows, args.output, **shared)

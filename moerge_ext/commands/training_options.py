@@ -143,9 +143,22 @@ class Training:
             raise ValueError("; ".join(problems))
         self.args, self.ranks, self.prompt = args, current_ranks(), prompt_of(args)
         self.training = given(args, *more)
-        self.rows = None if args.data is None else my_rows(args.data, self.ranks, self.prompt)
+        self.files: dict[Path, list[Example]] = {}
+        self.rows = None if args.data is None else self.read(args.data)
         if "validation" in self.training:
-            self.training["validation"] = my_rows(self.training["validation"], self.ranks, self.prompt)
+            self.training["validation"] = self.read(self.training["validation"])
+
+    def read(self, path: Path) -> list[Example]:
+        """This process's part of the rows of one more file."""
+        self.files[path] = my_rows(path, self.ranks, self.prompt)
+        return self.files[path]
+
+    def check_chat(self, tokenizer: Any) -> None:
+        """ValueError for --chat, or rows of messages, and a tokenizer that has no chat template."""
+        check_chat(self.prompt, tokenizer)
+        if not getattr(tokenizer, "chat_template", None):
+            for path, rows in self.files.items():
+                refuse_rows(path, self.prompt.problems(rows, tokenizer))
 
     def shared(self, tokenizer: Any) -> dict[str, Any]:
         """What every function of `moerge_ext.training` takes of the arguments beside the rows."""
@@ -186,24 +199,31 @@ def my_rows(path: Path, ranks: Ranks, prompt: PromptFormat) -> list[Example]:
     """
     # a meta.json that nothing is asked of may be anybody's
     rows = (read_instructed_rows if "instruction" in prompt.fields else read_rows)(path, text=True)
-    if problems := prompt.problems(rows):
-        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems))
+    refuse_rows(path, prompt.problems(rows))
     if len(rows) < ranks.size:
         raise ValueError(f"{path} has {counted(len(rows), 'row')} for {ranks.size} processes: each needs one at least")
     return rows[ranks.rank :: ranks.size]
 
 
-def load(args: argparse.Namespace, make: Callable[[], Any] | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of the arguments; under torchrun each process takes a GPU of its own. `make` makes another
-    model than that of --model, with its tokenizer."""
+def refuse_rows(path: Path, problems: list[str]) -> None:
+    """ValueError with the problems of a file, if there are any."""
+    if problems:
+        raise ValueError(f"{path} cannot be used:\n- " + "\n- ".join(problems))
+
+
+def load(what: Training, make: Callable[[], Any] | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a training; under torchrun each process takes a GPU of its own. `make` makes another
+    model than that of --model, with its tokenizer. ValueError for rows that the tokenizer cannot put, before the
+    weights are read."""
     import torch
 
     from ..models.pretrained import load_model, load_tokenizer, usable_device
 
+    args = what.args
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     device = usable_device(args.device or gpu)
     tokenizer = load_tokenizer(args.model)
-    check_chat(prompt_of(args), tokenizer)
+    what.check_chat(tokenizer)
     if make is not None:
         return make().to(device), tokenizer
     return load_model(args.model, dtype=args.dtype, device=device), tokenizer

@@ -94,7 +94,7 @@ def warn_of_shown(questions: Sequence[Question], experts: Sequence[PromptExpert]
         if shown:
             seen[expert.name] = len(shown)
     if seen:
-        said = listed([f"{count} by {name}" for name, count in seen.items()], "experts")
+        said = listed([f"{count} by {name}" for name, count in seen.items()], "expert")
         warnings.warn(
             f"some questions are shown with their answers, as demonstrations: {said}; take them out of the questions, "
             "or else these experts look better than they are",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ..files.listing import at_rows
 from ..models.pretrained import context_of
 from ..models.prompt import PromptFormat
 from .answers import Answerer
@@ -49,7 +50,7 @@ def _too_long(answerer: Answerer, task: Task, form: PromptFormat, max_new_tokens
         try:
             length = len(answerer.prompt_ids(form.prompt(row, answerer.tokenizer)))
         except ValueError as error:
-            empty.append(f"row {number}: {error}")
+            empty.append(f"{at_rows([number])}: {error}")
             continue
         if not answerer.seq2seq:
             choices = [row["target"]] if given else task.choices_of(row) if task.metric == "rank" else []
@@ -60,7 +61,7 @@ def _too_long(answerer: Answerer, task: Task, form: PromptFormat, max_new_tokens
     if context is not None and longest > context:
         parts = "a prompt" if answerer.seq2seq else "a prompt with its answer"
         empty.append(
-            f"row {which}: {parts} has {longest} tokens, more than the context of {context}: shorten the inputs or the "
-            "template, lower --max-new-tokens, or leave the task out"
+            f"{at_rows([which])}: {parts} has {longest} tokens, more than the context of {context}: shorten the inputs "
+            "or the template, lower --max-new-tokens, or leave the task out"
         )
     return empty

@@ -11,6 +11,8 @@ PAIRS = (
     '{"messages": [{"role": str, "content": str}, ...]}'
 )
 TEXTS = f'{PAIRS} or {{"text": str}}'
+QUESTIONS = ("input", "prompt", "question", "query", "problem", "instruction")  # keys, the likeliest of a row first
+ANSWERS = ("target", "completion", "answer", "output", "response", "solution", "label")
 ASKED = (
     '{"input": str}, {"prompt": str}, {"prompt": list of messages} or '
     '{"messages": [{"role": str, "content": str}, ...]}'
@@ -46,7 +48,18 @@ def as_example(row: Any, *, text: bool = False) -> Example:
         return _conversation(row, row["messages"])
     if text and isinstance(row.get("text"), str):
         return Example(row)
-    raise ValueError(f"{expected}, got {_came(row)}")
+    raise ValueError(f"{expected}, got {_came(row)}{_renaming(row)}")
+
+
+def _renaming(row: Mapping[str, Any], *, answered: bool = True) -> str:
+    """How rows get the names "input" and "target"; nothing where it is not plain what is the question or the answer."""
+    asked, answers = ([key for key in keys if isinstance(row.get(key), str)] for keys in (QUESTIONS, ANSWERS))
+    if not asked or (len(asked) > 1 and asked != ["input", "instruction"]) or (answered and len(answers) != 1):
+        return ""
+    named = {"input": asked[0]} | ({"target": answers[0]} if answered else {})
+    pair = " | ".join(f".{new} = .{old}" for new, old in named.items() if new != old)
+    more = "; --template '{instruction}\\n\\n{input}' puts both" if len(asked) > 1 else ""
+    return f"; `jq -c '{pair}' FILE` makes such rows{more}"
 
 
 def _came(row: Mapping[str, Any]) -> str:
@@ -68,7 +81,7 @@ def as_prompt(row: Any) -> Example:
             return Example({**row, "input": row[name]})
     messages = next((row[name] for name in ("prompt", "messages") if isinstance(row.get(name), list)), None)
     if messages is None:
-        raise ValueError(f"expected {ASKED}, got {_came(row)}")
+        raise ValueError(f"expected {ASKED}, got {_came(row)}{_renaming(row, answered=False)}")
     _check_messages(messages)
     given = messages[:-1] if messages and messages[-1]["role"] == "assistant" and "messages" in row else messages
     if not given or given[-1]["role"] == "assistant":

@@ -93,11 +93,14 @@ def no_folder(path: str) -> str:
 
 def beside(path: str) -> str:
     """What lies where a path leads that is not there: the folder that may be meant, or those that there are."""
-    there = Path(path)
-    names = _folders(there.parent)
-    if near := get_close_matches(there.name, names, 1):
-        return f" (did you mean {str(there.parent / near[0])!r}?)"
-    if not names or "/" not in path:
+    lost = there = Path(path)
+    while not _is_there(str(lost.parent)):
+        lost = lost.parent
+    names = _folders(lost.parent)
+    near = [lost.parent / name / there.relative_to(lost) for name in get_close_matches(lost.name, names, 1)]
+    if near and _is_there(str(near[0])):
+        return f" (did you mean {str(near[0])!r}?)"
+    if not names or "/" not in path or lost != there:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f" ({str(there.parent)!r} holds {', '.join(names[:NAMED])}{more})"

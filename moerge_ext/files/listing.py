@@ -36,6 +36,12 @@ def grouped(problems: Sequence[str]) -> list[str]:
 
 
 def listed(names: Sequence[str], what: str = "") -> str:
-    """a, b, c and 5 more; `what` is what the names are of."""
-    more = f" and {len(names) - NAMED} more{' ' * bool(what)}{what}" if len(names) > NAMED else ""
+    """a, b, c and 5 more; `what` is what one name is of."""
+    beyond = len(names) - NAMED
+    more = f" and {counted(beyond, f'more {what}') if what else f'{beyond} more'}" if beyond > 0 else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def at_rows(numbers: Sequence[int]) -> str:
+    """Where in a list of rows something is; their numbers are those of Python and of the answers' files."""
+    return f"row{'s' * (len(numbers) > 1)} {listed([str(n) for n in numbers])} (from 0)"

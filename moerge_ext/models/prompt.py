@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..files.examples import Example, as_example
-from ..files.listing import listed
+from ..files.listing import at_rows
 from ..files.rows import parse_json
 from .pretrained import open_ids
 
@@ -127,7 +127,7 @@ class PromptFormat:
                     self.prompt(row, tokenizer)
             except ValueError as error:
                 causes.setdefault(str(error), []).append(number)
-        return [f"row {listed([str(n) for n in numbers])}: {cause}" for cause, numbers in causes.items()]
+        return [f"{at_rows(numbers)}: {cause}" for cause, numbers in causes.items()]
 
     def __str__(self) -> str:
         return f"--template {self.template!r}" + (" --chat" if self.chat else "")

@@ -70,7 +70,7 @@ def _examine_build(report: Report, torch: Any) -> None:
     try:
         info = loading.build_info()
     except ImportError as error:
-        report.problems.append((str(error).partition("\n")[0], loading.REBUILD))
+        report.problems.append((str(error).partition("\n")[0], loading.mend()))
         return
     kernels = "CPU and CUDA " + " ".join(info["cuda_architectures"]) if info["cuda"] else "CPU"
     report.lines.append(
@@ -85,7 +85,7 @@ def _examine_build(report: Report, torch: Any) -> None:
     try:
         loading.load_kernels()
     except ImportError as error:
-        report.problems.append((str(error).partition("\n")[0], loading.REBUILD))
+        report.problems.append((str(error).partition("\n")[0], loading.mend()))
         return
     _try_an_op(report, torch)
     if torch.cuda.is_available() and not info["cuda"]:

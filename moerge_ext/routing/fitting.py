@@ -57,7 +57,7 @@ def on_model(
     fitted = fit(model, _linears(experts, placement), missing)
     fitted.placement = placement
     if missing == "drop" and experts.modules and not fitted.experts.modules and not placement.parameters:
-        some = listed([f"'{path}'" for path in experts.modules], "modules")
+        some = listed([f"'{path}'" for path in experts.modules], "module")
         fitted.problems.append(
             f"none of the experts' modules is in {type(model).__name__} ({some}): load_experts(..., "
             "rename={old: new}) if they are there"
@@ -165,7 +165,7 @@ def _missing_problems(model_paths: ModelPaths, lost: Sequence[str], changed: fro
         has = f"it has '{model_paths.near(paths[0])}'" if "{has}" in cause else ""
         what = "module" if len(paths) == 1 else "modules"
         verb = "is" if len(paths) == 1 else "are"
-        where = listed([f"'{path}'" for path in paths], "modules")
+        where = listed([f"'{path}'" for path in paths], "module")
         lines.append(f"{what} {where} of the experts {verb} not in {name} ({cause.replace('{has}', has)}")
     return lines
 

@@ -98,7 +98,7 @@ def place(model: nn.Module, modules: Mapping[str, Any], gates: Iterable[str] = (
             pieces.append(Piece(path, int(match["index"]), rows, factors))
     found.problems += [f"module '{path}': {reason}" for path, reason in refused.items()]
     if moved:
-        said = listed([f"{old} -> {new}" for old, new in moved.items()], "modules")
+        said = listed([f"{old} -> {new}" for old, new in moved.items()], "module")
         found.notes.append(f"the LoRA on fused experts has other names in this model and was renamed: {said}")
     seen: dict[int, str] = {}
     for owner, parameters in found.parameters.items():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..files.listing import listed
+
 
 @dataclass(frozen=True)
 class PeftLayer:
@@ -105,4 +107,4 @@ def idle_notes(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more modules" if len(paths) > 3 else "")
+    return listed(paths, "module")

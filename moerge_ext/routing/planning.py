@@ -62,7 +62,7 @@ def listing(what: str, problems: list[str], made_for: str | None = None) -> str:
     for problem in problems:
         name, said = re.fullmatch(r"(module '[^']*')?(.*)", problem, re.DOTALL).groups()
         modules.setdefault(said, []).extend([name] if name else [])
-    lines = [listed(names, "modules") + said for said, names in modules.items()]
+    lines = [listed(names, "module") + said for said, names in modules.items()]
     shown = lines[:_SHOWN]
     if len(lines) > _SHOWN:
         shown.append(f"... and {len(lines) - _SHOWN} more")

@@ -155,7 +155,7 @@ class LivePool:
         problems = []
         if others := [module for module in methods[0].plans if module not in self._modules]:
             problems.append(
-                f"{listed([repr(path) for path in others], 'modules')}: no expert had them when the server started, "
+                f"{listed([repr(path) for path in others], 'module')}: no expert had them when the server started, "
                 "so that there is no room: start it with this expert"
             )
         written: dict[str, dict[str, Row]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files.counting import counted
 from ..files.examples import as_example
-from ..files.listing import listed
+from ..files.listing import at_rows
 from ..files.rows import MAX_LISTED
 from ..models.end_tokens import end_tokens, target_ids
 from ..models.pretrained import context_of, is_seq2seq
@@ -47,13 +47,13 @@ class Encoder:
             try:
                 feature = encode(row, self.tokenizer, UNCUT, **options)
             except ValueError as error:
-                causes.setdefault(str(error), []).append(str(number))
+                causes.setdefault(str(error), []).append(number)
                 continue
             if max(map(len, feature.values())) > self.length:
                 self.cut += 1
                 feature = encode(row, self.tokenizer, self.length, **options)
             features.append(feature)
-        problems = [f"row {listed(numbers)}: {cause}" for cause, numbers in causes.items()]
+        problems = [f"{at_rows(numbers)}: {cause}" for cause, numbers in causes.items()]
         if not features and not problems:
             problems.append("there are no rows")
         if problems:

@@ -182,6 +182,8 @@ def test_the_weights_have_a_say_where_an_expert_brings_some_of_its_own(there, mo
 def test_what_may_be_meant_is_said(refused):
     assert "did you mean 'model'?" in refused("generate x --model modle --experts a b")
     assert "did you mean 'tasks/one'?" in refused("generate x --model model --experts a tasks/oen")
+    assert "did you mean 'tasks/one'?" in refused("generate x --model model --experts a taks/one")
+    assert "did you mean" not in refused("generate x --model model --experts a taks/nothing")
     for command in ("eval", "inspect"):
         told = refused(f"{command} --model model --experts a b --tasks tasks/one --output out --methods arrw")
         assert "unknown method 'arrw'; did you mean 'arrow'?" in told

@@ -106,6 +106,8 @@ def test_names_are_said_in_words_of_the_shell():
         ("serve --model m --experts a --host 0.0.0.0 --no-requests --port 80", "DIR -- --host 0.0.0.0 --port 80\n"),
         ("generat hi", "moerge: error: there is no command 'generat': did you mean generate?\n"),
         ("xyz hi", "invalid choice: 'xyz' (choose from "),
+        ("--versio", "moerge: error: unrecognized arguments: --versio (--versio is no option, --version is)\n"),
+        ("--model m generate hi", "unrecognized arguments: --model; the command comes first, its options behind it\n"),
         ("list a --sorted", "unrecognized arguments: --sorted\n"),
         ("merge --experts a --output o --modles x", "(--modles is no option, --modules is)"),
         ("merge --experts a --outpt o --output o", "(--outpt is no option, --output is)"),

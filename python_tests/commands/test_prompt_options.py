@@ -173,8 +173,8 @@ def test_all_tasks_are_refused_before_the_model_is_read(folder, capsys, monkeypa
     template = ["--tasks", folder / "other", "--template", "{instruction}{m}"]
     assert evaluated(folder, expert, *template, command=command) == 2
     error = capsys.readouterr().err
-    assert "task task: row 0, 1, 2 and 3 more: the template asks for {m}, and the row has only input, instr" in error
-    assert "task other: row 0, 1: the template asks for {instruction}, and" in error
+    assert "task task: rows 0, 1, 2 and 3 more (from 0): the template asks for {m}, and the row has only in" in error
+    assert "task other: rows 0, 1 (from 0): the template asks for {instruction}, and" in error
     make_tokenizer(folder / "model")
     (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
     assert evaluated(folder, expert, "--chat", command=command) == 2
@@ -195,9 +195,9 @@ def test_prompts_that_do_not_fit_are_all_said_before_the_first_answer(folder, ca
     error = capsys.readouterr().err
     longest = {"eval": 62 + 4, "inspect": 62 + 2}[command]
     if command == "eval":
-        assert f"task task: row 6: a prompt with its answer has {longest} tokens, more than the context of 64" in error
-    assert "task other: row 0: the prompt '' has no token" in error
-    assert "task other: row 1: a prompt with its answer has 66 tokens" in error
+        assert f"task task: row 6 (from 0): a prompt with its answer has {longest} tokens, more than the cont" in error
+    assert "task other: row 0 (from 0): the prompt '' has no token" in error
+    assert "task other: row 1 (from 0): a prompt with its answer has 66 tokens" in error
 
 
 @pytest.mark.parametrize("command", ["train-expert", "train-gates"])
@@ -208,9 +208,17 @@ def test_training_refuses_before_the_model_is_read(folder, capsys, monkeypatch, 
     words = [command, folder / "model", *([expert] if command == "train-gates" else [])]
     words += ["--data", data, "--output", folder / "e", "--device", "cpu"]
     assert call(*words, "--template", "{m}") == 2
-    assert "row 0, 1, 2 and 3 more: the template asks for {m}" in capsys.readouterr().err
+    assert "rows 0, 1, 2 and 3 more (from 0): the template asks for {m}" in capsys.readouterr().err
     assert call(*words, "--template", "m") == 2
     assert "the template must contain {input}" in capsys.readouterr().err
+    make_tokenizer(folder / "model")
+    (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write(data, [ROWS[0], {"messages": messages}])
+    assert call(*words) == 2
+    told = capsys.readouterr()
+    assert f"{data} cannot be used:\n- row 1 (from 0): rows of messages: this tokenizer has no chat temp" in told.err
+    assert not told.out, "the plan of a run that does not begin"
     write(data, [{"text": "abc"}])
     assert call(*words, "--chat") == 2
     assert 'a chat template needs "input" and "target"' in capsys.readouterr().err
@@ -255,7 +263,7 @@ def test_the_prompts_of_an_ensemble(folder, capsys, monkeypatch):
     assert [prompt.text for prompt in seen] == ["u:q x.a:"]
     said = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     write(folder / "task" / "test.jsonl", [{"messages": said}, {"messages": said * 2}])
-    with pytest.raises(ValueError, match="row 1: a prompt expert is asked one question, got 3 messages"):
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\): a prompt expert is asked one question, got 3 messages"):
         read_questions(args)
 
 

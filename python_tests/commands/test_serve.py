@@ -34,13 +34,18 @@ def called(folders, *more: str, engine: str = "vllm") -> int:
     return cli.main(["serve", "--engine", engine, "--model", model, "--experts", *experts, *more])
 
 
-def test_check_says_that_it_can_be_served(folders, capsys):
+def test_check_says_that_it_can_be_served(folders, capsys, monkeypatch):
     assert called(folders, "--methods", "arrow", "--check") == 0
     out = capsys.readouterr().out
     assert "2 experts can be served with phatgoose, arrow by vllm" in out
     assert ("not here yet: --engine vllm needs vLLM" in out) == (find_spec("vllm") is None)
     assert called(folders, "--method", "merged", "--check", engine="transformers") == 0
     assert "2 experts can be served with merged by transformers" in capsys.readouterr().out
+    monkeypatch.setattr("moerge_ext.serving.transformers.launch._is_there", lambda name: name != "uvicorn")
+    assert called(folders, "--method", "merged", "--check", engine="transformers") == 0
+    assert (
+        "not here yet: transformers' server needs uvicorn: pip install 'moerge_ext[serve]'" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("there, engine", [(True, "vllm"), (False, "transformers")])

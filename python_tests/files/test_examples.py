@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from moerge_ext.files.examples import as_example
+from moerge_ext.files.examples import as_example, as_prompt
 from moerge_ext.files.meta import read_instructed_rows, read_meta
 from moerge_ext.files.rows import read_prompts, read_rows
 
@@ -39,6 +39,13 @@ def test_every_form_has_input_and_target(row, conversation):
         ({"text": "a"}, "got keys ['text']"),
         ({"prompt": "a", "completion": [ANSWER]}, "got keys"),
         ({"input": 3, "target": None}, "got keys ['input', 'target'], of which input is int, target is NoneType"),
+        ({"question": "a", "answer": "b"}, "; `jq -c '.input = .question | .target = .answer' FILE` makes such rows"),
+        ({"input": "a", "output": "b"}, "; `jq -c '.target = .output' FILE` makes such rows"),
+        ({"prompt": "a", "target": "b"}, "; `jq -c '.input = .prompt' FILE` makes such rows"),
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            "; `jq -c '.target = .output' FILE` makes such rows; --template '{instruction}\\n\\n{input}' puts both",
+        ),
         ({"messages": []}, "the last message must be the assistant's"),
         ({"messages": [USER]}, "the roles are ['user']"),
         ({"messages": [SYSTEM, ANSWER]}, "must hold one of the user"),
@@ -53,6 +60,15 @@ def test_what_is_no_example_is_said(row, said):
     with pytest.raises(ValueError) as caught:
         as_example(row)
     assert said in str(caught.value)
+
+
+def test_no_names_are_proposed_where_it_is_not_plain_which():
+    for row in ({"question": "a", "answer": "b", "output": "c"}, {"question": "a", "answer": 3}, {"answer": "b"}, {}):
+        with pytest.raises(ValueError) as caught:
+            as_example(row)
+        assert "jq" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"; `jq -c '.input = .question' FILE` makes such rows$"):
+        as_prompt({"question": "a", "answer": "b"})
 
 
 def test_text_only_where_it_is_taken():

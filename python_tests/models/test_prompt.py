@@ -47,7 +47,7 @@ def test_messages_go_through_the_chat_template_in_any_case(tmp_path):
         assert PromptFormat(chat=chat).prompt(row, tokenizer).text == "u:ask.a:say.u:more.a:"
     assert PromptFormat("q {input}").prompt(row, tokenizer).text == "u:ask.a:say.u:q more.a:"
     assert PromptFormat().problems([row, row], make_tokenizer(tmp_path / "plain")) == [
-        "row 0, 1: rows of messages: this tokenizer has no chat template; give the rows "
+        "rows 0, 1 (from 0): rows of messages: this tokenizer has no chat template; give the rows "
         '"input" and "target", or take the tokenizer of a chat model'
     ]
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -62,9 +62,27 @@ def test_kernels_that_torch_cannot_load(copied):
 def test_nothing_built(copied):
     for library in (copied / "moerge_ext").glob("_*.so"):
         library.unlink()
-    result = run_python(copied, "-c", "import moerge_ext")
-    assert "ImportError: moerge_ext:" in result.stderr and "Rebuild it against the installed torch" in result.stderr
+    told = run_python(copied, "-c", "import moerge_ext").stderr
+    assert "ImportError: moerge_ext:" in told
+    assert "Rebuild it against the installed torch" in told or f"the installed package in {PACKAGE}" in told
     assert run_python(copied, "-m", "moerge_ext", "doctor").returncode == 1
+
+
+def test_an_unbuilt_checkout_that_hides_the_installed_package_is_said(copied, tmp_path_factory):
+    """Python looks first in the folder that it is started in, which is the checkout's after an install from there."""
+    for library in (copied / "moerge_ext").glob("_*.so"):
+        library.unlink()
+    installed = tmp_path_factory.mktemp("site") / "moerge_ext"
+    installed.mkdir()
+    (installed / next(PACKAGE.glob("_kernels*")).name).touch()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(copied), str(installed.parent)])}
+    for words in (["-c", "import moerge_ext"], ["-m", "moerge_ext", "doctor"]):
+        told = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, cwd=copied)
+        assert told.returncode == 1
+        text = told.stdout + told.stderr
+        assert f"{copied / 'moerge_ext'} is source that is not built" in text and f"package in {installed}" in text
+        assert f"Start Python in another folder (and keep your scripts in one) than {copied}" in text
+        assert "Rebuild it" not in text
 
 
 def test_doctor_is_content_here(capsys):

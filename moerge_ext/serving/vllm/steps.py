@@ -69,7 +69,7 @@ class Steps:
             self.watcher.end()
         if self._watched and self._stepped:
             idle, self._watched = [method for method in self._watched if not method.ran], []
-            names = listed([method.name for method in idle], "layers")
+            names = listed([method.name for method in idle], "layer")
             if len(idle) == self._total:
                 raise RuntimeError(f"moerge: the model answered without its layers with experts: {names}")
             if idle:
