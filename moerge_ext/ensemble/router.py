@@ -123,6 +123,6 @@ def warn_of_other_experts(router: PromptRouter, form: PromptFormat, experts: Seq
     now = note_of(form, experts)["experts"]
     others = [name for name in now if name in known and now[name] != known[name]]
     if others:
-        lines.append(f"it was trained on the answers of other prompts of {listed(others, 'experts')}")
+        lines.append(f"it was trained on the answers of other prompts of {listed(others, 'expert')}")
     if lines:
         warnings.warn("the router may not fit: " + "; ".join(lines), stacklevel=3)

@@ -83,7 +83,7 @@ class TokenRouting:
                 f"{self.method} routes by the sequence: the weights are the same for all tokens that were read together"
             )
         if self.left_out:
-            notes.append(f"left out, as they do not see the tokens in order: {listed(self.left_out, 'modules')}")
+            notes.append(f"left out, as they do not see the tokens in order: {listed(self.left_out, 'module')}")
         if any(not stream.read.all() for stream in self.streams):
             notes.append("tokens without a colour were not read by the routed layers")
         return notes
@@ -216,7 +216,7 @@ def _told(
             streams.append(_stream(side, mine, applied, handle, answerer.tokenizer))
     if not streams:
         raise ValueError(
-            f"no routed layer has seen the tokens in order: {listed(left_out, 'modules')}. Leave `with "
+            f"no routed layer has seen the tokens in order: {listed(left_out, 'module')}. Leave `with "
             "handle.disabled():`, and choose layers that compute on every token"
         )
     per_sequence = all(not layer.gates.any() for layer in applied.layers.values())

@@ -211,7 +211,8 @@ class ExpertBank:
                 self.parameter_gates.set(kind, path, self.names[e], row)
         self._gated.clear()
         if rows:  # what is noted of a prompt is of the gates before
-            self.global_metadata.get(kind, {}).get(self.names[e], {}).pop(PROMPT_KEY, None)
+            for key in (PROMPT_KEY, "base_model"):
+                self.global_metadata.get(kind, {}).get(self.names[e], {}).pop(key, None)
         if global_vector is not None:
             vector = _as_tensor(global_vector).detach().float().clone()
             self.global_vectors.setdefault(kind, {})[self.names[e]] = vector

@@ -49,7 +49,7 @@ def warn_of_other_prompts(experts: ExpertBank, asked: Iterable[PromptFormat | No
                 others.setdefault(form, []).append(name if len(files) == len(noted) else f"{name} ({', '.join(files)})")
     if others:
         these = " and ".join(sorted(map(str, asked)))
-        lines = [f"\n- {form}: {listed(names, 'experts')}" for form, names in others.items()]
+        lines = [f"\n- {form}: {listed(names, 'expert')}" for form, names in others.items()]
         warnings.warn(
             f"experts are asked with another prompt ({these}) than they were trained with:" + "".join(lines),
             stacklevel=3,

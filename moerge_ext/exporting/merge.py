@@ -161,7 +161,7 @@ def _needs_model(experts: ExpertBank) -> list[str]:
     problems = []
     if fused := [path for path in experts.modules if _OF_A_MIXTURE.fullmatch(path)]:
         rest = _without_fused(experts)
-        problems.append(f"{listed(fused, 'modules')} may be parts of fused experts: {pass_it}{rest}")
+        problems.append(f"{listed(fused, 'module')} may be parts of fused experts: {pass_it}{rest}")
     for name, claims in experts.claims.items():
         if claims.saved:
             problems.append(
@@ -218,7 +218,7 @@ def _products(
     parts = {path: (product.lora_A, product.lora_B, product.bias) for path, product in products.items()}
     wrong = [path for path, some in parts.items() if not all(p is None or torch.isfinite(p).all() for p in some)]
     if wrong:
-        raise ValueError(f"merge: {listed(wrong, 'modules')} leave the range of their type: load in float32")
+        raise ValueError(f"merge: {listed(wrong, 'module')} leave the range of their type: load in float32")
     ranks = {path: product.rank for path, product in products.items()}
     lost, whole = (sum(column) for column in zip(*losses.values(), strict=True))
     if not lost:

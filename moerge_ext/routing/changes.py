@@ -113,11 +113,11 @@ def _plans(
     others = [path for path in fitted.experts.modules if path not in layers]
     if others and not problems:
         problems.append(
-            f"{listed([repr(path) for path in others], 'modules')}: no expert had them when the model was patched, so "
+            f"{listed([repr(path) for path in others], 'module')}: no expert had them when the model was patched, so "
             "that there is no room: remove() and patch again with this expert"
         )
     if unlike := [path for path, module in fitted.experts.modules.items() if module.branches]:
-        problems.append(f"{listed(unlike, 'modules')}: spare slots are for LoRA, and the expert has another kind")
+        problems.append(f"{listed(unlike, 'module')}: spare slots are for LoRA, and the expert has another kind")
     plans: dict[str, Plan] = {}
     if not problems:
         modules = {path: m.to(dtype=layers[path].lora_A.dtype) for path, m in fitted.experts.modules.items()}

@@ -182,7 +182,7 @@ def _dropped(model: nn.Module, lost: dict[str, list[str]]) -> str:
     who = list(dict.fromkeys(name for names in lost.values() for name in names))
     what, verb = ("module", "is") if len(lost) == 1 else ("modules", "are")
     return (
-        f"{len(lost)} {what} of {listed([repr(name) for name in who], 'experts')} {verb} not in {type(model).__name__} "
+        f"{len(lost)} {what} of {listed([repr(name) for name in who], 'expert')} {verb} not in {type(model).__name__} "
         f"and left out: {listed(list(lost))}"
     )
 
@@ -198,7 +198,7 @@ def renamed_note(names: Sequence[str], namings: Sequence[Naming]) -> str | None:
             ways.setdefault(f"{counted(len(moved), 'module')} by {how}, such as {old} -> {new}", []).append(name)
     if not ways:
         return None
-    lines = [f"{said} ({listed([repr(name) for name in who], 'experts')})" for said, who in ways.items()]
+    lines = [f"{said} ({listed([repr(name) for name in who], 'expert')})" for said, who in ways.items()]
     return "the experts' modules have other names in this model and were renamed: " + "; ".join(lines)
 
 

@@ -15,21 +15,20 @@ _SNAPSHOT = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snap
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
-def provenance_notes(model: nn.Module, experts: ExpertBank) -> list[str]:
-    """Lines for what may be another base, or a base layer that no checkpoint has."""
-    notes = other_base_note(model, experts.names, experts.bases), _fresh_layers(model, experts.modules)
-    return [note for note in notes if note]
+def provenance_notes(model: nn.Module, experts: ExpertBank, gate_kind: str | None) -> list[str]:
+    """Lines for what may be another base, of experts or of the gates that are used, or a base layer that no checkpoint
+    has."""
+    notes = [other_base_note(model, experts.names, experts.bases), _fresh_layers(model, experts.modules)]
+    return [note for note in (*notes, other_gates_note(model, experts, gate_kind)) if note]
 
 
 def other_base_note(
     model: nn.Module, names: Sequence[str], bases: Sequence[tuple[str | None, str | None]]
 ) -> str | None:
     """What the experts say of their base, (`base_model_name_or_path`, `revision`), against the model's own."""
-    config = getattr(model, "config", None)
-    own, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
-    if not isinstance(own, (str, os.PathLike)) or not os.fspath(own):
+    own, commit = _own_name(model), getattr(getattr(model, "config", None), "_commit_hash", None)
+    if own is None:
         return None
-    own = os.fspath(own)
     others: dict[str, list[str]] = {}
     for name, (base, revision) in zip(names, bases, strict=True):
         if base and _short_name(base) != _short_name(own):
@@ -38,21 +37,46 @@ def other_base_note(
             others.setdefault(f"'{base}' at revision {revision}", []).append(name)
     if not others:
         return None
-    said = "; ".join(f"{listed([repr(name) for name in who], 'experts')} on {base}" for base, who in others.items())
+    said = "; ".join(f"{listed([repr(name) for name in who], 'expert')} on {base}" for base, who in others.items())
     at = f" at revision {commit}" if _is_commit(commit) else ""
     return f"the experts were trained on another model, if the names tell the truth: {said}; this one is '{own}'{at}"
 
 
+def other_gates_note(model: nn.Module, experts: ExpertBank, kind: str | None) -> str | None:
+    """What gates say of the model that they were made on, where neither the expert nor this model is called so."""
+    own = _own_name(model)
+    noted = experts.global_metadata.get(kind, {}) if kind is not None and own is not None else {}
+    others: dict[str, list[str]] = {}
+    for name, (base, _) in zip(experts.names, experts.bases, strict=True):
+        made = noted.get(name, {}).get("base_model")
+        if made and _short_name(made) not in {_short_name(other) for other in (own, base) if other}:
+            others.setdefault(made, []).append(repr(name))
+    if not others:
+        return None
+    said = "; ".join(f"those of {listed(who, 'expert')} on '{base}'" for base, who in others.items())
+    return f"gates were made on another model, if the names tell the truth: {said}; this one is '{own}'"
+
+
+def name_of_base(model: nn.Module, said: str | None) -> str | None:
+    """What is written of the model beside gates that were made on it: `said`, the expert's word, if it may be this."""
+    own = _own_name(model)
+    return own if own is not None and (said is None or _short_name(said) != _short_name(own)) else said
+
+
+def _own_name(model: nn.Module) -> str | None:
+    own = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return os.fspath(own) or None if isinstance(own, (str, os.PathLike)) else None
+
+
 def made_for(model: nn.Module, names: Sequence[str], bases: Sequence[tuple[str | None, str | None]]) -> str:
     """Which model the experts were made for and which this one is, for the first line of what does not fit."""
-    own = getattr(getattr(model, "config", None), "_name_or_path", None)
-    kind = type(model).__name__
-    this = f"'{os.fspath(own)}' ({kind})" if isinstance(own, (str, os.PathLike)) and os.fspath(own) else f"a {kind}"
+    own, kind = _own_name(model), type(model).__name__
+    this = f"a {kind}" if own is None else f"'{own}' ({kind})"
     groups: dict[str, list[str]] = {}
     for name, (base, _) in zip(names, bases, strict=True):
         groups.setdefault(f"'{base}'" if base else "a model they do not name", []).append(repr(name))
     said = [
-        f"{listed(who, 'experts')} {'was' if len(who) == 1 else 'were'} made for {base}" for base, who in groups.items()
+        f"{listed(who, 'expert')} {'was' if len(who) == 1 else 'were'} made for {base}" for base, who in groups.items()
     ]
     return f"{'; '.join(said)}; this model is {this}"
 

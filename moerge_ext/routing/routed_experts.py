@@ -226,7 +226,7 @@ def _gates_of_layers(experts: ExpertBank, bank: ParameterBank, pieces: Iterable[
         made = piece.factors.has_gate.get(kind, torch.zeros_like(bank.present))
         if names := [experts.names[e] for e in (made & ~bank.has_gate.get(kind, ~made)).nonzero().flatten().tolist()]:
             return (
-                f"{listed([repr(name) for name in names], 'experts')} have gates of kind '{kind}' for layers of each "
+                f"{listed([repr(name) for name in names], 'expert')} have gates of kind '{kind}' for layers of each "
                 f"base expert ({piece.source}), and this model routes all of them by one: make them again with it"
             )
     return None

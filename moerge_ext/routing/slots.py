@@ -52,7 +52,7 @@ def spare_problems(spare: Any, row: Method, experts: ExpertBank, parameters: Seq
     if spare and (row.together or row.learned is not None):
         return [f"spare={spare}: method '{row.name}' makes of every expert what depends on the others"]
     if spare and (others := [path for path, module in experts.modules.items() if module.branches]):
-        return [f"spare={spare}: {listed(others, 'modules')}: experts that are no LoRA have no spare slots"]
+        return [f"spare={spare}: {listed(others, 'module')}: experts that are no LoRA have no spare slots"]
     if spare and parameters:
         return [f"spare={spare}: experts on fused base experts ({listed(list(parameters))}) have no spare slots"]
     return []

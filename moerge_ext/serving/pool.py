@@ -203,9 +203,9 @@ def _unserved_plans(plans: Mapping[str, Plan]) -> list[str]:
     """Why layers that are planned cannot be served."""
     problems = []
     if others := [path for path, plan in plans.items() if plan.branches]:
-        problems.append(f"{listed(others, 'modules')}: experts that are no LoRA are not served yet")
+        problems.append(f"{listed(others, 'module')}: experts that are no LoRA are not served yet")
     if weighed := [path for path, plan in plans.items() if plan.weigher is not None]:
-        problems.append(f"{listed(weighed, 'modules')}: routers that no option of the ops is are not served yet")
+        problems.append(f"{listed(weighed, 'module')}: routers that no option of the ops is are not served yet")
     return problems
 
 

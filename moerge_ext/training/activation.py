@@ -152,7 +152,7 @@ def _write(target: Path, gated: GatedModel, means: dict[str, _Mean], facts: dict
         target,
         {path: (mean.total / mean.count).float().cpu() for path, mean in means.items()},
         kind=AVERAGE_ACTIVATION,
-        base_model=gated.adapter.base_model,
+        base_model=gated.base_model,
         metadata={
             **facts,
             **note_of_adapter(gated.adapter.name, gated.adapter.modules),

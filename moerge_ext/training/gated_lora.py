@@ -40,7 +40,7 @@ from ..routing.layers import execution_device
 from ..routing.naming import ModelPaths
 from ..routing.parameter_banks import Placement, place
 from ..routing.products import is_product, layer_features
-from ..routing.provenance import made_for, other_base_note
+from ..routing.provenance import made_for, name_of_base, other_base_note
 from ..routing.ran import FirstForward
 from ..routing.refusals import no_effect, parallel_problems
 from .checkpointing import gradients_pass_checkpoints
@@ -80,6 +80,11 @@ class GatedModel:
         self.layers = layers
         self.still = still
         self.joint = joint
+
+    @property
+    def base_model(self) -> str | None:
+        """The name of the model that the gates are made on."""
+        return name_of_base(self.model, self.adapter.base_model)
 
     @property
     def folder(self) -> Path:
@@ -154,7 +159,7 @@ class GatedModel:
         target.mkdir(parents=True, exist_ok=True)
         if lora is not None:
             self._write_adapter(target, lora, {key: text for key, text in facts.items() if key == PROMPT_KEY})
-        return write_gates(target, gates, kind=SIGMOID_GATE, base_model=self.adapter.base_model, metadata=facts)
+        return write_gates(target, gates, kind=SIGMOID_GATE, base_model=self.base_model, metadata=facts)
 
     def check_target(self, folder: str | Path | None) -> None:
         """ValueError when `save` would overwrite the adapter without having been told to, or has no folder."""

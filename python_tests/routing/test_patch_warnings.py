@@ -110,8 +110,21 @@ def test_another_base(llama, tmp_path, base, own, other):
 def test_gates_of_another_base(llama, tmp_path):
     bank = bank_on("org/base-8b", tmp_path / "e")
     llama.config._name_or_path = "org/base-13b"
-    with pytest.warns(UserWarning, match="trained on another model"), gated_model(llama, bank.folders[0]):
-        pass
+    with pytest.warns(UserWarning, match="trained on another model"), gated_model(llama, bank.folders[0]) as gated:
+        gated.save(untrained=())
+    again = moerge.load_experts({"sql": bank.folders[0]})
+
+    def said(method):
+        return [note for note in notes(llama, again, method=method) if "another model" in note]
+
+    (note,) = said("phatgoose")
+    assert "'sql' on 'org/base-8b'" in note and "gates" not in note
+    llama.config._name_or_path = "mirror/base-8b"
+    (note,) = said("phatgoose")
+    assert "gates were made on another model" in note and "those of 'sql' on 'org/base-13b'" in note
+    assert not said("merged")
+    again.set_gates("sql", again.get_gates("sql"))
+    assert not said("phatgoose")
 
 
 def test_another_revision(llama, tmp_path):
