@@ -13,7 +13,7 @@ and can be stopped and called again at any time; at the end bench/results/ has p
 | knowledge | clinc_banking: the intent of an utterance | ten passages: other utterances with their intents |
 | multi-hop | babi_qa15_deduction | chain of thought; the two facts, found in the story by a rule |
 | mathematics | gsm8k | chain of thought, written by hand |
-| common sense | bbq_age, three choices | ten answers of the model itself, cut after 24 tokens |
+| common sense | bbq_age, three choices | ten answers of the model itself, cut after 24 tokens (two with a demonstration) |
 
 What differs from the paper: the sets (and with them Wikipedia, Contriever and GPT-3.5 as judge: answers are short, and
 judged by rules), the size of the backbone, the encoder, and fewer demonstrations where --shots says so.
@@ -54,6 +54,7 @@ KINDS = {
 AFTER, STOP = "The answer is", "\n"
 DEMONSTRATIONS = 64  # rows from which they are drawn, of gsm8k those below
 SAMPLE_TOKENS = 24  # a choice is shorter; this model now and then finds no end
+SHOWN_SAMPLES = 2  # with a demonstration: ten for each of four make prompts three times as long
 SEED = 0
 # Of the first rows of gsm8k's train.jsonl; the last number of each is the row's answer, or the data are others.
 RATIONALES = (
@@ -120,7 +121,7 @@ def write_prompts(cache: Path, shots: int) -> Path:
         "clinc_banking": {"kind": "retrieval", "passages": "clinc_banking/passages.txt"},
         "babi_qa15_deduction": {"kind": "chain-of-thought"},
         "gsm8k": {"kind": "chain-of-thought"},
-        "bbq_age": {"kind": "answer-prompting", "sample_tokens": SAMPLE_TOKENS},
+        "bbq_age": {"kind": "answer-prompting", "sample_tokens": SAMPLE_TOKENS, "demonstration_samples": SHOWN_SAMPLES},
     }
     files = {kind: f"{kind}/demonstrations.jsonl" for kind in KINDS}
     experts = [
