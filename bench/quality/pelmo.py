@@ -13,7 +13,7 @@ and can be stopped and called again at any time; at the end bench/results/ has p
 | knowledge | clinc_banking: the intent of an utterance | ten passages: other utterances with their intents |
 | multi-hop | babi_qa15_deduction | chain of thought; the two facts, found in the story by a rule |
 | mathematics | gsm8k | chain of thought, written by hand |
-| common sense | bbq_age, three choices | ten answers of the model itself, cut after 24 tokens (two with a demonstration) |
+| common sense | bbq_age, three choices | ten answers of the model, of 24 tokens at most; two with a demonstration |
 
 What differs from the paper: the sets (and with them Wikipedia, Contriever and GPT-3.5 as judge: answers are short, and
 judged by rules), the size of the backbone, the encoder, and fewer demonstrations where --shots says so.
