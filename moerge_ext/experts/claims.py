@@ -59,6 +59,10 @@ class BaseClaims:
         """The modules whose parameters were saved beside the adapter."""
         return list(dict.fromkeys(path.rpartition(".")[0] for path in self.saved))
 
+    def whole(self) -> frozenset[str]:
+        """The layers whose own weight was saved beside the adapter, which need no LoRA."""
+        return frozenset(path.removesuffix(".weight") for path in self.saved if path.endswith(".weight"))
+
     def renamed(
         self,
         paths: Mapping[str, str],

@@ -146,7 +146,8 @@ def unweighted_targets(
     for name, claim in claims.items():
         if claim.targets is not None:
             e = experts.index(name)
-            held = left_out.union(path for path, module in experts.modules.items() if module.present[e])
+            present = (path for path, module in experts.modules.items() if module.present[e])
+            held = left_out.union(present, claim.whole())
             if missing := tuple(path for path in claim.targets.wanted(linears) if path not in held):
                 groups.setdefault(missing, []).append(repr(name))
     return [

@@ -82,18 +82,24 @@ class Handle:
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
         wrapped = dict.fromkeys(self.modules, RoutedLinear) | dict.fromkeys(self._own_modules, OwnModule)
-        foreign = [n for n, kind in wrapped.items() if not isinstance(self.model.get_submodule(n), kind)]
-        if foreign:
+        owners = dict.fromkeys(path.rpartition(".")[0] for path in self.parameters)
+        there = dict(self.model.named_modules(remove_duplicate=False))
+        foreign = [n for n, kind in wrapped.items() if not isinstance(there.get(n), kind)]
+        foreign += [owner for owner in owners if owner not in there]
+        # in another order they are all there; one that is there twice has taken another's place
+        held = {there[n].name for n in self.modules} if not foreign else ()
+        if foreign := foreign or [n for n in self.modules if n not in held]:
+            got = type(there[foreign[0]]).__name__ if foreign[0] in there else "no module"
             raise RuntimeError(
-                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected "
-                f"{wrapped[foreign[0]].__name__}); undo that replacement first"
+                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected its own "
+                f"{wrapped.get(foreign[0], nn.Module).__name__}, got {got}); undo that replacement first"
             )
         if self._watch is not None:
             self._watch.remove()
         drop_hooks(self.model, (Rows, RealTokens, Weigher))
         for name in wrapped:
             self.model.get_submodule(name).give_back(self.model, name)
-        for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):
+        for owner in owners:
             close_door(self.model.get_submodule(owner))
         if self._doors is not None:
             self._doors.remove()

@@ -8,6 +8,7 @@ Whoever has an expert there adds it to that product: to y = F.linear(x, weight),
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def layer_features(layer: nn.Module) -> tuple[int, int] | None:
 
 
 def product_features(layer: nn.Module) -> tuple[int, int] | None:
-    """(D, O) of a module whose forward, given hidden states alone, multiplies them once by its weight [O,D]."""
+    """(D, O) of a module whose forward multiplies hidden states once by its weight [O,D]."""
     return None if (run := _meta_run(layer)) is None else run[0]
 
 
@@ -61,16 +62,26 @@ def is_product(layer: nn.Module) -> bool:
 
 
 def _meta_run(layer: nn.Module) -> tuple[tuple[int, int], Any] | None:
-    """((D, O), what the forward returns) for hidden states on the meta device: shapes, and no arithmetic."""
+    """((D, O), what the forward returns) for hidden states on the meta device: shapes, and no arithmetic.
+
+    A forward that takes more is also given what routers take besides: a bias [O] of their choice, or the tokens' ids.
+    """
     weight = layer._parameters.get("weight")
-    if type(weight) is not nn.Parameter or weight.dim() != 2 or next(layer.children(), None) is not None:
+    if type(weight) is not nn.Parameter or weight.dim() != 2:
         return None
-    probe = on_meta(layer)
-    products = Products(probe.weight, lambda y, x: y)
-    x = torch.empty(1, 2, weight.shape[1], device="meta", dtype=weight.dtype)
-    try:
-        with torch.no_grad(), products:
-            result = type(layer).forward(probe, x)
-    except Exception:  # whatever a forward that wants something else does
-        return None
-    return ((weight.shape[1], weight.shape[0]), result) if products.found == 1 else None
+    probe, forward = on_meta(layer), type(layer).forward
+    others: list[tuple[Tensor, ...]] = [()]
+    if len(signature(forward).parameters) > 2:
+        others += [(torch.empty(weight.shape[0], device="meta"),)]
+        others += [(torch.empty(1, 2, device="meta", dtype=torch.int64),)]
+    for more in others:
+        products = Products(probe.weight, lambda y, x: y)
+        x = torch.empty(1, 2, weight.shape[1], device="meta", dtype=weight.dtype)
+        try:
+            with torch.no_grad(), products:
+                result = forward(probe, x, *more)
+        except Exception:  # whatever a forward that wants something else does
+            continue
+        if products.found == 1:
+            return (weight.shape[1], weight.shape[0]), result
+    return None

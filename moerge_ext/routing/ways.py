@@ -96,6 +96,8 @@ def against_fused(x: Tensor, weight: Tensor) -> list[str]:
         reasons.append(f"there is no such kernel for {device}")
     if type(weight) is not nn.Parameter:
         reasons.append(f"the weight is a {type(weight).__name__}")
+    if weight.layout is not torch.strided:
+        reasons.append(f"the weight is stored as {_name(weight.layout)}")
     if weight.device != x.device:
         reasons.append(f"the weight is on {weight.device}, the input on {x.device}")
     if weight.dtype != x.dtype:
@@ -142,8 +144,8 @@ def against_fast_kernels(layer: nn.Module) -> list[str]:
     ]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -384,3 +384,17 @@ def test_a_layer_missing_from_the_file(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         moerge.patch(tiny_llama(), bank, "merged")
+
+
+@pytest.mark.parametrize("targets", [["query", "dense"], ["query", "classifier"]])
+def test_a_head_that_is_saved_whole_misses_no_lora(targets, tmp_path):
+    """PEFT gives a module that it saves whole no LoRA, whatever target_modules say."""
+    config = tiny_bert().config
+
+    def make():
+        torch.manual_seed(0)
+        return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**config.to_dict())).eval()
+
+    kind = make if "dense" in targets else tiny_bert
+    folder = save(kind, tmp_path / "e", target_modules=targets, task_type="SEQ_CLS")
+    assert error(routed(kind, folder), by_peft(kind, folder)) < 1e-5  # without a warning

@@ -106,6 +106,20 @@ def test_remove_when_a_layer_was_replaced_since(llama, experts):
     assert not any(isinstance(m, moerge.RoutedLinear) for m in llama.modules())
 
 
+def test_remove_when_layers_were_taken_out_doubled_or_exchanged_since(llama, experts):
+    plain, handle, layers = logits(llama, **batch("llama")), moerge.patch(llama, experts), llama.model.layers
+    first, second = layers
+    for changed, got in (([first], "no module"), ([first, first], "RoutedLinear")):
+        llama.model.layers = nn.ModuleList(changed)
+        with pytest.raises(RuntimeError, match=rf"layers\.1.* was replaced since \(expected its own .*, got {got}\)"):
+            handle.remove()
+        assert isinstance(first.mlp.up_proj, moerge.RoutedLinear)
+    llama.model.layers = nn.ModuleList([second, first])
+    handle.remove()
+    llama.model.layers = layers
+    assert torch.equal(logits(llama, **batch("llama")), plain)
+
+
 def test_routed_linear_looks_like_its_base(llama, experts):
     base = llama.get_submodule(UP)
     moerge.patch(llama, experts)

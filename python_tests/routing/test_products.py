@@ -23,6 +23,13 @@ MODELS = {
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**SMALL, "head_dim": 8, "num_local_experts": 4}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**MOE, **LATENT, **GROUPED}),
     "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", {**SMALL, "num_local_experts": 4}),
+    # whose forward takes a bias besides, and which holds it in a module of its own
+    "minimax_m2": ("MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**SMALL, "head_dim": 8, "num_local_experts": 4}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0, "moe_layer_end_index": -1},
+    ),
 }
 
 
@@ -134,7 +141,11 @@ def test_what_counts_as_a_product():
         def forward(self, x):
             return F.linear(input=x.double(), weight=self.weight.to(torch.float64)), 1
 
-    assert layer_features(nn.Linear(8, 3)) == layer_features(Cast()) == (8, 3)
+    class ByToken(Twice):
+        def forward(self, x, ids):
+            return F.linear(x, self.weight) + nn.functional.one_hot(ids, 3)
+
+    assert layer_features(nn.Linear(8, 3)) == layer_features(Cast()) == layer_features(ByToken()) == (8, 3)
     assert [layer_features(layer) for layer in (Twice(), By(), nn.Embedding(3, 8), nn.LayerNorm(8))] == [None] * 4
     assert is_product(Cast()) and not is_product(nn.Linear(8, 3))
     layer = Cast()

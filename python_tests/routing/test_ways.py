@@ -108,6 +108,19 @@ def test_few_tokens_on_a_cpu_are_one_op(dtype, monkeypatch):
     assert ways.MEANING[ways.FUSED] in said and f"T = 512: {ways.MEANING[ways.SHORT]}; kernels for" in said
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_a_sparse_weight_is_left_to_torch(monkeypatch):
+    model = nn.Sequential(nn.Linear(256, 256))
+    moerge.patch(model, guard_cases.experts(model, ["0"]), "arrow", top_k=2)
+    x, layer = torch.randn(2, 256), model[0]
+    want = layer(x)
+    layer.base_layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr())
+    assert ways.way_of(layer, x)[0] == ran(monkeypatch, layer, x) == ways.SHORT
+    assert "the weight is stored as sparse_csr" in str(ways.explain([layer]))
+    torch.testing.assert_close(layer(x), want)
+
+
 def test_gradients_keep_base_and_branch_apart(patched, monkeypatch):
     model, experts = patched
     handle = moerge.patch(model, experts, "arrow", top_k=2)

@@ -65,7 +65,7 @@ def inspect_ia3(
         raise AdapterError(problems, heading)
     saved = {path: SavedTensor(headers[key].shape, key, folder, file) for path, key in rest.saved.items()}
     claims = BaseClaims(saved, targets=rules.targets.known(modules) if keep is None else None)
-    notes = view.notes + (rules.notes({path: Alpha(1.0) for path in modules}, saved) if keep is None else [])
+    notes = view.notes + (rules.notes({path: Alpha(1.0) for path in modules}, claims) if keep is None else [])
     stored = {path: {"scale": key} for key, path in keys.items()}
     return AdapterHeader(
         name, folder, rules.base_model, config, modules, gates, dict(headers), view.open, stored, notes, claims, folder

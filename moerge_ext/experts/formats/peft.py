@@ -169,7 +169,7 @@ def inspect_view(
     claims = _claims(folder, keys, headers, rules, modules)
     notes = list(view.notes)
     if keep is None:
-        notes += rules.notes(alphas, claims.saved)
+        notes += rules.notes(alphas, claims)
         notes += stacked_notes(stacked, parts, rules, config.get("peft_version"))
     else:  # what is not taken is not missed
         claims = replace(claims, targets=None)

@@ -10,10 +10,13 @@ import math
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .peft_patterns import MAX_WORK, ModulePattern
 from .peft_targets import Targets
+
+if TYPE_CHECKING:
+    from ..claims import BaseClaims
 
 MAX_PATTERN_PAIRS = 50_000_000  # (patterns) x (modules), some seconds of matching
 
@@ -120,17 +123,17 @@ class LoraRules:
         """alpha/r, or alpha/sqrt(r) with rslora (Kalajdzievski 2023, arXiv 2312.03732)."""
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def notes(self, alphas: Mapping[str, Alpha], saved: Collection[str]) -> list[str]:
-        """What is odd and no reason to refuse, of modules {path: alpha} and of the base's parameters saved beside."""
+    def notes(self, alphas: Mapping[str, Alpha], claims: BaseClaims) -> list[str]:
+        """What is odd and no reason to refuse, of modules {path: alpha} and of what was saved beside them."""
         found = list(self.says)
-        if names := self.targets.unused(alphas):
+        if names := self.targets.unused([*alphas, *claims.whole()]):
             found.append(f"target_modules names {show(names)}, of which the file has no weights")
         for field, rows in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             # a pattern that is not read may fit
             keys = [r.key for r in rows if r.pattern is not None and not any(r.matches(path) for path in alphas)]
             if keys:
                 found.append(f"{field} has {show(keys)}, which fits none of the file's modules")
-        if self.modules_to_save and not any(_holds(name, saved) for name in self.modules_to_save):
+        if self.modules_to_save and not any(_holds(name, claims.saved) for name in self.modules_to_save):
             found.append(
                 f"modules_to_save names {show(list(self.modules_to_save))}, of which the file holds nothing: the "
                 "model's own are used"
