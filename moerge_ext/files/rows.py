@@ -60,7 +60,8 @@ def expect_file(path: Path, expected: str) -> None:
         held = f"; it holds {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}" if inside else ""
         raise ValueError(f"{path} is a folder, expected a file: {expected}{held}")
     if not path.is_file():
-        raise ValueError(f"there is no file {path}: expected {expected}")
+        lost = "" if path.parent.is_dir() else f", nor its folder {path.parent}"
+        raise ValueError(f"there is no file {path}{lost}: expected {expected}")
 
 
 def parse_json(text: str | bytes) -> Any:
