@@ -337,13 +337,9 @@ def patch(
         for name, make in layers_at(model, plans).items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
-    notes = [
-        *fitted.notes,
-        alone_note(everywhere, experts.names, routing),
-        *provenance_notes(model, experts, row.gate_kind),
-    ]
-    notes += [base.unweighted_note(), own_top_k_note(row, own_top_k(row, experts, options))]
-    notes += idle_notes(model, everywhere)
+    notes = [*fitted.notes, alone_note(everywhere, experts.names, routing)]
+    notes += [*provenance_notes(model, experts, row.gate_kind), base.unweighted_note()]
+    notes += [own_top_k_note(row, own_top_k(row, experts, options)), *idle_notes(model, everywhere)]
     handle._begin(routed, branches, base.place_own, strict)
     _say("patch", filter(None, notes), handle.remove)
     return handle

@@ -72,7 +72,7 @@ def _meta_run(layer: nn.Module) -> tuple[tuple[int, int], Any] | None:
     probe, forward = on_meta(layer), type(layer).forward
     others: list[tuple[Tensor, ...]] = [()]
     if len(signature(forward).parameters) > 2:
-        others += [(torch.empty(weight.shape[0], device="meta"),)]
+        others += [(torch.empty(weight.shape[0], device="meta", dtype=torch.float32),)]
         others += [(torch.empty(1, 2, device="meta", dtype=torch.int64),)]
     for more in others:
         products = Products(probe.weight, lambda y, x: y)

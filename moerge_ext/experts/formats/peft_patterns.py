@@ -307,6 +307,7 @@ class _Parser:
         self.at += 2
 
 
+@lru_cache(maxsize=1024)
 def _single(atom: str) -> _Node:
     try:
         test = re.compile(atom)
