@@ -27,7 +27,8 @@ class DrawRows:
 
     The rows of a batch belong to prompts, `counts[i]` rows in turn to prompt i, each of which draws with a generator of
     its own, seeded by `seeds[i]`: transformers' sampling draws all rows from one stream, where what a row gets depends
-    on the rows before it.
+    on the rows before it. A row takes one uniform number u, drawn on the CPU; its token is the first whose cumulated
+    probability is above u.
     """
 
     def __init__(self, warpers: Any, counts: Sequence[int], seeds: Sequence[int]):
@@ -35,9 +36,13 @@ class DrawRows:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chances = self.warpers(input_ids, scores.float()).softmax(-1).cpu()
-        parts = zip(chances.split(self.counts), self.generators, strict=True)
-        tokens = torch.cat([torch.multinomial(part, 1, generator=own) for part, own in parts]).to(scores.device)
+        draws = [
+            torch.rand(count, 1, generator=own, dtype=torch.float32, device="cpu")
+            for count, own in zip(self.counts, self.generators, strict=True)
+        ]
+        up_to = self.warpers(input_ids, scores.float()).softmax(-1).cumsum(-1)
+        # over the last one, so that it is 1 from the last possible token on, and above every u
+        tokens = torch.searchsorted(up_to / up_to[:, -1:], torch.cat(draws).to(scores.device), right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 

@@ -101,10 +101,11 @@ class Answerer:
 
     def _read(self, ids: Tensor, mask: Tensor, which: Tensor) -> Any:
         """What the model's cache holds of all tokens but the last, the rows `which`; None where `generate` is to read
-        the repeated prompts itself: its cache is not one of keys and values per token."""
+        the repeated prompts itself: its cache is not one of keys and values per token, or not all that it keeps."""
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-        if self.seq2seq:
+        kept = any(hasattr(module, "rope_deltas") for module in self.model.modules())
+        if self.seq2seq or kept or self.model.generation_config.cache_implementation is not None:
             return None
         asked = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "return_dict_in_generate": True}
         out = self.model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], pad_token_id=self.pad, **asked)

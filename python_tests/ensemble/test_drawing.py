@@ -119,6 +119,12 @@ def _sliding():
     return MistralForCausalLM(MistralConfig(**sizes, **heads)).eval()
 
 
+def _static():
+    model = cases.build("llama")
+    model.generation_config.cache_implementation = "static"
+    return model
+
+
 def _mamba():
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -134,8 +140,9 @@ def _mamba():
         (_sliding, True),
         (lambda: cases.build("t5"), False),
         (_mamba, False),
+        (_static, False),
     ],
-    ids=["llama", "gpt2", "sliding", "t5", "mamba"],
+    ids=["llama", "gpt2", "sliding", "t5", "mamba", "static"],
 )
 def test_several_answers_to_a_prompt_are_those_of_the_prompt_repeated(build, once, tmp_path):
     """Where the model's cache allows, it reads the prompt once."""
