@@ -27,8 +27,7 @@ class DrawRows:
 
     The rows of a batch belong to prompts, `counts[i]` rows in turn to prompt i, each of which draws with a generator of
     its own, seeded by `seeds[i]`: transformers' sampling draws all rows from one stream, where what a row gets depends
-    on the rows before it. A row takes one uniform number u, drawn on the CPU; its token is the first whose cumulated
-    probability is above u.
+    on the rows before it.
     """
 
     def __init__(self, warpers: Any, counts: Sequence[int], seeds: Sequence[int]):
@@ -40,23 +39,15 @@ class DrawRows:
             torch.rand(count, 1, generator=own, dtype=torch.float32, device="cpu")
             for count, own in zip(self.counts, self.generators, strict=True)
         ]
-        up_to = self.warpers(input_ids, scores.float()).softmax(-1).cumsum(-1)
-        # over the last one, so that it is 1 from the last possible token on, and above every u
-        tokens = torch.searchsorted(up_to / up_to[:, -1:], torch.cat(draws).to(scores.device), right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+        return one_token(self.warpers(input_ids, scores.float()), torch.cat(draws)).to(scores.dtype)
 
 
-def warpers(temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None) -> Any:
-    """transformers' processors for these settings."""
-    from transformers import LogitsProcessorList
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    made = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-    if top_k is not None:
-        made.append(TopKLogitsWarper(top_k))
-    if top_p is not None:
-        made.append(TopPLogitsWarper(top_p))
-    return made
+def one_token(scores: Tensor, u: Tensor) -> Tensor:
+    """Scores [N,V] that leave one token, the first whose cumulated probability is above u [N,1], uniform in [0, 1)."""
+    up_to = scores.softmax(-1).cumsum(-1)
+    # over the last one, so that it is 1 from the last possible token on, and above every u
+    tokens = torch.searchsorted(up_to / up_to[:, -1:], u.to(scores.device), right=True)
+    return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 def own_warpers(settings: Any, device: torch.device) -> Any:

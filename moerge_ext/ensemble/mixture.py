@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, cycle
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .. import ops
 from ..evaluation.answers import Answerer
 from ..models.prompt import Prompt, PromptFormat
 from ..routing.patch import Handle
-from .drawing import DrawRows, own_warpers, warpers
+from .drawing import DrawRows, one_token, own_warpers
 from .prompts import PromptExpert, check_experts
 from .router import PromptRouter, warn_of_other_experts
 from .sampler import Sampler, Wish
@@ -43,9 +44,8 @@ class MixProbabilities:
         count = self.weights.shape[1]
         mixed = ops.mix_log_probs(scores.view(count, -1, scores.shape[1]).contiguous(), self.weights)
         if self.warpers is not None:
-            chances = self.warpers(input_ids[: len(mixed)], mixed).softmax(-1)
-            token = torch.multinomial(chances.cpu(), 1, generator=self.generator).to(mixed.device)
-            mixed = torch.full_like(mixed, -torch.inf).scatter(1, token, 0.0)
+            u = torch.rand(len(mixed), 1, generator=self.generator, dtype=torch.float32, device="cpu")
+            mixed = one_token(self.warpers(input_ids[: len(mixed)], mixed), u)
         return mixed.repeat(count, 1).to(scores.dtype)
 
 
@@ -157,13 +157,16 @@ class PromptEnsemble:
             raise ValueError(f"a streamer follows one question, got {len(questions)}")
         if not sample and (temperature != 1.0 or top_p is not None or top_k_tokens is not None):
             raise ValueError("temperature, top_p and top_k_tokens are for sample=True")
+        if (top_p is not None and not 0 < top_p <= 1) or (top_k_tokens is not None and top_k_tokens < 1):
+            raise ValueError(f"expected 0 < top_p <= 1 and top_k_tokens >= 1, got {top_p} and {top_k_tokens}")
         # imported here: `import moerge_ext` needs nothing of transformers' generation, which takes a while
         from transformers import LogitsProcessorList
 
         ids, weights = self._selected(questions, top_k, select)
         prompts = self._prompts(ids.T.flatten().tolist(), questions, max_new_tokens, stop)
-        drawn = warpers(temperature, top_p, top_k_tokens) if sample else None
         device = next(self.asked.model.parameters()).device
+        asked = SimpleNamespace(temperature=float(temperature), top_p=top_p, top_k=top_k_tokens or 0)
+        drawn = own_warpers(asked, device) if sample else None
         processor = MixProbabilities(weights.float().to(device), drawn, seed)
         with self._loras(ids.T.flatten().tolist()):
             texts = self.asked.generate(
