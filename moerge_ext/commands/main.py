@@ -54,6 +54,21 @@ COMMANDS = {
 LOST = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 NOBODY_READS = 128 + 13  # the status of what SIGPIPE ends, as in `moerge list | head -1`
 FOREIGN = ("lm-eval",)  # commands whose arguments are those of another program
+ELSEWHERE = {  # options as other programs call them: as they are called here
+    "--adapters --adapter --lora --loras --lora-modules": "--experts",
+    "--base-model --base --model-name-or-path": "--model",
+    "--dataset --dataset-name --train-file --train-data": "--data",
+    "--epochs --num-epochs --num-train-epochs --max-steps --iters": "--steps",
+    "--gradient-accumulation-steps": "--accumulate",
+    "--k --num-experts-per-tok": "--top-k",
+    "--learning-rate": "--lr",
+    "--lora-alpha": "--alpha",
+    "--max-seq-length --max-seq-len": "--max-length",
+    "--max-tokens": "--max-new-tokens",
+    "--output-dir --out": "--output",
+    "--per-device-train-batch-size": "--batch-size",
+    "--r --lora-r --lora-rank": "--rank",
+}
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -88,6 +103,7 @@ class Parser(argparse.ArgumentParser):
         for word in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
             known = [option for option in self._option_string_actions if option.startswith("--")]
             near = [option for option in known if len(word) > 2 and option.startswith(word)]
+            near = near or [ours for theirs, ours in ELSEWHERE.items() if word in theirs.split() and ours in known]
             near = near or get_close_matches(word, known, n=1, cutoff=0.7)
             hints += [f"{word} is no option, {' or '.join(near[:3])} is"] * bool(near)
         return f"unrecognized arguments: {' '.join(words)}" + (f" ({'; '.join(hints)})" if hints else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -11,9 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import METHODS
+from . import METHODS, get_method
 from .base import Method
-from .fixed import fixed_expert
+from .fixed import PREFIX, fixed_expert
 from .whole_models import ROWS, WHOLE_MODELS, WholeModels
 
 SURVEY = "MoErging survey, arXiv 2408.07057"
@@ -29,6 +29,8 @@ TAXONOMY_HEADERS = {
     "generalization": "general-\nization",
     "user_dataset": "user\ndataset",
 }
+_ANY = "<name>"
+_FIXED = PREFIX + _ANY
 SHORT = {"Out-of-Distribution": "OOD", "In-Distribution": "ID"}
 
 
@@ -42,7 +44,7 @@ def rows() -> list[dict[str, Any]]:
     "-"), taxonomy (a dict with the fields of `Taxonomy`), survey (n of the survey's section 3.n, or "-"), differs (from
     the paper or survey, or "-"), paper.
     """
-    return [_row(method) for method in (*METHODS.values(), fixed_expert("<name>"))] + list(map(_whole, ROWS))
+    return [_row(method) for method in (*METHODS.values(), fixed_expert(_ANY))] + list(map(_whole, ROWS))
 
 
 def _row(method: Method) -> dict[str, Any]:
@@ -83,14 +85,20 @@ def _listed(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items())
 
 
-def render(console: Console, *, verbose: bool = False) -> None:
-    """Print the methods; `verbose` adds the survey's taxonomy, the options, embedders and papers."""
+def render(console: Console, *, verbose: bool = False, names: Sequence[str] = ()) -> None:
+    """Print the methods; `verbose` adds the survey's taxonomy, the options, embedders and papers.
+
+    names: print these alone, with all that `verbose` adds. ValueError for a name of no method.
+    """
     data = rows()
-    console.print(
-        f"[bold]{len(METHODS)} routing methods[/bold] and expert:<name> (patch(model, experts, method=...)), and "
-        f"{', '.join(WHOLE_MODELS)} of whole models (docs/whole_models.md)",
-        highlight=False,
-    )
+    if names:
+        data, verbose = _named(data, names), True
+    else:
+        console.print(
+            f"[bold]{len(METHODS)} routing methods[/bold] and expert:<name> (patch(model, experts, method=...)), and "
+            f"{', '.join(WHOLE_MODELS)} of whole models (docs/whole_models.md)",
+            highlight=False,
+        )
     table = _table("method", "what it does", "gates", "top-k", "weights", "applied", "arXiv", wraps="what it does")
     for row in data:
         arxiv = re.search(r"arXiv (\d+\.\d+)", row["paper"])
@@ -101,6 +109,15 @@ def render(console: Console, *, verbose: bool = False) -> None:
     console.print(table)
     if verbose:
         _render_details(console, data)
+
+
+def _named(data: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these methods in the order of the names."""
+    found = {row["name"]: row for row in data}
+    for name in names:
+        if name not in found:
+            get_method(name)  # raises but for expert:<name>
+    return [found.get(name, found[_FIXED]) for name in dict.fromkeys(names)]
 
 
 def _render_details(console: Console, data: list[dict[str, Any]]) -> None:

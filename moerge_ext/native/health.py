@@ -102,9 +102,18 @@ def _try_an_op(report: Report, torch: Any) -> None:
             weights.sum(-1), torch.ones(2, dtype=torch.float32, device="cpu")
         )
     except (RuntimeError, ValueError) as error:
-        report.problems.append((f"the ops load but do not run: {error}", "Please report this with the lines above."))
+        told = "MOERGE_INSTRUCTION_SET" in str(error)
+        mend = "Unset it, or set it to one of these." if told else "Please report this with the lines above."
+        report.problems.append((f"the ops load but do not run: {error}", mend))
         return
     if fine:
-        report.lines.append(("ops", "load and run"))
+        report.lines.append(("ops", f"load and run: {_kernels(torch)}"))
     else:
         report.problems.append(("the ops run but give wrong numbers", "Please report this with the lines above."))
+
+
+def _kernels(torch: Any) -> str:
+    """Which instruction set the ops take on this CPU, in their words."""
+    shapes = ((1, 4), (1, 4), (2, 4), (2, 1, 4), (2, 4, 1))  # base, x, gates, lora_A, lora_B
+    said = torch.ops.moerge.routed_lora_ways(*(torch.ones(s, dtype=torch.float32, device="cpu") for s in shapes))
+    return bytes(said.tolist()).decode().strip()

@@ -13,6 +13,7 @@ from ..experts.bank import ExpertBank, load_experts
 from ..files.listing import listed
 from ..methods.base import Plan
 from .fitting import on_patched
+from .in_place import check_in_place
 from .planning import listing, plans_of
 from .provenance import other_base_note
 from .routed_linear import RoutedLinear
@@ -85,6 +86,7 @@ def _changeable(handle: Any, caller: str) -> tuple[Slots, dict[str, RoutedLinear
             f"{caller}: a block of this handle is open (record, queries, affinities or disabled), which has the "
             "experts it began with: leave it first"
         )
+    check_in_place(handle, caller)
     return handle._slots, {path: handle.model.get_submodule(path) for path in handle.modules}
 
 

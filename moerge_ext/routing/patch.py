@@ -24,8 +24,8 @@ from .fitting import on_model
 from .fused_experts import close_door, open_door
 from .generation import Doors
 from .growing import GrowingTexts
+from .in_place import check_in_place
 from .layers import drop_hooks
-from .own_module import OwnModule
 from .parameter_banks import with_parameters
 from .peft_layers import idle_notes
 from .planning import configured, listing, plans_of
@@ -34,7 +34,6 @@ from .ran import FirstForward
 from .refusals import device_problems
 from .routed_branches import against_branches
 from .routed_experts import routed_experts, ways_of
-from .routed_linear import RoutedLinear
 from .router_kinds import ROUTERS
 from .row_trace import RowTrace
 from .rows import Rows
@@ -81,25 +80,13 @@ class Handle:
 
     def remove(self) -> None:
         """Puts every original layer back; the model is bit-identical to before. Does nothing the second time."""
-        wrapped = dict.fromkeys(self.modules, RoutedLinear) | dict.fromkeys(self._own_modules, OwnModule)
-        owners = dict.fromkeys(path.rpartition(".")[0] for path in self.parameters)
-        there = dict(self.model.named_modules(remove_duplicate=False))
-        foreign = [n for n, kind in wrapped.items() if not isinstance(there.get(n), kind)]
-        foreign += [owner for owner in owners if owner not in there]
-        # in another order they are all there; one that is there twice has taken another's place
-        held = {there[n].name for n in self.modules} if not foreign else ()
-        if foreign := foreign or [n for n in self.modules if n not in held]:
-            got = type(there[foreign[0]]).__name__ if foreign[0] in there else "no module"
-            raise RuntimeError(
-                f"cannot remove the patch: {', '.join(foreign[:5])} was replaced since (expected its own "
-                f"{wrapped.get(foreign[0], nn.Module).__name__}, got {got}); undo that replacement first"
-            )
+        check_in_place(self, "cannot remove the patch")
         if self._watch is not None:
             self._watch.remove()
         drop_hooks(self.model, (Rows, RealTokens, Weigher))
-        for name in wrapped:
+        for name in (*self.modules, *self._own_modules):
             self.model.get_submodule(name).give_back(self.model, name)
-        for owner in owners:
+        for owner in dict.fromkeys(path.rpartition(".")[0] for path in self.parameters):
             close_door(self.model.get_submodule(owner))
         if self._doors is not None:
             self._doors.remove()
@@ -258,6 +245,7 @@ class Handle:
         For tokens of the type of the layer's weights, in inference or (`grad`) with gradients.
         """
         self._check_alive()
+        check_in_place(self, "cannot explain the layers")
         linears = explain((self.model.get_submodule(name) for name in self.modules), grad=grad)
         return Explanation((*linears, *ways_of(self.model, self.parameters, grad)))
 

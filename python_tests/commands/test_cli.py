@@ -117,6 +117,7 @@ def test_what_is_not_there_is_named(folders, capsys, monkeypatch, name):
         raise OSError("the hub says no\nand much more")
 
     monkeypatch.setattr("moerge_ext.files.hub.unreached", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", nothing)
     told = "was not found: there is no local folder of that name, and the hub has no such {} for you (the hub says no)"
     for config, what in ((lambda *_: "there", "tokenizer"), (nothing, "model")):
@@ -226,6 +227,17 @@ def test_help_needs_no_torch(tmp_path):
     said = run("-X", "importtime", "-m", "moerge_ext", "--help")
     assert "train-router" in said and not re.search(r"\|\s+torch\b", said)
     assert run("-m", "program", "--help") == "ran\n"
+
+
+def test_methods_can_be_named(capsys):
+    assert cli.main(["methods", "glider", "expert:cat", "calm", "glider"]) == 0
+    out = capsys.readouterr().out
+    assert "Out-of-Distribution" in out and "arXiv 2410.07172" in out and "phatgoose" not in out
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(("glider", "expert:<name>", "calm"))] == (
+        ["glider", "expert:<name>", "calm"] * 3
+    )
+    assert cli.main(["methods", "phatgoos"]) == 2
+    assert "did you mean 'phatgoose'?" in capsys.readouterr().err
 
 
 def test_doctor_explains_the_layers_of_a_model(tmp_path, capsys):

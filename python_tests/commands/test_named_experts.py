@@ -112,6 +112,8 @@ def test_names_are_said_in_words_of_the_shell():
         ("merge --experts a --output o --modles x", "(--modles is no option, --modules is)"),
         ("merge --experts a --outpt o --output o", "(--outpt is no option, --output is)"),
         ("inspect --model m --experts a --tasks t --method arrow", "(--method is no option, --methods is)"),
+        ("train-expert m --output o --data d --num-epochs 3", "(--num-epochs is no option, --steps is)"),
+        ("train-expert m --output o --data d --lora-r=8", "(--lora-r is no option, --rank is)"),
     ],
 )
 def test_options_are_not_abbreviated_and_the_one_that_was_meant_is_said(words, hint, capsys):

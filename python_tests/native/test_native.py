@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,14 @@ def test_doctor_is_content_here(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "All fits" in out
+    assert re.search(r"^ops +load and run: kernels for (amx|avx512|avx2|portable)$", out, re.M)
+
+
+def test_doctor_names_an_instruction_set_that_is_none():
+    words = [sys.executable, "-m", "moerge_ext", "doctor"]
+    env = os.environ | {"MOERGE_INSTRUCTION_SET": "sse9"}
+    told = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert told.returncode == 1 and "got sse9\nUnset it" in told.stdout
 
 
 def test_doctor_sees_a_version_mismatch(monkeypatch):

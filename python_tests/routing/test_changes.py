@@ -162,6 +162,20 @@ def test_what_must_stay(folders):
         handle.add_expert(folders["cat"])
 
 
+def test_layers_that_were_taken_out_since(folders):
+    handle = patched(folders, NAMES[:2], spare=1)
+    owner, _, name = handle.modules[-1].rpartition(".")
+    layer = getattr(handle.model.get_submodule(owner), name)
+    before = contents(handle)
+    setattr(handle.model.get_submodule(owner), name, layer.base_layer)
+    for change in (lambda: handle.add_expert(folders["cat"]), lambda: handle.drop_expert("ant")):
+        with pytest.raises(RuntimeError, match=rf"_expert: {handle.modules[-1]} was replaced since .*got Linear"):
+            change()
+    setattr(handle.model.get_submodule(owner), name, layer)
+    assert same_contents(before, contents(handle))
+    handle.add_expert(folders["cat"])
+
+
 def test_who_has_no_slots(folders):
     with pytest.raises(ValueError, match=r"patch\(..., spare=4\)"):
         patched(folders, NAMES[:2]).add_expert(folders["cat"])

@@ -114,6 +114,8 @@ def test_remove_when_layers_were_taken_out_doubled_or_exchanged_since(llama, exp
         with pytest.raises(RuntimeError, match=rf"layers\.1.* was replaced since \(expected its own .*, got {got}\)"):
             handle.remove()
         assert isinstance(first.mlp.up_proj, moerge.RoutedLinear)
+        with pytest.raises(RuntimeError, match=rf"^cannot explain the layers: .*layers\.1.*got {got}"):
+            handle.explain()
     llama.model.layers = nn.ModuleList([second, first])
     handle.remove()
     llama.model.layers = layers

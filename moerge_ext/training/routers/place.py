@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...experts.module_bank import kernel_copy
 from ...methods.learned import EXPERTS, GATES
+from ...routing.in_place import check_in_place
 from ...routing.patch import Handle
 from ...routing.routed_linear import RoutedLinear
 
@@ -17,7 +18,8 @@ FACTORS = ("lora_A", "lora_B")
 
 
 def layers_of(handle: Handle) -> dict[str, RoutedLinear]:
-    """{module path: the layer in its place}."""
+    """{module path: the layer in its place}; RuntimeError when one was taken out since."""
+    check_in_place(handle, "cannot find the routers")
     return {name: handle.model.get_submodule(name) for name in handle.modules}
 
 
