@@ -6,7 +6,7 @@ python bench/quality/pelmo.py table [--data DIR]
 MODEL is a chat model (a folder, a hub id or a GGUF file), ENCODER the folder of all-MiniLM-L6-v2. `run` writes
 questions and prompts into the cache, trains both routers and asks everybody (`moerge train-router`, `moerge ensemble`),
 and can be stopped and called again at any time; at the end bench/results/ has pelmo.json and pelmo_items.jsonl.gz.
-`table` makes PELMo's Tables 1 and 2 and Figure 5 from these two files, and with --data judges every answer anew.
+`table` makes Tables 1 and 2 (in README.md) and Figure 5 from these two files, and with --data judges every answer anew.
 
 | kind | task | expert |
 |---|---|---|
@@ -36,6 +36,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.quality.tasks import fill  # noqa: E402
 from moerge_ext.commands import main as cli  # noqa: E402
 from moerge_ext.ensemble.figure import plot_top_k  # noqa: E402
 from moerge_ext.ensemble.judge import JUDGES, final_answer, number  # noqa: E402
@@ -232,6 +233,18 @@ def tables(scores: list[Score], experts: list[str]) -> str:
     return "\n".join([*parts, *lines]) + "\n"
 
 
+def block(facts: dict, scores: list[Score]) -> str:
+    """What README.md says of the run: its settings, then the tables."""
+    count = len(facts["kinds"])
+    said = (
+        f"{facts['model']} in {facts['dtype']}, router {facts['encoder']}; {count * facts['train']} training and "
+        f"{count * facts['test']} test questions, {facts['shots']} demonstrations in a prompt; threshold of the labels "
+        f"{facts['theta']}, {facts['epochs']} epochs at {facts['lr']:g}; commit {facts['commit'][:10]}, "
+        f"torch {facts['torch']}."
+    )
+    return f"{said}\n\n{tables(scores, facts['experts'])}".rstrip("\n")
+
+
 def table(args: argparse.Namespace) -> None:
     if not (args.results / "pelmo.json").is_file():
         raise SystemExit(f"{args.results} has no pelmo.json: call `run` first")
@@ -239,8 +252,9 @@ def table(args: argparse.Namespace) -> None:
     if args.data is not None:
         check(items, args.data, facts["experts"])
     scores = scores_of(items)
-    text = tables(scores, facts["experts"])
-    (args.results / "pelmo.md").write_text(text)
+    text = block(facts, scores)
+    if args.results == RESULTS:
+        fill("pelmo", text)
     plot_top_k(scores, facts["experts"], args.results / "pelmo_top_k.png")
     print(text)
 
