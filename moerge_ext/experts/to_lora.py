@@ -15,7 +15,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..models.pretrained import load_model
 from .formats.foreign import MERGES
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from .formats.peft_config import read_config
+from .formats.peft_keys import base_path
 from .formats.view import peft_config
 from .hub import find_adapter
 from .keys import PREFIX, bare_path
@@ -78,11 +79,12 @@ def convert_to_lora(
     rank: at most this rank in every module. max_error: the smallest rank whose relative error (Frobenius norm of what
     is lost over that of delta W, in each module) is at most this; with `rank` too, a module that needs more is refused.
     Neither: exact (an error of 1e-6 at most). Factors are float32 and hold the scaling (alpha = r). A module to which
-    the adapter adds nothing gets rank 1 and zeros.
+    the adapter adds nothing gets rank 1 and zeros. Whole modules beside it (`modules_to_save`) are kept as they are.
 
     Raises ValueError, before anything is written, for an adapter of another kind, layers that are not linear, tensors
-    that are missing or left over, biases or whole modules beside it, layers that change more than their weight, and,
-    naming each module with the rank it needs, where factors that keep the bound are not smaller than the matrix.
+    that are missing, left over or of another shape than the model's, biases beside it, layers that change more than
+    their weight, and, naming each module with the rank it needs, where factors that keep the bound are not smaller than
+    the matrix.
     """
     _check_bounds(rank, max_error)
     name, folder = find_adapter(source)
@@ -93,8 +95,12 @@ def convert_to_lora(
     kind = DORA if config["peft_type"] == "LORA" else config["peft_type"]
     loaded = not isinstance(base, nn.Module)
     model = load_model(os.fspath(base), dtype="auto", device="cpu") if loaded else base
-    tensors, ranks, errors, problems = {}, {}, {}, []
-    for path, delta, fits in _deltas(model, name, folder, config, progress):
+    whole = config.get("modules_to_save")
+    stored, saved = _read(folder, whole or ())
+    _check_saved(model, name, saved)
+    tensors = {f"{PREFIX}{path}": tensor for path, tensor in saved.items()}
+    ranks, errors, problems = {}, {}, []
+    for path, delta, fits in _deltas(model, name, stored, config, progress):
         if not fits:
             problems.append(f"{path}: PEFT changes more than the weight here, such as the bias")
             continue
@@ -105,6 +111,7 @@ def convert_to_lora(
     if problems:
         raise ValueError(f"{kind} adapter {name!r} has no such LoRA:\n- " + "\n- ".join(grouped(problems)))
     fields = peft_config(ranks, dict(ranks), None) | {key: config[key] for key in _COMMON if key in config}
+    fields |= {"modules_to_save": whole} if whole else {}
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / WEIGHTS_FILE, lambda file: save_file(tensors, file, {"format": "pt"}))
     # the config last: without it the folder is not yet an adapter
@@ -170,8 +177,9 @@ def _checked_config(name: str, folder: Path) -> dict[str, Any]:
         problems.append(f"{WEIGHTS_FILE} is missing (adapter_model.bin is not opened here)")
     if config.get("bias", "none") not in ("none", None) or config.get("lora_bias"):
         problems.append("it trained biases, which a LoRA of another cannot hold")
-    if config.get("modules_to_save"):
-        problems.append(f"it brings whole modules (modules_to_save {str(config['modules_to_save'])[:80]})")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(word, str) and word for word in saved):
+        problems.append(f"modules_to_save must be a list of names, got {str(saved)[:80]}")
     if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] not in ("gaussian", "eva"):
         problems.append(f"init_lora_weights {config['init_lora_weights'][:80]!r} may have changed the base")
     if problems:
@@ -179,18 +187,38 @@ def _checked_config(name: str, folder: Path) -> dict[str, Any]:
     return config
 
 
+def _read(folder: Path, whole: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({key: tensor} of the file, {path: tensor} of the modules that it saved whole)."""
+    with open_weights(folder, WEIGHTS_FILE) as stored:
+        tensors = {key: stored.read(key).clone() for key in stored.headers}
+    saved = [key for key in tensors if any(f".{name}." in f".{bare_path(key)}" for name in whole)]
+    return tensors, {base_path(bare_path(key)): tensors[key] for key in saved}
+
+
+def _check_saved(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
+    """ValueError for parameters of whole modules that are not this model's."""
+    own = model.state_dict(keep_vars=True)
+    problems = [f"{path} of the file is no parameter of the model" for path in saved if path not in own]
+    problems += [
+        f"{path} is {list(saved[path].shape)} in the file, {list(own[path].shape)} in the model"
+        for path in saved
+        if path in own and own[path].shape != saved[path].shape
+    ]
+    if problems:
+        raise ValueError(f"adapter {name!r} does not fit {type(model).__name__}:\n- " + "\n- ".join(grouped(problems)))
+
+
 def _deltas(
-    model: nn.Module, name: str, folder: Path, config: dict[str, Any], progress: bool
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], config: dict[str, Any], progress: bool
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """(module path, W' - W [O,D] float64, whether that is all the layer adds) of every layer with the adapter; the
     model is as before afterwards."""
     try:
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
     except ImportError:
         raise ImportError("converting needs PEFT: pip install 'moerge_ext[train]'") from None
-    with open_weights(folder, WEIGHTS_FILE) as stored:
-        tensors = {key: stored.read(key).clone() for key in stored.headers}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         settings = PeftConfig.from_peft_type(**{key: value for key, value in config.items() if key != "auto_mapping"})
@@ -201,8 +229,13 @@ def _deltas(
     except Exception as error:  # whatever a config that is wrong provokes in PEFT
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"adapter {name!r} cannot be put on {type(model).__name__} by PEFT: {reason}") from None
+    own = {
+        path: module.original_module
+        for path, module in adapted.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
     try:
-        found = set_peft_model_state_dict(adapted, tensors)
+        found = set_peft_model_state_dict(adapted, dict(tensors))
         missing = _missing(adapted, set(found.missing_keys))
         problems = [f"{key} is not in the file" for key in missing]
         problems += [f"{key} of the file belongs to no layer of the model" for key in found.unexpected_keys]
@@ -218,6 +251,11 @@ def _deltas(
         for path, layer in tqdm(layers.items(), "converting", unit="layer", disable=not progress, leave=False):
             yield bare_path(path), *_delta(layer)
     finally:
+        for (
+            path,
+            module,
+        ) in own.items():  # PEFT's own way leaves the trained ones, or raises
+            model.set_submodule(path, module)
         adapted.unload()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

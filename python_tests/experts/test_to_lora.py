@@ -164,7 +164,9 @@ def test_refusals(tmp_path):
     refused("is not in the file", {key: tensor for key, tensor in stored.items() if key != first})
     refused("belongs to no layer", stored | {"base_model.model.other.hada_w1_a": torch.ones(1)})
     refused("NaN or infinite", stored | {first: torch.full_like(stored[first], torch.nan)})
-    refused("modules_to_save", modules_to_save=["lm_head"])
+    refused("modules_to_save must be a list of names, got lm_head", modules_to_save="lm_head")
+    head = "base_model.model.lm_head.weight"
+    refused(r"lm_head.weight is \[3\] in the file, ", stored | {head: torch.ones(3)}, modules_to_save=["lm_head"])
     refused("got 'LN_TUNING'", peft_type="LN_TUNING")
     refused("to a LoRA: it is a LoRA already: load it as it is$", peft_type="LORA", init_lora_weights="pissa")
     refused("it is .IA.3, which experts can be: load it", base=None, peft_type="IA3")
@@ -174,6 +176,20 @@ def test_refusals(tmp_path):
     weights.rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="safetensors is missing"):
         convert_to_lora(folder, tmp_path / "out", model)
+
+
+def test_whole_modules_are_kept(tmp_path):
+    """Of a classifier, whose head PEFT saves unasked; the base keeps its own."""
+    config = peft.LoHaConfig(r=2, target_modules=["query", "dense"], task_type="SEQ_CLS", modules_to_save=["pooler"])
+    folder, want = adapter("LOHA", tmp_path / "own", builders.tiny_bert, config)
+    assert "classifier" in json.loads((folder / "adapter_config.json").read_text())["modules_to_save"]
+    model = builders.tiny_bert()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    convert_to_lora(folder, tmp_path / "lora", model, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert error(routed(tmp_path / "lora", model), want) < 1e-5
+    adapted = peft.PeftModel.from_pretrained(builders.tiny_bert(), tmp_path / "lora").eval()
+    assert error(logits(adapted, input_ids=tokens()), want) < 1e-5
 
 
 def test_a_folder_by_a_relative_path(tmp_path, monkeypatch):

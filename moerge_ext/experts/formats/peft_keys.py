@@ -96,7 +96,7 @@ def _sort(key: str, lora: LoraKey | None, bare: bool, found: SortedKeys) -> None
     if lora is None and ("lora_" in key or not (bare or PREFIX in key)):
         found.problems.append(_unknown_key(key))
         return
-    path = lora.path if lora is not None else _base_path(bare_path(key), found.adapters)
+    path = lora.path if lora is not None else base_path(bare_path(key), found.adapters)
     if why := path_problem(path):
         found.problems.append(why)
     elif lora is None:
@@ -107,7 +107,7 @@ def _sort(key: str, lora: LoraKey | None, bare: bool, found: SortedKeys) -> None
             found.problems.append(f"{path}: {show(first)} and {show(key)} are the same weight twice")
 
 
-def _base_path(path: str, adapters: Collection[str]) -> str:
+def base_path(path: str, adapters: Collection[str] = ()) -> str:
     """The parameter's path in the base model: PEFT's wrappers stand between a module and its parameters."""
     parts = path.split(".")
     if "modules_to_save" in parts:  # early versions left it, some with the adapter's name behind it
