@@ -50,12 +50,13 @@ struct Allowed {
   }
 };
 
-// Whether the processor has AMX for bfloat16 and the system lets this process keep its tiles.
+// Whether the processor multiplies bfloat16 by tiles and in vectors, and the system lets this process keep its tiles.
 bool has_amx() {
 #ifdef MOERGE_AMX
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
 #else

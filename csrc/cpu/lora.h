@@ -22,7 +22,7 @@
 //   against 334 us, 576 -> 1536 566 against 668
 // All in bfloat16, shrink and expand go by the tiles of AMX (micro_amx.h). lora_apply_, T = 512, E = 8, K = 2, R = 16,
 // two cores beside other load, us against AVX-512: 576 -> 576 326 (509), 576 -> 1536 587 (945), 1536 -> 576 410 (791).
-// The scores do not: their gates are float32.
+// So do the scores (route.h).
 //
 // What a patched layer cannot do here (Sapphire Rapids, two cores, float32 2048 -> 2048, K = 2, R = 16):
 //   T = 256, E = 166: A and B of 158 experts are 41 MB, at the 25 GB/s of the plain layer's own weights 1.65 ms, and

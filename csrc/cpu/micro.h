@@ -64,9 +64,12 @@ struct TileRow {
   bool narrow;
 };
 constexpr int64_t kTileColumns = 512, kTileRanks = 64;
+constexpr int64_t kTileWidth = 16;  // rows and columns of the sums of one tile
+constexpr int64_t kScoreRows = 32;  // tokens of one call of `scores`
+constexpr int64_t kGateParts = 3;   // numbers of bfloat16 that hold one of float32
 
-// The products of a branch whose tensors are all bfloat16, where a machine multiplies those by tiles. R is a multiple
-// of 16 and at most kTileRanks.
+// The products of a branch whose tensors are all bfloat16, and those of tokens of bfloat16 with gates, where a machine
+// multiplies by tiles. R is a multiple of 16 and at most kTileRanks.
 struct Tiles {
   // out[m][r] = sum_d x[m][d] * w[d * stride + r]; D a multiple of 32
   void (*shrink)(int64_t M, int64_t D, int64_t R, const void* const* x, const void* w, int64_t stride,
@@ -79,6 +82,15 @@ struct Tiles {
   // x[m][d + 1]
   void (*linear)(int64_t M, int64_t N, int64_t D, const uint32_t* pairs, const void* w, int64_t stride,
                  float* const* out);
+
+  // Gates of float32 as three parts of bfloat16 each: pairs[d / 2][p * E + e], `width` apart, is part p of features d
+  // and d + 1 of gate e; sums[e] = sum_d of gate e. One of the strides is 1; D a multiple of 32.
+  void (*split)(int64_t D, int64_t E, const float* gates, int64_t feature_stride, int64_t expert_stride, int64_t width,
+                uint32_t* pairs, float* sums);
+  // sums[m][c] = sum_d x[m * stride + d] * pairs[d / 2][c][d % 2] for kScoreRows rows, width a multiple of kTileWidth;
+  // adds the moments of each row to moments[m], if not null
+  void (*scores)(int64_t D, int64_t width, const void* x, int64_t stride, const uint32_t* pairs, float* sums,
+                 Moments* moments);
 };
 
 // Null where this machine has none, or may not use them.

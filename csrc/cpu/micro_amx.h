@@ -41,10 +41,7 @@ MOERGE_TILES inline void multiply_tiles() {
 
 // 16 columns of two rows of w, in pairs
 inline void interleave(const bf16* first, const bf16* second, uint32_t* out) {
-  using L = Lanes<float, 16>;
-  const auto low = __builtin_convertvector(*reinterpret_cast<const L::u16*>(first), L::u32);
-  const auto high = __builtin_convertvector(*reinterpret_cast<const L::u16*>(second), L::u32);
-  const L::u32 both = low | (high << 16);
+  const auto both = lower_halves<16>(first) | (lower_halves<16>(second) << 16);
   __builtin_memcpy(out, &both, sizeof both);
 }
 
@@ -68,7 +65,9 @@ MOERGE_TILES void tiles_shrink_panel(int64_t M, int64_t D, const bf16* const* x,
   clear_tile<0>(), clear_tile<1>(), clear_tile<2>();
   for (int64_t begin = 0; begin < D; begin += kDepth) {
     const int64_t depth = D - begin < kDepth ? D - begin : kDepth;
-    for (int64_t m = 0; m < M; ++m) __builtin_memcpy(rows + m * kDepth, x[m] + begin, depth * sizeof(bf16));
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t d = 0; d < depth; d += 32)  // a whole row by memcpy is `rep movsq`
+        __builtin_memcpy(rows + m * kDepth + d, x[m] + begin + d, 32 * sizeof(bf16));
     for (int64_t d = 0; d < depth; d += 2) {
       const bf16* row = w + (begin + d) * stride;
       interleave(row, row + stride, pairs + d / 2 * kTile);
@@ -200,7 +199,4 @@ MOERGE_TILES void tiles_linear(int64_t M, int64_t N, int64_t D, const uint32_t* 
 }
 
 }  // namespace
-
-extern const Tiles tiles = {tiles_shrink, tiles_expand, tiles_linear};
-
 }  // namespace moerge::cpu::MOERGE_ISA

@@ -3,3 +3,11 @@
 #include "micro_kernels.h"
 //
 #include "micro_amx.h"
+//
+#include "micro_amx_route.h"
+
+namespace moerge::cpu::MOERGE_ISA {
+
+extern const Tiles tiles = {tiles_shrink, tiles_expand, tiles_linear, tiles_split, tiles_scores};
+
+}  // namespace moerge::cpu::MOERGE_ISA

@@ -11,6 +11,13 @@
 //   AVX2, T = 512: E = 4 D = 576 127 (158), 2048 483 (589); E = 8 172 (165), 664 (609)
 //   beyond: AVX-512 E = 16 D = 2048 795 (969), 64 1593 (1338); AVX2 E = 16 1095 (913)
 //
+// Tokens of bfloat16 are multiplied with float32 gates by the tiles of AMX (micro_amx_route.h), whose statistics come
+// from the same pass. us against widening, centring and `dot`, T = 512, E = 8, K = 2, one thread beside other load,
+// minima:
+//   D = 576 86 to 101 (120 to 131), 1536 214 to 225 (297 to 345)
+// routed_lora_ of SmolLM2's 210 layers, with the same change to interleaving and copying in micro_amx.h: 116 to 122 ms
+// (152 to 156).
+//
 // Tried: one call for the layers that share an input (q, k, v). One over 3 x 36 gates against three over 36, D = 2048,
 // float32, cold: T = 1 139 against 248 us, 16 177 against 272 us, 256 1.2 against 1.7 ms, 1024 5.1 against 7.7 ms. Of
 // what three patched layers take that is 3.6, 0.8, 0.9 and 1.4 %, before one layer hands anything to the next: left
@@ -42,6 +49,12 @@ struct RouteArgs : RoutePlan {
   RowMap row;
 
   RouteArgs(const Check& check, const Tensor& x, const Tensor& gates, const RouteOptions& options);
+
+  // Whether tokens and gates are multiplied by `tiles()`.
+  bool by_tiles() const {
+    return tiles() && dtype_of(x) == DType::bf16 && dtype_of(gates) == DType::f32 && T > kFewTokens && E > 0 && D > 0 &&
+           D % 32 == 0;
+  }
 
   bool eligible(int64_t token, int64_t expert) const {
     if (!mask) return true;
@@ -179,13 +192,16 @@ class RouteForward {
   static constexpr int kPhases = 3;
 
   RouteForward(const RouteArgs& args, Workspace& workspace, Acc* weights, int32_t* experts);
-  int64_t cost() const { return args_.T * args_.D * (args_.E + 2); }
+  int64_t cost() const { return args_.T * args_.D * (by_tiles_ ? 4 + args_.E / 8 : args_.E + 2); }
   void run(Team& team) const;
 
  private:
-  bool few() const { return args_.tall_gates && args_.T <= kFewTokens && args_.D > kDepth; }
+  bool few() const { return !by_tiles_ && args_.tall_gates && args_.T <= kFewTokens && args_.D > kDepth; }
   int64_t block_tokens() const { return args_.T <= kFewTokens ? kFewBlock : kTokenBlock; }
   void block(int64_t index) const;
+  void split(int64_t part) const;
+  void tile_block(int64_t index) const;
+  void tile_scores(int64_t begin, int64_t count, float* sums, Moments* moments) const;
   void centre(int64_t token) const;
   void dots(int64_t part) const;
   void sum_and_choose(int64_t token) const;
@@ -194,6 +210,11 @@ class RouteForward {
   const RouteArgs& args_;
   Acc* weights_;
   int32_t* experts_;
+  // by tiles: the parts of the gates [D/2,width], and their sums over each kDepth features [parts,E]
+  bool by_tiles_ = false;
+  int64_t width_ = 0;
+  uint32_t* pairs_ = nullptr;
+  float* gate_sums_ = nullptr;
   // for few tokens: rows [T,D], pointers to what is centred, statistics, partial scores [parts,T,E]
   int64_t parts_ = 0;
   Acc* rows_ = nullptr;

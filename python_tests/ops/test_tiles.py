@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_cases import check_route, rand
 
 from moerge_ext import ops, reference
 
@@ -71,3 +72,54 @@ def test_a_token_that_names_an_expert_twice_and_numbers_that_are_none():
     fine[[5, 8]] = False
     assert error(y[fine], want[fine]) < 2 * error(want[fine].bfloat16(), want[fine]) + 1e-3
     assert y[5].isnan().all() and not y[8].isfinite().any()
+
+
+@pytest.mark.parametrize("normalize", ["standardize", "unit", "none"])
+@pytest.mark.parametrize("E", [1, 5, 8, 9, 16, 37])
+def test_scores(E, normalize):
+    """Gates expert by expert and side by side, columns that fill no tile, features in parts, a last block of one."""
+    x = (rand(97, 544, seed=1) + torch.linspace(-3, 3, 97)[:, None]).bfloat16()  # means of all sizes
+    wide = torch.full((97, 600), torch.nan, dtype=torch.bfloat16)
+    wide[:, 8:552] = x
+    gates = rand(E, 544, seed=2)
+    for layout in (gates, gates.t().contiguous().t()):
+        options = {"top_k": min(E, 2), "normalize": normalize, "weighting": "score"}
+        weights, experts = check_route(x, layout, **options)
+        again = ops.route(wide[:, 8:552], layout, **options)
+        assert torch.equal(weights, again[0]) and torch.equal(experts, again[1])
+
+
+@pytest.mark.parametrize("normalize", ["standardize", "unit", "none"])
+def test_tokens_that_tiles_would_get_wrong_are_as_they_are_alone(normalize):
+    """Far from zero, constant, too large to square, subnormal, infinite, none."""
+    x, gates = rand(80, 544, seed=3, dtype=torch.bfloat16), rand(6, 544, seed=4)
+    gates[2, 5] = 0.5  # a gate whose further parts are zero
+    x[1] += 300
+    x[2] = 7
+    x[3] = 0
+    x[4] *= 1e30
+    x[5] = x[5].float() * 1e-39
+    x[6, 5] = torch.inf
+    x[7, 9] = torch.nan
+    weights, experts = ops.route(x, gates, top_k=2, normalize=normalize)
+    for i in range(10):
+        alone = ops.route(x[i : i + 1], gates, top_k=2, normalize=normalize)
+        assert torch.equal(experts[i], alone[1][0]), i
+        torch.testing.assert_close(weights[i], alone[0][0], atol=2e-6, rtol=2e-6, equal_nan=True)
+    check_route(x[8:], gates, top_k=2, normalize=normalize, weighting="score")
+
+
+def test_the_best_two_of_few_experts():
+    """As a sort finds them, also with equal scores and with numbers that are none."""
+    make = torch.Generator().manual_seed(0)
+    scores = torch.randint(-2, 3, (500, 7), generator=make).float()
+    scores[::9, 3] = torch.nan
+    scores[::11, 2] = torch.inf
+    scores[5:9] = -torch.inf
+    scores[7, 4] = 1
+    got, want = (
+        backend.route(torch.zeros(500, 32), torch.zeros(7, 32), top_k=2, bias=scores, rows=torch.arange(500).int())
+        for backend in (ops, reference)
+    )
+    assert torch.equal(got[1], want[1].int())
+    torch.testing.assert_close(got[0], want[0], equal_nan=True)
