@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
                     command(*learn, *more, "--output", cache / output)
         else:
             routers = ["--router", cache / "multi", "--single-label-router", cache / "single"]
-            command("ensemble", *shared, "--data", *files, *routers, "--output", cache / "out")
+            command("ensemble", *shared, "--data", *files, *routers, "--top-k", *args.top_k, "--output", cache / "out")
     write_results(args, cache)
 
 
@@ -174,7 +174,7 @@ def write_results(args: argparse.Namespace, cache: Path) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "pelmo_items.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    names = ("train", "test", "shots", "epochs", "lr", "theta", "threads", "batch_size", "dtype")
+    names = ("train", "test", "shots", "epochs", "lr", "theta", "top_k", "threads", "batch_size", "dtype")
     facts = {name: getattr(args, name) for name in names} | {"seed": SEED, "commit": commit.stdout.strip()}
     facts |= {"model": Path(args.model).name, "encoder": "all-MiniLM-L6-v2", "torch": torch.__version__}
     facts |= {"machine": platform.machine(), "experts": [f"{kind} expert" for kind in KINDS], "kinds": KINDS}
@@ -277,6 +277,7 @@ def main() -> None:
             sub.add_argument("--theta", type=float, default=0.7)
             sub.add_argument("--epochs", type=int, default=5)
             sub.add_argument("--lr", type=float, default=1e-4)
+            sub.add_argument("--top-k", type=int, nargs="+", default=[1, 2, 3, 4], metavar="K", help="experts mixed")
             sub.add_argument("--batch-size", type=int, default=4)
             sub.add_argument("--threads", type=int, default=1)
             sub.add_argument("--dtype", default="float32", help="of the chat model (default: %(default)s)")
