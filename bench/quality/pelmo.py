@@ -177,9 +177,23 @@ def write_results(args: argparse.Namespace, cache: Path) -> None:
     names = ("train", "test", "shots", "epochs", "lr", "theta", "top_k", "threads", "batch_size", "dtype")
     facts = {name: getattr(args, name) for name in names} | {"seed": SEED, "commit": commit.stdout.strip()}
     facts |= {"model": Path(args.model).name, "encoder": "all-MiniLM-L6-v2", "torch": torch.__version__}
+    facts |= {"taught": {kind: taught(cache, kind) for kind in KINDS}}
     facts |= {"machine": platform.machine(), "experts": [f"{kind} expert" for kind in KINDS], "kinds": KINDS}
     (args.results / "pelmo.json").write_text(json.dumps(facts, indent=1) + "\n")
     table(args)
+
+
+def taught(cache: Path, kind: str) -> dict[str, int]:
+    """How many training questions of a kind each expert answered right: what the multi-label router learned from."""
+    rows = [(name, row) for name in KINDS for row in read_rows(cache / name / "train.jsonl")]
+    right = {}
+    for name in KINDS:
+        (path,) = (cache / "multi" / "answers").glob(f"{name}_expert.*.jsonl")
+        answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()[1:]]
+        own = [(answer, row) for answer, (of, row) in zip(answers, rows, strict=True) if of == kind]
+        judge = JUDGES[KINDS[kind]["judge"]]
+        right[name] = sum(bool(judge("", final_answer(answer, AFTER), row["target"])) for answer, row in own)
+    return right
 
 
 def read_items(folder: Path) -> list[dict]:
@@ -221,6 +235,8 @@ def tables(scores: list[Score], experts: list[str]) -> str:
     best = max(experts, key=lambda name: macro(scores, name))
     lines = ["| claimed | seen here: difference of the macro-averages, paired 95 % interval |", "| --- | --- |"]
     for ours, theirs in (
+        (f"{MIXED}1", best),
+        (f"{MIXED}1", "specific few-shot"),
         (f"{MIXED}2", best),
         (f"{MIXED}2", "specific few-shot"),
         (f"{MIXED}2", f"{MIXED}1"),
@@ -242,7 +258,14 @@ def block(facts: dict, scores: list[Score]) -> str:
         f"{facts['theta']}, {facts['epochs']} epochs at {facts['lr']:g}; commit {facts['commit'][:10]}, "
         f"torch {facts['torch']}."
     )
-    return f"{said}\n\n{tables(scores, facts['experts'])}".rstrip("\n")
+    learned = "\n".join(
+        f"| {kind} | " + " | ".join(str(right[name]) for name in facts["kinds"]) + " |"
+        for kind, right in facts["taught"].items()
+    )
+    head = "| right of | " + " | ".join(f"{kind} expert" for kind in facts["kinds"]) + " |"
+    rule = "| --- |" + " ---: |" * count
+    taught = f"Of {facts['train']} training questions of each kind\n\n{head}\n{rule}\n{learned}"
+    return f"{said}\n\n{tables(scores, facts['experts'])}\n{taught}"
 
 
 def table(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@
 namespace moerge::cpu::MOERGE_ISA {
 namespace {
 
-constexpr int64_t kTile = 16;     // rows of a tile; also the columns of its sums
+constexpr int64_t kTile = kTileWidth;
 constexpr int64_t kPairRows = 8;  // of a tile of w that expand multiplies: 16 ranks
 constexpr int64_t kShrinkRows = 48;
 constexpr int64_t kTileAhead = 512;  // bytes of a row of w that are asked for early
@@ -45,13 +45,19 @@ inline void interleave(const bf16* first, const bf16* second, uint32_t* out) {
   __builtin_memcpy(out, &both, sizeof both);
 }
 
+using Bits = Lanes<float, 16>::u32;
+
+// The nearest numbers of bfloat16, in the upper halves; a NaN stays one.
+inline Bits upper_halves(Vec<float, 16> values) {
+  const Bits bits = reinterpret_cast<Bits>(values);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return values != values ? Bits{} + 0x7fc00000 : rounded;
+}
+
 // 16 numbers, rounded as `narrow` does
 inline void narrow_vec(Vec<float, 16> values, bf16* out) {
-  using L = Lanes<float, 16>;
-  const L::u32 bits = reinterpret_cast<L::u32>(values);
-  const L::u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const L::u32 chosen = values != values ? L::u32{} + 0x7fc0 : rounded;
-  *reinterpret_cast<L::u16*>(out) = __builtin_convertvector(chosen, L::u16);
+  using U16 = Lanes<float, 16>::u16;
+  *reinterpret_cast<U16*>(out) = __builtin_convertvector(upper_halves(values) >> 16, U16);
 }
 
 // 16 ranks of up to 48 rows: sums [48,16]

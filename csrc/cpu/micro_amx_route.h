@@ -11,15 +11,6 @@ namespace {
 
 constexpr int64_t kScoreDepth = 512;  // features of a part of the scores
 
-using Bits = Lanes<float, 16>::u32;
-
-// The nearest numbers of bfloat16, in the upper halves; a NaN stays one.
-inline Bits upper_halves(Vec<float, 16> values) {
-  const Bits bits = reinterpret_cast<Bits>(values);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
-  return values != values ? Bits{} + 0x7fc00000 : rounded;
-}
-
 // Takes the next part of each number off it.
 inline Bits next_part(Vec<float, 16>& left) {
   const Bits part = upper_halves(left);

@@ -251,10 +251,8 @@ def _deltas(
         for path, layer in tqdm(layers.items(), "converting", unit="layer", disable=not progress, leave=False):
             yield bare_path(path), *_delta(layer)
     finally:
-        for (
-            path,
-            module,
-        ) in own.items():  # PEFT's own way leaves the trained ones, or raises
+        # first, since PEFT leaves the trained ones in their place, or raises
+        for path, module in own.items():
             model.set_submodule(path, module)
         adapted.unload()
         for parameter, flag in flags:
