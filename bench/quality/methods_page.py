@@ -43,7 +43,7 @@ SHORT = {"Out-of-Distribution": "OOD", "In-Distribution": "ID"}
 def methods(_rows: Sequence[Any], folder: Path) -> str:
     """A line for every row: equation, needs, cost for a token and for a text, results, paper."""
     pools = real_answers.read_all(folder)
-    scores = Scores(pools[max(pools)]) if pools else None
+    scores = Scores(real_answers.main_pool(pools)) if pools else None
     lines = [
         "| method | what it does | needs | for a token | for a text | held-in | held-out | arXiv |",
         "| --- | --- | --- | --- | --- | ---: | ---: | --- |",

@@ -16,6 +16,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 FILES = "quality_real_*.jsonl.gz"  # one for every size of the pool
+HELD_OUT_FILES = "quality_heldout_*.jsonl.gz"  # of fewer rows on more held-out items
 DIGITS = 12  # of a target's digest
 
 
@@ -137,11 +138,16 @@ def read(file: Path) -> Results:
     return Results(facts, tasks, answered)
 
 
-def read_all(folder: Path = FOLDER) -> dict[int, Results]:
+def read_all(folder: Path = FOLDER, files: str = FILES) -> dict[int, Results]:
     """{experts in the pool: its results}, the smallest first."""
-    found = map(read, folder.glob(FILES))
-    return dict(sorted((len(results.facts["experts"]), results) for results in found))
+    found = {len(results.facts["experts"]): results for results in map(read, folder.glob(files))}
+    return dict(sorted(found.items()))
 
 
-def file_of(experts: int) -> Path:
-    return FOLDER / FILES.replace("*", str(experts))
+def main_pool(pools: dict[int, Results]) -> Results:
+    """The largest whose experts' own tasks were asked too."""
+    return pools[max(size for size, results in pools.items() if results.part("train"))]
+
+
+def file_of(experts: int, files: str = FILES) -> Path:
+    return FOLDER / files.replace("*", str(experts))

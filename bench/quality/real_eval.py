@@ -1,11 +1,13 @@
 """Every row on every task, with the experts of real_train.py; answers are kept, a run that was stopped goes on.
 
 python bench/quality/real_eval.py --data ../shared/data --cache DIR --embedder MODEL
-python bench/quality/real_eval.py ... --experts 4 --scaling      # a smaller pool: fewer rows, held-out tasks alone
+python bench/quality/real_eval.py ... --experts 4 --chunks 1 --scaling     # another pool: few rows, held-out tasks
+python bench/quality/real_eval.py ... --claims           # eight times the held-out items, of the rows of claims
 python bench/quality/real_eval.py ... --chunks 1 --rows dam token_level      # these join the rows that are there
 python bench/quality/real_eval.py ... --chunks 1 --rows multitask glider/written
 
-Writes bench/results/quality_real_<experts>.jsonl.gz, from which real_table.py makes the tables.
+Writes bench/results/quality_real_<experts>.jsonl.gz (--claims: quality_heldout_<experts>.jsonl.gz), from which
+real_table.py makes the tables.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
 
 def tasks_of(places: real.Places, args: argparse.Namespace, chunk: int, *, shots: bool = False) -> list[Task]:
     """A chunk of all the tasks that are asked."""
-    held_in = () if args.scaling else real.HELD_IN[: args.experts]
+    held_in = () if args.scaling or args.claims else real.HELD_IN[: args.experts]
     names = (*held_in, *real.HELD_OUT[: args.heldout])
     folders = [real_tasks.write_task(places, name, chunk, args.items, shots=shots) for name in names]
     return [load_task(folder) for folder in folders if folder is not None]
@@ -40,9 +43,10 @@ class Asking:
     """Asks rows of one pool; `facts` is what the results say of how it was made."""
 
     def __init__(self, args: argparse.Namespace):
-        names = real.HELD_IN[: args.experts]
+        names = real.POOL[: args.experts]
         self.args, self.places = args, real.Places(args.data, args.cache)
-        self.file, self.folder = real_answers.file_of(len(names)), args.cache / f"eval-{len(names)}-{args.items}"
+        self.file = real_answers.file_of(len(names), real_answers.HELD_OUT_FILES if args.claims else real_answers.FILES)
+        self.folder = args.cache / f"eval-{len(names)}-{args.items}"
         self.model, self.tokenizer = real.load_base(self.places)
         self.deciders = real_routers.Deciders(self.places, names, args.embedder, self.model, self.tokenizer)
         notes = {name: json.loads((self.places.expert(name) / "facts.json").read_text()) for name in names}
@@ -56,6 +60,15 @@ class Asking:
 
     def tasks(self, chunk: int, *, shots: bool = False) -> list[Task]:
         return tasks_of(self.places, self.args, chunk, shots=shots)
+
+    def parts(self, tasks: Sequence[Task]) -> Iterator[Part]:
+        """What is to be asked of these."""
+        pool, deciders = self.deciders.pool, self.deciders
+        if self.args.scaling:
+            return real_rows.compared(pool, deciders)
+        if self.args.claims:
+            return real_rows.claimed(pool, tasks, deciders)
+        return real_rows.parts(pool, tasks, deciders)
 
     def ask(self, part: Part, chunk: int) -> Asked:
         """The answers of a part's rows to a chunk, those that are there taken as they are."""
@@ -71,11 +84,11 @@ class Asking:
     def everything(self) -> None:
         """Chunk after chunk of every task's items, in every chunk all rows."""
         args, pool, done = self.args, self.deciders.pool, []
-        if not args.scaling:
+        if not args.scaling and not args.claims:
             self.facts["weights"] = real_weights.measure(self.model, self.tokenizer, pool, self.tasks(0))
         for chunk in range(args.chunks):
             asked: list[Asked] = []
-            for part in real_rows.parts(pool, self.tasks(chunk), self.deciders, args.scaling):
+            for part in self.parts(self.tasks(chunk)):
                 asked.append(self.ask(part, chunk))
                 if not done:  # of the first chunk also what there is so far: later chunks join when they are whole
                     real_answers.pack([asked], self.facts, self.file)
@@ -99,10 +112,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with tasks/")
     parser.add_argument("--cache", type=Path, required=True, help="of real_train.py; the answers go there too")
     parser.add_argument("--embedder", required=True, help=f"{real.EMBEDDER}: hub id or folder")
-    parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N tasks (default: all)")
+    parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N of POOL (%(default)s)")
     parser.add_argument("--heldout", type=int, default=len(real.HELD_OUT), help="the first N of them (default: all)")
-    parser.add_argument("--scaling", action="store_true", help="only what compares pools of several sizes")
-    parser.add_argument("--rows", nargs="+", help="only these, into the results there are (real_join.py)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--scaling", action="store_true", help="only what compares pools of several sizes")
+    only.add_argument("--claims", action="store_true", help="only held-out tasks, and rows that claims are of")
+    only.add_argument("--rows", nargs="+", help="only these, into the results there are (real_join.py)")
     parser.add_argument("--items", type=int, default=24, help="of every task in a chunk (default: %(default)s)")
     parser.add_argument("--chunks", type=int, default=8, help="(default: %(default)s)")
     args = parser.parse_args()

@@ -17,6 +17,10 @@ from moerge_ext.methods import get_method
 from moerge_ext.methods.fixed import PREFIX
 
 SCALED = ("base", "merged", "retrieval", "phatgoose")  # of pools of other sizes, beside their experts alone
+CLAIMED = (  # something of, on held-out tasks
+    "base", "phatgoose", "retrieval", "merged", "arrow_phatgoose", "average_activation", "merged_factors",
+    "phatgoose/top_k=3",
+)  # fmt: skip
 FIRST = ("base", "phatgoose", "retrieval", "merged", "arrow_phatgoose", "average_activation")
 SECOND = ("phatgoose/top_k=1", "phatgoose/top_k=3", "arrow", "merged_factors", "glider")
 THIRD = ("knn", "centroid", "retrieval_task", "adapter_soup", "weight_sentsim", "arrow_peft", "average_activation_mttl")
@@ -45,12 +49,20 @@ class Part:
     template: str = real.TEMPLATE
 
 
-def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders, scaling: bool) -> Iterator[Part]:
+def compared(pool: ExpertBank, deciders: Deciders) -> Iterator[Part]:
+    """What pools of several sizes are compared by."""
+    yield Part(_runs([*SCALED, *(PREFIX + name for name in pool.names)]), pool, deciders.known())
+
+
+def claimed(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iterator[Part]:
+    """Of what papers say that it is better or worse than another on held-out tasks; no expert alone."""
+    yield Part(_runs(CLAIMED), pool, deciders.known())
+    yield Part(_runs(OWN_INSTRUCTIONS), pool, deciders.told(tasks))
+
+
+def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iterator[Part]:
     """The parts of a pool; what a part needs is made when it is its turn."""
     alone = [parse_run(PREFIX + name) for name in pool.names]
-    if scaling:
-        yield Part([*map(parse_run, SCALED), *alone], pool, deciders.known())
-        return
     yield Part(_runs(FIRST), pool, deciders.known())
     yield Part(_runs(OWN_INSTRUCTIONS), pool, deciders.told(tasks))
     yield Part(alone, pool)

@@ -167,8 +167,8 @@ def missing(results: Results) -> str:
 
 
 def blocks(pools: dict[int, Results]) -> dict[str, str]:
-    """Every generated block of README.md, of the largest pool but for the one that compares them."""
-    results = pools[max(pools)]
+    """Every generated block of README.md, of the main pool but for the one that compares them."""
+    results = real_answers.main_pool(pools)
     scores = Scores(results)
     guess = f"Chance, where answers are ranked: {chance(results, list(results.tasks))}; elsewhere answers are open."
     return {

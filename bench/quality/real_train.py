@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with tasks/")
     parser.add_argument("--cache", type=Path, required=True, help="where base, experts and answers go")
-    parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N tasks (default: all)")
+    parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N of POOL (%(default)s)")
     parser.add_argument("--multitask", action="store_true", help="train one LoRA on all of these tasks")
     parser.add_argument("--recipe", action="store_true", help="compare recipes on the tasks that are set aside")
     parser.add_argument("--gate-steps", type=int, nargs="*", default=[], help="further gates, of so many steps")
@@ -131,7 +131,7 @@ def main() -> None:
     places = real.Places(args.data, args.cache)
     model, tokenizer = real.load_base(places)
     if args.multitask:
-        multitask(places, real.HELD_IN[: args.experts], model, tokenizer)
+        multitask(places, real.POOL[: args.experts], model, tokenizer)
         return
     if args.recipe:
         try_recipes(places, model, tokenizer)
@@ -140,11 +140,11 @@ def main() -> None:
     if known.is_file() and json.loads(known.read_text()) != asdict(recipe):
         raise ValueError(f"{args.cache} holds experts of another recipe: choose another --cache")
     known.write_text(json.dumps(asdict(recipe)))
-    for name in real.HELD_IN[: args.experts]:
+    for name in real.POOL[: args.experts]:
         note(places, name, "expert", expert(places, name, model, tokenizer, recipe, places.expert(name)))
         note(places, name, "gates", gates(places, name, model, tokenizer, recipe, places.expert(name)))
     for steps in args.gate_steps:
-        other_gates(places, real.HELD_IN[: args.experts], model, tokenizer, steps)
+        other_gates(places, real.POOL[: args.experts], model, tokenizer, steps)
 
 
 if __name__ == "__main__":

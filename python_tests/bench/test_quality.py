@@ -80,7 +80,7 @@ def asked_later(old: Results, *, other: int = 0) -> Results:
 
 
 def test_rows_join_when_the_experts_are_the_same(tmp_path):
-    old = list(real_answers.read_all().values())[-1]
+    old = real_answers.main_pool(real_answers.read_all())
     old = replace(old, facts={key: value for key, value in old.facts.items() if key != "again"})
     items = sum(len(task["targets"]) for task in old.tasks.values())
     made = real_join.joined(old, asked_later(old, other=2))
@@ -98,7 +98,7 @@ def test_rows_join_when_the_experts_are_the_same(tmp_path):
 
 
 def test_rows_of_other_experts_or_questions_do_not_join():
-    old = list(real_answers.read_all().values())[-1]
+    old = real_answers.main_pool(real_answers.read_all())
     items = sum(len(task["targets"]) for task in old.tasks.values())
     with pytest.raises(ValueError, match=f"merged: {items - 20} of {items} answers are those of before"):
         real_join.joined(old, asked_later(old, other=20))
