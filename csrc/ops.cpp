@@ -60,6 +60,11 @@ STABLE_TORCH_LIBRARY(moerge, m) {
       "lora_b, " MOERGE_ROUTE_OPTIONS
       ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> (Tensor, Tensor, Tensor)");
 
+  // Its y alone, without a gradient: each result and torch's Python kernel for gradients cost microseconds.
+  m.def(
+      "routed_linear_y(Tensor x, Tensor weight, Tensor? linear_bias, Tensor gates, Tensor lora_a, Tensor "
+      "lora_b, " MOERGE_ROUTE_OPTIONS ", Tensor? lora_bias=None, bool factored=False, Tensor? packed=None) -> Tensor");
+
   // lora_a [E,R,D], lora_b [E,O,R] -> packed [E, R*D + R*O]: the transpose of A_e, then that of B_e, each row by row
   m.def("pack_experts(Tensor lora_a, Tensor lora_b) -> Tensor");
 

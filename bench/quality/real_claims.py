@@ -69,11 +69,23 @@ def verdict(claim: Claim, scores: Scores) -> str | None:
     return f"{word}: {value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def table(scores: Scores) -> str:
+def judged(claim: Claim, scores: Scores, more: Scores | None) -> str:
+    """By more items of the held-out tasks where both rows answered them, else by `scores`."""
+    if claim.part == HELD_OUT and more is not None and (seen := verdict(claim, more)):
+        return f"{seen}, {items(more)} items a task"
+    return verdict(claim, scores) or "not run"
+
+
+def items(scores: Scores) -> str:
+    """How many of every task: 24, or 100 to 192."""
+    counts = sorted({len(task["targets"]) for task in scores.results.tasks.values()})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def table(scores: Scores, more: Scores | None = None) -> str:
     lines = ["| paper | claimed | seen here, points and 95 % interval |", "| --- | --- | --- |"]
     for claim in CLAIMS:
-        seen = verdict(claim, scores) or "not run"
-        lines.append(f"| {claim.paper} | {claim.text} | {seen} |")
+        lines.append(f"| {claim.paper} | {claim.text} | {judged(claim, scores, more)} |")
     return "\n".join(lines) + (
         f'\n\n"yes" asks for an interval above zero, or, where the claim is to come close, above {-CLOSE:.0f} points.'
     )

@@ -79,9 +79,7 @@ def by_task(scores: Scores, part: str) -> str:
 
 def facts(results: Results) -> str:
     """One paragraph: how the experts and the answers were made."""
-    recipe, tasks_ = results.facts["recipe"], results.tasks.values()
-    items = sorted({len(task["targets"]) for task in tasks_})
-    said = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+    recipe, said = results.facts["recipe"], real_claims.items(Scores(results))
     seconds = sum(f[k]["cpu_s"] for f in results.facts["experts"].values() for k in ("expert", "gates"))
     return (
         f"{len(results.facts['experts'])} experts, rank {recipe['rank']} on all linear layers, "
@@ -159,6 +157,22 @@ def scaling(pools: dict[int, Results]) -> str:
     return "\n".join(lines) + f"\n\nOn {len(names)} held-out tasks: {', '.join(names)}."
 
 
+def held_out(scores: Scores | None) -> str:
+    """Rows that were asked more items of the held-out tasks."""
+    if scores is None:
+        return ""
+    names = scores.results.part("heldout")
+    lines = [f"| row | {' | '.join(names)} | mean | minus {AGAINST} |", "| --- |" + " ---: |" * (len(names) + 2)]
+    for row in scores.rows:
+        cells = [f"{scores.mean(row, [name])[0]:.0f}" for name in names]
+        cells.append("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)))
+        difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*scores.difference(row, AGAINST, names))
+        cells.append("" if row == AGAINST else difference)
+        lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
+    counts = ", ".join(f"{name} {len(task['targets'])}" for name, task in scores.results.tasks.items())
+    return "\n".join(lines) + f"\n\nItems: {counts}."
+
+
 def missing(results: Results) -> str:
     """The rows of METHODS that were not asked; of `given` the caller has the weights."""
     asked = {re.split(r"[ /]", run)[0] for run in results.runs}
@@ -166,10 +180,13 @@ def missing(results: Results) -> str:
     return f"Of the rows of METHODS: {', '.join(names) or 'none'}."
 
 
-def blocks(pools: dict[int, Results]) -> dict[str, str]:
+def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
     """Every generated block of README.md, of the main pool but for the one that compares them."""
+    pools = real_answers.read_all(folder)
     results = real_answers.main_pool(pools)
-    scores = Scores(results)
+    scores, size = Scores(results), len(results.facts["experts"])
+    asked = real_answers.read_all(folder, real_answers.HELD_OUT_FILES).get(size)
+    more = None if asked is None else Scores(asked)
     guess = f"Chance, where answers are ranked: {chance(results, list(results.tasks))}; elsewhere answers are open."
     return {
         "real-facts": facts(results),
@@ -178,7 +195,8 @@ def blocks(pools: dict[int, Results]) -> dict[str, str]:
         "real-weights": real_weights.table(results),
         "real-heldin": by_task(scores, "train"),
         "real-heldout": by_task(scores, "heldout"),
-        "real-claims": real_claims.table(scores),
+        "real-claims": real_claims.table(scores, more),
+        "real-more": held_out(more),
         "real-scaling": scaling(pools),
         "real-written": written(results),
         "real-missing": missing(results),
@@ -187,7 +205,7 @@ def blocks(pools: dict[int, Results]) -> dict[str, str]:
 
 def main() -> None:
     np.seterr(all="raise")
-    for name, text in blocks(real_answers.read_all()).items():
+    for name, text in blocks().items():
         tasks.fill(name, text)
 
 

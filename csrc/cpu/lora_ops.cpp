@@ -181,7 +181,28 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
            [&](const Tensor& target) { routed(route, args, nullptr, nullptr, target, target, workspace); });
 }
 
-// The base layer of many tokens is torch's; the branch is added to it in place.
+struct Linear {
+  const Tensor &x, &weight;
+  const std::optional<Tensor>& bias;
+};
+
+// What is given of weights and experts [T,K] is written. The base layer of many tokens is torch's; the branch is added
+// to it in place.
+Tensor linear_with_branch(const RouteArgs& route, LoraArgs& args, const Linear& linear, const Tensor* weights,
+                          const Tensor* experts) {
+  const Tensor out = torch::stable::new_empty(linear.x, with_columns(linear.x, args.O), linear.x.scalar_type());
+  const Tensor y = flattened(args.check, out, "y");
+  Workspace workspace;
+  std::optional<FewLinear> few;
+  if (!route.wide && !args.wide && FewLinear::takes(args.x, linear.weight))
+    few.emplace(args.x, linear.weight, linear.bias, y, workspace);
+  else
+    linear_into(y, args.x, linear.weight, linear.bias);
+  routed(route, args, weights ? weights->data_ptr() : nullptr,
+         experts ? static_cast<int32_t*>(experts->data_ptr()) : nullptr, y, y, workspace, few ? &*few : nullptr);
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::optional<Tensor> linear_bias,
                                                  Tensor gates, Tensor lora_a, Tensor lora_b, int64_t top_k,
                                                  Word normalize, bool absolute, std::optional<double> scale,
@@ -199,17 +220,24 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
   LoraArgs args(check, tokens, weight.size(0), false, lora_a, lora_b, lora_bias, factored, packed);
   const Tensor weights = new_tensor(x, {args.T, top_k}, accumulator(route.wide));
   const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
-  const Tensor out = torch::stable::new_empty(x, with_columns(x, args.O), x.scalar_type());
-  const Tensor y = flattened(check, out, "y");
-  Workspace workspace;
-  std::optional<FewLinear> linear;
-  if (!route.wide && !args.wide && FewLinear::takes(args.x, weight))
-    linear.emplace(args.x, weight, linear_bias, y, workspace);
-  else
-    linear_into(y, tokens, weight, linear_bias);
-  routed(route, args, weights.data_ptr(), static_cast<int32_t*>(experts.data_ptr()), y, y, workspace,
-         linear ? &*linear : nullptr);
+  const Tensor out = linear_with_branch(route, args, {x, weight, linear_bias}, &weights, &experts);
   return {out, weights, experts};
+}
+
+Tensor routed_linear_y(Tensor x, Tensor weight, std::optional<Tensor> linear_bias, Tensor gates, Tensor lora_a,
+                       Tensor lora_b, int64_t top_k, Word normalize, bool absolute, std::optional<double> scale,
+                       std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
+                       std::optional<double> top_p, Word weighting, std::optional<Tensor> lora_bias, bool factored,
+                       std::optional<Tensor> packed) {
+  const Check check{"routed_linear", Device::cpu};
+  const Tensor tokens = flattened(check, x, "x");
+  check_linear(check, tokens, weight, linear_bias);
+  const RouteOptions options{
+      top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),
+      top_p, std::move(weighting)};
+  const RouteArgs route(check, tokens, gates, options);
+  LoraArgs args(check, tokens, weight.size(0), false, lora_a, lora_b, lora_bias, factored, packed);
+  return linear_with_branch(route, args, {x, weight, linear_bias}, nullptr, nullptr);
 }
 
 }  // namespace
@@ -220,6 +248,7 @@ STABLE_TORCH_LIBRARY_IMPL(moerge, CPU, m) {
   m.impl("routed_lora", TORCH_BOX(&routed_lora));
   m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
   m.impl("routed_linear", TORCH_BOX(&routed_linear));
+  m.impl("routed_linear_y", TORCH_BOX(&routed_linear_y));
 }
 
 }  // namespace moerge::cpu

@@ -228,6 +228,15 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
   return {out, router.weights, router.experts};
 }
 
+Tensor routed_linear_y(Tensor x, Tensor weight, std::optional<Tensor> linear_bias, Tensor gates, Tensor lora_a,
+                       Tensor lora_b, int64_t top_k, Word normalize, bool absolute, std::optional<double> scale,
+                       std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
+                       std::optional<double> top_p, Word weighting, std::optional<Tensor> lora_bias, bool factored,
+                       std::optional<Tensor> packed) {
+  return std::get<0>(routed_linear(x, weight, linear_bias, gates, lora_a, lora_b, top_k, normalize, absolute, scale,
+                                   bias, rows, mask, top_p, weighting, lora_bias, factored, packed));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(moerge, MOERGE_DISPATCH_KEY, m) {
@@ -235,6 +244,7 @@ STABLE_TORCH_LIBRARY_IMPL(moerge, MOERGE_DISPATCH_KEY, m) {
   m.impl("routed_lora_", TORCH_BOX(&routed_lora_));
   m.impl("routed_lora_ways", TORCH_BOX(&routed_lora_ways));
   m.impl("routed_linear", TORCH_BOX(&routed_linear));
+  m.impl("routed_linear_y", TORCH_BOX(&routed_linear_y));
 }
 
 }  // namespace moerge::cuda

@@ -8,7 +8,7 @@ May import: native.
 """
 
 from .wrappers import (
-    ROUTED_LINEAR,
+    ROUTED_LINEAR_Y,
     ROUTED_LORA_,
     call,
     explained,
@@ -25,7 +25,7 @@ from .wrappers import (
 )
 
 __all__ = [
-    "ROUTED_LINEAR",
+    "ROUTED_LINEAR_Y",
     "ROUTED_LORA_",
     "call",
     "explained",

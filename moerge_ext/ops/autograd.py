@@ -243,6 +243,11 @@ def _routed_linear_fake(x, weight, linear_bias, gates, lora_a, lora_b, top_k=2, 
     return y, *_route_fake(_tokens(x), gates, top_k)
 
 
+@register_fake("moerge::routed_linear_y")
+def _routed_linear_y_fake(x, weight, *others):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _linear_setup(ctx, inputs, output):
     x, weight, linear_bias, gates, lora_a, lora_b, *options = inputs
     _keep(ctx, (weight, x, gates, lora_a, lora_b, *output[1:]), dict(zip(BRANCH, options, strict=True)))

@@ -23,8 +23,9 @@ from .options import APPLY, BRANCH, ROUTE, TENSORS, ApplyOptions, BranchOptions,
 
 _ops = torch.ops.moerge
 # for callers that count microseconds: see `call`
-ROUTED_LORA_, ROUTED_LINEAR = watched(_ops.routed_lora_.default), watched(_ops.routed_linear.default)
+ROUTED_LORA_, ROUTED_LINEAR_Y = watched(_ops.routed_lora_.default), watched(_ops.routed_linear_y.default)
 _ROUTE, _ROUTED_LORA = watched(_ops.route.default), watched(_ops.routed_lora.default)
+_ROUTED_LINEAR = watched(_ops.routed_linear.default)
 _LORA_APPLY, _LORA_APPLY_ = watched(_ops.lora_apply.default), watched(_ops.lora_apply_.default)
 _PACK_EXPERTS, _MIX_LOG_PROBS = watched(_ops.pack_experts.default), watched(_ops.mix_log_probs.default)
 # All that the Python kernel of torch.library.register_autograd does when no gradient is wanted. Done in `call`, that
@@ -48,7 +49,8 @@ def call(op, *args):
             f"moerge::{_name(op)}: forward-mode differentiation (jvp) is not supported; use moerge_ext.reference for it"
         )
     try:
-        if torch.is_grad_enabled():
+        # in inference mode torch itself leaves autograd's kernels out
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return op(*args)
         with _below_autograd():
             return op(*args)
@@ -238,7 +240,7 @@ def routed_linear(
         linear_bias, gates, lora_a, lora_b, bias and lora_bias (and through weights).
     """
     _refuse_packed("routed_linear", options, x, weight, linear_bias, gates, lora_a, lora_b)
-    return call(ROUTED_LINEAR, x, weight, linear_bias, gates, lora_a, lora_b, *filled(BRANCH, options).values())
+    return call(_ROUTED_LINEAR, x, weight, linear_bias, gates, lora_a, lora_b, *filled(BRANCH, options).values())
 
 
 def pack_experts(lora_a: Tensor, lora_b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .state import IDLE
@@ -13,7 +14,9 @@ from .threads import REQUESTS
 class ByRequest:
     """Before `RoutedLinear` among the bases of a class with `_with_request(x, request, ...)`."""
 
-    def _eager_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled_forward(x, *args, **kwargs)
         request = self.state.current() if REQUESTS.get() or self.state.busy else IDLE
         return self._with_request(x, request, *args, **kwargs)
 

@@ -12,6 +12,7 @@ is a reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -89,15 +90,10 @@ def against_short(base: nn.Module, x: Tensor, request: Request) -> list[str]:
 
 def against_fused(x: Tensor, weight: Tensor) -> list[str]:
     """Against one op for a base layer that is plain and its branch."""
-    reasons, device = [], x.device.type
-    if device == "cpu" and device not in FUSED_DEVICES:
-        reasons += _against_fused_on_cpu(x, weight)
-    elif device not in FUSED_DEVICES:
-        reasons.append(f"there is no such kernel for {device}")
-    if type(weight) is not nn.Parameter:
-        reasons.append(f"the weight is a {type(weight).__name__}")
-    if weight.layout is not torch.strided:
-        reasons.append(f"the weight is stored as {_name(weight.layout)}")
+    reasons = []
+    if x.device.type == "cpu" and "cpu" not in FUSED_DEVICES and x.numel() > FEW_TOKENS * x.shape[-1]:
+        reasons.append(f"there are more than {FEW_TOKENS} tokens")
+    reasons += against_fused_weight(weight)
     if weight.device != x.device:
         reasons.append(f"the weight is on {weight.device}, the input on {x.device}")
     if weight.dtype != x.dtype:
@@ -107,16 +103,28 @@ def against_fused(x: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
-def _against_fused_on_cpu(x: Tensor, weight: Tensor) -> list[str]:
-    """Where torch's linear is as fast as the op's own product."""
-    reasons = []
-    if x.numel() > FEW_TOKENS * x.shape[-1]:
-        reasons.append(f"there are more than {FEW_TOKENS} tokens")
-    if x.dtype is torch.float64:
-        reasons.append("the tokens are float64")
-    if weight.numel() < LARGE_WEIGHT:
-        reasons.append(f"the weight has fewer than {LARGE_WEIGHT} numbers, and stays in the caches")
+def against_fused_weight(weight: Tensor) -> list[str]:
+    """The part of `against_fused` that a weight decides: on a CPU, where torch's linear is as fast as the op's own."""
+    reasons, device = [], weight.device.type
+    if device == "cpu" and device not in FUSED_DEVICES:
+        if weight.dtype is torch.float64:
+            reasons.append("the weight is float64")
+        if weight.numel() < LARGE_WEIGHT:
+            reasons.append(f"the weight has fewer than {LARGE_WEIGHT} numbers, and stays in the caches")
+    elif device not in FUSED_DEVICES:
+        reasons.append(f"there is no such kernel for {device}")
+    if type(weight) is not nn.Parameter:
+        reasons.append(f"the weight is a {type(weight).__name__}")
+    if weight.layout is not torch.strided:
+        reasons.append(f"the weight is stored as {_name(weight.layout)}")
     return reasons
+
+
+def most_fused(weight: Tensor, features: int) -> float:
+    """Up to how many numbers of x [..., features] `against_fused` has nothing against in the rest; -1: never."""
+    if against_fused_weight(weight):
+        return -1
+    return math.inf if weight.device.type in FUSED_DEVICES else FEW_TOKENS * features
 
 
 def against_in_place(layer: nn.Module, request: Request) -> list[str]:

@@ -65,6 +65,7 @@ def _calls():
         "routed_lora_, copied": lambda: _ops.routed_lora_(base.t().contiguous().t(), *copied),
         "routed_lora_ways": lambda: _ops.routed_lora_ways(base, x, gates, *bank, *branch),
         "routed_linear": lambda: _ops.routed_linear(x, weight, None, gates, *bank),
+        "routed_linear_y": lambda: _ops.routed_linear_y(x, weight, None, gates, *bank),
         "routed_linear, every option": lambda: _ops.routed_linear(x, weight, lora_bias[0], gates, *bank, *branch),
         "pack_experts": lambda: _ops.pack_experts(*bank),
         "mix_log_probs": lambda: _ops.mix_log_probs(logits, mixed),

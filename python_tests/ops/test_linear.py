@@ -9,6 +9,7 @@ import torch
 from op_cases import LAYOUTS, assert_as_good, double, gradients, lora, rand, same_experts
 
 from moerge_ext import ops, reference
+from moerge_ext.ops.options import BRANCH, filled
 
 NAN = float("nan")
 HALVES = (torch.bfloat16, torch.float16)
@@ -20,6 +21,7 @@ OPTIONS = [
     {"top_k": 5, "mask": MASK, "weighting": "sigmoid", "normalize": "unit", "factored": True},
     {"top_k": 2, "mask": ~MASK, "weighting": "score"},
 ]
+INPUTS = ("x", "weight", "linear_bias", "gates", "lora_a", "lora_b")
 
 
 def linear(T=5, D=24, E=7, R=4, O=20, dtype=torch.float32, N=None, biases=True):
@@ -42,6 +44,9 @@ def doubled(case):
 
 def check(case, atol=1e-6, **options):
     y, weights, experts = ops.routed_linear(**case, **options)
+    branch = filled(BRANCH, options | {n: case.get(n) for n in ("bias", "lora_bias") if n in case})
+    alone = ops.ROUTED_LINEAR_Y(*(case[n] for n in INPUTS), *branch.values())
+    assert torch.equal(alone, y) and alone.dtype == y.dtype
     plain = reference.routed_linear(**case, **options)
     truth = reference.routed_linear(**doubled(case), **options)
     chosen = {n: t for n, t in options.items() if n not in ("factored", "packed")}
@@ -290,10 +295,11 @@ def test_autocast_casts_nothing():
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad):
     case = linear(6, N=3)
-    inputs = [case[n].requires_grad_(grad) for n in ("x", "weight", "linear_bias", "gates", "lora_a", "lora_b")]
+    inputs = [case[n].requires_grad_(grad) for n in INPUTS]
     op = torch.ops.moerge.routed_linear.default
     torch.library.opcheck(op, (*inputs, 2, "standardize", False, None, case["bias"].requires_grad_(grad)))
     torch.library.opcheck(op, (inputs[0].detach().view(2, 3, 24), inputs[1].detach(), None, *inputs[3:]))
+    torch.library.opcheck(ops.ROUTED_LINEAR_Y, tuple(t.detach() for t in inputs))
 
 
 def test_compiles_without_a_break():

@@ -23,12 +23,12 @@ def calls(monkeypatch):
     """Makes layers on the CPU fuse, and returns the list that every fused call is added to."""
     made = []
 
-    def counted(*args, op=ops.ROUTED_LINEAR):
+    def counted(*args, op=ops.ROUTED_LINEAR_Y):
         made.append(args[0].shape)
         return op(*args)
 
     monkeypatch.setattr(ways, "FUSED_DEVICES", {"cpu"})
-    monkeypatch.setattr(ops, "ROUTED_LINEAR", counted)
+    monkeypatch.setattr(ops, "ROUTED_LINEAR_Y", counted)
     return made
 
 
@@ -103,7 +103,7 @@ def test_a_compiled_layer_fuses(graphs, layer):
         x = torch.randn(2, length, layer.in_features)
         assert torch.equal(compiled(x), layer(x))
     assert len(graphs) <= 2  # one length, then any
-    assert all(ops.ROUTED_LINEAR in graph and nn.functional.linear not in graph for graph in graphs)
+    assert all(ops.ROUTED_LINEAR_Y in graph and nn.functional.linear not in graph for graph in graphs)
     layer.route_options["top_k"] = 1
     assert torch.equal(compiled(x), layer(x)) and len(graphs) <= 3
     assert torch.equal(compiled(x[0, 0]), layer(x[0, 0])) and len(graphs) <= 4
@@ -119,7 +119,7 @@ def test_a_compiled_layer_fuses_few_tokens_on_a_cpu(graphs, dtype, monkeypatch):
     for count in (1, 2, 3, 7, 16, 17, 33, 40, 5):
         before, x = len(graphs), torch.randn(count, 256).to(dtype)
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
-        assert all((ops.ROUTED_LINEAR in graph) == (count <= 16) for graph in graphs[before:])
+        assert all((ops.ROUTED_LINEAR_Y in graph) == (count <= 16) for graph in graphs[before:])
     assert len(graphs) <= 4  # one token, another number, few, many
     torch._dynamo.reset()
     x = torch.randn(7, 256).to(dtype)
@@ -134,7 +134,7 @@ def test_what_does_not_fuse_when_compiled(graphs, layer):
     def compiled():
         torch._dynamo.reset()
         y = torch.compile(layer, backend=graphs, fullgraph=True)(x)
-        assert error(y, layer(x)) < 1e-6 and ops.ROUTED_LINEAR not in graphs[-1]
+        assert error(y, layer(x)) < 1e-6 and ops.ROUTED_LINEAR_Y not in graphs[-1]
         return y
 
     for register, change in (
@@ -163,7 +163,7 @@ def test_a_compiled_model_sees_the_handle(graphs, tmp_path):
     routed = logits(model, input_ids=ids)
     compiled = torch.compile(model, backend=graphs)
     assert error(compiled(input_ids=ids).logits, routed) < 1e-6
-    fused = sum(graph.count(ops.ROUTED_LINEAR) for graph in graphs)
+    fused = sum(graph.count(ops.ROUTED_LINEAR_Y) for graph in graphs)
     assert fused == len(handle.modules)
     with handle.disabled():
         assert torch.equal(compiled(input_ids=ids).logits, plain)
@@ -172,7 +172,7 @@ def test_a_compiled_model_sees_the_handle(graphs, tmp_path):
     assert trace.share().sum() > 0.99
     handle.remove()
     assert torch.equal(compiled(input_ids=ids).logits, plain)
-    assert sum(graph.count(ops.ROUTED_LINEAR) for graph in graphs) == fused
+    assert sum(graph.count(ops.ROUTED_LINEAR_Y) for graph in graphs) == fused
 
 
 @pytest.mark.parametrize("experts", [8, 9])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
 from contextlib import nullcontext
 
 import guard_cases
@@ -31,7 +34,7 @@ def ran(monkeypatch, layer: RoutedLinear, x: torch.Tensor) -> str:
         real = getattr(holder, name)
         monkeypatch.setattr(holder, name, lambda *args, **kwargs: seen.append(way) or real(*args, **kwargs))
 
-    watch(ops, "ROUTED_LINEAR", ways.FUSED)
+    watch(ops, "ROUTED_LINEAR_Y", ways.FUSED)
     watch(ops, "ROUTED_LORA_", ways.SHORT)
     for name in ("routed_lora_", "lora_apply_"):
         watch(ops, name, ways.IN_PLACE)
@@ -119,6 +122,28 @@ def test_a_sparse_weight_is_left_to_torch(monkeypatch):
     assert ways.way_of(layer, x)[0] == ran(monkeypatch, layer, x) == ways.SHORT
     assert "the weight is stored as sparse_csr" in str(ways.explain([layer]))
     torch.testing.assert_close(layer(x), want)
+
+
+@torch.no_grad()
+def test_what_is_kept_follows_the_weight(monkeypatch):
+    """Its type, size and kind are looked at once for each weight, and the weight is not kept alive."""
+    model = nn.Sequential(nn.Linear(256, 256))
+    moerge.patch(model, guard_cases.experts(model, ["0"]), "arrow", top_k=2)
+    x, layer = torch.randn(2, 256), model[0]
+    assert ran(monkeypatch, layer, x) == ways.FUSED
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ran(monkeypatch, layer, x) == ways.SHORT and layer(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(x.bfloat16())
+    layer.weight.data, layer.bias.data = layer.weight.data.double(), layer.bias.data.double()
+    assert ways.way_of(layer, x.double())[0] == ran(monkeypatch, layer, x.double()) == ways.SHORT
+    old = weakref.ref(layer.weight)
+    layer.base_layer._parameters["weight"] = nn.Parameter(layer.weight.half())
+    layer.base_layer._parameters["bias"] = nn.Parameter(layer.bias.half())
+    assert old() is None
+    assert ways.way_of(layer, x.half())[0] == ran(monkeypatch, layer, x.half()) == ways.FUSED
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x.half()), layer(x.half()))
 
 
 def test_gradients_keep_base_and_branch_apart(patched, monkeypatch):
