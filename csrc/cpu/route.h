@@ -25,6 +25,8 @@
 // those of all branches, over q, k, v and gate, up of SmolLM2. Torch allocates twice for each tensor of a list too, and
 // those of all branches at once (lora.h, Pairs): in bfloat16 it was slower than the separate calls. The separate calls
 // one after the other, by the first layer for the others, who then hand their results out: as fast as each by itself.
+// Statistics of float32 tokens by one pass too, the mean taken out of the products: 210 calls (SmolLM2, T = 512, E = 8)
+// 42 against 47 ms, AVX2 54 against 59, 0.3 % of the model's prefill: left out.
 #pragma once
 
 #include <algorithm>
