@@ -44,7 +44,7 @@ class RoutedLinear(StandIn):
 
     unrouted = "the method routes nothing: its weights are fixed"  # why there is no `route_options`
     _float32 = ("gates", "weights")
-    _kept: tuple | None = None  # (what they are made from, the op's arguments, `most_fused`, the weight's type)
+    _kept: tuple | None = None  # (what these are made from, what `_kept_arguments` returns)
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class RoutedLinear(StandIn):
         if bias is not None and bias.is_cuda:
             request.affinities.note_capture()
         if kept is not None:
-            source, *found = kept
+            source, found = kept
             if (
                 source[0] is held["gates"]
                 and source[1] is held["lora_A"]
@@ -198,7 +198,7 @@ class RoutedLinear(StandIn):
         source = (*(held[key] for key in _BRANCH), options, bias, ref(weight))
         alike = held["lora_A"].device == weight.device
         found = (self._branch_arguments(request), most_fused(weight, self.in_features) if alike else -1, weight.dtype)
-        self.__dict__["_kept"] = (source, *found)  # at once, and not read again: other threads write here too
+        self.__dict__["_kept"] = (source, found)  # at once, and not read again: other threads write here too
         return found
 
     def _held(self) -> dict[str, Tensor | None]:
