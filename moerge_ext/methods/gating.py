@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -65,20 +64,32 @@ def stored_gates(bank: ExpertBank, module_bank: ModuleBank, module_name: str, ki
 
 
 def gates_lacking(bank: ExpertBank, *, kind: str) -> list[str]:
-    """`Method.lacks` of rows that need stored gates of `kind`; warns of experts whose gates were never trained."""
+    """`Method.lacks` of rows that need stored gates of `kind`."""
     problems = []
-    if untrained := flat_gates(bank, kind):
-        warnings.warn(
-            f"all gates of kind '{kind}' of {', '.join(untrained)} are constant, as before any training: standardized "
-            f"they score 0 for every token; {MENDS[kind]}",
-            stacklevel=2,
-        )
     for name, module_bank in bank.modules.items():
         try:
             stored_gates(bank, module_bank, name, kind)
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def gate_notes(bank: ExpertBank, kind: str) -> list[str]:
+    """Lines for experts whose gates of `kind` were never trained, and for those that lack them in some modules."""
+    notes = []
+    if untrained := flat_gates(bank, kind):
+        notes.append(
+            f"all gates of kind '{kind}' of {', '.join(untrained)} are constant, as before any training: standardized "
+            f"they score 0 for every token; {MENDS[kind]}"
+        )
+    for e in sorted(bank.gated(kind)):
+        theirs = {path: module for path, module in bank.modules.items() if bool(module.present[e])}
+        without = [path for path, m in theirs.items() if kind not in m.has_gate or not bool(m.has_gate[kind][e])]
+        if without:
+            where = f"in {len(without)} of its {len(theirs)} modules, such as {without[0]}"
+            who = f"expert '{bank.names[e]}' has no gate of kind '{kind}'"
+            notes.append(f"{who} {where}, and is never chosen there; {MENDS[kind]}")
+    return notes
 
 
 def flat_gates(bank: ExpertBank, kind: str) -> list[str]:

@@ -8,10 +8,11 @@ absent="base"    all: an expert without the module competes with score 0 (its ga
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..experts.bank import ExpertBank
 from ..experts.module_bank import ModuleBank
 from ..files.listing import listed
 from ..methods.base import Plan, Routing
@@ -29,11 +30,12 @@ def with_absent(plan: Plan, module: ModuleBank) -> Plan:
     return replace(plan, gates=gates, mask=None if bool(mask.all()) else mask)
 
 
-def alone_note(plans: Mapping[str, Any], names: Sequence[str], routing: Routing | None) -> str | None:
+def alone_note(plans: Mapping[str, Any], experts: ExpertBank, routing: Routing | None) -> str | None:
     """What to say of modules in which one expert alone can be chosen, under a weighting that gives it everything.
 
     plans: {path: whatever has a `mask`}.
     """
+    names = experts.names
     if routing is None or len(names) < 2 or not routing.weighting.startswith("softmax"):
         return None
     alone = {}
@@ -44,8 +46,9 @@ def alone_note(plans: Mapping[str, Any], names: Sequence[str], routing: Routing 
             alone[path] = names[int(masks[0].int().argmax())]
     if not alone:
         return None
+    others = {path: int(experts.modules[path].present.sum()) - 1 if path in experts.modules else 0 for path in alone}
     where = listed([f"{path} (only {name!r})" for path, name in alone.items()])
-    return (
-        f"in {len(alone)} of {len(plans)} modules one expert is alone and gets weight 1 on every token: {where}. "
-        'absent="base" lets the experts without a module compete there as zero branches'
-    )
+    said = f"in {len(alone)} of {len(plans)} modules one expert is alone and gets weight 1 on every token: {where}. "
+    if all(others.values()):
+        return said + "Others have a LoRA there, but nothing that they could be chosen by"
+    return said + 'absent="base" lets the experts without a module compete there as zero branches'

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..experts.bank import ExpertBank
 from ..files.counting import counted
 from ..methods.base import Method
+from ..methods.gating import gate_notes
 from ..methods.weighing import Weigher
 from ..models.full_precision import without_autocast
 from ..models.wrappers import unwrapped
@@ -325,7 +326,8 @@ def patch(
         for name, make in layers_at(model, plans).items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
-    notes = [*fitted.notes, alone_note(everywhere, experts.names, routing)]
+    notes = [*fitted.notes, alone_note(everywhere, experts, routing)]
+    notes += gate_notes(experts, row.gate_kind) if row.gate_kind else []
     notes += [*provenance_notes(model, experts, row.gate_kind), base.unweighted_note()]
     notes += [own_top_k_note(row, own_top_k(row, experts, options)), *idle_notes(model, everywhere)]
     handle._begin(routed, branches, base.place_own, strict)

@@ -16,6 +16,7 @@ from ..files.listing import listed
 from ..methods import get_method
 from ..methods.base import Method, Plan, Routing
 from ..methods.fixed import PREFIX as ONE_EXPERT
+from ..methods.gating import gate_notes
 from ..routing.absent import alone_note
 from ..routing.few_experts import own_top_k
 from ..routing.fitting import on_model
@@ -168,7 +169,8 @@ def _method(
         problems += _unserved_plans(plans)
     if problems:
         raise ValueError(listing(CANNOT.format(name), problems))
-    notes = [*fitted.notes, alone_note(plans, experts.names, routing)]
+    notes = [*fitted.notes, alone_note(plans, experts, routing)]
+    notes += gate_notes(experts, row.gate_kind) if row.gate_kind else []
     made = Planned(row, routing, aggregation == "factored", kept, plans)
     return made, [note for note in notes if note]
 

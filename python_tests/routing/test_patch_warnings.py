@@ -13,6 +13,8 @@ import transformers
 from patch_cases import logits, tokens
 
 import moerge_ext as moerge
+from moerge_ext.experts.formats.peft import write_gates
+from moerge_ext.experts.gates import read_gates
 from moerge_ext.training.gated_lora import gated_model
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -51,6 +53,21 @@ def test_alone_in_a_module(llama, uneven, method):
     with handle.record() as trace:
         logits(llama, input_ids=tokens())
     assert trace.load()[DOWN].tolist() == [tokens().numel(), 0, 0]
+
+
+@pytest.mark.parametrize("others", [["bee"], ["bee", "cat"]])
+def test_gates_in_some_modules_alone(tmp_path, llama, others):
+    """An expert is left out where it has a LoRA and no gate: said, and not as if it had no LoRA there."""
+    folders = builders.random_experts(llama, tmp_path, ["ant", *others], ("q_proj", "down_proj"))
+    gates = read_gates(folders["ant"])["sigmoid-gate"].gates
+    kept = {path: gate for path, gate in gates.items() if path != DOWN}
+    write_gates(folders["ant"], kept, kind="sigmoid-gate", base_model="tiny")
+    experts = moerge.load_experts(folders)
+    *alone, note = notes(llama, experts)
+    assert f"expert 'ant' has no gate of kind 'sigmoid-gate' in 1 of its 4 modules, such as {DOWN}" in note
+    assert "moerge train-gates" in note and len(alone) == (len(others) == 1)
+    assert all(f"{DOWN} (only 'bee'). Others have a LoRA there, but nothing" in said for said in alone)
+    assert not notes(llama, experts, "arrow", top_k=2)
 
 
 def test_the_others_compete_as_zero_branches(llama, uneven):
