@@ -81,7 +81,7 @@ struct Choice {
       name = "avx512";
       f32 = isa_avx512::table_f32, f64 = isa_avx512::table_f64;
       rows_f32 = &isa_avx512::rows_f32, rows_f64 = &isa_avx512::rows_f64;
-      if (allowed.amx && has_amx()) name = "amx", tiles = &isa_avx512::tiles;
+      if (allowed.amx && has_amx()) name = "avx512 with amx", tiles = &isa_avx512::tiles;
     } else if (allowed.avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                __builtin_cpu_supports("f16c")) {
       name = "avx2";

@@ -19,6 +19,7 @@ DERIVED = {
     "expert per set, not routing per token",
     "best_individual": "the one expert with the best mean over all evaluation sets, chosen on them",
 }
+ROWS = (BASE, *DERIVED, f"{PELMO}FILE", f"{WHOLE}DIR")  # what a table takes besides methods
 
 # GLIDER, arXiv 2410.07172, the paper's ablations: a constant alpha, top-k, and top-p instead of top-k
 ALPHAS, TOP_KS, TOP_PS = (1, 3, 10, 100, 1000, 3000), (1, 2, 3), (0.25, 0.5, 0.75)
@@ -61,7 +62,7 @@ def parse_run(text: str) -> Run:
             raise ValueError(f"'{BASE}' takes no options, got {text!r}")
         return Run(BASE, None)
     given = dict(parse_option(option) for option in options)
-    get_method(name).configure(**given)
+    get_method(name, ROWS).configure(**given)
     return Run(text.strip(), name, given)
 
 

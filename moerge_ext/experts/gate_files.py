@@ -122,8 +122,11 @@ def stale_note_of(source: Any, own: str) -> str | None:
     stale = [kind for kind, made in noted.items() if made != own]
     if not stale:
         return None
+    own_names = {None, source.name, source.folder.name if source.folder is not None else None}
+    named = {source.gates[kind].metadata.get(NAME_KEY) for kind in stale} - own_names
+    whose = f" (those of {' and '.join(sorted(map(repr, named)))}, says the file)" if named else ""
     return (
-        f"its {', '.join(stale)} gates were made for other weights than the adapter has: make them again "
+        f"its {', '.join(stale)} gates were made for other weights than the adapter has{whose}: make them again "
         "(`moerge train-gates`, `moerge describe`, with --overwrite)"
     )
 

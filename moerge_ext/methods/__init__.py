@@ -9,6 +9,7 @@ May import: experts, models, files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 from . import (
@@ -45,8 +46,9 @@ FAMILIES = (
 METHODS: dict[str, Method] = {row.name: row for family in FAMILIES for row in family.ROWS}
 
 
-def get_method(name: str) -> Method:
-    """The row called `name`, or one made for `expert:<name>`; else a ValueError that lists every method."""
+def get_method(name: str, others: Sequence[str] = ()) -> Method:
+    """The row called `name`, or one made for `expert:<name>`; else a ValueError that says what was meant, or lists
+    every method and the `others` that the caller takes."""
     if isinstance(name, str):
         if name in METHODS:
             return METHODS[name]
@@ -57,7 +59,7 @@ def get_method(name: str) -> Method:
                 f"method '{name}' is of whole models, not of experts on one: {WHOLE_MODELS[name].made}; what it makes "
                 "is a model of its own (--model)"
             )
-    known = ", ".join([*METHODS, f"{PREFIX}<name>"])
-    near = get_close_matches(str(name).lower(), METHODS, 1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown method {name!r}; {meant}expected one of {known}")
+    known = [*METHODS, f"{PREFIX}<name>", *others]
+    if near := get_close_matches(str(name).lower(), known, 1):
+        raise ValueError(f"unknown method {name!r}; did you mean {near[0]!r}? `moerge methods` shows all there are")
+    raise ValueError(f"unknown method {name!r}; expected one of {', '.join(known)}")

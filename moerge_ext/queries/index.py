@@ -92,10 +92,13 @@ def read_index(folder: str | os.PathLike, embedder: str) -> ExampleIndex:
     if not path.is_file():
         others = [file.name[len(PREFIX) : -len(SUFFIX)] for file in sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))]
         found = f"only by {', '.join(others)}" if others else "not at all"
+        layer = re.search(r"hidden state (-?\d+)$", embedder)  # of `Embedder.from_hidden_states`
+        model = f"BASE --hidden-layer {layer[1]}" if layer else "MODEL"
+        command = f"moerge describe --adapter {folder} --examples ROWS.jsonl --index 1000 --embedder {model}"
         raise AdapterError(
             [
-                f"its examples are indexed {found}, and the queries' embedder is '{embedder}': run `moerge describe "
-                f"--adapter {folder} --index 1000 ...` or moerge_ext.index_examples(adapter, rows, embedder)"
+                f"its examples are indexed {found}, and the queries' embedder is '{embedder}': run `{command}` or "
+                "moerge_ext.index_examples(adapter, rows, embedder)"
             ]
         )
     with open_tensors(file_inside(folder, path.name)) as handle:

@@ -170,7 +170,7 @@ class Way:
         lines = [f"{len(self.modules)} x {self.layer}: {MEANING.get(self.way, self.way)}"]
         lines += [f"    not {MEANING.get(way, way)}: {'; '.join(reasons)}" for way, reasons in self.against]
         for tokens, said in self.kernels:
-            lines.append(("    " if len(self.kernels) == 1 else f"    T = {tokens}: ") + "; ".join(said))
+            lines.append(("    ops: " if len(self.kernels) == 1 else f"    T = {tokens}: ") + "; ".join(said))
         return "\n".join(lines)
 
 

@@ -13,8 +13,9 @@ def test_runs_are_parsed_and_checked():
     runs, derived = parse_runs(["base", "merged", "oracle_dataset"], ("a", "b"))
     assert [r.label for r in runs] == ["base", "merged", "expert:a", "expert:b"] and derived == ["oracle_dataset"]
     for texts, text in (
-        (["nonsense"], "unknown method 'nonsense'; expected one of"),
-        (["Phatgose"], "unknown method 'Phatgose'; did you mean 'phatgoose'[?] expected one of"),
+        (["nonsense"], "unknown method 'nonsense'; expected one of .*base, oracle_dataset, .*pelmo:FILE, model:DIR"),
+        (["Phatgose"], "unknown method 'Phatgose'; did you mean 'phatgoose'[?] `moerge methods`"),
+        (["oracle_datset"], "did you mean 'oracle_dataset'"),
         (["arrow/bogus=1"], "unknown option"),
         (["expert:c"], "no expert named 'c'; there are: a, b"),
         (["base/top_k=1"], "takes no options"),

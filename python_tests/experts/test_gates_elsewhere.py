@@ -98,6 +98,9 @@ def test_gates_beside_an_adapter_that_was_trained_anew(pair):
     write_adapter(pair / "a", {Q: seeded(99), K: seeded(100)})
     with pytest.warns(UserWarning, match="expert 'a': its sigmoid-gate gates were made for other weights"):
         moerge.load_experts(pair / "a")
+    saved(pair, "b", "a")
+    with pytest.warns(UserWarning, match="than the adapter has .those of 'b', says the file.: make them again"):
+        moerge.load_experts(pair / "a")
 
 
 def test_the_part_that_is_not_taken_may_be_wrong(pair):

@@ -160,6 +160,10 @@ def test_what_cannot_be_routed_is_named(folders, router):
         "index_examples",
     ):
         assert text in str(caught.value)
+    layer = fake_embedder("tiny hidden state -2")
+    for embedder, words in ((fake_embedder(), "MODEL`"), (layer, "BASE --hidden-layer -2`")):
+        with pytest.raises(ValueError, match=f"--examples ROWS.jsonl --index 1000 --embedder {words}"):
+            moerge.ExampleRouter(moerge.load_experts(folders), embedder)
     wider = moerge.Embedder(lambda texts: torch.ones(len(texts), 7), name="bag")
     router.embedder = wider
     with pytest.raises(ValueError, match="vectors of 7 numbers, the indices have 32"):

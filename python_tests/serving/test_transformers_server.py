@@ -159,7 +159,7 @@ def test_an_answer_without_stream_ends_when_its_client_leaves(server, folders):
 
     def slow(*args, **said):
         calls.append(time.monotonic())
-        time.sleep(0.05)
+        time.sleep(0.1)
         return forward(*args, **said)
 
     timed.model.forward = slow
@@ -190,6 +190,16 @@ def test_an_answer_ends_with_the_context(server, folders):
     assert status == 400 and "has 128 tokens, which leave no room in the context of 128" in text
     body = {"model": folders[0], "prompt": "a" * 200, "stream": True}
     assert "leave no room" in posted(client, "/v1/completions", body)[1]
+
+
+def test_a_stream_says_that_it_is_whole(server, folders):
+    _, client = server
+    messages = [{"role": "user", "content": "a"}]
+    for path, asks in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": messages})):
+        body = {"model": folders[0], "max_tokens": 3, "stream": True, **asks}
+        status, said = posted(client, path, body)
+        *events, last = said.strip().split("\n\n")
+        assert status == 200 and last == "data: [DONE]" and len(events) > 1 and "[DONE]" not in "".join(events)
 
 
 @pytest.mark.parametrize("number", [0, -5])

@@ -21,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import CBGenerateManager, GenerateManager
 
 from .bodies import hold_to_sense
+from .endings import say_done
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 LAST_OUTPUT = 10.0  # seconds after which a batch has nothing more to say of a request that was cancelled
@@ -42,13 +43,14 @@ _client: ContextVar[_Client | None] = ContextVar("moerge_client", default=None)
 
 
 def watching(build_server: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' `build_server`, whose app knows of every request whether its client is there, and refuses what
-    makes no sense."""
+    """transformers' `build_server`, whose app knows of every request whether its client is there, refuses what makes
+    no sense, and ends streams as OpenAI does."""
 
     @wraps(build_server)
     def build(*args: Any, generation_state: Any, **options: Any) -> Any:
         for handler in (*args, *options.values()):
             hold_to_sense(handler)
+            say_done(handler)
         app = build_server(*args, generation_state=generation_state, **options)
         app.add_middleware(Watch)
         theirs = generation_state.get_manager
