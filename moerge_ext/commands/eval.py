@@ -27,7 +27,7 @@ from ..files.counting import counted
 from ..methods import METHODS, get_method
 from ..methods.fixed import PREFIX
 from .engine_options import BATCH, TORCH, add_engine, check_engine, check_runs_of, engine_answerers, outline
-from .ensemble_options import build_answerers, deciding_answerers
+from .ensemble_options import build_answerers, deciding_answerers, read_configs
 from .expert_options import gates_of, load_bank, placed, placing_of, routers_of, with_routers
 from .fits import check_fits, check_runs_fit
 from .needs import check_needs
@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
     runs = placed(with_routers(runs, trained), args)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
     check_before(args, runs, experts, one)
+    apart = [whole_models(args, runs), read_configs(args, runs)] if args.engine == TORCH else []
     loaded = cache(partial(load if args.engine == TORCH else outline, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     settings = replace(settings, similar=similar_of_task(args, routers))
@@ -139,8 +140,9 @@ def run(args: argparse.Namespace) -> int:
         check_patch(model, one, ALONE.method, **placing_of(args))
     options = {"output": args.output, "progress": not args.no_progress}
     if args.engine == TORCH:
-        answerers = build_answerers(args, runs, tasks, model, tokenizer)
-        answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole_models(args, runs)
+        whole, configs = apart
+        answerers = build_answerers(args, runs, tasks, model, tokenizer, configs)
+        answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole
     else:
         answerers = engine_answerers(args, runs, experts, model, tokenizer, routers)
     given = {"routers": routers, "answerers": answerers}

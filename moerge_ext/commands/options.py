@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.checks import check_fields
-from ..evaluation.tasks import Task, load_task
+from ..evaluation.tasks import Task, check_distinct, load_task
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows, read_text
 from ..methods.base import HIDDEN_STATES
@@ -98,8 +98,8 @@ def check_writer(args: argparse.Namespace) -> None:
         raise ValueError("--similar 0 shows the writer nothing: leave --solved out")
     if args.writer_url and not args.writer:
         raise ValueError("--writer-url needs --writer MODEL, the name of the model on that server")
-    if args.writer_timeout <= 0:
-        raise ValueError(f"--writer-timeout must be positive, got {args.writer_timeout:g}")
+    if not 0 < args.writer_timeout < float("inf"):
+        raise ValueError(f"--writer-timeout must be positive and finite, got {args.writer_timeout:g}")
 
 
 def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWriter | None:
@@ -241,6 +241,8 @@ def listed(methods: str) -> list[str]:
 def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task]:
     """The tasks of the arguments; one ValueError with what is wrong with each."""
     tasks, problems = [], []
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
     for folder in args.tasks:
         try:
             tasks.append(load_task(folder, split=args.split, limit=args.limit, metric=metric))
@@ -248,6 +250,7 @@ def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
+    check_distinct(tasks)
     check_fields(tasks, prompt_of(args))
     return tasks
 
