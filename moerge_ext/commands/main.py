@@ -73,8 +73,9 @@ ELSEWHERE = {  # options as other programs call them: as they are called here
     "--save-steps": "--checkpoint-every",
     "--warmup-steps": "--warmup-ratio",
 }
-# where the number means something else here: (part of theirs, ours): what it is
-OTHER_NUMBERS = {
+# where the value means something else here: (part of theirs, ours): what it is
+OTHER_VALUES = {
+    ("--prompt", "--prompts"): "a file of them; one prompt stands in its place without an option",
     ("epoch", "--steps"): "optimizer steps, not passes over the data",
     ("-steps", "--warmup-ratio"): "a share of --steps",
 }
@@ -125,11 +126,11 @@ class Parser(argparse.ArgumentParser):
         """The option that each of `words` was meant for, if it is no option here and is like one."""
         hints, known = [], [option for option in self._option_string_actions if option.startswith("--")]
         for word in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
-            near = [option for option in known if len(word) > 2 and option.startswith(word)]
-            near = near or [ours for theirs, ours in ELSEWHERE.items() if word in theirs.split() and ours in known]
+            near = [ours for theirs, ours in ELSEWHERE.items() if word in theirs.split() and ours in known]
+            near = near or [option for option in known if len(word) > 2 and option.startswith(word)]
             if not near and word not in NOTHING_LIKE:
                 near = get_close_matches(word, known, n=1, cutoff=0.7)
-            what = [text for (part, ours), text in OTHER_NUMBERS.items() if part in word and near == [ours]]
+            what = [text for (part, ours), text in OTHER_VALUES.items() if part in word and near == [ours]]
             if near and word not in known:
                 hints.append(f"{word} is no option, {' or '.join(near[:3])} is{', '.join(['', *what])}")
         return hints

@@ -125,6 +125,11 @@ def test_names_are_said_in_words_of_the_shell():
             "train-expert m --output-dir o --train-file=d",
             "required: --output, --data (--output-dir is no option, --output is; ",
         ),
+        ("generate hi --base m", "required: --model (--base is no option, --model is)"),
+        (
+            "generate --prompt hi --model m",
+            "(--prompt is no option, --prompts is, a file of them; one prompt stands in",
+        ),
         ("generate hi --model m --top-p 0.9", "unrecognized arguments: --top-p 0.9\n"),
         ("train-expert m --output o --data d --lora-r=8", "(--lora-r is no option, --rank is)"),
     ],
