@@ -34,6 +34,7 @@ from .needs import check_needs
 from .options import (
     add_tasks_and_model,
     build_routers,
+    check_asked,
     check_writer,
     listed,
     load,
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     runs, derived = parse_runs(texts, experts.names, args.top_k)
     runs = placed(with_routers(runs, trained), args)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
-    check_before(args, runs, experts, one)
+    check_before(args, runs, experts, one, tasks)
     apart = [whole_models(args, runs), read_configs(args, runs)] if args.engine == TORCH else []
     loaded = cache(partial(load if args.engine == TORCH else outline, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
@@ -154,12 +155,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_before(args: argparse.Namespace, runs: Sequence[Run], experts: Any, one: Any) -> None:
-    """ValueError for what the runs lack, and for experts (or the one of --multitask) that do not fit the model, before
-    its weights are read."""
+def check_before(args: argparse.Namespace, runs: Sequence[Run], experts: Any, one: Any, tasks: list[Task]) -> None:
+    """ValueError for what the runs lack, for experts (or the one of --multitask) that do not fit the model, and for
+    tasks that cannot be asked, before its weights are read."""
     if args.engine != TORCH:
         check_runs_of(runs)
     check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
+    check_asked(args, tasks)
     if args.engine != TORCH:
         return
     check_runs_fit(args, experts, runs)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from ..evaluation.checks import check_fields
+from ..evaluation.checks import check_fields, check_prompts
 from ..evaluation.tasks import Task, check_distinct, load_task
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows, read_text
@@ -253,6 +255,30 @@ def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task
     check_distinct(tasks)
     check_fields(tasks, prompt_of(args))
     return tasks
+
+
+def check_asked(args: argparse.Namespace, tasks: list[Task], *, given: bool = False) -> None:
+    """ValueError for tasks whose prompts cannot be made or do not fit the model's context, before its weights are read.
+
+    given: as in `check_prompts`.
+    """
+    import transformers
+
+    from ..evaluation.answers import Answerer
+    from ..models.pretrained import load_config, load_tokenizer, location
+
+    tokenizer, config = load_tokenizer(args.model), load_config(args.model)
+    check_chat(prompt_of(args), tokenizer)
+    where, options = location(args.model)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(where, **options)
+    except OSError:  # for want of its own, the model has one that is made of its config
+        generation = transformers.GenerationConfig.from_model_config(config)
+    unread = SimpleNamespace(config=config, generation_config=generation)
+    limit = None if given else args.max_new_tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is warned of is warned of again, of the model
+        check_prompts(Answerer(unread, tokenizer), tasks, prompt_of(args), limit, given=given)
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:

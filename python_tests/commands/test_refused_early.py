@@ -82,6 +82,8 @@ def test_outputs_that_cannot_be_written(folder, capsys, monkeypatch):
             "eval --model model --experts expert --methods pelmo:nosuch --tasks task",
             "pelmo:nosuch: there is no file nosuch",
         ),
+        ("eval --model model --experts expert --methods arrow --tasks task --max-new-tokens 9999", "context of"),
+        ("inspect --model model --experts expert --methods arrow --tasks long", "more than the context of"),
         ("generate hi --model model --experts expert --method arrow --instruction x", "pass such a --template too"),
         (
             "generate hi --model model --experts expert --method arrow --writer-timeout nan",
@@ -92,6 +94,8 @@ def test_outputs_that_cannot_be_written(folder, capsys, monkeypatch):
 def test_values_that_make_no_sense_are_refused_before_weights_are_read(folder, capsys, monkeypatch, words, said):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
     monkeypatch.chdir(folder)
+    (folder / "long").mkdir()
+    (folder / "long" / "test.jsonl").write_text(json.dumps({"input": "ab" * 9999, "target": "c"}))
     more = ["--data", "task/test.jsonl"] if words.startswith("train") else []
     assert cli.main([*words.split(), *more]) == 2
     assert said in capsys.readouterr().err
