@@ -175,10 +175,27 @@ def deciding_answerers(runs: Sequence[Run], experts: Any, model: Any, tokenizer:
     return {run.label: CoLLM(model, tokenizer, experts, **run.options) for run in mine}
 
 
+def read_configs(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Config]:
+    """{file: what it says} of the runs of `moerge eval` that are ensembles, each read once; ValueError, with the run,
+    for a file that cannot be used."""
+    configs: dict[str, Config] = {}
+    for run in [run for run in runs if run.ensemble is not None and run.ensemble not in configs]:
+        try:
+            configs[run.ensemble] = read_config(args, Path(run.ensemble))
+        except ValueError as error:
+            raise ValueError(f"{run.label}: {error}") from error
+    return configs
+
+
 def build_answerers(
-    args: argparse.Namespace, runs: Sequence[Run], tasks: Sequence[Task], model: Any, tokenizer: Any
+    args: argparse.Namespace,
+    runs: Sequence[Run],
+    tasks: Sequence[Task],
+    model: Any,
+    tokenizer: Any,
+    configs: Mapping[str, Config],
 ) -> dict[str, Any]:
-    """{label: who answers} of the runs of `moerge eval` that are ensembles; each file is read once.
+    """{label: who answers} of the runs of `moerge eval` that are ensembles, whose files are those of `read_configs`.
 
     ValueError, with the run, for what is missing, and for tasks whose prompts do not fit the context.
     """
@@ -191,7 +208,7 @@ def build_answerers(
     for run in [run for run in runs if run.ensemble is not None]:
         try:
             if run.ensemble not in known:
-                config = read_config(args, Path(run.ensemble))
+                config = configs[run.ensemble]
                 router = PromptRouter.load(config.router, device=args.device) if config.router is not None else None
                 bank = load_experts(config.loras, base=args.model) if config.loras else None
                 with patch(model, bank, method="given", top_k=1) if bank is not None else nullcontext() as handle:

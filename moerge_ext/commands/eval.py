@@ -27,13 +27,14 @@ from ..files.counting import counted
 from ..methods import METHODS, get_method
 from ..methods.fixed import PREFIX
 from .engine_options import BATCH, TORCH, add_engine, check_engine, check_runs_of, engine_answerers, outline
-from .ensemble_options import build_answerers, deciding_answerers
+from .ensemble_options import build_answerers, deciding_answerers, read_configs
 from .expert_options import gates_of, load_bank, placed, placing_of, routers_of, with_routers
 from .fits import check_fits, check_runs_fit
 from .needs import check_needs
 from .options import (
     add_tasks_and_model,
     build_routers,
+    check_asked,
     check_writer,
     listed,
     load,
@@ -127,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
     runs, derived = parse_runs(texts, experts.names, args.top_k)
     runs = placed(with_routers(runs, trained), args)
     one = load_experts({MULTITASK: args.multitask}, base=args.model) if args.multitask else None
-    check_before(args, runs, experts, one)
+    check_before(args, runs, experts, one, tasks)
+    apart = [whole_models(args, runs), read_configs(args, runs)] if args.engine == TORCH else []
     loaded = cache(partial(load if args.engine == TORCH else outline, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     settings = replace(settings, similar=similar_of_task(args, routers))
@@ -139,8 +141,9 @@ def run(args: argparse.Namespace) -> int:
         check_patch(model, one, ALONE.method, **placing_of(args))
     options = {"output": args.output, "progress": not args.no_progress}
     if args.engine == TORCH:
-        answerers = build_answerers(args, runs, tasks, model, tokenizer)
-        answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole_models(args, runs)
+        whole, configs = apart
+        answerers = build_answerers(args, runs, tasks, model, tokenizer, configs)
+        answerers |= deciding_answerers(runs, experts, model, tokenizer) | whole
     else:
         answerers = engine_answerers(args, runs, experts, model, tokenizer, routers)
     given = {"routers": routers, "answerers": answerers}
@@ -152,12 +155,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_before(args: argparse.Namespace, runs: Sequence[Run], experts: Any, one: Any) -> None:
-    """ValueError for what the runs lack, and for experts (or the one of --multitask) that do not fit the model, before
-    its weights are read."""
+def check_before(args: argparse.Namespace, runs: Sequence[Run], experts: Any, one: Any, tasks: list[Task]) -> None:
+    """ValueError for what the runs lack, for experts (or the one of --multitask) that do not fit the model, and for
+    tasks that cannot be asked, before its weights are read."""
     if args.engine != TORCH:
         check_runs_of(runs)
     check_needs(args, experts, [get_method(run.method) for run in runs if run.method is not None])
+    check_asked(args, tasks)
     if args.engine != TORCH:
         return
     check_runs_fit(args, experts, runs)

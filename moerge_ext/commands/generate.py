@@ -174,6 +174,8 @@ def rows_of(args: argparse.Namespace) -> list[Example]:
     else:
         rows = [Example(input=sys.stdin.read() if args.prompt == "-" else args.prompt)]
     if args.instruction is not None:
+        if "instruction" not in prompt_of(args).fields:
+            raise ValueError("--instruction is what {instruction} in --template stands for: pass such a --template too")
         for row in rows:
             row.setdefault("instruction", args.instruction)
     return rows

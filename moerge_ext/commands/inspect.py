@@ -23,6 +23,7 @@ from .needs import check_needs
 from .options import (
     add_tasks_and_model,
     build_routers,
+    check_asked,
     check_file,
     check_writer,
     listed,
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     named = {task.name: task.name for task in tasks if task.name in experts.names}
     check_oracles(given, experts.names)
     check_same_oracles(args.output / "inspect.json", named | best | given, overwrite=args.overwrite)
+    check_asked(args, tasks, given=True)
     loaded = cache(partial(load, args))
     routers = build_routers(args, experts, [run.method for run in runs], loaded)
     model, tokenizer = loaded()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .._version import __version__
@@ -59,6 +60,7 @@ ELSEWHERE = {  # options as other programs call them: as they are called here
     "--base-model --base --model-name-or-path": "--model",
     "--dataset --dataset-name --train-file --train-data": "--data",
     "--epochs --num-epochs --num-train-epochs --max-steps --iters": "--steps",
+    "--eval-steps": "--eval-every",
     "--gradient-accumulation-steps": "--accumulate",
     "--k --num-experts-per-tok": "--top-k",
     "--learning-rate": "--lr",
@@ -68,7 +70,17 @@ ELSEWHERE = {  # options as other programs call them: as they are called here
     "--output-dir --out": "--output",
     "--per-device-train-batch-size": "--batch-size",
     "--r --lora-r --lora-rank": "--rank",
+    "--save-steps": "--checkpoint-every",
+    "--warmup-steps": "--warmup-ratio",
 }
+# where the value means something else here: (part of theirs, ours): what it is
+OTHER_VALUES = {
+    ("--prompt", "--prompts"): "a file of them; one prompt stands in its place without an option",
+    ("epoch", "--steps"): "optimizer steps, not passes over the data",
+    ("-steps", "--warmup-ratio"): "a share of --steps",
+}
+# where a command lacks them, what is spelled like them is something else
+NOTHING_LIKE = ("--logging-steps", "--min-p", "--seed", "--top-p")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -88,6 +100,13 @@ def _output_is_lost(error: Exception) -> bool:
     return True
 
 
+def _path(text: str) -> Path:
+    """An empty word, as of a variable that the shell does not know, would be the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Takes options by their whole names: what is short for one today may be short for two tomorrow. Says where a word
     stands that an option before it has taken for its own, and what an option may have been meant for."""
@@ -96,17 +115,25 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.register("type", Path, _path)
 
     def unknown(self, words: Sequence[str]) -> str:
         """What to say of options that there are none of, each with the one that is most like it."""
-        hints = []
-        for word in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
-            known = [option for option in self._option_string_actions if option.startswith("--")]
-            near = [option for option in known if len(word) > 2 and option.startswith(word)]
-            near = near or [ours for theirs, ours in ELSEWHERE.items() if word in theirs.split() and ours in known]
-            near = near or get_close_matches(word, known, n=1, cutoff=0.7)
-            hints += [f"{word} is no option, {' or '.join(near[:3])} is"] * bool(near)
+        hints = self.hints(words)
         return f"unrecognized arguments: {' '.join(words)}" + (f" ({'; '.join(hints)})" if hints else "")
+
+    def hints(self, words: Sequence[str]) -> list[str]:
+        """The option that each of `words` was meant for, if it is no option here and is like one."""
+        hints, known = [], [option for option in self._option_string_actions if option.startswith("--")]
+        for word in dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")):
+            near = [ours for theirs, ours in ELSEWHERE.items() if word in theirs.split() and ours in known]
+            near = near or [option for option in known if len(word) > 2 and option.startswith(word)]
+            if not near and word not in NOTHING_LIKE:
+                near = get_close_matches(word, known, n=1, cutoff=0.7)
+            what = [text for (part, ours), text in OTHER_VALUES.items() if part in word and near == [ours]]
+            if near and word not in known:
+                hints.append(f"{word} is no option, {' or '.join(near[:3])} is{', '.join(['', *what])}")
+        return hints
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.words = args or ()
@@ -122,6 +149,9 @@ class Parser(argparse.ArgumentParser):
                 f"; put {' '.join(lost)} first, or after another option than {', '.join(taken)}, which takes "
                 "everything up to the next option"
             )
+        own = self.words[: self.words.index("--")] if "--" in self.words else self.words
+        if "arguments are required: " in message and lost != ["COMMAND"] and (hints := self.hints(own)):
+            message += f" ({'; '.join(hints)})"
         bad = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
         if (bad is not None or lost == ["COMMAND"]) and self.words and self.words[0].startswith("-"):
             message = self.unknown(self.words[:1])

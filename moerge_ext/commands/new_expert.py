@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
     from ..files.atomic import check_writable
     from ..models.pretrained import load_model, usable_device
-    from ..training.experts import WEIGHTS, new_expert
+    from ..training.experts import WEIGHTS, check_no_model, new_expert
 
+    check_no_model(args.output)
     check_finished(args, args.output / WEIGHTS)
     check_named(args)
     check_writable(args.output)

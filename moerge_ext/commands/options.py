@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from ..evaluation.checks import check_fields
-from ..evaluation.tasks import Task, load_task
+from ..evaluation.checks import check_fields, check_prompts
+from ..evaluation.tasks import Task, check_distinct, load_task
 from ..files.atomic import check_can_write
 from ..files.rows import read_rows, read_text
 from ..methods.base import HIDDEN_STATES
@@ -98,8 +100,8 @@ def check_writer(args: argparse.Namespace) -> None:
         raise ValueError("--similar 0 shows the writer nothing: leave --solved out")
     if args.writer_url and not args.writer:
         raise ValueError("--writer-url needs --writer MODEL, the name of the model on that server")
-    if args.writer_timeout <= 0:
-        raise ValueError(f"--writer-timeout must be positive, got {args.writer_timeout:g}")
+    if not 0 < args.writer_timeout < float("inf"):
+        raise ValueError(f"--writer-timeout must be positive and finite, got {args.writer_timeout:g}")
 
 
 def build_writer(args: argparse.Namespace, device: str = "cpu") -> InstructionWriter | None:
@@ -241,6 +243,8 @@ def listed(methods: str) -> list[str]:
 def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task]:
     """The tasks of the arguments; one ValueError with what is wrong with each."""
     tasks, problems = [], []
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
     for folder in args.tasks:
         try:
             tasks.append(load_task(folder, split=args.split, limit=args.limit, metric=metric))
@@ -248,8 +252,33 @@ def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
+    check_distinct(tasks)
     check_fields(tasks, prompt_of(args))
     return tasks
+
+
+def check_asked(args: argparse.Namespace, tasks: list[Task], *, given: bool = False) -> None:
+    """ValueError for tasks whose prompts cannot be made or do not fit the model's context, before its weights are read.
+
+    given: as in `check_prompts`.
+    """
+    import transformers
+
+    from ..evaluation.answers import Answerer
+    from ..models.pretrained import load_config, load_tokenizer, location
+
+    tokenizer, config = load_tokenizer(args.model), load_config(args.model)
+    check_chat(prompt_of(args), tokenizer)
+    where, options = location(args.model)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(where, **options)
+    except OSError:  # for want of its own, the model has one that is made of its config
+        generation = transformers.GenerationConfig.from_model_config(config)
+    unread = SimpleNamespace(config=config, generation_config=generation)
+    limit = None if given else args.max_new_tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is warned of is warned of again, of the model
+        check_prompts(Answerer(unread, tokenizer), tasks, prompt_of(args), limit, given=given)
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:

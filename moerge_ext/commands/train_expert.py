@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
         what.training["target_modules"] = targets_of(what.training["target_modules"])
 
     from ..files.atomic import check_writable
-    from ..training.experts import CHECKPOINT_FOLDER, STATE_FILE, WEIGHTS, train_expert
+    from ..training.experts import CHECKPOINT_FOLDER, STATE_FILE, WEIGHTS, check_no_model, train_expert
 
+    check_no_model(args.output)
     check_finished(args, args.output / WEIGHTS)
     default, folder = _defaults(), args.output / CHECKPOINT_FOLDER
     lora = {name: what.training.get(name, default[name]) for name in LORA}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -185,11 +186,13 @@ class Training:
 
 def range_problems(args: argparse.Namespace) -> list[str]:
     """What is out of range among the arguments."""
+    from ..training.options import number_problems
+
     return [
         f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
         for name, least in LEAST.items()
         if getattr(args, name, least) < least
-    ]
+    ] + [re.sub(r"^\w+", lambda name: f"--{name[0].replace('_', '-')}", text) for text in number_problems(vars(args))]
 
 
 def my_rows(path: Path, ranks: Ranks, prompt: PromptFormat) -> list[Example]:

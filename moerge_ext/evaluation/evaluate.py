@@ -26,7 +26,7 @@ from .metrics import GRADED, SCORES
 from .runs import Run
 from .scores import Score
 from .store import Answers, alone_in
-from .tasks import Task
+from .tasks import Task, check_distinct
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ def evaluate(
     settings = settings or Settings()
     if not runs or not tasks:
         raise ValueError(f"expected at least one method and one task, got {len(runs)} and {len(tasks)}")
-    twice = {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}
-    if twice:
-        raise ValueError(f"tasks must have distinct names; several are called {', '.join(sorted(twice))}")
+    check_distinct(tasks)
     answerers = answerers or {}
     check_runs(model, experts, [run for run in runs if run.label not in answerers], routers)
     check_routers(runs, routers)

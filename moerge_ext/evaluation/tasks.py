@@ -53,6 +53,13 @@ class Task:
         return [row["input"] for row in self.examples(self.split)]
 
 
+def check_distinct(tasks: Sequence[Task]) -> None:
+    """ValueError for two tasks of one name."""
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"tasks must have distinct names; several are called {', '.join(twice)}")
+
+
 def load_task(
     folder: str | os.PathLike, *, split: str = "test", limit: int | None = None, metric: str | None = None
 ) -> Task:

@@ -30,11 +30,12 @@ from ..files.listing import grouped
 from ..files.safefile import file_inside
 from ..files.shards import has_weights, open_weights
 from ..models.linear import linear_features
-from ..models.pretrained import load_model
+from ..models.pretrained import load_adapted
 from .formats.foreign import MERGES
 from .formats.peft import CONFIG_FILE, WEIGHTS_FILE
 from .formats.peft_config import read_config
 from .formats.peft_keys import base_path
+from .formats.peft_rules import lies_in
 from .formats.view import peft_config
 from .hub import find_adapter
 from .keys import PREFIX, bare_path
@@ -75,7 +76,8 @@ def convert_to_lora(
 ) -> Conversion:
     """Write the adapter `source`, of a kind in MERGES or a DoRA, as a PEFT LoRA folder `output`.
 
-    base: the model it was trained on (left as it was), or its folder or hub id: some kinds multiply its weights.
+    base: the model it was trained on (left as it was), or its folder or hub id, loaded as the adapter's task_type says
+    (a classifier with as many labels as its saved head): some kinds multiply its weights.
     rank: at most this rank in every module. max_error: the smallest rank whose relative error (Frobenius norm of what
     is lost over that of delta W, in each module) is at most this; with `rank` too, a module that needs more is refused.
     Neither: exact (an error of 1e-6 at most). Factors are float32 and hold the scaling (alpha = r). A module to which
@@ -93,16 +95,23 @@ def convert_to_lora(
     if base is None:
         raise ValueError("convert_to_lora: it takes base=MODEL (--model MODEL), which the adapter was trained on")
     kind = DORA if config["peft_type"] == "LORA" else config["peft_type"]
-    loaded = not isinstance(base, nn.Module)
-    model = load_model(os.fspath(base), dtype="auto", device="cpu") if loaded else base
     whole = config.get("modules_to_save")
     stored, saved = _read(folder, whole or ())
+    model, fresh = base, set()
+    if not isinstance(base, nn.Module):
+        shapes = {path: tensor.shape for path, tensor in saved.items()}
+        model, fresh = load_adapted(os.fspath(base), config.get("task_type"), shapes)
     _check_saved(model, name, saved)
     tensors = {f"{PREFIX}{path}": tensor for path, tensor in saved.items()}
     ranks, errors, problems = {}, {}, []
     for path, delta, fits in _deltas(model, name, stored, config, progress):
         if not fits:
             problems.append(f"{path}: PEFT changes more than the weight here, such as the bias")
+            continue
+        if f"{path}.weight" in fresh:
+            problems.append(
+                f"{path}: the base's folder has no weights of it; convert_to_lora takes the model itself too"
+            )
             continue
         a, b, errors[path] = best_product(delta, rank, max_error)
         ranks[path] = len(a)
@@ -191,7 +200,7 @@ def _read(folder: Path, whole: Sequence[str]) -> tuple[dict[str, Tensor], dict[s
     """({key: tensor} of the file, {path: tensor} of the modules that it saved whole)."""
     with open_weights(folder, WEIGHTS_FILE) as stored:
         tensors = {key: stored.read(key).clone() for key in stored.headers}
-    saved = [key for key in tensors if any(f".{name}." in f".{bare_path(key)}" for name in whole)]
+    saved = [key for key in tensors if any(lies_in(bare_path(key), name) for name in whole)]
     return tensors, {base_path(bare_path(key)): tensors[key] for key in saved}
 
 

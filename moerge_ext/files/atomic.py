@@ -106,6 +106,7 @@ def disk_error(error: BaseException, path: str | os.PathLike) -> OSError | None:
 def check_writable(folder: str | os.PathLike) -> None:
     """OSError, naming `folder`, when nothing can be written there; folders that are missing are made."""
     folder = Path(folder)
+    _check_no_file(folder)
     probe = folder / f".{secrets.token_hex(8)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +119,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 def check_can_write(folder: str | os.PathLike) -> None:
     """OSError, naming `folder`, when nothing could be written there or it could not be made; nothing is made."""
+    _check_no_file(folder)
     there = Path(folder).absolute()
     while not (there.exists() or there.is_symlink()):
         there = there.parent
@@ -128,6 +130,14 @@ def check_can_write(folder: str | os.PathLike) -> None:
         raise disk_error(error, folder) from error
     finally:
         _remove(probe)
+
+
+def _check_no_file(folder: str | os.PathLike) -> None:
+    """OSError where a file lies in the place of `folder`, or of one that it would lie in."""
+    for there in (Path(folder), *Path(folder).parents):
+        if there.is_file():
+            within = "" if there == Path(folder) else f", in which {folder} cannot lie"
+            raise NotADirectoryError(f"{str(there)!r} is a file{within}: name a folder")
 
 
 def _remove(file: Path) -> None:

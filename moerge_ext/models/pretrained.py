@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,13 @@ from .stored import COMPOSITION, MODEL_CONFIG
 
 GGUF = ".gguf"
 ADAPTER_CONFIG = "adapter_config.json"
+HEADS = {  # PEFT's task_type: the class whose module paths its adapters have; those of text are `load_model`'s
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+PROBED_LABELS = 7919  # no size of a layer
 NO_SUCH_FILE = "does not appear to have a file"  # transformers of a repository that is there
 # transformers' model classes take seconds to import, and `moerge --help` needs none: imported in the functions
 
@@ -150,6 +158,43 @@ def load_model(path: str, *, dtype: str, device: str | torch.device) -> Any:
         config = AutoConfig.from_pretrained(where, **options)
         auto = AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
         return auto.from_pretrained(where, dtype=dtype, **options).eval().to(device)
+
+
+def load_adapted(path: str, task: str | None, whole: Mapping[str, torch.Size]) -> tuple[Any, set[str]]:
+    """(the model of a folder or hub id as PEFT's adapters of `task` have it (task_type; None where none is noted), on
+    the CPU; its parameters that the folder does not hold, and that are random numbers).
+
+    whole: {parameter: shape} of the modules that the adapter brings whole, of which a classifier's says how many labels
+    it has; where the folder has another number, or no such head, its head is a fresh one. ValueError as `load_model`.
+    """
+    import transformers
+    from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+
+    config = load_config(path)
+    kind = getattr(transformers, HEADS.get(task or "", ""), None)
+    if kind is None and task is None and whole:  # the class that the folder names
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        return load_model(path, dtype="auto", device="cpu"), set()
+    where, options = location(path)
+    make = getattr(kind, "from_config", None) or kind._from_config
+    with named(path, "model"):
+        probe = copy.deepcopy(config)
+        probe.num_labels = PROBED_LABELS
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in make(probe).named_parameters()}
+        labels = [whole[name][0] for name, shape in shapes.items() if name in whole and shape[0] == PROBED_LABELS]
+        if labels and labels[0] != config.num_labels:
+            config.num_labels = labels[0]
+        before = get_verbosity()
+        set_verbosity_error()  # that the head is fresh: the adapter brings its own
+        try:
+            options |= {"dtype": "auto", "ignore_mismatched_sizes": bool(labels), "output_loading_info": True}
+            model, found = kind.from_pretrained(where, config=config, **options)
+        finally:
+            set_verbosity(before)
+    fresh = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    return model.eval(), fresh
 
 
 def load_config(path: str) -> Any:

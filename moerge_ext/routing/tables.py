@@ -1,4 +1,4 @@
-"""transformers' own tables of renamed modules, as functions from old module paths to the paths in this model.
+"""Tables of renamed modules, transformers' own and others', as functions from their paths to those in this model.
 
 A class whose modules were renamed between versions of transformers carries a table by which its old checkpoints are
 read. The same table serves adapters, as PEFT 0.21 uses it (`peft.utils.transformers_weight_conversion`). An entry that
@@ -15,6 +15,8 @@ from torch import nn
 
 from ..experts.keys import bare_path
 
+UNEMBED = "unembed_tokens"  # what Tinker calls the head in the PEFT folders that it exports, inside of the text model
+
 # {path: new path}; None for a module that this version of the model has fused or split
 Renames = Callable[[Iterable[str]], dict[str, str | None]]
 
@@ -29,7 +31,23 @@ def renaming_tables(model: nn.Module) -> dict[str, Renames]:
         patterns = getattr(part, "_checkpoint_conversion_mapping", None)
         if isinstance(patterns, Mapping) and patterns:
             tables[f"the table in {name}"] = partial(_within, prefix, partial(_substitute, patterns))
+        if head := _head(path, part):
+            tables["Tinker's name of the head"] = partial(_with_head, head)
     return tables
+
+
+def _head(path: str, model: nn.Module) -> str | None:
+    """The bare path of the layer that makes logits, if there is one."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # models with code of their own
+        return None
+    found = (name for name, module in model.named_modules(prefix=path) if head is not None and module is head)
+    return next(map(bare_path, found), None)
+
+
+def _with_head(head: str, paths: Iterable[str]) -> dict[str, str | None]:
+    return {path: head if path.rpartition(".")[2] == UNEMBED else path for path in paths}
 
 
 def _pretrained(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from ..experts.prompt_notes import note_of_prompt
 from ..files.atomic import check_writable, disk_error, permit_as_new
 from ..files.kept import check_replaced
 from ..models.prompt import PromptFormat
+from ..models.stored import MODEL_CONFIG
 from ..models.wrappers import trainable_inside
 from ..routing.layers import linear_features, replace_module
 from ..routing.peft_layers import peft_layers
@@ -27,13 +29,14 @@ from .checkpointing import gradients_pass_checkpoints
 from .encoding import MAX_LENGTH, prepare
 from .frozen import frozen
 from .loop import discard_state, fit, kept_step, saving
-from .options import TrainingOptions, TrainingResult, finished_before, note_of, settings_of
+from .options import TrainingOptions, TrainingResult, finished_before, note_of, number_problems, settings_of
 from .random_state import seeded
 from .ranks import current_ranks
 
 STATE_FILE = "moerge_expert.checkpoint.safetensors"
 CHECKPOINT_FOLDER = ".moerge-train-expert"
 WEIGHTS = "adapter_model.safetensors"
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of a whole model
 
 
 def train_expert(
@@ -84,9 +87,10 @@ def train_expert(
     exception.
 
     Errors: ImportError with the install line when peft is missing; ValueError as in `train_gates`, for rank
-    < 1, and for a model that already carries PEFT layers.
+    < 1, for an `output_dir` that is a model's folder, and for a model that already carries PEFT layers.
     """
     target = Path(output_dir)
+    check_no_model(target)
     options = TrainingOptions(
         steps=steps, lr=lr, warmup_ratio=warmup_ratio, accumulate=accumulate, weight_decay=weight_decay,
         eval_every=eval_every, seed=seed, checkpoint_dir=Path(checkpoint_dir or target / CHECKPOINT_FOLDER),
@@ -139,6 +143,17 @@ def _train(
     return result
 
 
+def check_no_model(folder: str | Path) -> None:
+    """ValueError for the folder of a whole model: transformers loads an adapter that lies in it with the model, from
+    then on and without a word."""
+    folder = Path(folder)
+    if (folder / MODEL_CONFIG).is_file() and any(file for kind in MODEL_WEIGHTS for file in folder.glob(kind)):
+        raise ValueError(
+            f"{folder} is the folder of a model ({MODEL_CONFIG} and its weights), which transformers would load with "
+            "the adapter in it from then on: name another folder (--output)"
+        )
+
+
 def new_expert(
     model: nn.Module,
     output_dir: str | Path,
@@ -156,6 +171,7 @@ def new_expert(
     there.
     """
     check_replaced(Path(output_dir) / WEIGHTS, overwrite=overwrite)
+    check_no_model(output_dir)
     with _peft_model(trainable_inside(model), rank, alpha, target_modules, seed) as peft_model:
         _save_atomically(peft_model, Path(output_dir))
     return Path(output_dir)
@@ -172,6 +188,8 @@ def _peft_model(
         raise ImportError('training an expert needs peft: pip install "moerge_ext[train]"') from error
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if problems := number_problems({"alpha": alpha}):
+        raise ValueError(problems[0])
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError(f"{type(model).__name__} already carries wrapped layers: unload or remove() them first")
     check_targets(model, target_modules)
@@ -229,7 +247,11 @@ def check_targets(model: nn.Module, target_modules: str | list[str]) -> None:
 
     def meant(targets: str | list[str]) -> bool:
         config = LoraConfig(target_modules=targets)
-        return any(check_target_module_exists(config, path) for path in paths)
+        try:
+            return any(check_target_module_exists(config, path) for path in paths)
+        except re.error as error:
+            said = f"target_modules (--target-modules) must be names or a regular expression, got {targets!r}"
+            raise ValueError(f"{said} ({error})") from None
 
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     lost = [name for name in names if not meant(name if isinstance(target_modules, str) else [name])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,7 @@ class TrainingOptions:
             for name in ("steps", "accumulate", "eval_every", "checkpoint_every")
             if getattr(self, name) < 1
         ]
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            problems.append(f"lr must be positive and finite, got {self.lr}")
-        if not 0 <= self.warmup_ratio <= 1:
-            problems.append(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
-        if not self.weight_decay >= 0:
-            problems.append(f"weight_decay must not be negative, got {self.weight_decay}")
+        problems += number_problems(vars(self))
         if self.resume and self.checkpoint_dir is None:
             problems.append("resume=True needs a checkpoint_dir")
         if problems:
@@ -72,6 +67,22 @@ class TrainingOptions:
         """The learning rate of optimizer step `step` (from 0)."""
         warmup = math.ceil(self.warmup_ratio * self.steps)
         return self.lr * min(1.0, (step + 1) / warmup) if warmup else self.lr
+
+
+def number_problems(options: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the numbers among the options of a training, of those that are there."""
+    checks = {
+        "lr": (lambda lr: math.isfinite(lr) and lr > 0, "positive and finite"),
+        "alpha": (lambda alpha: math.isfinite(alpha) and alpha > 0, "positive and finite"),
+        "warmup_ratio": (lambda ratio: 0 <= ratio <= 1, "in [0, 1]"),
+        "weight_decay": (lambda decay: math.isfinite(decay) and decay >= 0, "finite and not negative"),
+        "seed": (lambda seed: -(2**63) <= seed < 2**63, "a number of 64 bits"),
+    }
+    return [
+        f"{name} must be {expected}, got {options[name]}"
+        for name, (fits, expected) in checks.items()
+        if options.get(name) is not None and not fits(options[name])
+    ]
 
 
 @dataclass(frozen=True)

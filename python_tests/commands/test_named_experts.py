@@ -112,7 +112,25 @@ def test_names_are_said_in_words_of_the_shell():
         ("merge --experts a --output o --modles x", "(--modles is no option, --modules is)"),
         ("merge --experts a --outpt o --output o", "(--outpt is no option, --output is)"),
         ("inspect --model m --experts a --tasks t --method arrow", "(--method is no option, --methods is)"),
-        ("train-expert m --output o --data d --num-epochs 3", "(--num-epochs is no option, --steps is)"),
+        (
+            "train-expert m --output o --data d --num-epochs 3",
+            "(--num-epochs is no option, --steps is, optimizer steps, not passes over the data)",
+        ),
+        (
+            "train-router --model m --prompts p --data d --output o --num-epochs 3",
+            "(--num-epochs is no option, --epochs is)",
+        ),
+        ("train-expert m --output o --data d --save-steps 9", "(--save-steps is no option, --checkpoint-every is)"),
+        (
+            "train-expert m --output-dir o --train-file=d",
+            "required: --output, --data (--output-dir is no option, --output is; ",
+        ),
+        ("generate hi --base m", "required: --model (--base is no option, --model is)"),
+        (
+            "generate --prompt hi --model m",
+            "(--prompt is no option, --prompts is, a file of them; one prompt stands in",
+        ),
+        ("generate hi --model m --top-p 0.9", "unrecognized arguments: --top-p 0.9\n"),
         ("train-expert m --output o --data d --lora-r=8", "(--lora-r is no option, --rank is)"),
     ],
 )

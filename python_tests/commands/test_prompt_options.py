@@ -78,7 +78,7 @@ def test_what_was_trained_is_noted_and_compared(folder, capsys, recwarn):
     calls = [
         lambda *form: evaluated(folder, expert, "--limit", 1, *form),
         lambda *form: evaluated(folder, expert, "--limit", 1, *form, command="inspect"),
-        lambda *form: call(*generate, "--instruction", "do", *form),
+        lambda *form: call(*generate, *(["--instruction", "do"] if form else []), *form),
     ]
     told = "experts are asked with another prompt"
     for ask in calls:

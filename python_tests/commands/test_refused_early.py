@@ -57,6 +57,59 @@ def test_outputs_that_cannot_be_written(folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "train-expert model --output out --lr nan --seed 99999999999999999999",
+            "--lr must be positive and finite, got",
+        ),
+        ("train-expert model --output out --alpha 0", "--alpha must be positive and finite, got 0"),
+        ("train-expert model --output out --warmup-ratio 2", "--warmup-ratio must be in [0, 1], got 2"),
+        (
+            "train-gates model expert --output out --seed -99999999999999999999",
+            "--seed must be a number of 64 bits, got",
+        ),
+        ("train-expert model --output out --target-modules [", "must be names or a regular expression, got '['"),
+        ("train-expert model --output model", "model is the folder of a model (config.json and its weights), which"),
+        ("new-expert model --output model", "model is the folder of a model"),
+        ("train-expert model --output file/out", "'file' is a file, in which file/out cannot lie: name a folder"),
+        (
+            "eval --model model --experts expert --methods arrow --tasks task task",
+            "distinct names; several are called task",
+        ),
+        ("eval --model model --experts expert --methods model:nosuch --tasks task", "no local folder 'nosuch'"),
+        (
+            "eval --model model --experts expert --methods pelmo:nosuch --tasks task",
+            "pelmo:nosuch: there is no file nosuch",
+        ),
+        ("eval --model model --experts expert --methods arrow --tasks task --max-new-tokens 9999", "context of"),
+        ("inspect --model model --experts expert --methods arrow --tasks long", "more than the context of"),
+        ("generate hi --model model --experts expert --method arrow --instruction x", "pass such a --template too"),
+        (
+            "generate hi --model model --experts expert --method arrow --writer-timeout nan",
+            "must be positive and finite",
+        ),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_before_weights_are_read(folder, capsys, monkeypatch, words, said):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_model)
+    monkeypatch.chdir(folder)
+    (folder / "long").mkdir()
+    (folder / "long" / "test.jsonl").write_text(json.dumps({"input": "ab" * 9999, "target": "c"}))
+    more = ["--data", "task/test.jsonl"] if words.startswith("train") else []
+    assert cli.main([*words.split(), *more]) == 2
+    assert said in capsys.readouterr().err
+    assert not (folder / "model" / "adapter_config.json").exists()
+
+
+def test_an_empty_word_is_no_folder(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train-expert", "model", "--data", "task/test.jsonl", "--output", ""])
+    assert caught.value.code == 2 and "argument --output: expected a path, got ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--nobody-right", "similar"], "pass --embedder MODEL and --theta X"),

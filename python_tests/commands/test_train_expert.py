@@ -85,7 +85,7 @@ def test_what_is_wrong_is_said_before_the_model_is_read(base, capsys):
         "--batch-size must be at least 1, got 0; --steps must be at least 1": ["--batch-size", "0", "--steps", "0"],
         "--rank must be at least 1, got 0": ["--rank", "0"],
         "--max-length must be at least 2, got 1": ["--max-length", "1"],
-        f"Not a directory: '{data}/out'": ["--output", f"{data}/out"],
+        f"'{data}' is a file, in which {data}/out cannot lie: name a folder": ["--output", f"{data}/out"],
         "there is no file missing.jsonl": ["--validation", "missing.jsonl"],
     }
     for said, options in cases.items():

@@ -1,6 +1,7 @@
 """PEFT's other kinds of adapters as LoRA: against what PEFT computes with the adapter itself."""
 
 import json
+import warnings
 
 import builders
 import pytest
@@ -14,6 +15,7 @@ from moerge_ext.experts.formats.foreign import MERGES
 from moerge_ext.experts.to_lora import best_product, convert_to_lora
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 TARGETS = ["q_proj", "down_proj"]
 SETTINGS = {
     "LOHA": {"r": 2, "alpha": 4},
@@ -44,14 +46,16 @@ def config_of(kind):
     return KNOWN[kind](**{"target_modules": TARGETS} | SETTINGS.get(kind, {}))
 
 
-def adapter(kind, folder, build=builders.tiny_llama, config=None):
-    """(the folder, PEFT's logits with it)"""
+def adapter(kind, folder, build=builders.tiny_llama, config=None, answer=None):
+    """(the folder, PEFT's logits with it, or what `answer` takes of its output)"""
     model = peft.get_peft_model(build(), config or config_of(kind))
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    if answer is not None:
+        return folder, answer(model.eval()(input_ids=tokens())).detach()
     return folder, logits(model.eval(), input_ids=tokens())
 
 
@@ -190,6 +194,49 @@ def test_whole_modules_are_kept(tmp_path):
     assert error(routed(tmp_path / "lora", model), want) < 1e-5
     adapted = peft.PeftModel.from_pretrained(builders.tiny_bert(), tmp_path / "lora").eval()
     assert error(logits(adapted, input_ids=tokens()), want) < 1e-5
+
+
+def test_whole_modules_by_the_end_of_their_names(tmp_path):
+    """PEFT keeps input_layernorm too where "layernorm" is named."""
+    config = peft.LoHaConfig(r=2, target_modules=TARGETS, modules_to_save=["layernorm"])
+    folder, want = adapter("LOHA", tmp_path / "own", config=config)
+    convert_to_lora(folder, tmp_path / "lora", builders.tiny_llama(), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that of "layernorm" the file holds nothing
+        assert error(routed(tmp_path / "lora", builders.tiny_llama()), want) < 1e-5
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None, "FEATURE_EXTRACTION"])
+def test_the_command_loads_the_class_that_the_adapter_is_of(task, tmp_path, capsys):
+    """Also where the folder has another number of labels, or is a text model, whose head the adapter replaces."""
+    auto = transformers.AutoModel if task == "FEATURE_EXTRACTION" else transformers.AutoModelForSequenceClassification
+    stored = builders.tiny_llama()
+    if task is None:  # then the folder says which class
+        stored = transformers.LlamaForSequenceClassification(stored.config)
+    stored.save_pretrained(tmp_path / "base")
+
+    def build():
+        torch.manual_seed(2)
+        more = {} if auto is transformers.AutoModel else {"num_labels": 5, "ignore_mismatched_sizes": True}
+        return auto.from_pretrained(tmp_path / "base", **more)
+
+    config = peft.LoHaConfig(r=2, target_modules=TARGETS, task_type=task)
+    if task is None:
+        config.modules_to_save = ["score"]
+    folder, want = adapter("LOHA", tmp_path / "own", build, config, lambda out: out[0])
+    words = ["convert", "--to-lora", folder, tmp_path / "out", "--model", tmp_path / "base", "--no-progress"]
+    assert main([*map(str, words)]) == 0
+    assert "newly" not in capsys.readouterr().err
+    adapted = peft.PeftModel.from_pretrained(build(), tmp_path / "out").eval()
+    assert error(adapted(input_ids=tokens())[0].detach(), want) < 1e-5
+
+
+def test_layers_that_the_folder_of_the_base_lacks_are_refused(tmp_path):
+    transformers.BertForMaskedLM(builders.tiny_bert().config).save_pretrained(tmp_path / "base")  # without a pooler
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["query", "pooler.dense"], task_type="SEQ_CLS")
+    folder, _ = adapter("DoRA", tmp_path / "own", builders.tiny_bert, config)
+    with pytest.raises(ValueError, match=r"- bert.pooler.dense: the base's folder has no weights of it"):
+        convert_to_lora(folder, tmp_path / "out", tmp_path / "base", rank=2, progress=False)
 
 
 def test_a_folder_by_a_relative_path(tmp_path, monkeypatch):

@@ -125,6 +125,21 @@ def test_the_old_names_of_a_class_without_its_head(tmp_path):
     assert torch.equal(routed(model, old), routed(model, adapter(tmp_path / "new", layers)))
 
 
+@pytest.mark.parametrize("prefix", ["model", "model.language_model"])
+def test_the_head_as_tinker_calls_it(prefix, tmp_path):
+    """`unembed_tokens`, inside of the text model, alone or beside other layers."""
+    model = builders.tiny_llama()
+    head = {"lm_head": tuple(reversed(model.lm_head.weight.shape))}
+
+    def theirs(path):
+        return f"{prefix}.unembed_tokens" if path == "lm_head" else path.replace("model", prefix, 1)
+
+    for count, layers in enumerate((linear_layers(model, "model.layers") | head, head)):
+        old = adapter(tmp_path / f"old{count}", layers, theirs)
+        new = adapter(tmp_path / f"new{count}", layers)
+        assert torch.equal(routed(model, old), routed(model, new))
+
+
 def test_another_model_is_not_taken_for_a_prefix(tmp_path):
     """bert. and roberta. are two models; the error says what would rename it."""
     model = builders.tiny_bert()

@@ -182,5 +182,11 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
 
 
 def _holds(module: str, saved: Collection[str]) -> bool:
-    """Whether one of the saved parameters lies in `module`, a name or the end of a path, as PEFT matches it."""
-    return any(f".{module}." in f".{path}" for path in saved)
+    """Whether one of the saved parameters lies in `module`."""
+    return any(lies_in(path, module) for path in saved)
+
+
+def lies_in(path: str, module: str) -> bool:
+    """Whether a parameter is one of a module that `modules_to_save` means by `module`: the end of its path, of which
+    PEFT does not ask that it begins with a dot ("norm" is input_layernorm too)."""
+    return f"{module}." in path
