@@ -10,9 +10,9 @@
 //   1.32, 1.22; E = 166, T = 1 1.52 and 1.36, 1.31 and 1.32 (Sapphire Rapids, weights from memory, two runs)
 //   a busy process on one of the cores and other load, the branch, medians in us against always two threads: T = 1 28
 //   (160 to 4100), T = 16 520 (12000), T = 256 4300 (12000)
-//   a virtual machine whose host takes processors away now and then, one token of SmolLM2 in float32 over plain: 1.26 to
-//   1.29, and 1.60 to 1.67 with a rest of kRestPerWait after each wait that was longer than the work, whatever help had
-//   gained before; beside a busy process no difference
+//   a virtual machine whose host takes processors away now and then, one token of SmolLM2 in float32 over plain: 1.26
+//   to 1.29, and 1.60 to 1.67 with a rest of kRestPerWait after each wait that was longer than the work, whatever help
+//   had gained before; beside a busy process no difference
 // Tried: threads of our own that a call waits for only while they run a task of it. Beside a busy process as fast; with
 // no neighbour slower, since they find torch's threads, awake for some ms after the layer's product, on the other core:
 // layer and branch over the layer T = 16 1.31 against 1.21.
