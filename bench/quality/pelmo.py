@@ -226,7 +226,8 @@ def check(items: list[dict], data: Path, experts: list[str]) -> None:
 
 def tables(scores: list[Score], experts: list[str]) -> str:
     """Tables 1 and 2 in markdown, and what the paper claims against what is seen."""
-    first = ["specific few-shot", *experts, f"{MIXED}1", f"{MIXED}2", ORACLE]
+    mixed = sorted({score.method for score in scores if score.method.startswith(MIXED)})
+    first = ["specific few-shot", *experts, *mixed, ORACLE]
     second = [f"{MIXED}1", f"{MIXED}2", f"{SINGLE}1", f"{SINGLE}2"]
     parts = []
     for title, rows in (("Table 1", first), ("Table 2", second)):
