@@ -169,8 +169,7 @@ def test_an_answer_without_stream_ends_when_its_client_leaves(server, folders):
             gone = [pool.submit(asked, impatient, folders[0], prompt, tokens=100) for prompt in ("a", "of")]
             stays = pool.submit(asked, client, folders[0], "zz", tokens=12)
             for answer in gone:
-                with pytest.raises(openai.APITimeoutError):
-                    answer.result()
+                assert isinstance(answer.exception(), openai.APITimeoutError), (answer.result(), len(calls))
             assert stays.result() == wanted(folders, "zz", tokens=12)
         while time.monotonic() - calls[-1] < 1:  # until nothing runs any more
             time.sleep(0.1)
