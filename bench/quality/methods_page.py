@@ -1,6 +1,6 @@
 """The tables of docs/methods.md: every row of METHODS with needs, cost and results, the survey's 29 with their fields.
 
-They are written by bench/table.py; results are those of the largest pool in bench/results/quality_real_*.jsonl.gz.
+They are written by bench/table.py; results are those of the pool of 16 in bench/results/quality_real_*.jsonl.gz.
 """
 
 from __future__ import annotations

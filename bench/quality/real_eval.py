@@ -46,7 +46,8 @@ class Asking:
         names = real.POOL[: args.experts]
         self.args, self.places = args, real.Places(args.data, args.cache)
         self.file = real_answers.file_of(len(names), real_answers.HELD_OUT_FILES if args.claims else real_answers.FILES)
-        self.folder = args.cache / f"eval-{len(names)}-{args.items}"
+        kept = "claims" if args.claims else "eval"
+        self.folder = args.cache / f"{kept}-{len(names)}-{args.items}"
         self.model, self.tokenizer = real.load_base(self.places)
         self.deciders = real_routers.Deciders(self.places, names, args.embedder, self.model, self.tokenizer)
         notes = {name: json.loads((self.places.expert(name) / "facts.json").read_text()) for name in names}
