@@ -114,7 +114,8 @@ def test_rows_of_other_experts_or_questions_do_not_join():
 
 
 def test_written_answers_are_the_same_bytes(tmp_path):
-    for file in real_answers.FOLDER.glob(real_answers.FILES):
+    files = (real_answers.FILES, real_answers.HELD_OUT_FILES)
+    for file in (file for pattern in files for file in real_answers.FOLDER.glob(pattern)):
         real_answers.write(real_answers.read(file), tmp_path / file.name)
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
