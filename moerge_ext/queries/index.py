@@ -94,10 +94,10 @@ def read_index(folder: str | os.PathLike, embedder: str) -> ExampleIndex:
         found = f"only by {', '.join(others)}" if others else "not at all"
         layer = re.search(r"hidden state (-?\d+)$", embedder)  # of `Embedder.from_hidden_states`
         model = f"BASE --hidden-layer {layer[1]}" if layer else "MODEL"
-        command = f"moerge describe --adapter {folder} --examples ROWS.jsonl --index 1000 --embedder {model}"
         raise AdapterError(
             [
-                f"its examples are indexed {found}, and the queries' embedder is '{embedder}': run `{command}` or "
+                f"its examples are indexed {found}, and the queries' embedder is '{embedder}': run `moerge describe "
+                f"--adapter {folder} --examples ROWS.jsonl --index 1000 --embedder {model}` or "
                 "moerge_ext.index_examples(adapter, rows, embedder)"
             ]
         )

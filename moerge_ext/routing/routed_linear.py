@@ -151,7 +151,11 @@ class RoutedLinear(StandIn):
                 except RuntimeError as error:
                     raise ops.explained(error, ops.ROUTED_LORA_, (y, x, *made)) from None
                 return y
-        return self._add_branch(base(x, *args, **kwargs), x, request)
+        return self._with_request(x, request, *args, **kwargs)
+
+    def _with_request(self, x: Tensor, request: Request, *args: Any, **kwargs: Any) -> Tensor:
+        """forward by no short way."""
+        return self._add_branch(self.base_layer(x, *args, **kwargs), x, request)
 
     def _compiled_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """forward inside of a graph, where the short way is one op or none."""
@@ -166,11 +170,12 @@ class RoutedLinear(StandIn):
             plain = made and not against_short(base, x, request) and self.rows_of(x, request) is None
             if plain and not against_fused(x, base.weight):
                 return ops.ROUTED_LINEAR_Y(x, base.weight, base.bias, *made)
-        return self._add_branch(base(x, *args, **kwargs), x, request)
+        return self._with_request(x, request, *args, **kwargs)
 
     @outside_of_graphs(AMBIGUOUS)
     def _outside_of_graphs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return type(self).forward(self, x, *args, **kwargs)
+        # not by forward: torch says in every thread that it compiles while one does
+        return self._with_request(x, self.state.current(), *args, **kwargs)
 
     def _kept_arguments(self, request: Request, weight: Tensor) -> tuple[tuple, float, torch.dtype]:
         """(`_branch_arguments`, `most_fused`, the weight's type), made again only after what they are made from was

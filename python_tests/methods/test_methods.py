@@ -190,10 +190,13 @@ def test_get_method_lists_what_there_is():
     for name, method in METHODS.items():
         assert get_method(name) is method and method.name == name
     assert get_method("expert:x").name == "expert:x"
-    for unknown in ("fatgoose", "expert:", "", None):
+    for unknown in ("what", "", None):
         with pytest.raises(ValueError) as caught:
-            get_method(unknown)
-        assert all(known in str(caught.value) for known in [*METHODS, "expert:<name>"])
+            get_method(unknown, ["base"])
+        assert all(known in str(caught.value) for known in [*METHODS, "expert:<name>", "base"])
+    for unknown, meant in (("fatgoose", "phatgoose"), ("expert:", "expert:<name>"), ("bsae", "base")):
+        with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+            get_method(unknown, ["base"])
 
 
 @pytest.mark.parametrize(

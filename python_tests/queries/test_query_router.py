@@ -387,7 +387,7 @@ def test_describe_and_generate_commands(folders, encoder, tmp_path, capsys):
         (["--instruction", "x", "--writer", "y"], "leave --writer out"),
         (["--instruction", "x", "--index", "5"], "--index takes the number of --examples to embed"),
         (["--instruction", "x", "--writer-url", "http://y"], "--writer-url needs --writer MODEL"),
-        (["--instruction", "x", "--writer-timeout", "0"], "--writer-timeout must be positive, got 0"),
+        (["--instruction", "x", "--writer-timeout", "0"], "--writer-timeout must be positive and finite, got 0"),
         (["--writer", "x"], "--writer writes from examples: pass --examples FILE"),
         (["--instruction", "x", "--hidden-layer", "-2"], "--hidden-layer is for --index alone"),
     ],

@@ -45,7 +45,7 @@ def one_module(path: str, d: int, o: int, names=NAMES) -> moerge.ExpertBank:
 @pytest.mark.parametrize(
     "options, texts",
     [
-        ({"method": "phatgose"}, ["phatgose", "phatgoose", "arrow", "expert:<name>"]),
+        ({"method": "phatgose"}, ["phatgose", "did you mean 'phatgoose'", "moerge methods"]),
         ({"method": None}, ["None", "phatgoose"]),
         ({"method": "expert:dog"}, ["no expert named 'dog'", "ant, bee, cat"]),
         ({"top_k": 4}, ["top_k=4", "E=3"]),

@@ -146,6 +146,19 @@ def test_what_is_kept_follows_the_weight(monkeypatch):
         assert torch.equal(copied(x.half()), layer(x.half()))
 
 
+@torch.no_grad()
+def test_outside_of_a_graph_while_torch_compiles(patched, monkeypatch):
+    """torch says in every thread that it compiles while one does."""
+    model, experts = patched
+    moerge.patch(model, experts, "arrow", top_k=2)
+    layer = next(m for m in model.modules() if isinstance(m, RoutedLinear))
+    x = torch.randn(3, layer.in_features)
+    want = layer(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(layer.state, "shown", lambda: None)
+    torch.testing.assert_close(layer(x), want)
+
+
 def test_gradients_keep_base_and_branch_apart(patched, monkeypatch):
     model, experts = patched
     handle = moerge.patch(model, experts, "arrow", top_k=2)
