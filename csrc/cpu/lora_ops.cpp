@@ -181,25 +181,43 @@ void routed_lora_(Tensor base, Tensor x, Tensor gates, Tensor lora_a, Tensor lor
            [&](const Tensor& target) { routed(route, args, nullptr, nullptr, target, target, workspace); });
 }
 
-struct Linear {
-  const Tensor &x, &weight;
-  const std::optional<Tensor>& bias;
+// What routed_linear is given beside x and the router's options.
+struct Layer {
+  const Tensor& weight;
+  const std::optional<Tensor>& linear_bias;
+  const Tensor &gates, &lora_a, &lora_b;
+  const std::optional<Tensor>& lora_bias;
+  bool factored;
+  const std::optional<Tensor>& packed;
 };
 
-// What is given of weights and experts [T,K] is written. The base layer of many tokens is torch's; the branch is added
-// to it in place.
-Tensor linear_with_branch(const RouteArgs& route, LoraArgs& args, const Linear& linear, const Tensor* weights,
-                          const Tensor* experts) {
-  const Tensor out = torch::stable::new_empty(linear.x, with_columns(linear.x, args.O), linear.x.scalar_type());
-  const Tensor y = flattened(args.check, out, "y");
+// weights and experts [T,K], where they are asked for.
+struct Chosen {
+  std::optional<Tensor> weights, experts;
+};
+
+// The base layer of many tokens is torch's; the branch is added to it in place.
+Tensor layer_with_branch(const Tensor& x, const Layer& layer, const RouteOptions& options, Chosen* chosen) {
+  const Check check{"routed_linear", Device::cpu};
+  const Tensor tokens = flattened(check, x, "x");
+  check_linear(check, tokens, layer.weight, layer.linear_bias);
+  const RouteArgs route(check, tokens, layer.gates, options);
+  LoraArgs args(check, tokens, layer.weight.size(0), false, layer.lora_a, layer.lora_b, layer.lora_bias, layer.factored,
+                layer.packed);
+  if (chosen) {
+    chosen->weights = new_tensor(x, {args.T, route.top_k}, accumulator(route.wide));
+    chosen->experts = new_tensor(x, {args.T, route.top_k}, ScalarType::Int);
+  }
+  const Tensor out = torch::stable::new_empty(x, with_columns(x, args.O), x.scalar_type());
+  const Tensor y = flattened(check, out, "y");
   Workspace workspace;
   std::optional<FewLinear> few;
-  if (!route.wide && !args.wide && FewLinear::takes(args.x, linear.weight))
-    few.emplace(args.x, linear.weight, linear.bias, y, workspace);
+  if (!route.wide && !args.wide && FewLinear::takes(args.x, layer.weight))
+    few.emplace(args.x, layer.weight, layer.linear_bias, y, workspace);
   else
-    linear_into(y, args.x, linear.weight, linear.bias);
-  routed(route, args, weights ? weights->data_ptr() : nullptr,
-         experts ? static_cast<int32_t*>(experts->data_ptr()) : nullptr, y, y, workspace, few ? &*few : nullptr);
+    linear_into(y, args.x, layer.weight, layer.linear_bias);
+  routed(route, args, chosen ? chosen->weights->data_ptr() : nullptr,
+         chosen ? static_cast<int32_t*>(chosen->experts->data_ptr()) : nullptr, y, y, workspace, few ? &*few : nullptr);
   return out;
 }
 
@@ -210,18 +228,10 @@ std::tuple<Tensor, Tensor, Tensor> routed_linear(Tensor x, Tensor weight, std::o
                                                  std::optional<Tensor> mask, std::optional<double> top_p,
                                                  Word weighting, std::optional<Tensor> lora_bias, bool factored,
                                                  std::optional<Tensor> packed) {
-  const Check check{"routed_linear", Device::cpu};
-  const Tensor tokens = flattened(check, x, "x");
-  check_linear(check, tokens, weight, linear_bias);
-  const RouteOptions options{
-      top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),
-      top_p, std::move(weighting)};
-  const RouteArgs route(check, tokens, gates, options);
-  LoraArgs args(check, tokens, weight.size(0), false, lora_a, lora_b, lora_bias, factored, packed);
-  const Tensor weights = new_tensor(x, {args.T, top_k}, accumulator(route.wide));
-  const Tensor experts = new_tensor(x, {args.T, top_k}, ScalarType::Int);
-  const Tensor out = linear_with_branch(route, args, {x, weight, linear_bias}, &weights, &experts);
-  return {out, weights, experts};
+  Chosen chosen;
+  const Tensor y = layer_with_branch(x, {weight, linear_bias, gates, lora_a, lora_b, lora_bias, factored, packed},
+                                     {top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting}, &chosen);
+  return {y, *chosen.weights, *chosen.experts};
 }
 
 Tensor routed_linear_y(Tensor x, Tensor weight, std::optional<Tensor> linear_bias, Tensor gates, Tensor lora_a,
@@ -229,15 +239,8 @@ Tensor routed_linear_y(Tensor x, Tensor weight, std::optional<Tensor> linear_bia
                        std::optional<Tensor> bias, std::optional<Tensor> rows, std::optional<Tensor> mask,
                        std::optional<double> top_p, Word weighting, std::optional<Tensor> lora_bias, bool factored,
                        std::optional<Tensor> packed) {
-  const Check check{"routed_linear", Device::cpu};
-  const Tensor tokens = flattened(check, x, "x");
-  check_linear(check, tokens, weight, linear_bias);
-  const RouteOptions options{
-      top_k, std::move(normalize), absolute, scale, std::move(bias), std::move(rows), std::move(mask),
-      top_p, std::move(weighting)};
-  const RouteArgs route(check, tokens, gates, options);
-  LoraArgs args(check, tokens, weight.size(0), false, lora_a, lora_b, lora_bias, factored, packed);
-  return linear_with_branch(route, args, {x, weight, linear_bias}, nullptr, nullptr);
+  return layer_with_branch(x, {weight, linear_bias, gates, lora_a, lora_b, lora_bias, factored, packed},
+                           {top_k, normalize, absolute, scale, bias, rows, mask, top_p, weighting}, nullptr);
 }
 
 }  // namespace

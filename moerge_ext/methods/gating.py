@@ -74,9 +74,12 @@ def gates_lacking(bank: ExpertBank, *, kind: str) -> list[str]:
     return problems
 
 
-def gate_notes(bank: ExpertBank, kind: str) -> list[str]:
-    """Lines for experts whose gates of `kind` were never trained, and for those that lack them in some modules."""
+def gate_notes(bank: ExpertBank, kind: str | None) -> list[str]:
+    """Lines for experts whose gates of `kind` were never trained, and for those that lack them in some modules; none
+    for a method that reads no gates (None)."""
     notes = []
+    if kind is None:
+        return notes
     if untrained := flat_gates(bank, kind):
         notes.append(
             f"all gates of kind '{kind}' of {', '.join(untrained)} are constant, as before any training: standardized "

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..experts.bank import ExpertBank, load_experts
 from ..files.listing import listed
 from ..methods.base import Plan
+from ..methods.gating import gate_notes
 from .fitting import on_patched
 from .in_place import check_in_place
 from .planning import listing, plans_of
@@ -133,7 +134,7 @@ def _plans(
     if problems:
         raise ValueError(listing(f"cannot add expert {name!r}", problems, fitted.made_for))
     note = other_base_note(handle.model, (name,), bank.bases)
-    return plans, [*fitted.notes, *([note] if note else [])]
+    return plans, [*fitted.notes, *gate_notes(bank, slots.row.gate_kind), *([note] if note else [])]
 
 
 def _stacked(layer: RoutedLinear) -> dict[str, Tensor]:

@@ -326,8 +326,7 @@ def patch(
         for name, make in layers_at(model, plans).items()
     }
     everywhere = plans | {branch.name: branch for placed in branches.values() for branch in placed.values()}
-    notes = [*fitted.notes, alone_note(everywhere, experts, routing)]
-    notes += gate_notes(experts, row.gate_kind) if row.gate_kind else []
+    notes = [*fitted.notes, alone_note(everywhere, experts, routing), *gate_notes(experts, row.gate_kind)]
     notes += [*provenance_notes(model, experts, row.gate_kind), base.unweighted_note()]
     notes += [own_top_k_note(row, own_top_k(row, experts, options)), *idle_notes(model, everywhere)]
     handle._begin(routed, branches, base.place_own, strict)

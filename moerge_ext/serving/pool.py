@@ -169,8 +169,7 @@ def _method(
         problems += _unserved_plans(plans)
     if problems:
         raise ValueError(listing(CANNOT.format(name), problems))
-    notes = [*fitted.notes, alone_note(plans, experts, routing)]
-    notes += gate_notes(experts, row.gate_kind) if row.gate_kind else []
+    notes = [*fitted.notes, alone_note(plans, experts, routing), *gate_notes(experts, row.gate_kind)]
     made = Planned(row, routing, aggregation == "factored", kept, plans)
     return made, [note for note in notes if note]
 

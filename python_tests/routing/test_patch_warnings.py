@@ -68,6 +68,9 @@ def test_gates_in_some_modules_alone(tmp_path, llama, others):
     assert "moerge train-gates" in note and len(alone) == (len(others) == 1)
     assert all(f"{DOWN} (only 'bee'). Others have a LoRA there, but nothing" in said for said in alone)
     assert not notes(llama, experts, "arrow", top_k=2)
+    handle = moerge.patch(llama, moerge.load_experts({name: folders[name] for name in others}), top_k=1, spare=1)
+    with handle, pytest.warns(UserWarning, match="'ant' has no gate of kind 'sigmoid-gate' in 1 of its 4 modules"):
+        handle.add_expert(folders["ant"])
 
 
 def test_the_others_compete_as_zero_branches(llama, uneven):
