@@ -29,12 +29,29 @@ DEFAULTS = tuple(BRANCH.values())
 
 @dataclass(frozen=True)
 class Variant:
-    """One method on one module: the plan of this rank and the options of `route` (None: weights are fixed)."""
+    """One method on one module: the plan of this rank and the options of `route` (None: weights are fixed).
+
+    own: whether the plan's factors are the method's, where those of others are the experts' own
+    ids: the experts that the rows of the plan's bank are; None where they are of no expert in particular
+    """
 
     name: str
     plan: Plan
     options: dict[str, Any] | None
     factored: bool
+    own: bool = False
+    ids: tuple[int, ...] | None = None
+
+
+class Bank:
+    """The factors of experts as the ops take them."""
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self.lora_A, self.lora_B = bank_laid_out(plan.lora_A.to(device), plan.lora_B.to(device), device)
+        self.lora_bias = None if plan.lora_bias is None else plan.lora_bias.to(device)
+
+    def stacked(self) -> dict[str, Tensor | None]:
+        return {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_bias": self.lora_bias}
 
 
 def route_options(routing: Routing | None, in_features: int, num_experts: int) -> dict[str, Any] | None:
@@ -56,18 +73,15 @@ class Branch:
 
     def __init__(self, path: str, share: Share, variants: list[Variant], tables: Tables, device: torch.device):
         self.path, self.start, self.size, self.tables = path, share.offset, share.size, tables
-        whole = next((variant.plan for variant in variants if variant.options is not None), None)
-        self.has_experts = whole is not None  # one by one, so that requests can weigh them
-        if whole is not None:  # one bank for all methods that route
-            self.lora_A, self.lora_B = bank_laid_out(whole.lora_A.to(device), whole.lora_B.to(device), device)
-            self.lora_bias = None if whole.lora_bias is None else whole.lora_bias.to(device)
+        whole = next((v.plan for v in variants if v.options is not None and not v.own), None)
+        # the experts one by one, for requests that weigh them and for all methods that route among them
+        self.bank = None if whole is None else Bank(whole, device)
         self.routes = [_route(self, variant, device) for variant in variants]
 
     def stacked(self) -> dict[str, dict[str, Tensor]]:
         """The tensors that have a slot [slots, ...] for every expert: the factors under "", each method's own under its
         name."""
-        bank = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_bias": self.lora_bias}
-        found = {"": bank} | {route.name: route.stacked() for route in self.routes}
+        found = {"": self.bank.stacked()} | {route.name: route.stacked() for route in self.routes}
         return {name: {key: t for key, t in held.items() if t is not None} for name, held in found.items()}
 
     def choose(self, options: Mapping[str, dict[str, Any]]) -> None:
@@ -89,20 +103,24 @@ class Branch:
         for route in self.routes:
             if tables.used[route.name]:
                 route.add_rows(part, x, rows)
-        if self.has_experts and tables.weighted:
-            options = {"lora_bias": self.lora_bias, "rows": rows}
-            ops.lora_apply_(part, x, self.lora_A, self.lora_B, tables.weights, tables.experts, **options)
+        if self.bank is not None and tables.weighted:
+            self._weigh(part, x, rows)
+
+    def _weigh(self, part: Tensor, x: Tensor, rows: Tensor) -> None:
+        """The experts with the weights that requests brought."""
+        bank, tables = self.bank, self.tables
+        options = {"lora_bias": bank.lora_bias, "rows": rows}
+        ops.lora_apply_(part, x, bank.lora_A, bank.lora_B, tables.weights, tables.experts, **options)
 
     def _add_seen(self, part: Tensor, x: Tensor, rows: Tensor | None) -> None:
         """`add` in a step of which somebody wants to know what was chosen; rows: None where all is of the default."""
         tables = self.tables
         for route in self.routes[:1] if rows is None else self.routes:
-            if rows is None or tables.used[route.name]:
-                weights, experts = route.add_seen(part, x, rows)
-                tables.seen.add(self.path, route.name, weights, experts, route.masked)
-        if rows is not None and self.has_experts and tables.weighted:
-            options = {"lora_bias": self.lora_bias, "rows": rows}
-            ops.lora_apply_(part, x, self.lora_A, self.lora_B, tables.weights, tables.experts, **options)
+            chosen = route.add_seen(part, x, rows) if rows is None or tables.used[route.name] else None
+            if chosen is not None:
+                tables.seen.add(self.path, route.name, *chosen, route.masked)
+        if rows is not None and self.bank is not None and tables.weighted:
+            self._weigh(part, x, rows)
             mine = rows.long()
             tables.seen.add(self.path, None, tables.weights[mine], tables.experts[mine])
 
@@ -113,7 +131,7 @@ class Branch:
             return ["fixed weights: the same experts for every token"]
         if isinstance(route, _PartlyRouted):
             return ["ranks share the input features: scores are reduced over ranks, then experts are applied by an op"]
-        x = torch.empty(512, self.lora_A.shape[2], dtype=dtype, device=self.lora_A.device)
+        x = torch.empty(512, route.bank.lora_A.shape[2], dtype=dtype, device=route.bank.lora_A.device)
         return route.ways(x.new_empty(512, self.size), x)
 
 
@@ -123,6 +141,7 @@ class _Routed:
     def __init__(self, branch: Branch, variant: Variant, device: torch.device):
         plan = variant.plan
         self.name, self._branch, self._factored = variant.name, branch, variant.factored
+        self.bank = Bank(plan, device) if variant.own else branch.bank
         self._gates = laid_out(plan.gates.to(device), device)
         self._mask = None if plan.mask is None else plan.mask.to(device)
         self.choose(variant.options)
@@ -132,8 +151,8 @@ class _Routed:
 
     def choose(self, options: dict[str, Any]) -> None:
         branch, name, mask = self._branch, self.name, self._mask
-        kept = options | {"lora_bias": branch.lora_bias, "factored": self._factored}
-        head = self._head = (self._gates, branch.lora_A, branch.lora_B)
+        kept = options | {"lora_bias": self.bank.lora_bias, "factored": self._factored}
+        head = self._head = (self._gates, self.bank.lora_A, self.bank.lora_B)
         self._plain = kept | {"mask": mask}
         self._made = _shortened((*head, *filled(BRANCH, self._plain).values()))
         self._by_rows = kept | {"bias": branch.tables.bias.get(name), "mask": branch.tables.allowed(name, mask)}
@@ -174,6 +193,8 @@ class _Fixed:
         self._bank = bank_laid_out(plan.lora_A.to(device), plan.lora_B.to(device), device)
         self._weights = plan.weights.float()[None].to(device)
         self._experts = torch.arange(plan.weights.shape[0], dtype=torch.int32, device=device)[None]
+        named = variant.ids
+        self._named = None if named is None else torch.tensor([named], dtype=torch.int32, device=device)
         bias = None if plan.lora_bias is None else plan.lora_bias.to(device)
         self._options = {"lora_bias": bias, "factored": variant.factored}
 
@@ -185,14 +206,15 @@ class _Fixed:
         experts = self._experts.expand(weights.shape[0], -1).contiguous()
         ops.lora_apply_(y, x, *self._bank, weights, experts, rows=rows, **self._options)
 
-    def add_seen(self, y: Tensor, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_seen(self, y: Tensor, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """`add` or `add_rows`, and the experts with their weights; None where they are merged."""
         weights = self._weights.expand(x.shape[0], -1)
         if rows is None:
             self.add(y, x)
         else:
             self.add_rows(y, x, rows)
             weights = weights * self._tables.allowed(self.name, None)[rows.long(), :1]
-        return weights, self._experts.expand(x.shape[0], -1)
+        return None if self._named is None else (weights, self._named.expand(x.shape[0], -1))
 
 
 class PartialBranch(Branch):
@@ -223,6 +245,7 @@ class _PartlyRouted:
     def __init__(self, branch: PartialBranch, variant: Variant, device: torch.device):
         plan = variant.plan
         self.name, self._branch, self._factored = variant.name, branch, variant.factored
+        self.bank = Bank(plan, device) if variant.own else branch.bank
         self._gates = plan.gates.to(device, torch.float64).t().contiguous()
         self._gate_sums = branch.gate_sums[variant.name].to(device)
         self._mask = None if plan.mask is None else plan.mask.to(device)
@@ -251,10 +274,9 @@ class _PartlyRouted:
         return self._add(y, x, scores if bias is None else scores + bias[rows], self._allowed[rows])
 
     def _add(self, y: Tensor, x: Tensor, scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        branch = self._branch
         weights, experts = chosen(ops, scores, self._options, mask)
-        applied = {"lora_bias": branch.lora_bias, "factored": self._factored}
-        ops.lora_apply_(y, x, branch.lora_A, branch.lora_B, weights, experts, **applied)
+        applied = {"lora_bias": self.bank.lora_bias, "factored": self._factored}
+        ops.lora_apply_(y, x, self.bank.lora_A, self.bank.lora_B, weights, experts, **applied)
         return weights, experts
 
 

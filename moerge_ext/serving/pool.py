@@ -70,8 +70,22 @@ def variants(pool: Pool, module: str, share: Share, *, adds_bias: bool, spare: i
     for made in pool.methods:
         plan = share_of_plan(made.plans[module], share, adds_bias=adds_bias)
         options = route_options(made.routing, pool.sizes[module][0], plan.lora_A.shape[0])
-        found.append(Variant(made.method.name, with_spare(plan, spare), options, made.factored))
+        ids = _experts_of(made.method, plan, pool.names)
+        spared = with_spare(plan, spare)
+        found.append(Variant(made.method.name, spared, options, made.factored, _own_factors(made.method), ids))
     return found
+
+
+def _own_factors(row: Method) -> bool:
+    """Whether a method routes among factors that it makes of all experts, not among the experts' own."""
+    return row.routing is not None and row.together
+
+
+def _experts_of(row: Method, plan: Plan, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """`Variant.ids` of a plan."""
+    if row.name.startswith(ONE_EXPERT):
+        return (names.index(row.name.removeprefix(ONE_EXPERT)),)
+    return tuple(range(len(names))) if plan.lora_A.shape[0] == len(names) else None
 
 
 def gate_sums(pool: Pool, module: str, spare: int) -> dict[str, Tensor]:
@@ -83,7 +97,7 @@ def gate_sums(pool: Pool, module: str, spare: int) -> dict[str, Tensor]:
 def rules(settings: Settings, names: tuple[str, ...]) -> Rules:
     """What requests may say, by settings whose methods are known."""
     rows = {name: get_method(name) for name in settings.variants()}
-    whole = any(row.routing is not None for row in rows.values())
+    whole = any(row.routing is not None and not _own_factors(row) for row in rows.values())
     needs = {name: row.bias is not None for name, row in rows.items()}
     return Rules(names, needs, whole, settings.requests, settings.traces > 0)
 
@@ -166,7 +180,7 @@ def _method(
     plans = {}
     if not problems:
         plans = plans_of(row, base.bank(), kept, settings.absent, problems)
-        problems += _unserved_plans(plans)
+        problems += _unserved_plans(plans, model)
     if problems:
         raise ValueError(listing(CANNOT.format(name), problems))
     notes = [*fitted.notes, alone_note(plans, experts, routing), *gate_notes(experts, row.gate_kind)]
@@ -200,9 +214,15 @@ def _lora_alone(experts: ExpertBank) -> ExpertBank:
     return bare
 
 
-def _unserved_plans(plans: Mapping[str, Plan]) -> list[str]:
+def _unserved_plans(plans: Mapping[str, Plan], model: nn.Module) -> list[str]:
     """Why layers that are planned cannot be served."""
     problems = []
+    head = model.get_output_embeddings()
+    if heads := [path for path in plans if model.get_submodule(path) is head]:
+        problems.append(
+            f"{listed(heads, 'module')}: an engine computes the head in a way of its own, where no experts are added: "
+            "leave it out (modules)"
+        )
     if others := [path for path, plan in plans.items() if plan.branches]:
         problems.append(f"{listed(others, 'module')}: experts that are no LoRA are not served yet")
     if weighed := [path for path, plan in plans.items() if plan.weigher is not None]:

@@ -71,6 +71,8 @@ class Rules:
         if not self.open:
             raise ValueError("moerge: this server takes no routing from requests (it was started with requests=false)")
         said = _object(said)
+        if said.get("routing") is True:  # what a request that leaves it out gets
+            return self.read({key: value for key, value in said.items() if key != "routing"})
         problems = self._problems(said)
         if problems:
             raise ValueError("moerge: " + "; ".join(problems))

@@ -60,8 +60,9 @@ class Settings:
         given = {key: value for key, value in said.items() if key in known}
         if isinstance(given.get("experts"), str):
             given["experts"] = [given["experts"]]
-        if isinstance(given.get("methods"), list | tuple):
-            given["methods"] = {name: {} for name in given["methods"]}
+        if _texts(given.get("methods")):  # the default among them has its options already
+            default = given.get("method", cls.method)
+            given["methods"] = {name: {} for name in given["methods"] if name != default}
         options = {key: value for key, value in said.items() if key not in known}
         if problems := _problems(given, options):
             raise ValueError(f'"{KEY}" cannot be served:\n' + "\n".join(f"  - {problem}" for problem in problems))
@@ -135,8 +136,16 @@ def _problems(given: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]
         problems.append(f'methods must be a list of names, or {{"name": {{option: value}}}}, got {methods!r}')
         methods = {}
     method = given.get("method", Settings.method)
+    if isinstance(method, str) and dict(methods.get(method, options)) != dict(options):
+        problems.append(
+            f"methods has the default method {method!r} once more, with {dict(methods[method])}: it has the options "
+            f"beside it, {dict(options)}"
+        )
     asked = {method: options} if isinstance(method, str) else {}
-    for name, values in (asked | dict(methods)).items():
+    for name, values in (dict(methods) | asked).items():
+        if not _texts([name, *values]):
+            problems.append(f"names of methods and options must be texts, got {name!r}: {dict(values)!r}")
+            continue
         try:
             get_method(name).configure(**values)
         except ValueError as error:

@@ -55,9 +55,18 @@ class Tables:
         self.weighted = True  # whether any brings weights
         self.seen: Any = None  # collects what a step chooses (`watching.Step`) while somebody wants to know
         self._view: Tensor | None = None
+        self._used = 0  # tokens of the step
 
     def rows(self, tokens: int) -> Tensor:
-        """[T] int32, the row of every token of a step of T tokens."""
+        """[T] int32, the row of every token of a step of T tokens, with padding.
+
+        RuntimeError for fewer than the step has: nobody says of which requests they are.
+        """
+        if tokens < self._used:
+            raise RuntimeError(
+                f"moerge: a layer with experts was given {tokens} tokens of a step of {self._used}, so that which "
+                "request each is of is not known: start with the routing of requests off"
+            )
         if self._view is None or self._view.shape[0] != tokens:
             self._view = self._rows[:tokens]
         return self._view
@@ -103,8 +112,12 @@ class Tables:
         for (name, _), (mask, table) in self._masked.items():
             torch.logical_and(self._allowed[name], mask, out=table)
 
+    def end(self) -> None:
+        """After the step: what runs until the next one is no request's."""
+        self._used = 0
+
     def _write_rows(self, lengths: Sequence[int]) -> None:
-        used = int(sum(lengths))
+        used = self._used = int(sum(lengths))
         rows = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         self._rows[:used].copy_(torch.from_numpy(rows), non_blocking=True)
         self._rows[used:] = self._pad

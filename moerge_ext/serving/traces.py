@@ -13,13 +13,15 @@ from torch import Tensor
 @dataclass
 class Trace:
     """One sequence of a request. sums: [tokens,E], every expert's weights summed over modules; start: the position of
-    the first, after what the prefix cache had; modules: {module: [E] sums over tokens}."""
+    the first, after what the prefix cache had; modules: {module: [E] sums over the tokens that were computed}, of which
+    there are `computed`: one that was computed again counts again."""
 
     names: tuple[str, ...]
     prompt: int
     start: int = 0
     sums: Tensor | None = None
     modules: dict[str, Tensor] = field(default_factory=dict)
+    computed: int = 0
 
     def put(self, position: int, sums: Tensor) -> None:
         """Rows of the tokens from `position` on; a token that is computed again takes the place of its first time."""
@@ -73,6 +75,7 @@ class Traces:
             if (trace := self._held.get(name)) is not None:
                 rows = slice(at, at + length)
                 trace.put(self._positions.get(name, 0), sums[rows])
+                trace.computed += length
                 for module, dense in by_module.items():
                     mine = dense[rows].sum(0)
                     trace.modules[module] = trace.modules.get(module, 0) + mine
@@ -84,7 +87,7 @@ class Traces:
 
     def _read(self, trace: Trace) -> dict[str, Any]:
         rows = [] if trace.sums is None else trace.sums.tolist()
-        modules = {module: sums.tolist() for module, sums in trace.modules.items()}
+        modules = {module: (sums / max(1, trace.computed)).tolist() for module, sums in trace.modules.items()}
         said = {"experts": list(trace.names), "prompt_tokens": trace.prompt, "start": trace.start}
         return said | {"tokens": rows, "modules": modules}
 

@@ -124,8 +124,45 @@ def test_one_bank_for_all_methods(experts):
     pool = served(experts, method="phatgoose", methods=["arrow", "average_activation"])
     branch = Packed(builders.tiny_llama(), pool, tables_of(pool)).branches[0]
     made = pool.methods[0].plans[QKV[0]]
-    assert branch.lora_A.data_ptr() == made.lora_A.data_ptr() and branch.lora_B.data_ptr() == made.lora_B.data_ptr()
-    assert {m.plans[QKV[0]].lora_A.data_ptr() for m in pool.methods} == {branch.lora_A.data_ptr()}
+    bank = branch.bank
+    assert bank.lora_A.data_ptr() == made.lora_A.data_ptr() and bank.lora_B.data_ptr() == made.lora_B.data_ptr()
+    assert {m.plans[QKV[0]].lora_A.data_ptr() for m in pool.methods} == {bank.lora_A.data_ptr()}
+
+
+def test_a_method_with_factors_of_its_own_beside_others(experts):
+    """Each routes among its own, whichever is the default; requests weigh the experts as they came."""
+    x, affinities, weights = tokens(6, 32), (0.1, 0.2, 0.3, 0.4), (0.0, 0.0, 0.5, 1.0)
+    pool = served(experts, methods=["twin_merging"])
+    tables, model = tables_of(pool), builders.tiny_llama()
+    packed = Packed(model, pool, tables)
+    for choice, method, scores in (
+        (Choice("twin_merging", affinities=affinities), "twin_merging", affinities),
+        (Choice(None, weights=weights), "given", weights),
+    ):
+        tables.begin([choice], [6])
+        want, handle = patched(experts, method)
+        with handle.affinities(torch.tensor(scores)):
+            torch.testing.assert_close(packed(x), layers(want, QKV, x))
+    tables.begin([None], [6])
+    torch.testing.assert_close(packed(x), layers(patched(experts, "phatgoose")[0], QKV, x))
+
+
+def test_experts_on_the_head_are_refused_before_weights_are_read(tmp_path):
+    made = builders.random_experts(builders.tiny_llama(), tmp_path, ("a",), ("lm_head", "q_proj"))
+    with pytest.raises(ValueError, match="lm_head: an engine computes the head in a way of its own"):
+        served([str(made["a"])])
+    assert len(served([str(made["a"])], modules="q_proj").modules) == 2
+
+
+def test_fewer_tokens_than_a_step_has_are_of_nobody(experts):
+    pool = served(experts)
+    tables = tables_of(pool)
+    packed = Packed(builders.tiny_llama(), pool, tables)
+    tables.begin([Choice(None, weights=(1.0, 0.0, 0.0, 0.0)), None], [4, 4])
+    with pytest.raises(RuntimeError, match="was given 2 tokens of a step of 8"):
+        packed(tokens(2, 32))
+    tables.end()  # an engine's run without requests may be shorter
+    packed(tokens(2, 32))
 
 
 def test_tables_keep_their_addresses(experts):

@@ -17,8 +17,8 @@ def trace(tokens, modules):
 
 def test_a_trace_is_a_mean_over_the_modules_of_all_stages():
     stages = [
-        [trace([[2.0, 0.0], [1.0, 1.0]], {"a": [1.0, 1.0], "b": [2.0, 0.0]}), trace([], {})],
-        [trace([[0.0, 1.0], [0.5, 0.5]], {"c": [0.5, 1.5]}), trace([], {})],
+        [trace([[2.0, 0.0], [1.0, 1.0]], {"a": [0.5, 0.5], "b": [1.0, 0.0]}), trace([], {})],
+        [trace([[0.0, 1.0], [0.5, 0.5]], {"c": [0.25, 0.75]}), trace([], {})],
     ]
     one, other = traces(stages)
     assert one["tokens"] == [[pytest.approx(2 / 3), pytest.approx(1 / 3)], [0.5, 0.5]]

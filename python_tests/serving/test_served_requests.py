@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from moerge_ext.serving.requests import Choice, Rules
 from moerge_ext.serving.settings import Settings
-from moerge_ext.serving.slices import Segment, shares
+from moerge_ext.serving.slices import Segment, by_kind, shares
 
 RULES = Rules(("news", "code"), {"phatgoose": False, "arrow": False, "glider": True})
 
@@ -90,8 +91,9 @@ def test_servers_that_take_less():
         Rules(("news",), {"phatgoose": False}, open=False).read({"routing": False})
     with pytest.raises(ValueError, match="has the experts merged"):
         Rules(("news",), {"merged": False}, whole=False).read({"expert": "news"})
-    with pytest.raises(ValueError, match="needs the affinities"):
-        Rules(("news",), {"glider": True}).read(None)
+    for said in (None, {}, {"routing": True}, '{"routing": true}'):
+        with pytest.raises(ValueError, match="needs (the )?affinities"):
+            Rules(("news",), {"glider": True}).read(said)
 
 
 def test_settings_list_everything_wrong():
@@ -108,6 +110,13 @@ def test_settings_list_everything_wrong():
         Settings.parse({"experts": ["a"], "top_k": 0})
     with pytest.raises(ValueError, match="must be an object"):
         Settings.parse(["a"])
+    for wrong, words in (
+        ({"methods": [["a"]]}, "methods must be a list of names"),
+        ({1: 2}, "names of methods and options must be texts"),
+        ({"top_k": 1, "methods": {"phatgoose": {"top_k": 2}}}, "has the default method 'phatgoose' once more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Settings.parse({"experts": ["a"]} | wrong)
 
 
 def test_settings_say_what_they_were_told():
@@ -117,6 +126,8 @@ def test_settings_say_what_they_were_told():
     assert Settings.parse(said).as_dict() == said and Settings.parse(said).answers_more
     assert Settings.parse(Settings.parse(said).as_dict()) == Settings.parse(said)
     assert Settings.parse({"experts": "a", "methods": ["arrow"]}).variants() == {"phatgoose": {}, "arrow": {}}
+    both = Settings.parse({"experts": "a", "top_k": 1, "methods": ["arrow", "phatgoose"]})
+    assert both.variants() == {"phatgoose": {"top_k": 1}, "arrow": {}}
 
 
 def test_shares_of_modules_and_of_pieces():
@@ -133,3 +144,19 @@ def test_shares_of_modules_and_of_pieces():
     for modules in ({"q": 6, "k": 10}, {"q": 8}, {"q": 8, "k": 4, "v": 4, "w": 4}):
         with pytest.raises(ValueError):
             shares(pieces, modules)
+
+
+def test_shares_of_a_module_whose_rows_an_engine_puts_in_another_order():
+    """Two groups of two heads of q, one of k and one of v, three wide: all of q, then k, then v."""
+    rows = torch.arange(24).view(2, 4, 3)
+    wanted = [rows[:, :2].reshape(-1), rows[:, 2].reshape(-1), rows[:, 3].reshape(-1)]
+
+    def of_rank(rank: int, ranks: int) -> list[int]:
+        pieces = [Segment(whole // ranks, rank * whole // ranks, whole) for whole in (12, 6, 6)]
+        share = shares(pieces, {"qkv": 24}, order=by_kind(2, 2, 3))["qkv"]
+        assert (share.offset, share.size) == (0, 24 // ranks)
+        return [row for start, size in share.rows for row in range(start, start + size)]
+
+    assert of_rank(0, 1) == torch.cat(wanted).tolist()
+    for rank in (0, 1):
+        assert of_rank(rank, 2) == torch.cat([part.chunk(2)[rank] for part in wanted]).tolist()

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from moerge_ext.serving.requests import Choice, Rules
+from moerge_ext.serving.settings import Settings
 from moerge_ext.serving.tables import Tables
 from moerge_ext.serving.traces import Traces
 from moerge_ext.serving.vllm import frontend, startup
+from moerge_ext.serving.vllm.layers import take_place
 from moerge_ext.serving.vllm.plugin import _wrap
 from moerge_ext.serving.vllm.steps import CHECKED, TRACED, Steps
+from moerge_ext.serving.vllm.unsupported import problems_of_layers
 from moerge_ext.serving.watching import Watcher
 
 METHODS = {"phatgoose": None, "arrow": None}
@@ -90,15 +93,21 @@ def test_tokens_find_their_request(kind):
 
 @pytest.mark.parametrize("kind", (FirstRunner, SecondRunner))
 def test_a_model_that_does_not_use_its_layers_is_noticed(kind, caplog):
-    """After the first step with tokens, and never again."""
+    """After the first step with tokens, and never again; a model with an encoder of images may leave some out."""
     used, idle = SimpleNamespace(ran=True, name="q"), SimpleNamespace(ran=False, name="k")
-    for methods, words in (([used, idle], "took no part in the first step: k"), ([used], None), ([idle], "")):
+    part = "took no part in the first step: k"
+    for methods, sometimes, words in (
+        ([used, idle], True, part),
+        ([used, idle], False, ""),
+        ([used], False, None),
+        ([idle], True, ""),
+    ):
         runner = kind(["a"])
-        Steps(tables(), methods).watch(runner)
+        Steps(tables(), methods, sometimes=sometimes).watch(runner)
         runner.lengths = [1]
         caplog.clear()
         if words == "":
-            with pytest.raises(RuntimeError, match="the model answered without its layers with experts: k"):
+            with pytest.raises(RuntimeError, match="the model answered without layers that have experts: k"):
                 runner.execute_model(scheduled())
         else:
             runner.execute_model(scheduled())
@@ -106,6 +115,49 @@ def test_a_model_that_does_not_use_its_layers_is_noticed(kind, caplog):
         caplog.clear()
         runner.execute_model(scheduled())
         assert not caplog.records
+
+
+def test_a_name_that_ends_and_begins_in_one_step():
+    held, runner = tables(), FirstRunner(["a"])
+    Steps(held).watch(runner)
+    runner.lengths = [2]
+    runner.execute_model(scheduled({"a": Choice(None, weights=(1.0, 0.0, 0.0))}))
+    runner.execute_model(scheduled({"a": Choice(None, weights=(0.0, 0.0, 1.0))}, finished=("a",)))
+    assert not held.plain and held.weights[0].tolist() == [0.0, 0.0, 1.0]
+
+
+class Whole:
+    """A layer of vLLM's whose x has a batch of one before its tokens."""
+
+    output_partition_sizes = (2,)
+
+    def __init__(self):
+        self.quant_method = SimpleNamespace(apply=lambda layer, x, bias: x[..., :2] * 2)
+
+
+def test_tokens_that_come_as_a_batch_of_one():
+    class Added:
+        def add(self, y, x):
+            assert x.shape == (6, 4)
+            y += x[:, 2:]
+
+    layer = Whole()
+    method = take_place(layer, "q", [Added()], {})
+    x = torch.arange(24.0).view(1, 6, 4)
+    assert torch.equal(method.compute(layer, x, None), x[..., :2] * 2 + x[..., 2:])
+
+
+def test_layers_that_cannot_know_the_request():
+    held, asked = config({}), {"experts": ["a"]}
+    held.model_config.use_mla = True
+    tower, absorbed = "visual.qkv", "model.layers.0.self_attn.kv_b_proj"
+    for said in ({}, {"requests": False, "metrics": True}):
+        (problem,) = problems_of_layers(held, Settings.parse(asked | said), [tower], [tower])
+        assert "module 'visual.qkv': outside of the language model" in problem or tower in problem
+    alike = Settings.parse(asked | {"requests": False})
+    assert problems_of_layers(held, alike, [tower], [tower]) == []
+    (problem,) = problems_of_layers(held, alike, [], [absorbed])
+    assert absorbed in problem and "VLLM_MLA_DISABLE=1" in problem
 
 
 def test_a_runner_of_another_kind_is_refused():
@@ -171,6 +223,7 @@ def config(said) -> SimpleNamespace:
     model = SimpleNamespace(runner_type="generate")
     graphs = SimpleNamespace(cudagraph_mode=SimpleNamespace(name="FULL"))
     held = {"additional_config": said, "parallel_config": parallel, "model_config": model, "lora_config": None}
+    held["cache_config"] = SimpleNamespace(kv_sharing_fast_prefill=False)
     return SimpleNamespace(**held, compilation_config=graphs, device_config=SimpleNamespace(device_type="cuda"))
 
 
@@ -204,6 +257,8 @@ def test_engines_start_with_experts_on_every_worker_or_when_none_are_asked_for()
         start([{"layers": 0}])
     with pytest.raises(ValueError, match="--enable-lora"):
         start([{"layers": 4}], lora=object())
+    with pytest.raises(ValueError, match="metrics or traces with CUDA graphs"):
+        start([{"layers": 4}], {"moerge": {"experts": ["a"], "traces": 1}})
     with pytest.raises(ValueError) as refused:
         start([{"layers": 4}], {"moerge": {"experts": ["a"], "spare": 1}})
     for words in ("--data-parallel-size", "--api-server-count", "CUDA graphs"):

@@ -92,6 +92,33 @@ def test_counts_know_what_was_not_chosen(experts, tmp_path):
     assert (said["routed"], said["candidates"], said["masked"]) == (12, 36, 6)
 
 
+def test_methods_that_route_nothing(experts):
+    """One expert is that expert, by default or by request; of merged ones nothing is chosen."""
+    x, wide = tokens(3, 32), tokens(3, 48)
+    for said, choice in (({"method": "expert:dog"}, None), ({"methods": ["expert:dog"]}, Choice("expert:dog"))):
+        server = Server(experts, traces=1, **said)
+        server.traces.open("r0", "a", 3)
+        server.step([choice], [3], x, wide)
+        assert server.counts.read()["experts"] == {"ant": [0, 0], "bee": [0, 0], "cat": [0, 0], "dog": [12, 12]}
+        assert server.traces.read("a")[0]["tokens"] == [[0, 0, 0, 4]] * 3
+    server = Server(experts, traces=1, method="merged")
+    server.traces.open("r0", "a", 3)
+    server.step([None], [3], x, wide)
+    said = server.counts.read()
+    assert not any(map(sum, said["experts"].values())) and said["tokens"] == {"merged": 3}
+    assert server.traces.read("a")[0]["tokens"] == []
+
+
+def test_a_mean_over_tokens_that_were_computed_twice(experts):
+    server = Server(experts, traces=1)
+    server.traces.open("r0", "a", 3)
+    x, wide = tokens(3, 32), tokens(3, 48)
+    server.step([None], [3], x, wide)
+    once = server.traces.read("a")
+    server.step([None], [3], x, wide)  # put back
+    assert server.traces.read("a") == once
+
+
 def test_counts_follow_the_experts():
     counts = Counts(("ant", "bee"), 3)
     chosen = torch.tensor([[1.0, 0.0]]), torch.tensor([[1, 0]], dtype=torch.int32)
@@ -127,7 +154,7 @@ def test_a_trace_says_what_the_patched_model_records(experts):
     load = trace.load()
     assert set(one["modules"]) == set(load)
     for module, sums in one["modules"].items():
-        torch.testing.assert_close(torch.tensor(sums), load[module].float())
+        torch.testing.assert_close(torch.tensor(sums) * 4, load[module].float())  # of four tokens
     torch.testing.assert_close(torch.tensor(other["tokens"]), torch.tensor([[2.0, 0.0, -4.0, 0.0]] * 2))
     assert server.traces.read("cmpl-7-1") == [other] and server.traces.read("cmpl") == server.traces.read("cmpl-") == []
 

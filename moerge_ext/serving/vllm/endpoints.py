@@ -98,16 +98,15 @@ def traces(said: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The traces of a request, of which every stage of a pipeline has its own modules.
 
     tokens: every expert's weight, the mean over modules, for the tokens from position `start` on; modules: the mean
-    over these tokens.
+    over the tokens that were computed.
     """
     found = []
     for parts in zip(*said, strict=True):
-        modules = {module: sums for part in parts for module, sums in part["modules"].items()}
+        modules = {module: means for part in parts for module, means in part["modules"].items()}
         rows = [part["tokens"] for part in parts]
-        count, many = max(1, len(modules)), max(1, len(rows[0]))
+        count = max(1, len(modules))
         tokens = [[sum(of) / count for of in zip(*token, strict=True)] for token in zip(*rows, strict=True)]
-        means = {module: [value / many for value in sums] for module, sums in modules.items()}
-        found.append(parts[0] | {"tokens": tokens, "modules": means})
+        found.append(parts[0] | {"tokens": tokens, "modules": modules})
     return found
 
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ...routing.shares import Share
 from ..branch import Branch
-from ..slices import Segment, shares
+from ..slices import Segment, by_kind, shares
 
 NAMESPACE, OP = "moerge_serving", "linear"
+# vLLM's models that put the rows of q, k and v, which transformers has head by head, into another order
+BY_KIND = ("BloomForCausalLM", "FalconForCausalLM")
 CONTEXT = "moerge."  # before a layer's name in vLLM's table of the layers that a forward may ask for
 
 
@@ -121,8 +123,28 @@ def _shares(
         raise ValueError(f"vLLM's {own} holds {', '.join(missing)} too, which the model of transformers does not have")
     if wrong := {part: size[0] for part, size in features.items() if size[0] != layer.input_size}:
         raise ValueError(f"vLLM's {own} has D={layer.input_size} input features, the model of transformers {wrong}")
-    whole = shares(segments(layer), {part: size[1] for part, size in features.items()}, columns(layer))
+    order = _order(model, layer) if own in modules else None
+    whole = shares(segments(layer), {part: size[1] for part, size in features.items()}, columns(layer), order)
     return {module: whole[leaf] for leaf, module in modules.items()}
+
+
+def _order(model: nn.Module, layer: nn.Module) -> list[tuple[int, int]] | None:
+    """In which order vLLM's layer of a single module holds the module's rows; None for the module's own."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    if type(model).__name__ not in BY_KIND or not isinstance(layer, QKVParallelLinear):
+        return None
+    groups = layer.total_num_kv_heads
+    return by_kind(groups, layer.total_num_heads // groups, layer.head_size)
+
+
+def outside(model: nn.Module) -> set[nn.Module]:
+    """The layers of a model that are not of its language model: encoders of images and the like, whose tokens are of no
+    request that a step could tell."""
+    if not getattr(model, "supports_multimodal", False):
+        return set()
+    language = set(model.get_language_model().modules())
+    return set(model.modules()) - language
 
 
 class RoutedMethod:
@@ -140,8 +162,11 @@ class RoutedMethod:
 
     def compute(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         y = self.inner(layer, x, bias)
+        added, tokens = y, x
+        if x.dim() != 2:  # as models of transformers have it, which vLLM runs where it has none of its own
+            added, tokens = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         for branch in self.branches:
-            branch.add(y, x)
+            branch.add(added, tokens)
         self.ran = True
         return y
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,19 @@ class Held:
 
     share: Share
     adds_bias: bool
+
+
+@contextmanager
+def planning(config: Any) -> Iterator[None]:
+    """While a model of transformers is made beside vLLM's own: where vLLM runs such a model, it has changed its class,
+    which asks for a config then and would compile what it makes."""
+    from vllm.config import CompilationMode, set_current_vllm_config
+
+    bare, compilation = copy.copy(config), copy.copy(config.compilation_config)
+    object.__setattr__(compilation, "mode", CompilationMode.NONE)
+    object.__setattr__(bare, "compilation_config", compilation)
+    with set_current_vllm_config(bare):
+        yield
 
 
 class Served:
@@ -53,7 +68,8 @@ class Served:
             def share(module: str, plan: Plan) -> Plan:
                 return share_of_plan(plan, held[module].share, adds_bias=held[module].adds_bias)
 
-            model = meta_model(config.model_config.hf_config)
+            with planning(config):
+                model = meta_model(config.model_config.hf_config)
             base = config.model_config.model
             kept = (pool.names, pool.sizes, pool.modules, branches, tables, share)
             self._live = LivePool(settings, base, model, *kept)

@@ -21,8 +21,16 @@ CHECKED = "_" + KEY  # the extra argument that the front end makes of a request'
 class Steps:
     """Follows the requests of one model runner, whose layers with experts compute by `methods` (`RoutedMethod`)."""
 
-    def __init__(self, tables: Tables, methods: Sequence[Any] = (), watcher: Watcher | None = None):
-        self.tables, self.watcher = tables, watcher
+    def __init__(
+        self,
+        tables: Tables,
+        methods: Sequence[Any] = (),
+        watcher: Watcher | None = None,
+        *,
+        sometimes: bool = False,
+    ):
+        """sometimes: whether the model may leave layers out of a step, as those that look at images."""
+        self.tables, self.watcher, self._sometimes = tables, watcher, sometimes
         self._watched = list(methods)  # until the first step has shown which of them the model uses
         self._total, self._stepped = len(self._watched), False
         self.choices: dict[str, Choice] = {}  # {request: what it asks for}, of those that ask for something
@@ -46,7 +54,9 @@ class Steps:
             )
 
     def note(self, scheduled: Any, *rest: Any) -> None:
-        """Requests that come and go."""
+        """Requests that go and come: a name may do both in one step."""
+        for name in scheduled.finished_req_ids:
+            self.choices.pop(name, None)
         for request in scheduled.scheduled_new_reqs:
             params = request.sampling_params
             said = None if params is None or not params.extra_args else params.extra_args.get(CHECKED)
@@ -56,22 +66,22 @@ class Steps:
                 self.choices[request.req_id] = Choice(**said)
             if self.traces is not None and (key := (params.extra_args or {}).get(TRACED) if params else None):
                 self.traces.open(request.req_id, key, len(request.prompt_token_ids or ()))
-        for name in scheduled.finished_req_ids:
-            self.choices.pop(name, None)
         if self.traces is not None:
             known = scheduled.scheduled_cached_reqs
             at = dict(zip(known.req_ids, known.num_computed_tokens, strict=True))
             self.traces.at(at | {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs})
 
     def _seen(self, result: Any) -> Any:
-        """After a step: RuntimeError if the first one with tokens used no layer with experts, a warning if not all."""
+        """After a step: RuntimeError if the first one with tokens left out layers with experts, all or any that its
+        model may not leave out."""
+        self.tables.end()
         if self.watcher is not None:
             self.watcher.end()
         if self._watched and self._stepped:
             idle, self._watched = [method for method in self._watched if not method.ran], []
             names = listed([method.name for method in idle], "layer")
-            if len(idle) == self._total:
-                raise RuntimeError(f"moerge: the model answered without its layers with experts: {names}")
+            if idle and (len(idle) == self._total or not self._sometimes):
+                raise RuntimeError(f"moerge: the model answered without layers that have experts: {names}")
             if idle:
                 logger.warning("moerge: layers with experts took no part in the first step: %s", names)
         return result

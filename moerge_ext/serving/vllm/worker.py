@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from ..branch import Branch, PartialBranch
 from ..pool import CANNOT, Pool, gate_sums, pool_of, variants
 from ..settings import KEY, Settings
 from ..tables import Tables
-from .layers import find, routed, take_place
-from .served import Held, Served
+from .layers import find, outside, routed, take_place
+from .served import Held, Served, planning
 from .steps import Steps
+from .unsupported import problems_of_layers
 
 logger = logging.getLogger("vllm.moerge_ext")  # vLLM's handlers print it
 
@@ -39,10 +41,13 @@ def install(worker: Any) -> dict[str, Any] | None:
     if settings is None:
         return None
     begin = time.perf_counter()
-    pool = pool_of(settings, config.model_config.hf_config, config.model_config.model)
+    with planning(config):
+        pool = pool_of(settings, config.model_config.hf_config, config.model_config.model)
     model, device = worker.get_model(), worker.device
     tables = _tables(pool, config, device)
     found, problems = find(model, pool.sizes, pool.modules)
+    towers = _towers(model, found)
+    problems += problems_of_layers(config, settings, [m for name in towers for m in found[name][1]], pool.modules)
     if problems:
         raise ValueError(listing(CANNOT.format(settings.method), problems))
     if not found and config.parallel_config.pipeline_parallel_size == 1:
@@ -53,9 +58,13 @@ def install(worker: Any) -> dict[str, Any] | None:
         take_place(layer, name, [branches[module] for module in shares], context)
         for name, (layer, shares) in found.items()
     ]
+    # what a compiled graph depends on, and vLLM's cache of them would not know
+    config.additional_config[KEY + "_layers"] = hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
     leads = worker.rank % config.parallel_config.tensor_parallel_size == 0
     worker.moerge_pool = served = Served(settings, config, pool, branches, held, tables, leads)
-    Steps(tables, methods, served.watcher).watch(worker.model_runner)
+    watched = [method for method in methods if method.name not in towers]
+    sometimes = config.model_config.is_multimodal_model or config.model_config.is_encoder_decoder
+    Steps(tables, watched, served.watcher, sometimes=sometimes).watch(worker.model_runner)
     worker.moerge = said = {
         "experts": list(pool.names),
         "methods": [made.method.name for made in pool.methods],
@@ -83,6 +92,12 @@ def _tables(pool: Pool, config: Any, device: torch.device) -> Tables:
         fixed=graphs and device.type != "cpu",
         spare=settings_of(config).spare,
     )
+
+
+def _towers(model: nn.Module, found: dict[str, Any]) -> set[str]:
+    """The names of layers outside of the language model."""
+    others = outside(model)
+    return {name for name, (layer, _) in found.items() if layer in others}
 
 
 def _held(found: dict[str, Any]) -> dict[str, Held]:
