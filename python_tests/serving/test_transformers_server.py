@@ -132,6 +132,12 @@ def test_a_model_that_was_unloaded_comes_back_routed(server, folders):
     assert posted(client, "/reset", {})[0] == 200 and not served._model_manager.loaded_models
     assert asked(client, folders[0], "a") == wanted(folders, "a")
     assert served._model_manager.handle is not before
+    (timed,) = served._model_manager.loaded_models.values()
+    calls, forward = [], timed.model.forward
+    timed.model.forward = lambda *args, **said: calls.append(1) or forward(*args, **said)
+    assert asked(client, folders[0], "a") == wanted(folders, "a")
+    timed.model.forward = forward
+    assert calls, "another model answered"
 
 
 def test_a_request_says_nothing_of_its_routing(server, folders):

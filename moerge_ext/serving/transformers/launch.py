@@ -75,7 +75,9 @@ def start(settings: Settings, name: str, experts: ExpertBank, config: Any, conte
     check_address(options["host"], options["port"])
     warn_of_chats(name)
     with _managed(partial(_manager(), name, partial(route, settings, experts))):
-        return context.command.invoke(context)
+        served = context.command.invoke(context)
+    served._model_manager.generation = served._generation_state
+    return served
 
 
 def warn_of_chats(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ class RoutedManager(ModelManager):
     def __init__(self, name: str, route: Callable[[nn.Module], Handle], **options: Any):
         self.name, self.route, self._started = name, route, int(time.time())
         self.handle: Handle | None = None
+        self.generation: Any = None  # transformers' `GenerationState` of the server
         super().__init__(**options)
 
     @staticmethod
@@ -46,8 +48,24 @@ class RoutedManager(ModelManager):
         """What `/v1/models` lists."""
         return [{"id": self.name, "object": "model", "created": self._started, "owned_by": "moerge_ext"}]
 
+    def shutdown(self) -> None:
+        """Lets go of the model, as `/reset` asks for."""
+        super().shutdown()
+        self._end_batching()
+
+    def _end_batching(self) -> None:
+        """Requests that run are answered by the model that was, later ones by the next: left to itself the server
+        keeps that model and answers all of them with it (transformers 5.23)."""
+        old = None if self.generation is None else self.generation._cb_manager
+        if old is None:
+            return
+        self.generation._cb_manager = None
+        if old._cb is not None:
+            threading.Thread(target=old._cb.stop, daemon=True).start()
+
     def _load_model(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         model = super()._load_model(f"{model_id_and_revision}@{REVISION}", *args, **kwargs)
+        self._end_batching()
         self.handle = self.route(model)
         hold_to_cache(model)
         hold_to_context(model)
