@@ -72,7 +72,7 @@ def install(worker: Any) -> dict[str, Any] | None:
         "modules": sum(len(shares) for _, shares in found.values()),
         "ways": _ways(model, config.model_config.dtype),
     }
-    took = time.perf_counter() - begin
+    said["seconds"] = took = time.perf_counter() - begin
     logger.info(
         "moerge: %s over %d experts in %d layers (%d modules), ready in %.2f s; %s",
         *(" and ".join(said["methods"]), len(pool.names), said["layers"], said["modules"], took),
