@@ -129,7 +129,7 @@ class Rules:
         """Of affinities and query, of which a method takes one at most."""
         problems = []
         if "query" in said:
-            if not is_text(said["query"]):
+            if not _is_text(said["query"]):
                 problems.append(f"query must be a text, got {_shown(said['query'])}")
             if "affinities" in said:
                 problems.append("affinities and query say the same twice: send one of them")
@@ -172,7 +172,7 @@ class Rules:
         return json.dumps(self.names[0])
 
 
-def is_text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     """Whether it is a text with something in it, all of which can be written down (no half of a surrogate pair)."""
     try:
         return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
