@@ -15,6 +15,8 @@ from ..files.counting import counted
 from ..methods.option_text import ALL, parse_option, top_k
 from .expert_options import add_experts, add_placing, add_selection, experts_of, placing_of, selection_of
 from .model_options import add_model
+from .needs import embedder_problems
+from .options import add_embedder
 
 VARIABLE, PLUGIN = "VLLM_PLUGINS", "moerge"
 ENGINES = ("vllm", "transformers")
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("passed", nargs="*", metavar="-- ...", help="what the server takes, such as --port 8000 --dtype float32")
     add_selection(parser)
     add_placing(parser)
+    add_embedder(parser)
     parser.set_defaults(settle=settle)
 
 
@@ -138,6 +141,8 @@ def settings_of(args: argparse.Namespace) -> Any:
         options["top_k"] = None if args.top_k == ALL else args.top_k
     said = {"experts": experts_of(args), "method": args.method, "methods": args.methods, "dtype": args.expert_dtype}
     said |= selection_of(args) | placing_of(args)
+    if (embedder := embedder_of(args)) is not None:
+        said["embedder"] = embedder
     said |= {"spare": args.live_experts, "metrics": args.routing_metrics, "traces": args.traces}
     try:
         return Settings.parse(said | {"requests": not args.no_requests} | options)
@@ -145,12 +150,32 @@ def settings_of(args: argparse.Namespace) -> Any:
         raise ValueError(str(error).replace(f'"{KEY}" cannot be served', "the experts cannot be served", 1)) from None
 
 
+def embedder_of(args: argparse.Namespace) -> str | dict[str, Any] | None:
+    """What finds the affinities of a request for its text; ValueError for options that do not go together."""
+    more = {"name": args.embedder_name, "prefix": args.embedder_prefix, "mean_pool": args.mean_pool}
+    more = {name: value for name, value in more.items() if value}
+    if not args.embedder:
+        if more:
+            raise ValueError("--embedder-name, --embedder-prefix and --mean-pool are for --embedder MODEL")
+        return None
+    if problems := embedder_problems(args):
+        raise ValueError(f"this needs {problems[0]}")
+    return {"model": args.embedder} | more if more else args.embedder
+
+
 def check(settings: Any, model: str) -> None:
     """ValueError that lists everything that keeps the experts from being served on the model."""
     from ..models.pretrained import load_config
     from ..serving.pool import pool_of
 
-    pool_of(settings, load_config(model), model)
+    config, problems = load_config(model), []
+    for look in (lambda: pool_of(settings, config, model), lambda: settings.queries(model)):
+        try:
+            look()
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))  # both refuse an expert that cannot be read
 
 
 def command(settings: Any, model: str, rest: list[str]) -> list[str]:

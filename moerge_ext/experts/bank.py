@@ -16,7 +16,7 @@ from ..files.listing import grouped, listed
 from ..files.safefile import FLOATS
 from .claims import BaseClaims
 from .formats.peft import GateSet
-from .gate_files import Gates, save_gates
+from .gate_files import Gates, global_parts, save_gates
 from .idle import idle_notes
 from .kinds import PROMPT_KEY, SIGMOID_GATE
 from .module_bank import ModuleBank
@@ -305,19 +305,15 @@ def load_experts(
     parameter_gates = _place_gates(sources, stacked)
     notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
     _warn_of_notes(notes + idle_notes([source.name for source in sources], stacked))
-    vectors: dict[str, dict[str, Tensor]] = {}
-    facts: dict[str, dict[str, dict[str, str]]] = {}
-    for source in sources:
-        for kind, gates in source.gates.items():
-            facts.setdefault(kind, {})[source.name] = dict(gates.metadata)
-            if gates.global_vector is not None:
-                vectors.setdefault(kind, {})[source.name] = gates.global_vector.to(device)
+    vectors, facts = global_parts(sources)
     return ExpertBank(
         [source.name for source in sources],
         stacked,
         base_model=_common_base_model(sources),
         folders=[source.folder for source in sources],
-        global_vectors=vectors,
+        global_vectors={
+            kind: {name: vector.to(device) for name, vector in rows.items()} for kind, rows in vectors.items()
+        },
         global_metadata=facts,
         parameter_gates=parameter_gates,
         claims={source.name: source.claims for source in sources},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,20 @@ def with_gates(source: Any, place: Path, keep: Callable[[str], bool] | None, who
     if problems:
         raise AdapterError(problems)
     return replace(source, gates={**source.gates, **found})
+
+
+def global_parts(
+    sources: Iterable[Any],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, dict[str, str]]]]:
+    """({kind: {expert: its global vector}}, {kind: {expert: what its file says of gates and vector}})."""
+    vectors: dict[str, dict[str, Tensor]] = {}
+    facts: dict[str, dict[str, dict[str, str]]] = {}
+    for source in sources:
+        for kind, gates in source.gates.items():
+            facts.setdefault(kind, {})[source.name] = dict(gates.metadata)
+            if gates.global_vector is not None:
+                vectors.setdefault(kind, {})[source.name] = gates.global_vector
+    return vectors, facts
 
 
 def _indices(folder: Path) -> dict[str, dict[str, str]]:

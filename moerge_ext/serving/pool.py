@@ -25,6 +25,7 @@ from ..routing.planning import configured, listing, plans_of
 from ..routing.shares import Share, share_of_plan
 from ..routing.slots import spare_problems, with_spare
 from .branch import Variant, route_options
+from .queries import readers
 from .requests import Rules
 from .settings import Settings
 
@@ -99,7 +100,8 @@ def rules(settings: Settings, names: tuple[str, ...]) -> Rules:
     rows = {name: get_method(name) for name in settings.variants()}
     whole = any(row.routing is not None and not _own_factors(row) for row in rows.values())
     needs = {name: row.bias is not None for name, row in rows.items()}
-    return Rules(names, needs, whole, settings.requests, settings.traces > 0)
+    reads = () if settings.embedder is None else tuple(readers(rows))
+    return Rules(names, needs, whole, settings.requests, settings.traces > 0, reads)
 
 
 def meta_model(config: Any) -> nn.Module:

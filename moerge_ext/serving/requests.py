@@ -5,6 +5,7 @@
 {"routing": false}                          the base model alone
 {"method": "arrow"}                         another of the methods that the server was started with
 {"affinities": {"news": 0.9}}               of a method that adds the query's affinities to its scores
+{"query": "Who won?"}                       the same, found for this text; without either, for the prompt's own
 {"trace": true}                             besides any of these: keep which experts answered
 """
 
@@ -12,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..methods.base import is_finite_number
 
-KEYS = ("weights", "expert", "routing", "method", "affinities", "trace")
+KEYS = ("weights", "expert", "routing", "method", "affinities", "query", "trace")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Rules:
     """What requests may say to a server.
 
     names: the experts; methods: {method: whether it needs affinities}, the default first; whole: whether the experts
-    are there one by one (not merged); open: False when no request may say anything; traces: whether any are kept
+    are there one by one (not merged); open: False when no request may say anything; traces: whether any are kept;
+    reads: the methods whose affinities are found for a text
     """
 
     names: tuple[str, ...]
@@ -54,14 +56,20 @@ class Rules:
     whole: bool = True
     open: bool = True
     traces: bool = False
+    reads: Sequence[str] = ()
 
     @property
     def default(self) -> str:
         return next(iter(self.methods))
 
-    def read(self, said: Any) -> Choice | None:
-        """The choice of a request; None for the default. ValueError says what was expected and what came."""
+    def read(self, said: Any, found: Callable[[str, str | None], tuple[float, ...]] | None = None) -> Choice | None:
+        """The choice of a request; None for the default. ValueError says what was expected and what came.
+
+        found: (one of `reads`, query) -> its affinities [E]; query None: of the request's prompt
+        """
         if said is None:
+            if self.default in self.reads:
+                return Choice(self.default, affinities=found(self.default, None))
             if self.methods[self.default]:
                 raise ValueError(
                     f"moerge: the method '{self.default}' needs the affinities of the request to the experts: send "
@@ -72,7 +80,7 @@ class Rules:
             raise ValueError("moerge: this server takes no routing from requests (it was started with requests=false)")
         said = _object(said)
         if said.get("routing") is True:  # what a request that leaves it out gets
-            return self.read({key: value for key, value in said.items() if key != "routing"})
+            return self.read({key: value for key, value in said.items() if key != "routing"}, found)
         problems = self._problems(said)
         if problems:
             raise ValueError("moerge: " + "; ".join(problems))
@@ -84,6 +92,8 @@ class Rules:
             return Choice(None, weights=self._numbers(said["weights"]))
         method = said.get("method", self.default)
         affinities = self._numbers(said["affinities"]) if "affinities" in said else None
+        if affinities is None and method in self.reads:
+            affinities = found(method, said.get("query"))
         choice = Choice(method, affinities=affinities)
         return None if choice == Choice(self.default) else choice
 
@@ -96,7 +106,7 @@ class Rules:
         if unknown := [key for key in said if key not in KEYS]:
             problems.append(f"unknown {', '.join(map(_shown, unknown))}; a request may say {', '.join(KEYS)}")
         alone = [key for key in ("weights", "expert", "routing") if key in said]
-        if len(alone) > 1 or (alone and {"method", "affinities"} & set(said)):
+        if len(alone) > 1 or (alone and {"method", "affinities", "query"} & set(said)):
             problems.append(f"{alone[0]!r} stands alone, got {', '.join(map(_shown, said))}")
         for key in ("routing", "trace"):
             if not isinstance(said.get(key, True), bool):
@@ -113,9 +123,28 @@ class Rules:
         method = said.get("method", self.default)
         if method not in list(self.methods):  # it may be anything, unhashable too
             problems.append(f"no method {_shown(method)} on this server; there are {', '.join(self.methods)}")
-        elif not alone and self.methods[method] != ("affinities" in said):
-            takes = "needs" if self.methods[method] else "takes no"
-            problems.append(f"the method {method!r} {takes} affinities")
+        elif not alone:
+            problems += self._affinity_problems(method, said)
+        return problems
+
+    def _affinity_problems(self, method: str, said: Mapping[str, Any]) -> list[str]:
+        """Of affinities and query, of which a method takes one at most."""
+        problems = []
+        if "query" in said:
+            if not _is_text(said["query"]):
+                problems.append(f"query must be a text, got {_shown(said['query'])}")
+            if "affinities" in said:
+                problems.append("affinities and query say the same twice: send one of them")
+            if not self.methods[method]:
+                problems.append(f"the method {method!r} takes no query")
+            elif not self.reads:
+                problems.append("this server has no embedder for a query (it was started without): send affinities")
+            elif method not in self.reads:
+                problems.append(f"the method {method!r} reads no query: send affinities")
+        elif "affinities" in said and not self.methods[method]:
+            problems.append(f"the method {method!r} takes no affinities")
+        elif "affinities" not in said and self.methods[method] and method not in self.reads:
+            problems.append(f"the method {method!r} needs affinities")
         return problems
 
     def _number_problems(self, key: str, value: Any) -> list[str]:
@@ -143,6 +172,14 @@ class Rules:
 
     def _example(self) -> str:
         return json.dumps(self.names[0])
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text with something in it, all of which can be written down (no half of a surrogate pair)."""
+    try:
+        return isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _object(said: Any) -> Mapping[str, Any]:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from ..experts.bank import ExpertBank, load_experts
+from ..experts.gate_files import global_parts
 from ..experts.selection import Selection
 from ..experts.sources import collect_sources
 from ..methods import get_method
 from ..methods.base import is_integer
+from .queries import Queries, embedder_problems
 
 KEY = "moerge"  # in vLLM's additional_config, and in the extra arguments of a request
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,6 +36,7 @@ class Settings:
     spare: slots for experts that join while the server runs
     metrics: True counts what is chosen, for the server's metrics
     traces: how many requests' traces are kept; 0 refuses requests that ask for one
+    embedder: the model that embeds a request's text for methods that need its affinities, as `queries.py` says
     """
 
     experts: list[str] | dict[str, str]
@@ -50,6 +53,7 @@ class Settings:
     spare: int = 0
     metrics: bool = False
     traces: int = 0
+    embedder: str | dict[str, Any] | None = None
 
     @classmethod
     def parse(cls, said: Any) -> Settings:
@@ -75,6 +79,7 @@ class Settings:
         if self.methods:
             said["methods"] = self.methods
         rest = ("requests", "absent", "missing", "dtype", "names", "modules", "rename", "spare", "metrics", "traces")
+        rest += ("embedder",)
         return said | {name: value for name in rest if (value := getattr(self, name)) != defaults[name]}
 
     @property
@@ -101,6 +106,20 @@ class Settings:
         asked = self.experts if experts is None else experts
         sources, _ = collect_sources(asked, Selection(self.modules, self.rename, names), base)
         return {source.name: str(source.folder) for source in sources}
+
+    def queries(self, base: Any) -> Queries | None:
+        """What embeds the requests' texts, of experts whose weights are not read; None without an embedder.
+
+        ValueError for experts that cannot be routed by a text, and as by `expert_folders`.
+        """
+        if self.embedder is None:
+            return None
+        sources, _ = collect_sources(self.experts, Selection(self.modules, self.rename, self.names), base)
+        vectors, facts = global_parts(sources)
+        folders = [source.folder for source in sources]
+        names = [source.name for source in sources]
+        outline = ExpertBank(names, {}, folders=folders, global_vectors=vectors, global_metadata=facts)
+        return Queries(self.embedder, self.variants(), outline)
 
     def load_one(self, name: str, source: str, base: Any) -> ExpertBank:
         """One more expert, by the same checks."""
@@ -142,14 +161,18 @@ def _problems(given: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]
             f"beside it, {dict(options)}"
         )
     asked = {method: options} if isinstance(method, str) else {}
+    rows = []
     for name, values in (dict(methods) | asked).items():
         if not _texts([name, *values]):
             problems.append(f"names of methods and options must be texts, got {name!r}: {dict(values)!r}")
             continue
         try:
-            get_method(name).configure(**values)
+            rows.append(get_method(name))
+            rows[-1].configure(**values)
         except ValueError as error:
             problems.append(str(error))
+    if (embedder := given.get("embedder")) is not None:
+        problems += embedder_problems(embedder, rows, given.get("spare"))
     return problems
 
 

@@ -34,13 +34,17 @@ def tiny(root: Path, names: Sequence[str], others: Sequence[str] = ()) -> tuple[
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, initializer_range=0.2))
     model.float().save_pretrained(root / "model")
+    word_tokenizer().save_pretrained(root / "model")
+    made = builders.random_experts(model, root / "experts", (*names, *others), LINEARS)
+    return root / "model", [str(made[name]) for name in names]
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """w3 .. w95, each a token."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 96)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-    fast.save_pretrained(root / "model")
-    made = builders.random_experts(model, root / "experts", (*names, *others), LINEARS)
-    return root / "model", [str(made[name]) for name in names]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
 @contextmanager

@@ -8,8 +8,12 @@ import builders
 import pytest
 import torch
 import transformers
+from server_cases import word_tokenizer
 from serving_cases import LINEARS, NAMES
 from vllm_engine import LENGTH, Engine, Reference, prompts, vllm
+
+import moerge_ext as moerge
+from moerge_ext.queries.cache import TextCache
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +96,43 @@ def test_requests_of_one_batch_and_their_cache(model, experts, reference):
             reference.check(outputs[4:5], method="arrow")
             reference.check(outputs[5:6], affinities, "glider_code")
         refused(engine, text, reference)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    """Folder of a tokenizer for the model, and of an encoder that embeds its words."""
+    folder = tmp_path_factory.mktemp("words")
+    word_tokenizer().save_pretrained(folder)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        transformers.BertModel(transformers.BertConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
+    return folder
+
+
+def test_routed_by_the_text_of_a_request(model, experts, reference, words, tmp_path):
+    """Its query, its prompt as text or as tokens: the tokens of the patched model with the affinities of that text."""
+    embedder = moerge.Embedder.from_transformers(str(words), name="words", cache=TextCache(tmp_path))
+    for i, folder in enumerate(experts):
+        moerge.index_examples(folder, [{"input": f"w{10 + 20 * i} w{11 + 20 * i}"}], embedder)
+    bank, options = moerge.load_experts(experts), moerge.get_method("retrieval").configure()[2]
+    texts = ["w10 w11 w3", "w50 w51 w4"]
+    scores = moerge.ExampleRouter(bank, embedder).scores(texts, options)
+    assert scores.argmax(1).tolist() == [0, 2]
+    said = {"method": "retrieval", "embedder": {"model": str(words), "name": "words", "mean_pool": True}}
+    with Engine(model, experts, said, skip_tokenizer_init=False, tokenizer=str(words)) as engine:
+        ids = [engine.llm.get_tokenizer()(text)["input_ids"] for text in texts]
+        asked = [*ids, ids[0]], [None, None, {"query": texts[1]}]
+        outputs = engine.answers(*asked)
+        params = vllm.SamplingParams(max_tokens=12, temperature=0, logprobs=1, ignore_eos=True)
+        outputs += engine.llm.generate(texts, params, use_tqdm=False)
+        with pytest.raises(ValueError, match="query must be a text"):
+            engine.answers(ids, [None, {"query": ""}])
+        with pytest.raises(ValueError, match="beam search makes longer"):
+            engine.llm.beam_search(texts, vllm.sampling_params.BeamSearchParams(beam_width=2, max_tokens=2))
+    for output, row in zip(outputs, (0, 1, 1, 0, 1), strict=True):
+        affinities = dict(zip(NAMES, scores[row].tolist(), strict=True))
+        reference.check([output], {"affinities": affinities}, "retrieval")
 
 
 def refused(engine: Engine, text: list[int], reference: Reference) -> None:

@@ -47,6 +47,7 @@ def unserved(settings: Settings) -> list[str]:
         "--live-experts": (settings.spare, "experts cannot join while it runs"),
         "--routing-metrics": (settings.metrics, "there is no /metrics to add to"),
         "--traces": (settings.traces, "requests cannot ask for a trace"),
+        "--embedder": (settings.embedder, "texts of requests are not embedded"),
     }
     return problems + [
         f"{flag}: {why} with transformers' server: {INSTEAD}" for flag, (said, why) in asked.items() if said

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..pool import rules
+from ..queries import Prompts
 from ..requests import Choice, Rules
 from ..settings import KEY
 from .steps import CHECKED, TRACED
 from .worker import settings_of
 
-RULES = "_moerge_rules"
+RULES, TEXTS = "_moerge_rules", "_moerge_texts"
 
 
 def prepare(theirs: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
-    """`InputProcessor.__init__`, which learns what requests may say."""
+    """`InputProcessor.__init__`, which learns what requests may say, and what finds the affinities of their texts."""
     theirs(processor, *args, **kwargs)
     config = processor.vllm_config
     settings = settings_of(config)
-    found = None if settings is None else rules(settings, tuple(settings.expert_folders(config.model_config.model)))
+    found = queries = None
+    if settings is not None:
+        base = config.model_config.model
+        found, queries = rules(settings, tuple(settings.expert_folders(base))), settings.queries(base)
     setattr(processor, RULES, found)
+    setattr(processor, TEXTS, None if queries is None else (queries, Prompts(processor.tokenizer)))
 
 
 def process_inputs(theirs: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     """`InputProcessor.process_inputs`: a ValueError that becomes HTTP 400 for a request that asks for what is not."""
     made = theirs(processor, *args, **kwargs)
+    prompt = kwargs["prompt"] if "prompt" in kwargs else args[1]
+
+    def found(method: str, query: str | None) -> tuple[float, ...]:
+        queries, prompts = getattr(processor, TEXTS)
+        text = prompts.text(_given(prompt), made.prompt_token_ids) if query is None else query
+        return queries.affinities(method, text)
+
     try:
-        return _read(made, getattr(processor, RULES))
+        return _read(made, getattr(processor, RULES), found)
     except ValueError as error:
         raise _refusal()(str(error)) from None
 
@@ -40,6 +52,18 @@ def beam_search(theirs: Callable[..., Any], request: Any, *args: Any, **kwargs: 
     return theirs(request, *args, **kwargs)
 
 
+def beams(theirs: Callable[..., Any], asked: Any, *args: Any, **kwargs: Any) -> Any:
+    """`beam_search` of the server and of `LLM`: each of its steps is a request, whose prompt is longer by a token."""
+    engine = asked.engine_client if hasattr(asked, "engine_client") else asked.llm_engine
+    known = getattr(engine.input_processor, RULES)
+    if known is not None and known.default in known.reads:
+        raise _refusal()(
+            f"moerge: the method '{known.default}' is routed by the text of the prompt, which vLLM's beam search makes "
+            "longer at every step: sample instead"
+        )
+    return theirs(asked, *args, **kwargs)
+
+
 @functools.cache
 def _refusal() -> type[ValueError]:
     """What vLLM answers with HTTP 400, and a ValueError in any version of it."""
@@ -48,7 +72,13 @@ def _refusal() -> type[ValueError]:
     return type("RoutingRefused", (VLLMValidationError, ValueError), {})
 
 
-def _read(made: Any, known: Rules | None) -> Any:
+def _given(prompt: Any) -> str | None:
+    """The text of a prompt, before or after vLLM has made tokens of it; None where it came as something else."""
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return text if isinstance(text, str) else None
+
+
+def _read(made: Any, known: Rules | None, found: Callable[[str, str | None], tuple[float, ...]] | None = None) -> Any:
     """The request as it goes on: with its choice checked, and in the key of its cache."""
     params = made.sampling_params
     if params is None:
@@ -62,7 +92,7 @@ def _read(made: Any, known: Rules | None) -> Any:
         if said is not None:
             raise ValueError("moerge: this server has no experts (additional_config names none)")
         return made
-    choice = known.read(said)
+    choice = known.read(said, found)
     if choice is not None:
         extra[CHECKED] = choice.as_dict()
         made.cache_salt = _salt(made.cache_salt, choice)

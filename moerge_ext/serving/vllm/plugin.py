@@ -12,6 +12,10 @@ REQUESTS = {
     "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
     "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
 }
+BEAMS = {
+    "vllm.entrypoints.generate.beam_search.online": "BeamSearchOnlineMixin",
+    "vllm.entrypoints.generate.beam_search.offline": "BeamSearchOfflineMixin",
+}
 
 
 def register() -> None:
@@ -20,7 +24,7 @@ def register() -> None:
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from .frontend import beam_search, prepare, process_inputs
+    from .frontend import beam_search, beams, prepare, process_inputs
     from .served import ASKED, asked
     from .startup import check_workers, load_model, status
 
@@ -33,6 +37,9 @@ def register() -> None:
     for module, name in REQUESTS.items():
         if module in sys.modules:  # where HTTP comes in
             _wrap(getattr(sys.modules[module], name), "to_beam_search_params", beam_search)
+    for module, name in BEAMS.items():
+        if module in sys.modules:
+            _wrap(getattr(sys.modules[module], name), "beam_search", beams)
 
 
 def _wrap(owner: type, name: str, ours: Callable[..., Any]) -> None:
