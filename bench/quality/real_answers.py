@@ -47,6 +47,12 @@ class Results:
         return [name for name, task in self.tasks.items() if task["part"] == part]
 
 
+def items(results: Results) -> str:
+    """How many of every task: 24, or 100 to 192."""
+    counts = sorted({len(task["targets"]) for task in results.tasks.values()})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 def plain(text: str, metric: str) -> str:
     """What two answers must have in common to count as the same."""
     text = text.strip()
