@@ -60,9 +60,10 @@ def _noted(results: Results) -> Iterator[str]:
     """Where and by what, which older files do not say."""
     if (made := results.facts.get("made")) is not None:
         yield (
-            f"Commit {made['commit'][:10]}, torch {made['torch']}, {made['machine']}, one thread, seed {made['seed']}; "
-            f"for each expert {made['activations']} examples of average activation, {made['indexed']} of retrieval, "
-            f"{made['calibrated']} queries for GLIDER's threshold; embedder {made['embedder']}."
+            f"Commit {made['commit']}, torch {made['torch']}, {made['machine']}, threads {made['threads']}, "
+            f"seed {made['seed']}; for each expert {made['activations']} examples of average activation, "
+            f"{made['indexed']} of retrieval, {made['calibrated']} queries for GLIDER's threshold; "
+            f"embedder {made['embedder']}."
         )
 
 

@@ -1,10 +1,12 @@
 """The tables of SmolLM2-135M-Instruct in README.md, from the answers in bench/results/quality_real_*.jsonl.gz.
 
 python bench/quality/real_table.py
+python bench/quality/real_table.py --results CACHE/results     # of another folder, into its tables.md
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -165,9 +167,16 @@ def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=real_answers.FOLDER, help="(default: %(default)s)")
+    folder = parser.parse_args().results
     np.seterr(all="raise")
-    for name, text in blocks().items():
-        tasks.fill(name, text)
+    made = blocks(folder)
+    if folder.resolve() == real_answers.FOLDER:
+        for name, text in made.items():
+            tasks.fill(name, text)
+    else:
+        (folder / "tables.md").write_text("\n".join(f"## {name}\n\n{text}\n" for name, text in made.items()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The committed tables of bench/quality are what the committed answers say."""
 
 import copy
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,7 +10,17 @@ import numpy as np
 import pytest
 from bench_checkout import REPO  # first: bench is importable after it
 
-from bench.quality import real_answers, real_claims, real_differences, real_facts, real_join, real_rows, real_table
+from bench.quality import (
+    ensemble,
+    real_answers,
+    real_claims,
+    real_differences,
+    real_facts,
+    real_join,
+    real_rows,
+    real_table,
+    run,
+)
 from bench.quality.real_answers import Answered, Asked, Results
 from bench.quality.real_scores import Scores
 from bench.quality.real_verdicts import ABOVE, BELOW, CLOSE, margin, verdict
@@ -212,3 +223,22 @@ def test_pools_are_paired_on_the_same_items():
     scores[8].results.tasks["b"]["targets"] = ["y"] * 80
     with pytest.raises(ValueError, match="were asked others of b"):
         real_differences.pools(scores, list("abc"))
+
+
+def test_tables_of_other_results_leave_the_readme(tmp_path, monkeypatch):
+    for file in real_answers.FOLDER.glob(real_answers.FILES):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = README.read_bytes()
+    monkeypatch.setattr("sys.argv", ["real_table.py", "--results", str(tmp_path)])
+    real_table.main()
+    assert README.read_bytes() == before
+    text = (tmp_path / "tables.md").read_text()
+    assert block("real-scaling") in text and "## real-more\n\n\n" in text, "no results of that kind are there"
+
+
+def test_small_tables_are_what_their_results_say():
+    """Of stories260K, whose answers were not kept."""
+    rows = [json.loads(line) for line in run.RESULTS.read_text().splitlines()]
+    assert block("table") == run.table(rows)
+    assert block("ensemble") == ensemble.table(json.loads(ensemble.RESULT.read_text()))
+    assert "`dam`" in run.missing([row for row in rows if row["method"] != "dam"])
