@@ -137,7 +137,7 @@ def missing(results: Results) -> str:
     """The rows of METHODS that were not asked; of `given` the caller has the weights."""
     asked = {re.split(r"[ /]", run)[0] for run in results.runs}
     names = [f"`{name}`" for name in METHODS if name not in asked | {"given"}]
-    return f"Of the rows of METHODS: {', '.join(names) or 'none'}."
+    return f"Of the rows of METHODS {', '.join(names) if names else 'each was asked'}."
 
 
 def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
