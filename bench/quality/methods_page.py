@@ -31,6 +31,7 @@ SOURCES = {
 }
 NONE = "nothing"
 ASKED = {
+    "instruction": "an instruction by a language model, its embedding",
     "ask": "a question to a language model",
     "few-shot": "a search over a few rows",
     "likelihood": "a pass with every expert",

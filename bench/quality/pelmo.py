@@ -245,9 +245,17 @@ def tables(scores: list[Score], experts: list[str]) -> str:
         (f"{MIXED}2", f"{SINGLE}2"),
         (f"{MIXED}1", f"{SINGLE}1"),
     ):
-        mean, low, high = (100 * value for value in macro_difference(scores, ours, theirs))
-        lines.append(f"| {ours} above {theirs} | {mean:+.1f} points, {low:+.1f} to {high:+.1f} |")
+        lines.append(f"| {ours} above {theirs} | {_points(scores, ours, theirs)} |")
+    for kind in dict.fromkeys(score.task for score in scores):
+        if (own := f"{kind} expert") in experts:
+            of_kind = [score for score in scores if score.task == kind]
+            lines.append(f"| {own} above specific few-shot on {kind} | {_points(of_kind, own, 'specific few-shot')} |")
     return "\n".join([*parts, *lines]) + "\n"
+
+
+def _points(scores: list[Score], ours: str, theirs: str) -> str:
+    mean, low, high = (100 * value for value in macro_difference(scores, ours, theirs))
+    return f"{mean:+.1f} points, {low:+.1f} to {high:+.1f}"
 
 
 def block(facts: dict, scores: list[Score]) -> str:

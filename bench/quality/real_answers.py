@@ -47,6 +47,12 @@ class Results:
         return [name for name, task in self.tasks.items() if task["part"] == part]
 
 
+def items(results: Results) -> str:
+    """How many of every task: 24, or 100 to 192."""
+    counts = sorted({len(task["targets"]) for task in results.tasks.values()})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 def plain(text: str, metric: str) -> str:
     """What two answers must have in common to count as the same."""
     text = text.strip()
@@ -146,8 +152,11 @@ def read_all(folder: Path = FOLDER, files: str = FILES) -> dict[int, Results]:
 
 def main_pool(pools: dict[int, Results]) -> Results:
     """The largest whose experts' own tasks were asked too."""
-    return pools[max(size for size, results in pools.items() if results.part("train"))]
+    sizes = [size for size, results in pools.items() if results.part("train")]
+    if not sizes:
+        raise ValueError(f"expected a {FILES} with held-in tasks; there are pools of {list(pools) or 'no size'}")
+    return pools[max(sizes)]
 
 
-def file_of(experts: int, files: str = FILES) -> Path:
-    return FOLDER / files.replace("*", str(experts))
+def file_of(folder: Path, experts: int, files: str = FILES) -> Path:
+    return folder / files.replace("*", str(experts))

@@ -1,13 +1,12 @@
 """Every row on every task, with the experts of real_train.py; answers are kept, a run that was stopped goes on.
 
 python bench/quality/real_eval.py --data ../shared/data --cache DIR --embedder MODEL
-python bench/quality/real_eval.py ... --experts 4 --chunks 1 --scaling     # another pool: few rows, held-out tasks
+python bench/quality/real_eval.py ... --experts 4 --scaling     # another pool: few rows, held-out tasks
 python bench/quality/real_eval.py ... --claims           # eight times the held-out items, of the rows of claims
-python bench/quality/real_eval.py ... --chunks 1 --rows dam token_level      # these join the rows that are there
-python bench/quality/real_eval.py ... --chunks 1 --rows multitask glider/written
+python bench/quality/real_eval.py ... --results bench/results --rows dam multitask   # join the rows that are there
 
-Writes bench/results/quality_real_<experts>.jsonl.gz (--claims: quality_heldout_<experts>.jsonl.gz), from which
-real_table.py makes the tables.
+Writes quality_real_<experts>.jsonl.gz (--claims: quality_heldout_<experts>.jsonl.gz) into the cache's results/, or
+where --results says; real_table.py makes the tables of them.
 """
 
 from __future__ import annotations
@@ -18,12 +17,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench.machine import environment  # noqa: E402
 from bench.quality import real, real_answers, real_join, real_routers, real_rows, real_tasks, real_weights  # noqa: E402
 from bench.quality.real_answers import Asked  # noqa: E402
 from bench.quality.real_rows import Part  # noqa: E402
@@ -39,13 +40,29 @@ def tasks_of(places: real.Places, args: argparse.Namespace, chunk: int, *, shots
     return [load_task(folder) for folder in folders if folder is not None]
 
 
+def made() -> dict[str, Any]:
+    """Where, by what and of how many examples; the seed is the default of all that is trained."""
+    return {
+        **environment(torch.device("cpu")),
+        "seed": 0,
+        "embedder": real.EMBEDDER,
+        "activations": real_routers.ACTIVATIONS,
+        "indexed": real_routers.INDEXED,
+        "calibrated": real_routers.CALIBRATION,
+    }
+
+
 class Asking:
     """Asks rows of one pool; `facts` is what the results say of how it was made."""
 
     def __init__(self, args: argparse.Namespace):
         names = real.POOL[: args.experts]
         self.args, self.places = args, real.Places(args.data, args.cache)
-        self.file = real_answers.file_of(len(names), real_answers.HELD_OUT_FILES if args.claims else real_answers.FILES)
+        pattern = real_answers.HELD_OUT_FILES if args.claims else real_answers.FILES
+        self.file = real_answers.file_of(args.results, len(names), pattern)
+        if args.rows and not self.file.is_file():
+            raise FileNotFoundError(f"{self.file}: expected the results that --rows are to join; --results says where")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         kept = "claims" if args.claims else "eval"
         self.folder = args.cache / f"{kept}-{len(names)}-{args.items}"
         self.model, self.tokenizer = real.load_base(self.places)
@@ -57,6 +74,7 @@ class Asking:
             "dense": real_routers.DENSE,
             "judged": real_routers.JUDGED,
             "shots": real_tasks.SHOTS,
+            "made": made(),
         }
 
     def tasks(self, chunk: int, *, shots: bool = False) -> list[Task]:
@@ -92,9 +110,12 @@ class Asking:
             for part in self.parts(self.tasks(chunk)):
                 asked.append(self.ask(part, chunk))
                 if not done:  # of the first chunk also what there is so far: later chunks join when they are whole
-                    real_answers.pack([asked], self.facts, self.file)
+                    self.pack([asked])
             done.append(asked)
-            real_answers.pack(done, self.facts, self.file)
+            self.pack(done)
+
+    def pack(self, chunks: Sequence[Sequence[Asked]]) -> None:
+        real_answers.pack(chunks, self.facts | self.deciders.more_facts(), self.file)
 
     def more(self) -> None:
         """The rows that were named, each joining the results there are as soon as it is whole."""
@@ -120,8 +141,11 @@ def main() -> None:
     only.add_argument("--claims", action="store_true", help="only held-out tasks, and rows that claims are of")
     only.add_argument("--rows", nargs="+", help="only these, into the results there are (real_join.py)")
     parser.add_argument("--items", type=int, default=24, help="of every task in a chunk (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--chunks", type=int, help="(default: 1, with --claims 8)")
+    parser.add_argument("--results", type=Path, help="folder of the results (default: results/ in the cache)")
     args = parser.parse_args()
+    args.chunks = args.chunks or (8 if args.claims else 1)
+    args.results = args.results or args.cache / "results"
     torch.set_num_threads(1)
     asking = Asking(args)
     if args.rows:

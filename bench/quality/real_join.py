@@ -58,8 +58,8 @@ def _other_questions(old: Results, new: Results) -> list[str]:
 
 
 def plain_facts(facts: dict[str, Any]) -> dict[str, Any]:
-    """What says how experts, routers and questions were made, as JSON gives it back."""
-    kept = {key: value for key, value in facts.items() if key not in ("experts", "weights", "again", *MORE)}
+    """What says how experts, routers and questions were made, as JSON gives it back; not where."""
+    kept = {key: value for key, value in facts.items() if key not in ("experts", "weights", "again", "made", *MORE)}
     return json.loads(json.dumps(kept))
 
 

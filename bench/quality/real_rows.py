@@ -34,6 +34,7 @@ TEXTS = (
 LEARNED = ("lora_flow", "pi_tuning", "mixda", "we_moe", "pemt")
 SLOW = ("weight_prior", "weight_entropy", "lorahub", "token_level", "ask_llm")  # many passes for a text
 LARGE = ("adapter_fusion", "ramole", "co_llm", "pwe_moe", "mole")  # reads all experts' outputs; mole takes 18.5 GB
+WRITTEN = "glider" + SUFFIX
 FEW_SHOT = "/few-shot"  # behind the base's name, where the prompt has solved examples
 
 
@@ -73,7 +74,8 @@ def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iterat
     yield Part(_runs(THIRD), pool, deciders.known())
     yield Part(_runs(["base"]), pool, suffix=FEW_SHOT, template=real.FEW_SHOT_TEMPLATE)
     yield Part(_runs(MORE_INSTRUCTIONS), pool, deciders.told(tasks))
-    for name in (*LEARNED, *TEXTS, *SLOW, *LARGE):
+    together = (MULTITASK,) if deciders.places.multitask().is_dir() else ()
+    for name in (*LEARNED, *TEXTS, *SLOW, *LARGE, *together, WRITTEN):
         yield part_of(name, pool, deciders)
 
 

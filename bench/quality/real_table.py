@@ -1,10 +1,12 @@
 """The tables of SmolLM2-135M-Instruct in README.md, from the answers in bench/results/quality_real_*.jsonl.gz.
 
 python bench/quality/real_table.py
+python bench/quality/real_table.py --results CACHE/results     # of another folder, into its tables.md
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -15,28 +17,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.quality import real_answers, real_claims, real_weights, tasks  # noqa: E402
+from bench.quality import real_answers, real_claims, real_differences, real_facts, real_weights, tasks  # noqa: E402
 from bench.quality.real_answers import Results  # noqa: E402
-from bench.quality.real_scores import Scores  # noqa: E402
+from bench.quality.real_names import shown_name  # noqa: E402
+from bench.quality.real_scores import PREFIX, Scores  # noqa: E402
+from bench.quality.real_verdicts import ABOVE, told  # noqa: E402
 from moerge_ext.methods import METHODS  # noqa: E402
 
 PARTS = {"train": "held-in", "heldout": "held-out"}
 AGAINST = "phatgoose"  # whose difference to every row is shown
 SCALED = ("base", "merged", "retrieval", "phatgoose", "oracle_dataset")
-NAMES = {
-    "glider (zero-shot)": "glider (the tasks' own instructions)",
-    "glider (no writer)": "glider (the query itself)",
-    "phatgoose/top_k=1": "phatgoose, k = 1",
-    "phatgoose": "phatgoose, k = 2",
-    "phatgoose/top_k=3": "phatgoose, k = 3",
-    "arrow": "arrow, k = 4",
-    "arrow_phatgoose": "arrow_phatgoose, k = 2",
-    "base/few-shot": "base, with solved examples",
-    "glider_softmax_all (zero-shot)": "glider_softmax_all (the tasks' own instructions)",
-    "glider_code (zero-shot)": "glider_code (the tasks' own instructions)",
-    "glider (zero-shot)/written": "glider (instructions that the base writes)",
-    "multitask": "one LoRA of all held-in tasks",
-}
 
 
 def means(scores: Scores) -> str:
@@ -50,7 +40,7 @@ def means(scores: Scores) -> str:
             cells.append("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)))
             difference = "{:+.1f} ({:+.0f} to {:+.0f})".format(*scores.difference(row, AGAINST, names))
             cells.append("" if row == AGAINST else difference)
-        lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {shown_name(row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -63,7 +53,22 @@ def matrix(scores: Scores) -> str:
         values = [scores.mean(row, [name])[0] for name in names]
         cells = [f"**{v:.0f}**" if name == own else f"{v:.0f}" for name, v in zip(names, values, strict=True)]
         lines.append(f"| {own} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + f"\n\n{clearly_best(scores, names)}"
+
+
+def clearly_best(scores: Scores, names: Sequence[str]) -> str:
+    """Which experts are told from the base and from every other expert, on their own tasks."""
+    rows = ["base", *scores.experts]
+    best = [
+        name
+        for name in names
+        if (own := PREFIX + name) in rows
+        and all(told(scores.difference(own, row, [name])) == ABOVE for row in rows if row != own)
+    ]
+    other = ", ".join(name for name in names if name not in best)
+    return (
+        f"Told from the base and from every other expert on their own task: {len(best)} of {len(names)}; not: {other}."
+    )
 
 
 def by_task(scores: Scores, part: str) -> str:
@@ -71,47 +76,8 @@ def by_task(scores: Scores, part: str) -> str:
     rows = [row for row in scores.rows if row not in scores.experts]
     lines = ["| row | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for row in rows:
-        lines.append(
-            f"| {NAMES.get(row, row)} | " + " | ".join(f"{scores.mean(row, [n])[0]:.0f}" for n in names) + " |"
-        )
+        lines.append(f"| {shown_name(row)} | " + " | ".join(f"{scores.mean(row, [n])[0]:.0f}" for n in names) + " |")
     return "\n".join(lines)
-
-
-def facts(results: Results) -> str:
-    """One paragraph: how the experts and the answers were made."""
-    recipe, said = results.facts["recipe"], real_claims.items(Scores(results))
-    seconds = sum(f[k]["cpu_s"] for f in results.facts["experts"].values() for k in ("expert", "gates"))
-    return (
-        f"{len(results.facts['experts'])} experts, rank {recipe['rank']} on all linear layers, "
-        f"alpha {recipe['alpha']:g}, AdamW at "
-        f"{recipe['lr']:g}, {recipe['steps']} steps of {recipe['batch_size']} rows; gates {recipe['gate_steps']} steps "
-        f"of {recipe['gate_batch_size']} rows at {recipe['gate_lr']:g}; {seconds / 60:.0f} CPU minutes in all. {said} "
-        f"random items per task.{_learned(results)}{_together(results)}{_joined(results)} In percent, with 95 % "
-        "intervals: the tasks fixed, their items a sample."
-    )
-
-
-def _learned(results: Results) -> str:
-    """What the rows saw that are not made of single experts."""
-    if "pooled" not in (facts := results.facts):
-        return ""
-    size, sparse = facts["recipe"]["batch_size"], " and ".join(facts["sparse"])
-    return (
-        f" Rows learned over the pool saw {facts['pooled']} rows of every held-in task ({sparse}) or {facts['dense']} "
-        f"(the others) once, {size} in a step, at their methods' own rates; routers of texts the inputs of "
-        f"{facts['pooled']}, or the answers of every expert to {facts['judged']} validation rows of each. "
-        f"Solved examples: {facts['shots']}."
-    )
-
-
-def _together(results: Results) -> str:
-    """How the one LoRA of all tasks was made."""
-    if (made := results.facts.get("multitask")) is None:
-        return ""
-    return (
-        f" The one LoRA of all held-in tasks saw {made['rows']} rows of them in {made['steps']} steps of "
-        f"{results.facts['recipe']['batch_size']}, as many as all experts together."
-    )
 
 
 def written(results: Results) -> str:
@@ -123,19 +89,6 @@ def written(results: Results) -> str:
     table = "\n".join(["| expert | its task, as the base says it of three examples |", "| --- | --- |", *lines])
     none = f"Of {made['queries']} queries it wrote no instruction for {made['none']}, which stand for themselves."
     return f"{table}\n\n{none}"
-
-
-def _joined(results: Results) -> str:
-    """Which rows were asked of experts that were trained once more, and how it is known that these are the same."""
-    if (again := results.facts.get("again")) is None:
-        return ""
-    experts, same = again["losses"]
-    checks = ", ".join(f"{run} {equal} of {items}" for run, (items, equal) in again["answers"].items())
-    return (
-        f" {', '.join(again['rows'])} were asked of experts that were trained once more by the same commands: "
-        f"{same} of {experts} had the same losses in every step, and of the answers to these items the same came from "
-        f"{checks}."
-    )
 
 
 def chance(results: Results, names: Sequence[str]) -> str:
@@ -153,8 +106,11 @@ def scaling(pools: dict[int, Results]) -> str:
     for row in SCALED:
         if all(row in scores.known for scores in made.values()):
             cells = ("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)) for scores in made.values())
-            lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\nOn {len(names)} held-out tasks: {', '.join(names)}."
+            lines.append(f"| {shown_name(row)} | " + " | ".join(cells) + " |")
+    return (
+        "\n".join(lines)
+        + f"\n\n{real_differences.pools(made, names)}\n\nThe {len(names)} held-out tasks, the same items."
+    )
 
 
 def held_out(scores: Scores | None) -> str:
@@ -168,16 +124,20 @@ def held_out(scores: Scores | None) -> str:
         cells.append("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)))
         difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*scores.difference(row, AGAINST, names))
         cells.append("" if row == AGAINST else difference)
-        lines.append(f"| {NAMES.get(row, row)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {shown_name(row)} | " + " | ".join(cells) + " |")
     counts = ", ".join(f"{name} {len(task['targets'])}" for name, task in scores.results.tasks.items())
-    return "\n".join(lines) + f"\n\nItems: {counts}."
+    silent = [name for name in names if name not in scores.telling(names)]
+    return (
+        "\n".join(lines)
+        + f"\n\nItems: {counts}. No row is told from chance (open answers: 5 %) on {', '.join(silent)}."
+    )
 
 
 def missing(results: Results) -> str:
     """The rows of METHODS that were not asked; of `given` the caller has the weights."""
     asked = {re.split(r"[ /]", run)[0] for run in results.runs}
     names = [f"`{name}`" for name in METHODS if name not in asked | {"given"}]
-    return f"Of the rows of METHODS: {', '.join(names) or 'none'}."
+    return f"Of the rows of METHODS {', '.join(names) if names else 'each was asked'}."
 
 
 def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
@@ -187,15 +147,18 @@ def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
     scores, size = Scores(results), len(results.facts["experts"])
     asked = real_answers.read_all(folder, real_answers.HELD_OUT_FILES).get(size)
     more = None if asked is None else Scores(asked)
+    beside = {f"the pool of {n}": pool for n, pool in pools.items() if pool is not results}
+    beside |= {} if asked is None else {"*Held-out tasks, asked more*": asked}
     guess = f"Chance, where answers are ranked: {chance(results, list(results.tasks))}; elsewhere answers are open."
     return {
-        "real-facts": facts(results),
+        "real-facts": real_facts.facts(results, beside),
         "real-means": means(scores) + "\n\n" + guess,
         "real-matrix": matrix(scores),
         "real-weights": real_weights.table(results),
         "real-heldin": by_task(scores, "train"),
         "real-heldout": by_task(scores, "heldout"),
-        "real-claims": real_claims.table(scores, more),
+        "real-claims": real_claims.table(real_claims.Asked(scores, more, {n: Scores(r) for n, r in pools.items()})),
+        "real-differences": real_differences.table(scores, more),
         "real-more": held_out(more),
         "real-scaling": scaling(pools),
         "real-written": written(results),
@@ -204,9 +167,16 @@ def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=real_answers.FOLDER, help="(default: %(default)s)")
+    folder = parser.parse_args().results
     np.seterr(all="raise")
-    for name, text in blocks().items():
-        tasks.fill(name, text)
+    made = blocks(folder)
+    if folder.resolve() == real_answers.FOLDER:
+        for name, text in made.items():
+            tasks.fill(name, text)
+    else:
+        (folder / "tables.md").write_text("\n".join(f"## {name}\n\n{text}\n" for name, text in made.items()))
 
 
 if __name__ == "__main__":

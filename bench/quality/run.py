@@ -37,6 +37,7 @@ METHODS = (
     "retrieval_task,knn,centroid,dam,token_level,adapter_soup,adapter_soup/neighbours=mixture,lorahub,oracle_dataset,"
     "best_individual"
 )
+NAMES = {"arrow": "arrow, k = 4"}
 RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
 EMBEDDER = "all-MiniLM-L6-v2"
 ACTIVATIONS = 300  # examples per expert whose mean input is taken
@@ -90,8 +91,14 @@ def table(rows: list[dict]) -> str:
         for part in parts:
             mine = [row for row in rows if row["method"] == method and row["part"] == part]
             cells.append(share(*mean([as_score(row) for row in mine])))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(f"| {NAMES.get(method, method)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\nNot asked: {', '.join(missing(rows)) or 'none'}."
+
+
+def missing(rows: list[dict]) -> list[str]:
+    """Of METHODS, what has no results; labels of GLIDER's rows also say how the query was put."""
+    asked = {row["method"].partition(" ")[0] for row in rows}
+    return [f"`{name}`" for name in METHODS.split(",") if name not in asked]
 
 
 def as_score(row: dict) -> Score:

@@ -74,7 +74,7 @@ def nq_open(row: Row) -> dict[str, Any] | None:
 
 @reads("question", "answer")
 def hotpotqa(row: Row) -> dict[str, Any] | None:
-    """hotpotqa/hotpot_qa: the question alone, without its paragraphs."""
+    """hotpotqa/hotpot_qa: the question alone, without its paragraphs. It has no "rationale" (chain of thought)."""
     return _pair(row["question"], row["answer"] or "")
 
 

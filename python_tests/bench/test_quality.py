@@ -1,6 +1,7 @@
 """The committed tables of bench/quality are what the committed answers say."""
 
 import copy
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,9 +10,20 @@ import numpy as np
 import pytest
 from bench_checkout import REPO  # first: bench is importable after it
 
-from bench.quality import real_answers, real_join, real_rows, real_table
+from bench.quality import (
+    ensemble,
+    real_answers,
+    real_claims,
+    real_differences,
+    real_facts,
+    real_join,
+    real_rows,
+    real_table,
+    run,
+)
 from bench.quality.real_answers import Answered, Asked, Results
 from bench.quality.real_scores import Scores
+from bench.quality.real_verdicts import ABOVE, BELOW, CLOSE, margin, verdict
 from moerge_ext.evaluation.metrics import accuracy
 from moerge_ext.evaluation.store import Answers
 from moerge_ext.methods import METHODS
@@ -91,7 +103,7 @@ def test_rows_join_when_the_experts_are_the_same(tmp_path):
     }  # fmt: skip
     assert made.facts["again"]["losses"] == [len(old.facts["experts"])] * 2
     assert made.answered["merged", next(iter(old.tasks))] == old.answered["merged", next(iter(old.tasks))]
-    assert f"merged {items - 2} of {items}" in real_table.facts(made)
+    assert f"merged {items - 2} of {items}" in real_facts.facts(made)
     assert real_join.joined(made, asked_later(old)).facts["again"]["rows"] == ["new"], "asked in two goes"
     real_answers.write(made, tmp_path / "again.gz")
     assert real_answers.read(tmp_path / "again.gz").answered == made.answered
@@ -158,3 +170,75 @@ def test_a_difference_is_as_sure_as_theory_says():
 )
 def test_an_answer_is_scored_by_the_digest_of_its_target(answer, metric, same):
     assert (real_answers.digest(answer, metric) == real_answers.digest("yes", metric)) is same
+
+
+def three_tasks(**marks: tuple[str, str, str]) -> Scores:
+    """Rows by their marks on held-out tasks a, b and c."""
+    size = len(next(iter(marks.values()))[0])
+    tasks = {n: {"part": "heldout", "metric": "accuracy", "targets": ["x"] * size, "chance": None} for n in "abc"}
+    answered = {
+        (run, task): Answered(run, task, ("",) * size, tuple(m == "1" for m in text))
+        for run, texts in marks.items()
+        for task, text in zip(tasks, texts, strict=True)
+    }
+    return Scores(Results({}, tasks, answered))
+
+
+ONE, ALL, MOST, NONE = "1" * 40 + "0" * 40, "1" * 80, "1" * 60 + "0" * 20, "0" * 80
+
+
+def test_a_verdict_names_the_task_that_decides():
+    scores = three_tasks(row=(ALL, ONE, ONE), other=(ONE, ONE, ONE), low=(NONE, NONE, NONE))
+    found = verdict(scores.differences("row", "other", list("abc")))
+    assert found.word == ABOVE and list(found.other) == ["a"]
+    assert found.rests_on == "`a`: without it not told apart, +0.0 (+0.0 to +0.0)"
+    assert verdict(scores.differences("row", "low", list("abc"))).rests_on == "no single task"
+    assert verdict(scores.differences("low", "other", list("abc"))).word == BELOW
+
+
+def test_a_margin_is_of_the_tasks_that_tell_rows_from_chance():
+    scores = three_tasks(row=(MOST, NONE, NONE), other=(MOST, NONE, NONE))
+    assert scores.telling(list("abc")) == ["a"]
+    assert margin(scores, list("abc")) == pytest.approx(CLOSE / 3)
+
+
+def test_claims_say_what_they_rest_on():
+    scores = three_tasks(glider=(ONE, ONE, ONE), phatgoose=(ALL, ONE, ONE), base=(NONE, NONE, NONE))
+    asked = real_claims.Asked(scores, pools={4: scores})
+    claim = real_claims.Claim("P", "surpasses", "glider", "phatgoose", "heldout")
+    assert "| below (fragile): -16.7 (" in real_claims.line(claim, asked)
+    assert "| `a`: without it not told apart" in real_claims.line(claim, asked)
+    assert "| no, the reverse: -50.0 (" in real_claims.line(replace(claim, better="base", worse="glider"), asked)
+    best = real_claims.line(replace(claim, worse=real_claims.OTHERS, pool=4), asked)
+    assert "against the best other row, `phatgoose` | below (fragile)" in best
+    assert real_claims.line(replace(claim, pool=8), asked) == "| P | surpasses | not run | | |"
+
+
+def test_pools_are_paired_on_the_same_items():
+    rows = {"phatgoose": (ALL, ONE, ONE), "retrieval": (ONE,) * 3, "merged": (ONE,) * 3, "expert:a": (ONE,) * 3}
+    scores = {size: three_tasks(**rows) for size in (4, 8)}
+    text = real_differences.pools(scores, list("abc"))
+    assert "| phatgoose, k = 2 minus merged | **+16.7 (" in text and ")**\\* |" in text
+    assert "| merged | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |" in text
+    scores[8].results.tasks["b"]["targets"] = ["y"] * 80
+    with pytest.raises(ValueError, match="were asked others of b"):
+        real_differences.pools(scores, list("abc"))
+
+
+def test_tables_of_other_results_leave_the_readme(tmp_path, monkeypatch):
+    for file in real_answers.FOLDER.glob(real_answers.FILES):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = README.read_bytes()
+    monkeypatch.setattr("sys.argv", ["real_table.py", "--results", str(tmp_path)])
+    real_table.main()
+    assert README.read_bytes() == before
+    text = (tmp_path / "tables.md").read_text()
+    assert block("real-scaling") in text and "## real-more\n\n\n" in text, "no results of that kind are there"
+
+
+def test_small_tables_are_what_their_results_say():
+    """Of stories260K, whose answers were not kept."""
+    rows = [json.loads(line) for line in run.RESULTS.read_text().splitlines()]
+    assert block("table") == run.table(rows)
+    assert block("ensemble") == ensemble.table(json.loads(ensemble.RESULT.read_text()))
+    assert "`dam`" in run.missing([row for row in rows if row["method"] != "dam"])

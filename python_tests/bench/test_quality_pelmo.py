@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from bench_checkout import REPO  # first: bench is importable after it
@@ -43,6 +44,11 @@ def test_tables_from_the_items(kept, monkeypatch):
     assert "| gsm8k (n=2) | bbq_age (n=2) |" in text and "| one | 75.0 " in text and "| two | 0.0 " in text
     assert "| top-2 above one | +0.0 points, +0.0 to +0.0 |" in text
     assert "| top-2 above specific few-shot |" in text and text.count("| single-label top-2 |") == 1
+    renamed = [
+        replace(score, method="gsm8k expert") if score.method == "one" else score for score in pelmo.scores_of(items)
+    ]
+    own = pelmo.tables(renamed, ["gsm8k expert", "two"])
+    assert "| gsm8k expert above specific few-shot on gsm8k | +0.0 points" in own and "few-shot on bbq_age" not in own
     items[0]["right"]["one"] = False
     with pytest.raises(SystemExit, match="gsm8k, row 0: kept"):
         pelmo.check(items, data, ["one", "two"])
