@@ -273,6 +273,7 @@ _SERVED = {
     "plain": "plain vLLM",
     "plain_again": "plain vLLM again (noise)",
     "ours": "with routed experts",
+    "ours_bfloat16": "with routed experts in bfloat16",
     "vllm_lora": "vLLM's own LoRA, one adapter a request",
     "generate": "`generate` of the patched model, one by one",
 }

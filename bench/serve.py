@@ -25,6 +25,7 @@ MODEL, EXPERTS, RANK = "SmolLM2-135M-Instruct", 8, 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONCURRENT, PROMPT, ANSWER = (1, 8, 32), 32, 32
 PLAIN, AGAIN, ROUTED, LORA, GENERATE = "plain", "plain_again", "ours", "vllm_lora", "generate"
+NARROW = "ours_bfloat16"  # with experts in that type, as most adapters are stored
 BLOCKS = 64  # of each engine's cache, of 128 tokens on a CPU: every request has one
 SIZE = 0.15  # of an expert's B: enough to change what is said
 LOG_PROB = 1e-3  # what a log-probability may differ from the patched model's
@@ -111,25 +112,28 @@ def engines(model: Path, experts: list[str], eager: bool) -> dict[str, Callable[
     # LoRA first: vLLM 0.32 cannot start it in a process that has another engine
     way = {"enforce_eager": eager}
     lora = Engine(model, **way, enable_lora=True, max_loras=EXPERTS, max_lora_rank=RANK, max_cpu_loras=EXPERTS)
-    routed = Engine(model, **way, additional_config={"moerge": {"experts": experts, "requests": False}})
+    said = {"experts": experts, "requests": False}
+    routed, narrow = (
+        Engine(model, **way, additional_config={"moerge": said | more}) for more in ({}, {"dtype": "bfloat16"})
+    )
     plain = Engine(model, **way)
 
     def by_lora(prompts: list[list[int]]) -> dict[str, Any]:
         return lora.answer(prompts, [experts[i % EXPERTS] for i in range(len(prompts))])
 
-    return {PLAIN: plain.answer, ROUTED: routed.answer, AGAIN: plain.answer, LORA: by_lora}
+    return {PLAIN: plain.answer, ROUTED: routed.answer, NARROW: narrow.answer, AGAIN: plain.answer, LORA: by_lora}
 
 
 class Generate:
     """`model.generate` of the patched model, one request at a time."""
 
-    def __init__(self, model: Path, experts: list[str]):
+    def __init__(self, model: Path, experts: list[str], dtype: torch.dtype | None = None):
         from transformers import AutoModelForCausalLM
 
         from moerge_ext import load_experts, patch
 
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        patch(self.model, load_experts(experts))
+        patch(self.model, load_experts(experts, dtype))
 
     @torch.no_grad()
     def answer(self, prompts: list[list[int]]) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def run(
 ) -> list[str]:
     """Measures and records; the answers of ours that are wrong."""
     model, experts = prepare(folder)
-    reference = Generate(model, experts)
+    reference, other = Generate(model, experts), Generate(model, experts, torch.bfloat16)
     answers = engines(model, experts, eager)
     problems = []
     for count in concurrent:
@@ -180,6 +184,7 @@ def run(
         }
         asked = prompts_of(count, seed=count)
         worst = reference.worst(asked, answers[ROUTED](asked)["answers"])
+        worst = max(worst, other.worst(asked, answers[NARROW](asked)["answers"]))
         if worst > LOG_PROB:
             problems.append(f"{count} requests: log-probabilities of ours are off by {worst:.1e}")
             continue

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from ..serving.transformers.checks import checked
 
-        experts, config = checked(settings, args.model)
+        found = checked(settings, args.model)
     # transformers reads its options with packages that a check alone does not need
     context = passed_on(engine, args.model, args.passed) if args.passed or not args.check else None
     if args.check:
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if engine == "transformers":
         from ..serving.transformers import launch
 
-        return launch.wait(launch.start(settings, args.model, experts, config, context))
+        return launch.wait(launch.start(settings, args.model, *found, context))
     words = command(settings, args.model, args.passed)
     os.environ |= plugin_environment(os.environ, settings.answers_more)
     sys.stdout.flush()

@@ -132,10 +132,13 @@ def _one_thread() -> Iterator[None]:
 
 
 class Prompts:
-    """The texts of prompts, without special tokens. tokenizer: of the model, None where there is none."""
+    """The texts of prompts, without special tokens.
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    tokenizer: of the model, None where there is none; instead: what to do where a prompt has no text
+    """
+
+    def __init__(self, tokenizer: Any, instead: str = 'send {"query": "..."}'):
+        self._tokenizer, self._instead = tokenizer, instead
         named = getattr(tokenizer, "all_special_tokens", ())
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()  # those that only a chat template uses, too
         self._special = {*named, *(str(token) for token in added if getattr(token, "special", False))} - {""}
@@ -144,11 +147,11 @@ class Prompts:
         """As it was given, where that holds no special token; or else its tokens, decoded. ValueError for no text."""
         if given is None or any(token in given for token in self._special):
             if ids is None or self._tokenizer is None:
-                raise ValueError(NO_TEXT.format("came without one that could be read"))
+                raise ValueError(NO_TEXT.format("came without one that could be read", self._instead))
             given = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         if not given.strip():
-            raise ValueError(NO_TEXT.format("has none but special tokens"))
+            raise ValueError(NO_TEXT.format("has none but special tokens", self._instead))
         return given
 
 
-NO_TEXT = 'moerge: a request is routed by the text of its prompt, and this one {}: send {{"query": "..."}}'
+NO_TEXT = "moerge: a request is routed by the text of its prompt, and this one {}: {}"

@@ -267,7 +267,9 @@ def test_serve_checks_the_embedder_with_everything_else(base, experts, tmp_path,
         (["--embedder", "other", "--top-k", "9"], ["top_k=9 is more than", "embedder is 'other'"]),
         (["--embedder", base + "/.."], ["--embedder-name"]),
         (["--embedder-name", "bag"], ["are for --embedder MODEL"]),
-        (["--embedder", "bag", "--engine", "transformers"], ["--embedder: texts of requests are not embedded"]),
+        (["--method", "phatgoose", "--engine", "transformers", "--embedder", "bag"], ["phatgoose reads no text"]),
+        (["--engine", "transformers"], ["with --embedder they are found for the prompt's text"]),
+        (["--engine", "transformers", "--embedder", "other"], ["indexed only by bag"]),
     ):
         status, said = checked(base, experts, capsys, *more)
         assert status == 2 and all(word in said for word in words), said

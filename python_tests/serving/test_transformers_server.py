@@ -46,9 +46,9 @@ def folders(tmp_path_factory):
     return str(root / "model"), [str(path) for path in experts.values()]
 
 
-def serve(folders, port: int, *words: str, method: str = "phatgoose"):
+def serve(folders, port: int, *words: str, method: str = "phatgoose", **more):
     model, experts = folders
-    settings = Settings.parse({"experts": experts, "method": method})
+    settings = Settings.parse({"experts": experts, "method": method} | more)
     found = checked(settings, model)
     context = launch.options_of(model, ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", *words])
     served = launch.start(settings, model, *found, context)

@@ -10,13 +10,17 @@ from ...models.pretrained import GGUF, context_of, is_seq2seq, load_config
 from ...routing.patch import check_patch
 from ...routing.planning import listing
 from ..pool import CANNOT, meta_model, of_base
+from ..queries import Queries, readers
 from ..settings import Settings
 
 INSTEAD = "`--engine vllm` has it"
 
 
-def checked(settings: Settings, model: str) -> tuple[ExpertBank, Any]:
-    """(the experts, the model's config); ValueError that lists everything that keeps them from being served."""
+def checked(settings: Settings, model: str) -> tuple[ExpertBank, Any, Queries | None]:
+    """(the experts, the model's config, what embeds prompts).
+
+    ValueError that lists everything that keeps them from being served.
+    """
     cannot = CANNOT.format(settings.method)
     if problems := unserved(settings) + unreadable(model):
         raise ValueError(listing(cannot, problems))
@@ -28,7 +32,7 @@ def checked(settings: Settings, model: str) -> tuple[ExpertBank, Any]:
         raise ValueError(listing(cannot, problems))
     kept = {"absent": settings.absent, "missing": settings.missing, "loaded": False}
     check_patch(meta_model(config), experts, settings.method, **kept, **settings.options)
-    return experts, config
+    return experts, config, settings.queries(model)
 
 
 def unserved(settings: Settings) -> list[str]:
@@ -37,17 +41,20 @@ def unserved(settings: Settings) -> list[str]:
     problems = []
     if row.decodes:
         problems.append(f"method '{row.name}' decodes with several models: `moerge generate` runs it")
-    elif row.bias is not None:
+    elif row.bias is not None and (settings.embedder is None or not readers([row.name])):
+        finds = ", with --embedder they are found for the prompt's text" if readers([row.name]) else ""
         problems.append(
             f"method '{row.name}' needs weights or affinities of each request, which transformers' server does not let "
-            "through: `--engine vllm` takes them, or choose a method that routes by the tokens alone, such as phatgoose"
+            f"through: `--engine vllm` takes them{finds}, or choose a method that routes by the tokens alone, such as "
+            "phatgoose"
         )
+    if "every" in row.options:
+        problems.append(f"method '{row.name}' reads the text again as it grows, which a server does not do")
     asked = {
         "--methods": (settings.methods, "a request cannot name a method"),
         "--live-experts": (settings.spare, "experts cannot join while it runs"),
         "--routing-metrics": (settings.metrics, "there is no /metrics to add to"),
         "--traces": (settings.traces, "requests cannot ask for a trace"),
-        "--embedder": (settings.embedder, "texts of requests are not embedded"),
     }
     return problems + [
         f"{flag}: {why} with transformers' server: {INSTEAD}" for flag, (said, why) in asked.items() if said

@@ -20,8 +20,10 @@ from ...experts.bank import ExpertBank
 from ...files.counting import counted
 from ...models.pretrained import load_tokenizer
 from ...routing.patch import Handle, patch
+from ..queries import Queries
 from ..settings import Settings
 from .cache import bounded
+from .texts import scores_of
 
 INSTALL = (
     "transformers' server needs {}: pip install 'moerge_ext[serve]', or install vLLM (see docs/serving.md) for "
@@ -68,13 +70,19 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def start(settings: Settings, name: str, experts: ExpertBank, config: Any, context: Any) -> Any:
-    """transformers' `Serve`, listening in a thread once the model is there."""
+def start(
+    settings: Settings, name: str, experts: ExpertBank, config: Any, queries: Queries | None, context: Any
+) -> Any:
+    """transformers' `Serve`, listening in a thread once the model is there.
+
+    experts, config, queries: what `checked` found
+    """
     options = context.params
     options |= bounded(options, config)
     check_address(options["host"], options["port"])
     warn_of_chats(name)
-    with _managed(partial(_manager(), name, partial(route, settings, experts))):
+    scores = None if queries is None else scores_of(queries, settings.method, load_tokenizer(name))
+    with _managed(partial(_manager(), name, partial(route, settings, experts), scores)):
         served = context.command.invoke(context)
     served._model_manager.generation = served._generation_state
     return served

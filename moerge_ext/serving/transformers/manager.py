@@ -14,6 +14,7 @@ from ...routing.patch import Handle
 from .cache import hold_to_cache
 from .context import hold_to_context, hold_to_template
 from .leaving import end_with_client
+from .texts import Scores, route_by_texts
 
 REVISION = "main"  # which transformers' server adds to a name without one
 
@@ -21,10 +22,12 @@ REVISION = "main"  # which transformers' server adds to a name without one
 class RoutedManager(ModelManager):
     """Loads the model `name` (folder or hub id) and gives it to `route`, which adds the experts; again after it was
     unloaded by `/reset`. Every other model is refused by HTTP 404, so that none answers without experts.
+
+    scores: where requests are routed by their texts, what finds their affinities
     """
 
-    def __init__(self, name: str, route: Callable[[nn.Module], Handle], **options: Any):
-        self.name, self.route, self._started = name, route, int(time.time())
+    def __init__(self, name: str, route: Callable[[nn.Module], Handle], scores: Scores | None = None, **options: Any):
+        self.name, self.route, self.scores, self._started = name, route, scores, int(time.time())
         self.handle: Handle | None = None
         self.generation: Any = None  # transformers' `GenerationState` of the server
         super().__init__(**options)
@@ -67,6 +70,8 @@ class RoutedManager(ModelManager):
         model = super()._load_model(f"{model_id_and_revision}@{REVISION}", *args, **kwargs)
         self._end_batching()
         self.handle = self.route(model)
+        if self.scores is not None:
+            route_by_texts(model, self.handle, self.scores)
         hold_to_cache(model)
         hold_to_context(model)
         end_with_client(model)
