@@ -14,6 +14,7 @@ from moerge_ext.demo.questions import SKILLS, rows
 from moerge_ext.models import smollm2
 
 pytestmark = pytest.mark.slow
+APART = ("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # engines in processes of their own
 EXPERTS = sorted(str(path) for path in (Path(moerge_ext.demo.__file__).parent / "real_experts").iterdir())
 
 
@@ -34,8 +35,9 @@ def asked(model) -> list[list[int]]:
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
 
 
-def test_answers_in_batches_and_from_the_cache(model, asked):
+def test_answers_in_batches_and_from_the_cache(model, asked, monkeypatch):
     """64 x 64 tokens, 32 at once; the same again, from blocks that are kept; by eights and one by one."""
+    monkeypatch.setenv(*APART)
     longest = max(map(len, asked))
     options = {"max_num_seqs": 32, "max_model_len": longest + 64, "block_size": 32}
     with Engine(model, EXPERTS, **options) as engine:
@@ -52,7 +54,7 @@ def test_answers_in_batches_and_from_the_cache(model, asked):
 
 def test_answers_of_three_ranks(model, asked, monkeypatch):
     """9 heads and 3 of k and v: a third for each."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv(*APART)
     torch.manual_seed(0)
     with Engine(model, EXPERTS, tensor_parallel_size=3, distributed_executor_backend="mp") as engine:
         outputs = engine.answers([ids for ids in asked if len(ids) < LENGTH - 16][:8], count=16)
