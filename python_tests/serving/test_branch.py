@@ -129,6 +129,18 @@ def test_one_bank_for_all_methods(experts):
     assert {m.plans[QKV[0]].lora_A.data_ptr() for m in pool.methods} == {bank.lora_A.data_ptr()}
 
 
+def test_more_ranks_than_heads_of_k_and_v(experts):
+    """Four ranks, two heads of k and v: each rank has one head of q, and two ranks share one of k and v."""
+    pool, x = served(experts), tokens(9, 32)
+    model = patched(experts, "phatgoose")[0]
+    for rank in range(4):
+        tables = tables_of(pool)
+        tables.begin([None], [9])
+        got = Packed(builders.tiny_llama(), pool, tables, rank, 4)(x).split(8, -1)
+        for part, module, head in zip(got, QKV, (rank, rank // 2, rank // 2), strict=True):
+            torch.testing.assert_close(part, layers(model, (module,), x)[:, head * 8 : head * 8 + 8])
+
+
 def test_a_method_with_factors_of_its_own_beside_others(experts):
     """Each routes among its own, whichever is the default; requests weigh the experts as they came."""
     x, affinities, weights = tokens(6, 32), (0.1, 0.2, 0.3, 0.4), (0.0, 0.0, 0.5, 1.0)
