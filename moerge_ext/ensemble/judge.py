@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -16,10 +17,10 @@ from ..queries.vectors import unit
 
 Judge = Callable[[str, str, str], bool]  # (question, answer, gold) -> right?
 Golds = Sequence[str]  # the answers that are right, at least one: an entity has several names
-_WORD = re.compile(r"[^\W_]+")
-_LETTER = re.compile(r"\(?([A-Za-z])(?:[).:,]|$)")
+_LETTER = re.compile(r"[*_`]*\(?([A-Za-z])(?:[).:,*_`\n]|$)|([B-HJ-Z])\s")  # "A" and "I" before a space may be words
 _BRACKETED = re.compile(r"\(([A-Za-z])\)")
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"((?<![\w.,)\]])[-\u2212])?[$\u20ac\u00a3]?(\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
+_SIGN = "####"  # before the final answer of GSM8K's solutions
 
 
 def exact(question: str, answer: str, gold: str) -> bool:
@@ -28,7 +29,7 @@ def exact(question: str, answer: str, gold: str) -> bool:
 
 
 def numeric(question: str, answer: str, gold: str) -> bool:
-    """The last number of the answer equals the last number of the gold answer, as GSM8K is scored."""
+    """The last number of the answer equals that of the gold answer; behind "####", as in GSM8K, the first."""
     mine, right = number(answer), number(gold)
     if right is None:
         raise ValueError(f"the numeric judge needs a number in the gold answer, got {gold[:80]!r}; use another judge")
@@ -48,21 +49,39 @@ def contains(question: str, answer: str, gold: str) -> bool:
 
 def choice(question: str, answer: str, gold: str) -> bool:
     """The letter that the answer to a multiple choice begins with ("B", "b.", "B) because"), else its first "(B)"."""
-    right, found = _LETTER.match(gold.strip()), _LETTER.match(answer.strip()) or _BRACKETED.search(answer)
+    right = _letter(gold)
     if right is None:
         raise ValueError(f"the judge 'choice' needs a letter as gold answer, got {gold[:80]!r}; use another judge")
-    return found is not None and found[1].upper() == right[1].upper()
+    return _letter(answer) == right
+
+
+def _letter(text: str) -> str | None:
+    """The letter of a multiple choice that a text names, in upper case."""
+    begins, bracketed = _LETTER.match(text.strip()), _BRACKETED.search(text)
+    if begins is not None and begins[0].upper() in ("A,", "I,") and bracketed is not None:
+        begins = None  # "I, for one, say (C)"
+    found = begins or bracketed
+    return None if found is None else next(filter(None, found.groups())).upper()
 
 
 def _words(text: str) -> str:
-    """The words in lower case, a space around each."""
-    return f" {' '.join(_WORD.findall(text.casefold()))} "
+    """The words in lower case, a space around each; vowel signs are of their word, a number with its point is one."""
+    text = unicodedata.normalize("NFC", text.casefold())
+    kept = []
+    for i, c in enumerate(text):
+        inside = c in ".," and text[i - 1 : i].isdigit() and text[i + 1 : i + 2].isdigit()
+        kept.append(c if inside or c.isalnum() or unicodedata.category(c).startswith("M") else " ")
+    return f" {' '.join(''.join(kept).split())} "
 
 
 def number(text: str) -> float | None:
-    """The last number in a text ("$1,200.50." -> 1200.5), or None."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    """The last number in a text ("$1,200.50." -> 1200.5), the first behind "####"; None without one."""
+    _, sign, final = text.partition(_SIGN)
+    found = _NUMBER.findall(final if sign else text)
+    if not found:
+        return None
+    minus, digits = found[0 if sign else -1]
+    return float(("-" if minus else "") + digits.replace(",", ""))
 
 
 def final_answer(text: str, after: str | None) -> str:

@@ -80,7 +80,9 @@ class Answerer:
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         ids, mask = self._padded(rows, left=not self.seq2seq)
         self.check_length(ids.shape[1] + (0 if self.seq2seq else max_new_tokens))
-        options = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options}
+        # the ends that answers were trained with, of which a generation config may know nothing
+        ends = {"eos_token_id": list(self.ends)} if self.ends else {}
+        options = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **ends, **options}
         if self.trace is not None:
             options["stopping_criteria"] = [_UntilTheEnd(self.ends, self.trace)]
         if counts is not None:

@@ -144,12 +144,12 @@ def check_routed(runs: Sequence[Run]) -> None:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's correlation; None for fewer than three pairs or a constant side."""
+    """Pearson's correlation; None for fewer than three pairs or a side that is constant but for rounding."""
     if len(x) != len(y):
         raise ValueError(f"expected pairs, got {len(x)} and {len(y)} values")
     mean_x, mean_y = sum(x) / max(1, len(x)), sum(y) / max(1, len(y))
     xx, yy = sum((a - mean_x) ** 2 for a in x), sum((b - mean_y) ** 2 for b in y)
-    if len(x) < 3 or xx == 0 or yy == 0:
+    if len(x) < 3 or any(max(side) - min(side) <= 1e-12 * max(map(abs, side)) for side in (x, y)):
         return None
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / math.sqrt(xx * yy)
 

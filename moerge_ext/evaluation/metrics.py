@@ -97,12 +97,17 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of ours - theirs over the same items, with the normal 95 % interval of the mean."""
+    """(mean, low, high) of ours - theirs over the same items, each in [0, 1]: the normal 95 % interval of the mean.
+
+    It is too narrow for fewer than some twenty items; one item alone has all of [-1, 1].
+    """
     if len(ours) != len(theirs) or not ours:
         raise ValueError(f"expected two equally long lists of results, got {len(ours)} and {len(theirs)}")
     differences = [float(a) - float(b) for a, b in zip(ours, theirs, strict=True)]
     n = len(differences)
     mean = sum(differences) / n
-    variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
+    if n == 1:
+        return mean, -1.0, 1.0
+    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
     half = Z * math.sqrt(variance / n)
-    return mean, mean - half, mean + half
+    return mean, max(-1.0, mean - half), min(1.0, mean + half)

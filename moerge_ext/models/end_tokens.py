@@ -34,9 +34,10 @@ def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def target_ids(tokenizer: Any, text: str, ends: Sequence[int], *, seq2seq: bool) -> list[int]:
-    """Token ids of an answer, with the end that `end_tokens` says."""
+    """Token ids of an answer, with the end that `end_tokens` says, or its own where it brings one."""
     if not seq2seq:
-        return tokenizer(text, add_special_tokens=False).input_ids + list(ends[:1])
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return ids if ids and ids[-1] in ends else ids + list(ends[:1])
     ids = tokenizer(text_target=text).input_ids
     foreign = ids[-1:] == [tokenizer.eos_token_id] and tokenizer.eos_token_id not in ends
     return [*ids[:-1], *ends[:1]] if foreign and ends else ids

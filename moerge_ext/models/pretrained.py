@@ -253,13 +253,19 @@ def context_of(config: Any) -> int | None:
 
 def open_ids(tokenizer: Any, text: str, ends: Sequence[int]) -> list[int]:
     """Token ids of a text to be continued: without the end that some tokenizers add, but with one that is its own."""
-    ids = tokenizer(text).input_ids
+    ids = one_start(tokenizer(text).input_ids, tokenizer)
     ends = (*ends, getattr(tokenizer, "eos_token_id", None))
     if not ids or ids[-1] not in ends:
         return ids
     own = tokenizer(text, add_special_tokens=False).input_ids
     added = _ends_of(ids, ends) > _ends_of(own, ends)
     return ids[:-1] if added and len(ids) > 1 else ids
+
+
+def one_start(ids: list[int], tokenizer: Any) -> list[int]:
+    """Token ids without the start that a tokenizer adds to a text which begins with it."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
 
 def _ends_of(ids: list[int], ends: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from ..files.examples import as_example
 from ..files.listing import at_rows
 from ..files.rows import MAX_LISTED
 from ..models.end_tokens import end_tokens, target_ids
-from ..models.pretrained import context_of, is_seq2seq
+from ..models.pretrained import context_of, is_seq2seq, one_start
 from ..models.prompt import PromptFormat
 from ..models.wrappers import unwrapped
 from .batches import Batch, BatchSource, Collate, as_source
@@ -175,7 +175,7 @@ def encode(
     if "input" not in row:
         if seq2seq:
             raise ValueError('an encoder-decoder model needs rows with "input" and "target", not "text"')
-        ids = tokenizer(prompt.whole(row)).input_ids
+        ids = one_start(tokenizer(prompt.whole(row)).input_ids, tokenizer)
         ids = (ids + end if ids[-1:] != end else ids)[:max_length]
         return {"input_ids": ids, "labels": list(ids)}
     given = prompt.prompt(row, tokenizer).ids(tokenizer, ends, seq2seq=seq2seq)

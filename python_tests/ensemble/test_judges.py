@@ -7,7 +7,17 @@ import torch
 from query_cases import completion, fake_embedder, server
 
 from moerge_ext import InstructionWriter
-from moerge_ext.ensemble.judge import choice, contains, exact, final_answer, is_right, judged, label_matrix, numeric
+from moerge_ext.ensemble.judge import (
+    choice,
+    contains,
+    exact,
+    final_answer,
+    is_right,
+    judged,
+    label_matrix,
+    number,
+    numeric,
+)
 from moerge_ext.ensemble.llm_judge import LLMJudge, VerdictError, parse_verdict
 from moerge_ext.queries.cache import TextCache
 
@@ -19,6 +29,18 @@ def test_judges():
         and not numeric("q", "no idea", "7")
         and numeric("q", "-2", "-2.0")
     )
+    for answer, value in (
+        ("-$5.", -5),
+        ("\u22125", -5),
+        ("about .75", 0.75),
+        ("pages 5-7", 7),
+        ("10-3 = 7", 7),
+        ("$1,200.50.", 1200.5),
+        ("x=-3", -3),
+        ("#### 72\n\nQuestion 3", 72),
+        ("2 + 3 = 5 #### -5 apples", -5),
+    ):
+        assert number(answer) == value, answer
     with pytest.raises(ValueError, match="needs a number in the gold answer"):
         numeric("q", "7", "seven")
     matrix = judged(exact, ["q", "r"], [["a", "b"], ["c", "c"]], ["a", "c"])
@@ -64,11 +86,17 @@ def test_words_in_an_answer():
     assert contains("q", "I think it is New York, of course.", "new york")
     assert not contains("q", "newyork", "new york") and not contains("q", "Yorkshire", "York")
     assert contains("q", "über-groß", "Über") and not contains("q", "", "a")
+    assert not contains("q", "\u0926\u093f\u0932\u094d\u0932\u0940", "\u0926\u093e\u0932")  # Delhi, dal
+    assert not contains("q", "1.5 km", "1") and not contains("q", "1,5", "5") and contains("q", "it is 5.", "5")
+    assert contains("q", "cafe\u0301", "caf\u00e9")
     with pytest.raises(ValueError, match="needs a word in the gold answer, got '...'"):
         contains("q", "x", "...")
 
 
 def test_letters_of_choices():
+    for answer in ("C\nbecause", "C because", "**C**", "**C.** so", "I, for one, say (C)"):
+        assert choice("q", answer, "C"), answer
+    assert choice("q", "A, since", "A") and choice("q", "I", "I") and not choice("q", "A cat", "A")
     for answer in ("C", "(C) The retired guy", "c.", "C) the guy (B)", "The right one is (C), not (A)", "C: the guy"):
         assert choice("q", answer, "C"), answer
     for answer in ("", "B", "A man (C)"[:5], "(B) or (C)", "Can't say", "Cats", "the guy C"):

@@ -26,6 +26,7 @@ def test_paired_difference():
     assert got == pytest.approx((0.25, 0.25 - 1.95996 * 0.25, 0.25 + 1.95996 * 0.25), abs=1e-4)
     with pytest.raises(ValueError, match="got 2 and 1"):
         paired_difference([1, 0], [1])
+    assert paired_difference([1], [0]) == (1, -1, 1) and paired_difference([1, 1, 0], [0, 0, 0])[2] == 1
 
 
 def test_table():

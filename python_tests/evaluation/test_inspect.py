@@ -111,6 +111,7 @@ def test_correlation():
     x, y = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).double()
     assert pearson(x.tolist(), y.tolist()) == pytest.approx(torch.corrcoef(torch.stack([x, y]))[0, 1].item())
     assert pearson([1, 2], [1, 2]) is None and pearson([1, 1, 1], [1, 2, 3]) is None
+    assert pearson([0.7] * 5, [0.1, 0.2, 0.4, 0.9, 0.3]) is None and pearson([0, 0, 0], [1, 2, 3]) is None
     unknown = Inspection("m", "t", ("a",), None, {})
     assert correlations([unknown], {("m", "t"): 0.5}) == {"m": None}
 

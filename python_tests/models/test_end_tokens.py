@@ -55,3 +55,9 @@ def test_one_warning_with_both_where_they_differ():
     assert target_ids(Tokenizer(1), "a", ends, seq2seq=False) == [97, 2]
     assert target_ids(Tokenizer(1), "a", ends, seq2seq=True) == [97, 2]
     assert target_ids(Tokenizer(2), "a", ends, seq2seq=True) == [97, 2]
+
+
+def test_an_answer_that_brings_its_end_has_no_second():
+    assert target_ids(Tokenizer(98), "ab", (98, 99), seq2seq=False) == [97, 98]
+    assert target_ids(Tokenizer(98), "ac", (98, 99), seq2seq=False) == [97, 99]
+    assert target_ids(Tokenizer(98), "", (98,), seq2seq=False) == [98]

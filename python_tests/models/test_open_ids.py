@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moerge_ext.models.pretrained import open_ids
+from moerge_ext.models.pretrained import one_start, open_ids
 
 END = 2
 
@@ -26,3 +26,9 @@ class WithEnds:
 @pytest.mark.parametrize("text", ["ab", "ab\n", "ab\n\n", "\n"])
 def test_a_prompt_keeps_its_own_end_and_no_other(adds, text):
     assert open_ids(WithEnds(adds), text, (END,)) == WithEnds(False)(text).input_ids
+
+
+def test_a_text_that_begins_with_the_start_has_no_second():
+    assert one_start([1, 1, 5], SimpleNamespace(bos_token_id=1)) == [1, 5]
+    assert one_start([1, 5], SimpleNamespace(bos_token_id=1)) == [1, 5]
+    assert one_start([5, 5], SimpleNamespace(bos_token_id=None)) == [5, 5]
