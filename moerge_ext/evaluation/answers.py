@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.end_tokens import end_tokens, target_ids
+from ..models.end_tokens import end_tokens, target_ids, turn_ends
 from ..models.pretrained import context_of, is_seq2seq
 from ..models.prompt import Prompt, PromptFormat
 from ..training.batches import model_device
@@ -50,8 +50,11 @@ class Answerer:
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
         return prompt.some_ids(self.tokenizer, self.ends, seq2seq=self.seq2seq)
 
-    def target_ids(self, text: str) -> list[int]:
-        return target_ids(self.tokenizer, text, self.ends, seq2seq=self.seq2seq)
+    def target_ids(self, text: str, prompt: str | Prompt = "") -> list[int]:
+        """Token ids of an answer to a prompt, with the end that it has there."""
+        chat = isinstance(prompt, Prompt) and prompt.special
+        ends = turn_ends(self.tokenizer, self.ends) if chat else self.ends
+        return target_ids(self.tokenizer, text, ends, seq2seq=self.seq2seq)
 
     def check_length(self, length: int) -> None:
         """ValueError when `length` tokens do not fit the model's context."""
@@ -135,7 +138,8 @@ class Answerer:
     @torch.no_grad()
     def token_log_likelihoods(self, prompts: Sequence[str | Prompt], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(log p(token | prompt, tokens before) [N,T] float64, 0 behind an answer's end; which are tokens [N,T])."""
-        starts, ends = [self.prompt_ids(p) for p in prompts], [self.target_ids(a) for a in answers]
+        starts = [self.prompt_ids(prompt) for prompt in prompts]
+        ends = [self.target_ids(answer, prompt) for prompt, answer in zip(prompts, answers, strict=True)]
         device = model_device(self.model)
         if self.meter is not None:
             self.meter.add(sum(map(len, starts)) + sum(map(len, ends)), len(starts))

@@ -180,7 +180,8 @@ class EngineAnswerer(Answerer):
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def token_log_likelihoods(self, prompts: Sequence[str | Prompt], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        starts, ends = [self.prompt_ids(p) for p in prompts], [self.target_ids(a) for a in answers]
+        starts = [self.prompt_ids(prompt) for prompt in prompts]
+        ends = [self.target_ids(answer, prompt) for prompt, answer in zip(prompts, answers, strict=True)]
         lengths = [len(start) + len(end) for start, end in zip(starts, ends, strict=True)]
         self.check_length(max(lengths) + self.room)
         self._engine.start()

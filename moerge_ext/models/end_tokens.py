@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 
@@ -31,6 +32,27 @@ def end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
             stacklevel=3,
         )
     return ids
+
+
+def turn_ends(tokenizer: Any, ends: Sequence[int]) -> tuple[int, ...]:
+    """`ends` for an answer of a chat: that first which the chat template writes behind one, if it writes any of them.
+
+    Gemma's tokenizer ends texts with <eos>, its template turns with <end_of_turn>; generation waits for both.
+    """
+    return _turn_ends(tokenizer, str(getattr(tokenizer, "chat_template", None)), tuple(ends))
+
+
+@lru_cache(maxsize=4)
+def _turn_ends(tokenizer: Any, template: str, ends: tuple[int, ...]) -> tuple[int, ...]:
+    mark = "xyzzy"
+    messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+    try:
+        said = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # without a template, or with one that refuses this: the chat itself says so
+        return ends
+    behind = tokenizer(said.rpartition(mark)[2], add_special_tokens=False).input_ids
+    first = next((token for token in behind if token in ends), None)
+    return ends if first is None else (first, *(token for token in ends if token != first))
 
 
 def target_ids(tokenizer: Any, text: str, ends: Sequence[int], *, seq2seq: bool) -> list[int]:

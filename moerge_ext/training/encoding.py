@@ -14,7 +14,7 @@ from ..files.counting import counted
 from ..files.examples import as_example
 from ..files.listing import at_rows
 from ..files.rows import MAX_LISTED
-from ..models.end_tokens import end_tokens, target_ids
+from ..models.end_tokens import end_tokens, target_ids, turn_ends
 from ..models.pretrained import context_of, is_seq2seq, one_start
 from ..models.prompt import PromptFormat
 from ..models.wrappers import unwrapped
@@ -178,7 +178,9 @@ def encode(
         ids = one_start(tokenizer(prompt.whole(row)).input_ids, tokenizer)
         ids = (ids + end if ids[-1:] != end else ids)[:max_length]
         return {"input_ids": ids, "labels": list(ids)}
-    given = prompt.prompt(row, tokenizer).ids(tokenizer, ends, seq2seq=seq2seq)
+    asked = prompt.prompt(row, tokenizer)
+    given = asked.ids(tokenizer, ends, seq2seq=seq2seq)
+    ends = turn_ends(tokenizer, ends) if asked.special else ends
     target = target_ids(tokenizer, row["target"], ends, seq2seq=seq2seq)
     if seq2seq:
         return {"input_ids": given[:max_length], "labels": target[:max_length]}

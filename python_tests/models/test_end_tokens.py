@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from moerge_ext.models.end_tokens import end_tokens, target_ids
+from moerge_ext.evaluation.answers import Answerer
+from moerge_ext.models.end_tokens import end_tokens, target_ids, turn_ends
+from moerge_ext.models.prompt import Prompt, PromptFormat
+from moerge_ext.training.encoding import encode
 
 
 class Tokenizer:
@@ -61,3 +64,27 @@ def test_an_answer_that_brings_its_end_has_no_second():
     assert target_ids(Tokenizer(98), "ab", (98, 99), seq2seq=False) == [97, 98]
     assert target_ids(Tokenizer(98), "ac", (98, 99), seq2seq=False) == [97, 99]
     assert target_ids(Tokenizer(98), "", (98,), seq2seq=False) == [98]
+
+
+def test_an_answer_of_a_chat_ends_with_the_turn():
+    """Of all that generation waits for, what the template writes; the tokenizer's own everywhere else."""
+
+    class Chats(Tokenizer):
+        def apply_chat_template(self, messages, tokenize):
+            assert not tokenize
+            return "".join(f"<{m['role']}>{m['content']}|\n" for m in messages) + "%"
+
+    turn, other = ord("|"), ord("?")
+    assert turn_ends(Chats(1), (1, turn, other)) == (turn, 1, other)
+    assert turn_ends(Chats(1), (1, other)) == (1, other) and turn_ends(Tokenizer(1), (1, turn)) == (1, turn)
+    tokenizer = Chats(1)
+    answers = SimpleNamespace(tokenizer=tokenizer, ends=(1, turn), seq2seq=False)
+    assert Answerer.target_ids(answers, "a", Prompt("q", special=True)) == [97, turn]
+    assert Answerer.target_ids(answers, "a", Prompt("q")) == Answerer.target_ids(answers, "a", "q") == [97, 1]
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.apply_chat_template = lambda messages, **_: "".join(f"<{m['role']}>{m['content']}?" for m in messages)
+    row = {"input": "q", "target": "a"}
+    for chat, end in ((True, other), (False, 1)):
+        said = PromptFormat(chat=chat)
+        learned = encode(row, tokenizer, 99, seq2seq=False, ends=(1, turn, other), prompt=said)["labels"]
+        assert learned[-2:] == [97, end]
