@@ -14,7 +14,7 @@ from ..queries.router import QueryRouter
 from ..queries.similar import similar_examples
 from ..routing.patch import Handle
 from .runs import Run
-from .tasks import Task
+from .tasks import Task, digest_of
 
 
 def router_of(run: Run, routers: Mapping[str, Any] | None) -> Any:
@@ -47,7 +47,7 @@ def check_examples(
     needed: dict[str, int] = {}
     for run in runs:
         router = None if run.method is None else router_of(run, routers)
-        if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
+        if _sees_similar(router, settings):
             needed[run.label] = settings.similar
         elif router is not None and _reads_solved_rows(run.method):
             needed[run.label] = 1
@@ -67,6 +67,27 @@ def check_examples(
         raise ValueError("\n".join(problems))
 
 
+def files_read(run: Run, router: Any, task: Task, settings: Any) -> dict[str, str]:
+    """Digests of what a run reads of a task's files beside its rows: of train.jsonl, of the whole evaluated file."""
+    found = {}
+    if _sees_similar(router, settings) or _reads_solved_rows(run.method):
+        found["solved"] = digest_of(task.examples())
+    if _pools_inputs(run.method):
+        found["inputs"] = digest_of(task.inputs())
+    return found
+
+
+def _sees_similar(router: Any, settings: Any) -> bool:
+    """Whether a router's writer sees solved rows of the task's train.jsonl with a query."""
+    return bool(settings.similar) and isinstance(router, QueryRouter) and router.writer is not None
+
+
+def _pools_inputs(name: str) -> bool:
+    """Whether a method decides for a task by inputs of the evaluated file."""
+    method = get_method(name)
+    return method.per_task and "queries" in method.options
+
+
 def _reads_solved_rows(name: str) -> bool:
     """Whether a method decides for a task by solved rows of its train.jsonl, not by inputs of the evaluated file."""
     method = get_method(name)
@@ -78,7 +99,7 @@ def show_similar(router: Any, task: Task, settings: Any) -> None:
 
     They are embedded when the first query is.
     """
-    if settings.similar and isinstance(router, QueryRouter) and router.writer is not None:
+    if _sees_similar(router, settings):
         nearest = cache(lambda: similar_examples(router.embedder, task.examples(), settings.similar))
         router.similar = lambda query: nearest()(query)
 

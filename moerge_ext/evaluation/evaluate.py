@@ -19,7 +19,15 @@ from ..models.prompt import INPUT, PromptFormat
 from ..routing.patch import Handle, check_patch, patch
 from . import identity
 from .answers import Answerer
-from .asked_routers import check_examples, check_routers, router_of, row_queries, show_similar, task_queries
+from .asked_routers import (
+    check_examples,
+    check_routers,
+    files_read,
+    router_of,
+    row_queries,
+    show_similar,
+    task_queries,
+)
 from .checks import check_prompts, token_limit
 from .cost import Meter, cost_of, since
 from .metrics import GRADED, SCORES
@@ -191,7 +199,7 @@ def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, 
         "max_new_tokens": settings.max_new_tokens,
     }
     if task.metric == "rank":
-        header["length_norm"] = settings.length_norm
+        header |= {"length_norm": settings.length_norm, "choices": task.closed}
     if (trained := run.options.get("routers")) is not None:
         header["routers"] = identity.of_trained(trained)
     if run.placing:
@@ -204,6 +212,7 @@ def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, 
         header |= {"options": {key: str(value) for key, value in options.items()}, "similar": settings.similar}
         header["router"] = identity.of_router(router)
         header |= {"seed": settings.seed} if method.per_task else {}
+        header |= files_read(run, router, task, settings)
         header |= {part: getattr(getattr(router, part, None), "name", None) for part in ("embedder", "writer")}
     return header
 
