@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+from ..files.listing import at_rows
 from ..methods import get_method
 from ..queries.describe import draw
 from ..queries.router import QueryRouter
@@ -50,7 +51,7 @@ def check_examples(
         if _sees_similar(router, settings):
             needed[run.label] = settings.similar
         elif router is not None and _reads_solved_rows(run.method):
-            needed[run.label] = 1
+            needed[run.label] = router.task_examples
     problems = []
     for task in tasks if needed else ():
         try:
@@ -65,6 +66,50 @@ def check_examples(
         ]
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def check_texts(runs: Sequence[Run], routers: Mapping[str, Any] | None, tasks: Sequence[Task], settings: Any) -> None:
+    """One ValueError for all tasks with a blank text that a run's embedder or writer will be given, and refuse."""
+    problems: dict[str, list[str]] = {}
+    for run in runs:
+        router = None if run.method is None else router_of(run, routers)
+        for task in tasks:
+            for where, rows in _texts_read(run, router, task, settings).items():
+                if blank := [number for number, text in enumerate(rows) if text is not None and not text.strip()]:
+                    said = f"task {task.name}: {where}, {at_rows(blank)}: the input is blank"
+                    problems.setdefault(said, []).append(run.label)
+    if problems:
+        lines = [f"{said}, and {', '.join(labels)} cannot route by it" for said, labels in problems.items()]
+        raise ValueError(
+            "a blank text has no meaning to route by: give it words, or leave its row out\n" + "\n".join(lines)
+        )
+
+
+def _texts_read(run: Run, router: Any, task: Task, settings: Any) -> dict[str, list[str | None]]:
+    """{file: its inputs that a run's router embeds or has a writer read, None for others}."""
+    writer, embedder = getattr(router, "writer", None), getattr(router, "embedder", None)
+    if writer is None and embedder is None:
+        return {}
+    found: dict[str, list[str | None]] = {}
+    if _pools_inputs(run.method):
+        options = get_method(run.method).configure(**run.options)[2]
+        drawn, inputs = set(_pooled(task, options, settings)), task.inputs()
+        found[f"{task.split}.jsonl"] = [text if text in drawn else None for text in inputs]
+    elif not get_method(run.method).per_task:
+        found[f"{task.split}.jsonl"] = [row["input"] for row in task.rows]
+    elif writer is None:
+        examples = task.examples()
+        drawn = [id(row) for row in draw(examples, router.task_examples, settings.seed)]
+        found["train.jsonl"] = [row["input"] if id(row) in drawn else None for row in examples]
+    if _sees_similar(router, settings):
+        found["train.jsonl"] = [row["input"] for row in task.examples()]
+    return found
+
+
+def _pooled(task: Task, options: Mapping[str, Any], settings: Any) -> list[str]:
+    """The random inputs of the evaluated file by which a method decides for the task."""
+    inputs = task.inputs()
+    return random.Random(settings.seed).sample(inputs, min(options["queries"], len(inputs)))
 
 
 def files_read(run: Run, router: Any, task: Task, settings: Any) -> dict[str, str]:
@@ -113,8 +158,7 @@ def task_queries(handle: Handle | None, task: Task, settings: Any):
     if router is None or not handle.method.per_task:
         return nullcontext()
     if "queries" in handle.options:
-        inputs = task.inputs()
-        return handle.queries(random.Random(settings.seed).sample(inputs, min(handle.options["queries"], len(inputs))))
+        return handle.queries(_pooled(task, handle.options, settings))
     examples = draw(task.examples(), router.task_examples, settings.seed)
     return handle.affinities(router.task_affinities(examples, handle))
 

@@ -23,6 +23,7 @@ from .answers import Answerer
 from .asked_routers import (
     check_examples,
     check_routers,
+    check_texts,
     files_read,
     router_of,
     row_queries,
@@ -110,6 +111,7 @@ def evaluate(
     wider = max((answerer, *answerers.values()), key=lambda who: who.room)
     check_prompts(wider, tasks, settings.format, settings.max_new_tokens)
     check_examples(runs, routers, tasks, settings)
+    check_texts(runs, routers, tasks, settings)
     warn_of_other_prompts(experts, [settings.format.seen_in(task.rows) for task in tasks])
     scores = []
     total = len(runs) * sum(len(task.rows) for task in tasks)

@@ -80,31 +80,6 @@ def test_tasks_know_choices_and_chance(tmp_path):
     assert load_task(folder, metric="rank").chance == 0.5
 
 
-def test_choices_are_different_texts(tmp_path):
-    """Each counts once; ARC's form is read; what is no set of answers has no chance, and cannot be ranked."""
-    folder = make_task(tmp_path, "a")
-
-    def chance(*choices, metric="exact_match", meta=None, target="yes"):
-        (folder / "meta.json").write_text(json.dumps({"metric": metric, **(meta or {})}))
-        rows = [{"input": "q", "target": target, "choices": said} for said in choices]
-        (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return load_task(folder).chance
-
-    arc = {"text": ["yes", "no", "a", "b"], "label": ["A", "B", "C", "D"]}
-    wrong = ("A) yes B) no", 3, ["yes", 3], ["yes", None], ["yes"], ["yes", "yes"], {"label": ["yes", "no"]})
-    both = {"choices": ["yes", "no"]}
-    for metric in ("exact_match", "rank"):
-        assert chance(arc, metric=metric) == 0.25 and chance(["yes", "yes", "no"], metric=metric) == 0.5
-        assert chance(None, metric=metric, meta=both) == 0.5
-    assert chance(None) is None and chance(None, meta={"choices": ["yes", "yes"]}) is None
-    for said in wrong:
-        assert chance(arc, said) is None and chance(arc, said, meta=both) is None
-        with pytest.raises(ValueError, match=r"task a: .* two different texts .*; row 1 \(from 0\) has others"):
-            chance(arc, said, metric="rank", meta=both)
-    with pytest.raises(ValueError, match=r"rows 0, 1 \(from 0\) have others, the first has target 'A' and choices"):
-        chance(arc, arc, metric="rank", target="A")
-
-
 def test_tasks_explain_what_is_wrong(tmp_path):
     for metric in ("bleu", ["rougeL"], {"name": "rougeL"}):
         folder = make_task(tmp_path / str(metric)[:3], "a", metric=metric)
