@@ -125,7 +125,7 @@ class PromptEnsemble:
                 f"an ensemble asks its prompts in one batch, and models of type {model.config.model_type} read the "
                 "padding of shorter ones as text: take a model with an attention mask"
             )
-        self.sampler = Sampler(self._sample, seed)
+        self.sampler = Sampler(self._sample, seed, ["chat"] if self.form.chat else [])
         if router is not None:
             warn_of_other_experts(router, self.form, experts)
 
