@@ -229,7 +229,8 @@ def answer_all(
     """Every answer, a batch at a time."""
     from ..evaluation.answers import Answerer
 
-    answerer, size, texts = Answerer(handle.model, tokenizer), args.batch_size, [row["input"] for row in rows]
+    answerer, texts = Answerer(handle.model, tokenizer), [row["input"] for row in rows]
+    size = 1 if answerer.alone else args.batch_size
     # where one choice is made for a whole task, all prompts are its
     whole = handle.router is not None and handle.method.per_task
     with handle.queries(texts) if whole else nullcontext():
@@ -268,9 +269,10 @@ def answer_together(
     if one:
         streamer = TextStreamer(tokenizer, skip_prompt=not answerer.seq2seq, skip_special_tokens=True)
         kwargs["streamer"] = FirstRow(streamer)
+    size = 1 if answerer.alone else args.batch_size
     with answerer.ready():
-        for start in range(0, len(rows), args.batch_size):
-            part = slice(start, start + args.batch_size)
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
             answers = answerer.texts(asked[part], **kwargs)
             shares = (answerer.written / answerer.written.sum(1, keepdim=True)).tolist()
             for number, row, answer, share in zip(range(start, len(rows)), rows[part], answers, shares, strict=False):

@@ -120,7 +120,12 @@ class PromptEnsemble:
         if unknown:
             raise ValueError(f"no LoRA expert named {', '.join(unknown)}; there are: {', '.join(handle.names)}")
         self.asked = Answerer(model, tokenizer)
-        self.sampler = Sampler(self._sample, seed)
+        if self.asked.alone:
+            raise ValueError(
+                f"an ensemble asks its prompts in one batch, and models of type {model.config.model_type} read the "
+                "padding of shorter ones as text: take a model with an attention mask"
+            )
+        self.sampler = Sampler(self._sample, seed, ["chat"] if self.form.chat else [])
         if router is not None:
             warn_of_other_experts(router, self.form, experts)
 

@@ -34,11 +34,14 @@ class Sampler:
     differ in a batch of another shape). The same prompt is sampled once: the expert alone and the ensembles that it is
     part of share its answers.
 
+    marks: what else the answers depend on, beside the model: how a prompt is put to it.
     sample: (wishes of one limit, stop) -> the answers of each wish, all of them in one batch.
     """
 
-    def __init__(self, sample: Callable[[list[Wish], Sequence[str]], list[list[str]]], seed: int):
-        self.sample, self.seed = sample, seed
+    def __init__(
+        self, sample: Callable[[list[Wish], Sequence[str]], list[list[str]]], seed: int, marks: Sequence[str] = ()
+    ):
+        self.sample, self.seed, self.marks = sample, seed, tuple(marks)
         self.kept: dict[str, list[str]] = {}
         self.cache: TextCache | None = None
         self.identity = ""
@@ -61,7 +64,7 @@ class Sampler:
 
             def ask(prompt: Turns, count: int, most: int = limit, *, wanted: dict[str, Wish] = wanted) -> list[str]:
                 most = min(most, limit)
-                asked = json.dumps([astuple(prompt), count, most, stop, self.seed])
+                asked = json.dumps([astuple(prompt), count, most, stop, self.seed, *self.marks])
                 answers = self._known(asked)
                 if answers is None:
                     wanted[asked] = Wish(prompt, count, most, int(_digest(asked)[:15], 16))

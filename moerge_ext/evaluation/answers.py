@@ -13,6 +13,10 @@ from ..models.end_tokens import end_tokens, target_ids, turn_ends
 from ..models.pretrained import context_of, is_seq2seq
 from ..models.prompt import Prompt, PromptFormat
 from ..training.batches import model_device
+from .finite import checked
+from .one_answer import one_answer
+
+READ_PADDING = ("rwkv",)  # models without an attention mask
 
 
 class Answerer:
@@ -28,6 +32,11 @@ class Answerer:
     meter: Any = None
     trace: Any = None
     room = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model reads padding as text, so that prompts of several lengths cannot be asked together."""
+        return getattr(self.model.config, "model_type", None) in READ_PADDING
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
@@ -86,14 +95,15 @@ class Answerer:
         # the ends that answers were trained with, of which a generation config may know nothing
         ends = {"eos_token_id": list(self.ends)} if self.ends else {}
         options = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **ends, **options}
+        options["logits_processor"] = checked(options.get("logits_processor"))
         if self.trace is not None:
             options["stopping_criteria"] = [_UntilTheEnd(self.ends, self.trace)]
         if counts is not None:
             which = torch.repeat_interleave(torch.tensor(counts, device="cpu")).to(ids.device)
-            with self._measured():
+            with self._measured(), one_answer(self.model):
                 options["past_key_values"] = self._read(ids, mask, which) if min(map(len, rows)) > 1 else None
             ids, mask = ids[which], mask[which]
-        with self._measured():
+        with self._measured(), one_answer(self.model):
             out = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options
             ).cpu()

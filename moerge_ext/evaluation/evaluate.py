@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,25 @@ from tqdm.auto import tqdm
 
 from ..experts.bank import ExpertBank
 from ..experts.prompt_notes import warn_of_other_prompts
+from ..files.listing import at_rows
 from ..methods import get_method
 from ..models.prompt import INPUT, PromptFormat
 from ..routing.patch import Handle, check_patch, patch
 from . import identity
 from .answers import Answerer
-from .asked_routers import check_examples, check_routers, router_of, row_queries, show_similar, task_queries
+from .asked_routers import (
+    check_examples,
+    check_routers,
+    check_texts,
+    files_read,
+    router_of,
+    row_queries,
+    show_similar,
+    task_queries,
+)
 from .checks import check_prompts, token_limit
 from .cost import Meter, cost_of, since
+from .finite import NoNumbers, check_values
 from .metrics import GRADED, SCORES
 from .runs import Run
 from .scores import Score
@@ -100,6 +111,7 @@ def evaluate(
     wider = max((answerer, *answerers.values()), key=lambda who: who.room)
     check_prompts(wider, tasks, settings.format, settings.max_new_tokens)
     check_examples(runs, routers, tasks, settings)
+    check_texts(runs, routers, tasks, settings)
     warn_of_other_prompts(experts, [settings.format.seen_in(task.rows) for task in tasks])
     scores = []
     total = len(runs) * sum(len(task.rows) for task in tasks)
@@ -115,8 +127,9 @@ def evaluate(
                         bar.set_description(f"{run.label}: {task.name}")
                         bar.update(len(mine.items))
                         show_similar(getattr(handle, "router", None), task, settings)
-                        _complete(mine, asked, handle, task, settings, bar)
-                        scores.append(_score(label(run, handle), task, mine))
+                        name = label(run, handle)
+                        _complete(mine, name, asked, handle, task, settings, bar)
+                        scores.append(_score(name, task, mine))
     return scores
 
 
@@ -191,7 +204,7 @@ def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, 
         "max_new_tokens": settings.max_new_tokens,
     }
     if task.metric == "rank":
-        header["length_norm"] = settings.length_norm
+        header |= {"length_norm": settings.length_norm, "choices": task.closed}
     if (trained := run.options.get("routers")) is not None:
         header["routers"] = identity.of_trained(trained)
     if run.placing:
@@ -204,6 +217,7 @@ def _header(run: Run, task: Task, settings: Settings, router: Any) -> dict[str, 
         header |= {"options": {key: str(value) for key, value in options.items()}, "similar": settings.similar}
         header["router"] = identity.of_router(router)
         header |= {"seed": settings.seed} if method.per_task else {}
+        header |= files_read(run, router, task, settings)
         header |= {part: getattr(getattr(router, part, None), "name", None) for part in ("embedder", "writer")}
     return header
 
@@ -213,9 +227,12 @@ def shared(run: Run, settings: Settings) -> bool:
     return settings.shares and run.method is not None and get_method(run.method).routes
 
 
-def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: Task, settings: Settings, bar) -> None:
-    """Ask for the answers that are not there yet, and keep them with what they cost."""
+def _complete(
+    stored: Answers, name: str, answerer: Answerer, handle: Handle | None, task: Task, settings: Settings, bar
+) -> None:
+    """Ask for the answers that are not there yet, and keep them with what they cost; ValueError for NaN."""
     todo = len(task.rows) - len(stored.items)
+    settings = replace(settings, batch_size=1) if todo and answerer.alone else settings
     limit = token_limit(answerer, task, settings.max_new_tokens) if todo else None
     ask = partial(_ranked if task.metric == "rank" else _generated, answerer, handle, task)
     with Meter(answerer.model, getattr(handle, "router", None)) as meter:
@@ -228,9 +245,13 @@ def _complete(stored: Answers, answerer: Answerer, handle: Handle | None, task: 
                     start = len(stored.items)
                     rows = task.rows[start : start + settings.batch_size]
                     before = meter.read()
-                    items = ask(rows, settings, limit)
+                    try:
+                        items = ask(rows, settings, limit)
+                    except NoNumbers as error:
+                        where = at_rows([start + error.row % len(rows)])
+                        raise ValueError(f"{name}, task {task.name}, {where}: {error}") from error
                     each = since(before, meter.read(), len(rows))
-                    cost = {name: round(value + whole[name], 6) for name, value in each.items()}
+                    cost = {part: round(value + whole[part], 6) for part, value in each.items()}
                     stored.add([{**item, "cost": cost} for item in items])
                     bar.update(len(items))
         finally:
@@ -257,8 +278,9 @@ def _generated(
 def _ranked(
     answerer: Answerer, handle: Handle | None, task: Task, rows: Sequence[dict], settings: Settings, _limit: None
 ) -> list[dict[str, Any]]:
-    """Each row's choices side by side, `batch_size` sequences at a time."""
+    """Each row's choices side by side, `batch_size` sequences at a time. NoNumbers names the row."""
     flat = [(row, choice) for row in rows for choice in task.choices_of(row)]
+    of = [number for number, row in enumerate(rows) for _ in task.choices_of(row)]
     values, shares = [], []
     for start in range(0, len(flat), settings.batch_size):
         part = flat[start : start + settings.batch_size]
@@ -268,7 +290,13 @@ def _ranked(
         ):
             prompts = answerer.prompts([row for row, _ in part], settings.format)
             choices = [choice for _, choice in part]
-            values += answerer.log_likelihoods(prompts, choices, length_norm=settings.length_norm).tolist()
+            found = answerer.log_likelihoods(prompts, choices, length_norm=settings.length_norm).tolist()
+        try:
+            check_values(found, choices)
+        except NoNumbers as error:
+            error.row = of[start + error.row]
+            raise
+        values += found
         shares += parts()
     items, values, shares = [], iter(values), iter(shares)
     for row in rows:

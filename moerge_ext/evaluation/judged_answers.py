@@ -19,7 +19,8 @@ def judged_answers(folder: Path, tasks: Sequence[Task], names: Sequence[str], *,
     """How right each expert was, 0 to 1, from `<folder>/answers/<task>/` of an evaluation of `expert:<name>` runs.
 
     tasks: those that were evaluated, with the same rows; base: the answers of the base as well. One ValueError for all
-    that is missing: an expert without answers to a task, with answers to other rows, or with answers of several models.
+    that is missing: an expert without answers to a task, with answers to other rows or choices, or with answers of
+    several models.
     """
     wanted = [(name, PREFIX + name) for name in names] + ([(BASE, BASE)] if base else [])
     problems, texts, rows, of = [], [], [], []
@@ -52,7 +53,9 @@ def _column(folder: Path, task: Task, label: str) -> list[float]:
             right = [float(json.loads(line)["right"]) for line in lines[1:-1]]
         except DAMAGED as error:
             raise ValueError(f"{path} is damaged ({error})") from error
-        if settings.get("run") == label and settings.get("rows") == task.digest:
+        same = settings.get("run") == label and settings.get("rows") == task.digest
+        ranked = settings.get("metric") == task.metric == "rank"
+        if same and (not ranked or settings.get("choices") == task.closed):
             found.append((path, right))
     whole = [right for _, right in found if len(right) == len(task.rows)]
     if len(whole) > 1:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.listing import at_rows
 from ..files.meta import META_FILE, read_instructed_rows, read_meta
 from ..files.rows import read_rows
 from .metrics import METRICS, check_metric
@@ -22,7 +23,7 @@ class Task:
 
     rows: {"input", "target"} and perhaps "choices", with the task's "instruction" where they have none; metric: one of
     METRICS; choices: the closed set of answers, or None for open answers; part: "train" (its training data made an
-    expert), "heldout", ...; digest: of the rows; split: their file.
+    expert), "heldout", ...; digest: of the rows, of other rows with `digest_of`; split: their file.
     """
 
     name: str
@@ -35,8 +36,13 @@ class Task:
     split: str = "test"
 
     def choices_of(self, row: dict) -> tuple[str, ...]:
-        """The answers that rank classification compares for one row."""
-        return tuple(row["choices"]) if "choices" in row else self.choices or ()
+        """The answers that rank classification compares for one row, each once; none when they are no `closed_set`."""
+        return closed_set(self.choices if row.get("choices") is None else row["choices"]) or ()
+
+    @property
+    def closed(self) -> str:
+        """The digest of every row's choices."""
+        return digest_of([self.choices_of(row) for row in self.rows])
 
     @property
     def chance(self) -> float | None:
@@ -51,6 +57,20 @@ class Task:
     def inputs(self) -> list[str]:
         """The inputs of the whole file that the rows were taken from."""
         return [row["input"] for row in self.examples(self.split)]
+
+
+def closed_set(said: object) -> tuple[str, ...] | None:
+    """The distinct texts of a list, or of ARC's {"text": [...], "label": [...]}; None unless they are at least two."""
+    said = said.get("text") if isinstance(said, dict) else said
+    if not isinstance(said, (list, tuple)) or not all(isinstance(choice, str) for choice in said):
+        return None
+    found = tuple(dict.fromkeys(said))
+    return found if len(found) > 1 else None
+
+
+def digest_of(rows: Sequence) -> str:
+    """The digest of rows as they are in JSON."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_distinct(tasks: Sequence[Task]) -> None:
@@ -104,20 +124,25 @@ def load_task(
         part=meta.get("split", ""),
         folder=folder,
         split=split,
-        digest=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
+        digest=digest_of(rows),
     )
     if metric == "rank":
-        bad = [
-            i
-            for i, row in enumerate(rows)
-            if not isinstance(row.get("choices", []), list) or row["target"] not in task.choices_of(row)
-        ]
-        if bad:
-            raise ValueError(
-                f"task {task.name}: rank classification needs the choices of every row, its target among them; row "
-                f'{bad[0]} (from 0) has none: give rows "choices", or meta.json a list "choices"'
-            )
+        _check_choices(task)
     return task
+
+
+def _check_choices(task: Task) -> None:
+    """ValueError for rows that rank classification cannot ask."""
+    bad = [i for i, row in enumerate(task.rows) if row["target"] not in task.choices_of(row)]
+    if bad:
+        row = task.rows[bad[0]]
+        said = json.dumps(row.get("choices") if row.get("choices") is not None else task.choices, ensure_ascii=False)
+        raise ValueError(
+            f"task {task.name}: rank classification needs the choices of every row, a list of at least two different "
+            f"texts with the target among them; {at_rows(bad)} {'have' if len(bad) > 1 else 'has'} others, the first "
+            f'has target {row["target"]!r:.60} and choices {said:.200}: give rows "choices", or meta.json a list '
+            '"choices"'
+        )
 
 
 def _check_one(folder: Path, file: str) -> None:

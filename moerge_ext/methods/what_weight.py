@@ -39,7 +39,9 @@ def check_keep(routing: Routing, options: Mapping[str, Any], *, method: str) -> 
         problems.append(f"score must be 'prior' or 'entropy', got {options['score']!r}")
     if problems:
         raise ValueError(f"method '{method}': " + "; ".join(problems))
-    return replace(routing, top_k=1) if keep == 1 and routing.top_k is None else routing
+    # a text of which TF-IDF knows no word weighs all experts alike, whatever `keep` is
+    one = keep == 1 and method != "weight_tfidf"
+    return replace(routing, top_k=1) if one and routing.top_k is None else routing
 
 
 def _row(name: str, summary: str, source: str, differs: str = DIFFERS, **options: Any) -> Method:

@@ -25,7 +25,7 @@ class Nearest:
     """query -> the `count` of `rows` whose inputs are most similar to it, for `QueryRouter(similar=...)`.
 
     vectors [M,G] float32 of unit length are those of the rows' inputs by `embedder`. A row with the query's own input
-    is left out. digest: of what it shows.
+    is left out. digest: of what it shows, and of the vectors that it chooses by.
     """
 
     embedder: Embedder
@@ -38,7 +38,8 @@ class Nearest:
         if self.count < 1 or len(self.rows) < self.count:
             raise ValueError(f"expected at least {max(1, self.count)} solved examples, got {len(self.rows)}")
         said = [self.embedder.name, self.count, [[row["input"], row["target"]] for row in self.rows]]
-        object.__setattr__(self, "digest", hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16])
+        numbers = self.vectors.detach().cpu().contiguous().numpy().tobytes()
+        object.__setattr__(self, "digest", hashlib.sha256(json.dumps(said).encode() + numbers).hexdigest()[:16])
 
     def __call__(self, query: str) -> list[Example]:
         order = (self.vectors @ unit(self.embedder([query]))[0]).argsort(descending=True, stable=True).tolist()

@@ -167,7 +167,9 @@ class TextRouter(Router):
         self.stored, self.embedder = stored, embedder
         self.order = [stored.names.index(name) for name in self.choices]
         self._check_embedder()
-        self.tensors = [tensor for _, tensor in sorted(stored.tensors.items())]  # what tells results apart
+        # what tells results apart
+        self.facts = dict(stored.facts)
+        self.tensors = [tensor for _, tensor in sorted(stored.tensors.items())]
 
     @property
     def source(self) -> str:  # type: ignore[override]

@@ -78,10 +78,10 @@ class TfidfRouter(TextRouter):
 
 
 def kept(scores: Tensor, keep: int | None) -> Tensor:
-    """Scores [N,E] >= 0 -> the `keep` largest of each row divided by their sum; uniform where all of them are 0."""
+    """Scores [N,E] >= 0 -> the `keep` largest of each row divided by their sum; 1/E for all where all are 0."""
     count = scores.shape[1] if keep is None else min(keep, scores.shape[1])
     values, ids = scores.sort(dim=1, descending=True, stable=True)
     values, ids = values[:, :count], ids[:, :count]
     total = values.sum(1, keepdim=True)
-    weights = torch.where(total > 0, values / total.clamp_min(1e-12), 1 / count)
-    return torch.zeros_like(scores).scatter(1, ids, weights)
+    weights = torch.zeros_like(scores).scatter(1, ids, values / total.clamp_min(1e-12))
+    return torch.where(total > 0, weights, 1 / scores.shape[1])

@@ -11,6 +11,7 @@ from moerge_ext.ensemble.drawing import DrawRows, own_warpers
 from moerge_ext.ensemble.mixture import PromptEnsemble
 from moerge_ext.ensemble.prompts import Template, answer_prompting
 from moerge_ext.evaluation.answers import Answerer
+from moerge_ext.models.prompt import PromptFormat
 from moerge_ext.queries.cache import TextCache
 
 ROWS = [{"input": f"q{i}", "target": f"a{i}"} for i in range(20)]
@@ -160,3 +161,19 @@ def test_several_answers_to_a_prompt_are_those_of_the_prompt_repeated(build, onc
     if once:
         assert sum(fed) < read + 6 * 6 and fed[0] == read // 2 - 3  # six rows of three prompts, without the last token
     assert asked.texts(["a", "bcd"], 2, counts=[1, 2]) == asked.texts(["a", "bcd", "bcd"], 2)  # one token alone
+
+
+def test_a_chats_samples_are_its_own(tmp_path):
+    """One cache for both: what was sampled as a conversation is not what the plain prompt gets."""
+    model, tokenizer = cases.build("llama"), wide_tokenizer(tmp_path / "tokenizer")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    own = answer_prompting("own", count=0, samples=2, template=Template(question="{input}:", samples="={answers}="))
+
+    def sampled(folder, chat):
+        mix = PromptEnsemble(model, tokenizer, [own], form=PromptFormat(chat=chat))
+        mix.sampler.keep(TextCache(tmp_path / folder), "model")
+        mix.answer_by("own", "abc", max_new_tokens=5)
+        return list(mix.sampler.kept.values())
+
+    alone = sampled("one", chat=True)
+    assert sampled("both", chat=False) != alone and sampled("both", chat=True) == alone

@@ -12,7 +12,7 @@ from dataclasses import replace
 import builders
 import pytest
 import torch
-from query_cases import fake_embedder
+from query_cases import described, fake_embedder
 from safetensors.torch import load_file, save_file
 
 import moerge_ext as moerge
@@ -20,6 +20,7 @@ from moerge_ext.evaluation import identity
 from moerge_ext.evaluation.answers import Answerer
 from moerge_ext.evaluation.evaluate import Settings, evaluate
 from moerge_ext.evaluation.inspect_results import best_experts
+from moerge_ext.evaluation.judged_answers import judged_answers
 from moerge_ext.evaluation.runs import parse_run, parse_runs
 from moerge_ext.evaluation.store import alone_in
 from moerge_ext.evaluation.tasks import load_task
@@ -251,3 +252,59 @@ def test_costs_are_counted_and_kept(ready, tmp_path):
     routers = {get_method("dam").router: moerge.ExampleRouter(experts, base)}
     (score,) = evaluate(model, tokenizer, experts, [parse_run("dam")], [task], settings, routers=routers)
     assert score.cost.passes == 8 + 4 and score.cost.embedded == 4
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_other_choices_are_other_answers(tmp_path, ready):
+    """Of meta.json, of train.jsonl and of a router's training; what is only said beside them counts for nothing."""
+    folder, out = ready[3].folder, tmp_path / "out"
+
+    def asked(**meta):
+        (folder / "meta.json").write_text(json.dumps({"metric": "rank", **meta}))
+        return reused((*ready[:3], load_task(folder)), out, "expert:ant")
+
+    assert asked(choices=["a", "b", "c", "d"]) == 0 and asked(choices=["a", "b", "c", "d"], split="x") == 4
+    assert [reused((*ready[:3], load_task(folder)), out, f"expert:{n}") for n in ("ant", "bee")] == [4, 0]
+    assert len(judged_answers(out, [load_task(folder)], ["ant", "bee"]).texts) == 4
+    assert asked(choices=["a", "b", "c", "d", "e"]) == 0
+    (folder / "meta.json").write_text(json.dumps({"metric": "rank", "choices": ["a", "b", "c", "d", "f"]}))
+    with pytest.raises(ValueError, match="ant, task task: no answers to its 4 rows"):
+        judged_answers(out, [load_task(folder)], ["ant"])
+    lines(folder / "train.jsonl", [{"input": c, "target": c} for c in "abcdx"])
+    assert asked() == 0 and asked() == 4
+    lines(folder / "train.jsonl", [{"input": c, "target": c} for c in "abcdy"])
+    assert asked() == 0
+
+
+def test_a_tasks_other_files_count_for_who_reads_them(ready, tmp_path):
+    """train.jsonl for a router that decides by solved rows, or shows some; the whole file for one that pools inputs."""
+    base, tokenizer, folders, task = ready
+    out, folder = tmp_path / "out", task.folder
+    described(folders)
+    for name in folders.values():
+        moerge.index_examples(name, [{"input": "a"}], fake_embedder())
+    experts = moerge.load_experts(folders)
+    writer = moerge.InstructionWriter(lambda prompt: "please do flying", name="spy")
+    routers = {
+        "examples": moerge.ExampleRouter(experts, fake_embedder()),
+        "instruction": moerge.QueryRouter(experts, fake_embedder(), writer, threshold=0.5),
+    }
+    runs = [parse_run(text) for text in ("base", "centroid", "glider", "glider_code", "retrieval_task/queries=9")]
+
+    def asked(similar):
+        settings = Settings(max_new_tokens=1, similar=similar)
+        options = {"routers": routers, "output": out, "progress": False}
+        scores = evaluate(base, tokenizer, experts, runs, [load_task(folder, limit=2)], settings, **options)
+        return [score.reused for score in scores]
+
+    train = [{"input": f"x{i}", "target": "y"} for i in range(5)]
+    lines(folder / "train.jsonl", train)
+    assert asked(2) == [0] * 5 and asked(2) == [2] * 5
+    lines(folder / "train.jsonl", [*train[:4], {"input": "x4", "target": "z"}])
+    assert asked(2) == [2, 2, 0, 0, 2]
+    with open(folder / "test.jsonl", "a") as file:
+        file.write('{"input": "e", "target": "e"}\n')
+    assert asked(2) == [2, 2, 2, 2, 0]

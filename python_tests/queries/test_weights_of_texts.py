@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import patch_cases as cases
 import pytest
 import torch
 from query_cases import WORDS, bag_of_words, fake_embedder, letters
 
 import moerge_ext as moerge
+from moerge_ext.evaluation import identity
 from moerge_ext.methods import get_method
 from moerge_ext.queries.load_text_router import load_text_router
 from moerge_ext.queries.tfidf import kept, train_tfidf
@@ -28,7 +31,9 @@ def setup(tmp_path_factory):
 def test_kept_weights():
     scores = torch.tensor([[3.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(kept(scores, None), torch.tensor([[0.75, 0, 0.25], [1 / 3] * 3]))
-    torch.testing.assert_close(kept(scores, 1), torch.tensor([[1.0, 0, 0], [1.0, 0, 0]]))
+    for keep in (1, 2):
+        want = [[1.0, 0, 0], [0.75, 0, 0.25]][keep - 1]
+        torch.testing.assert_close(kept(scores, keep), torch.tensor([want, [1 / 3] * 3]), msg="no expert is the first")
 
 
 def test_tfidf_by_scikit_learn_itself(setup, tmp_path):
@@ -42,11 +47,24 @@ def test_tfidf_by_scikit_learn_itself(setup, tmp_path):
         [torch.from_numpy((queries @ fitted.transform(texts).T).toarray()).mean(1) for texts in DATA.values()], 1
     ).float()
     torch.testing.assert_close(router.values([*QUERIES, "nothing known"], {}), want)
+    stored = replace(router.stored, facts=router.stored.facts | {"words": router.stored.facts["words"][::-1]})
+    assert identity.of_router(type(router)(bank, None, stored)) != identity.of_router(router), "other words, one digest"
     weights = router.scores([*QUERIES, "nothing known"], {"keep": None})
     torch.testing.assert_close(weights[:2], want[:2] / want[:2].sum(1, keepdim=True))
     torch.testing.assert_close(weights[2], torch.full((3,), 1 / 3))
     with pytest.raises(ValueError, match="none for bee"):
         train_tfidf({**DATA, "bee": []}, bank, tmp_path)
+
+
+def test_unknown_words_weigh_all_alike_whatever_is_kept(setup, tmp_path):
+    pytest.importorskip("sklearn")
+    model, bank = setup
+    router, inputs = load_text_router(train_tfidf(DATA, bank, tmp_path).parent, bank), cases.batch("llama", rows=1)
+    with moerge.patch(model, bank, "weight_uniform"):
+        want = cases.logits(model, **inputs)
+    for keep in (1, 2, None):
+        with moerge.patch(model, bank, "weight_tfidf", keep=keep) as handle, handle.queries("nothing known", router):
+            assert cases.error(cases.logits(model, **inputs), want) < 1e-4
 
 
 def test_likelihoods_of_each_expert_alone(setup):
