@@ -21,8 +21,9 @@ class Embedder:
         embed: list of texts -> [N,G] (tensor, array or lists), any callable.
         name: of the model; experts and queries must be embedded by embedders of one name.
         prefix: put before every text (some models want "search_query: " or the like); part of the name.
-        cache, identity: as in InstructionWriter.
+        cache, identity: as in InstructionWriter; prefix and max_length need not be part of the identity.
         batch_size: texts per call of `embed`.
+        max_length: how many tokens of a text `embed` reads, None where that is not known.
         of_base: the vectors are hidden states of the base model.
     """
 
@@ -35,13 +36,14 @@ class Embedder:
         cache: TextCache | None = None,
         identity: str | None = None,
         batch_size: int = 64,
+        max_length: int | None = None,
         of_base: bool = False,
     ):
         if not callable(embed):
             raise ValueError(f"embed must be a callable texts -> [N, G], got {type(embed).__name__}")
         self.embed, self.prefix, self.cache, self.batch_size = embed, prefix, cache, batch_size
         self.name = f"{name} (prefix {prefix!r})" if prefix else name
-        self.identity, self.of_base = identity or self.name, of_base
+        self.identity, self.max_length, self.of_base = identity or self.name, max_length, of_base
         self.asked: Counter[str] = Counter()  # "texts": how many it was given, those of the cache too
 
     @classmethod
@@ -73,7 +75,8 @@ class Embedder:
         def embed(texts: list[str]) -> Tensor:
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False, batch_size=batch_size)
 
-        return cls._of_model(embed, path, name, prefix, cache, batch_size)
+        how = f"sentence-transformers, trust_remote_code={trust_remote_code}"
+        return cls._of_model(embed, path, how, name, prefix, cache, batch_size, model.max_seq_length)
 
     @classmethod
     def from_transformers(
@@ -106,7 +109,7 @@ class Embedder:
                 hidden = model(**inputs).last_hidden_state
             return mean_pool(hidden, inputs["attention_mask"])
 
-        return cls._of_model(embed, path, name, prefix, cache, batch_size)
+        return cls._of_model(embed, path, "mean", name, prefix, cache, batch_size, max_length)
 
     @classmethod
     def from_hidden_states(
@@ -127,17 +130,20 @@ class Embedder:
 
         name = name or base_name(getattr(model.config, "_name_or_path", ""))
         embed = hidden_states(model, tokenizer, layer, max_length)
-        return cls(embed, name=f"{name} hidden state {layer}", batch_size=batch_size, of_base=True)
+        name = f"{name} hidden state {layer}"
+        return cls(embed, name=name, batch_size=batch_size, max_length=max_length, of_base=True)
 
     @classmethod
-    def _of_model(cls, embed, path: str, name: str | None, prefix: str, cache, batch_size: int) -> Embedder:
+    def _of_model(cls, embed, path: str, how: str, name: str | None, prefix: str, cache, batch_size, max_length):
+        """how: what the vectors depend on besides the model's files, the prefix and max_length."""
         return cls(
             embed,
             name=name or model_name(path),
             prefix=prefix,
             cache=TextCache() if cache is None else cache,
-            identity=f"{model_identity(path)} {prefix!r}",
+            identity=f"{model_identity(path)} {how}",
             batch_size=batch_size,
+            max_length=max_length,
         )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -156,7 +162,7 @@ class Embedder:
         rows: dict[str, Tensor] = {}
         if self.cache is not None:
             for text in dict.fromkeys(texts):
-                if (known := self.cache.get("embedding", self.identity, text)) is not None:
+                if (known := self.cache.get(*self._key(text))) is not None:
                     rows[text] = torch.tensor(known, dtype=torch.float32, device="cpu")
         todo = [text for text in dict.fromkeys(texts) if text not in rows]
         for start in range(0, len(todo), self.batch_size):
@@ -164,8 +170,11 @@ class Embedder:
             for text, row in zip(part, self._vectors(part), strict=True):
                 rows[text] = row
                 if self.cache is not None:
-                    self.cache.put(row.tolist(), "embedding", self.identity, text)
+                    self.cache.put(row.tolist(), *self._key(text))
         return torch.stack([rows[text] for text in texts])
+
+    def _key(self, text: str) -> tuple[str, ...]:
+        return "embedding", self.identity, self.prefix, str(self.max_length), text
 
     def _vectors(self, texts: list[str]) -> Tensor:
         made = self.embed([self.prefix + text for text in texts])
