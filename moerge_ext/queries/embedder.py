@@ -60,6 +60,7 @@ class Embedder:
     ) -> Embedder:
         """A sentence-transformers model (hub id or folder); texts beyond its `max_seq_length` are cut by it.
 
+        What pools by the mean is padded on the right, as in `from_transformers`.
         name: default the last part of `path`; name a folder after the model that is in it.
         """
         try:
@@ -71,6 +72,10 @@ class Embedder:
         device, options = str(usable_device(device)), model_options(path)
         with named(path, "sentence-transformers model"):
             model = SentenceTransformer(path, device=device, trust_remote_code=trust_remote_code, **options)
+        # "mean" is the attribute from release 6 on, and the method's answer before
+        means = ["mean" in (getattr(m, "pooling_mode", ""), getattr(m, "get_pooling_mode_str", str)()) for m in model]
+        if any(means) and hasattr(model.tokenizer, "padding_side"):
+            model.tokenizer.padding_side = "right"
 
         def embed(texts: list[str]) -> Tensor:
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False, batch_size=batch_size)
@@ -92,12 +97,16 @@ class Embedder:
     ) -> Embedder:
         """A transformers encoder (or the encoder of an encoder-decoder): the mean of its last hidden states over the
         text's tokens, of which the first `max_length` are read.
+
+        A tokenizer that pads on the left, as decoders' do, is told to pad and cut on the right: what counts positions
+        from the start of a row (GPT-2) would give a text other vectors beside a longer one than alone.
         """
         from transformers import AutoModel
 
         from ..models.pretrained import is_seq2seq, load_tokenizer, location, named, usable_device
 
         (where, options), tokenizer, device = location(path), load_tokenizer(path), usable_device(device)
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
         with named(path, "encoder"):
             model = AutoModel.from_pretrained(where, **options).float().eval().to(device)
         model = model.get_encoder() if is_seq2seq(model.config) else model

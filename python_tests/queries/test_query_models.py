@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import builders
 import pytest
 import torch
@@ -236,6 +238,25 @@ def test_transformers_embedder_is_the_mean_over_real_tokens(tmp_path, cache):
         want = model.bert(**tokenizer("abc", return_tensors="pt")).last_hidden_state.mean(1)
     torch.testing.assert_close(together[:1], want, rtol=1e-4, atol=1e-5)
     assert mean_pool(torch.ones(1, 2, 3), torch.tensor([[1, 0]])).tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("make", ["from_transformers", "from_sentence_transformers"])
+def test_a_decoder_embeds_a_text_in_a_batch_as_alone(make, tmp_path):
+    if make == "from_sentence_transformers":
+        pytest.importorskip("sentence_transformers")
+    model = builders.tiny_gpt2().transformer
+    torch.nn.init.normal_(model.wpe.weight)
+    model.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left", "truncation_side": "left"}))
+    embedder = getattr(Embedder, make)(str(tmp_path), cache=TextCache(tmp_path / "cache"))
+    embedder.cache = None
+    texts = ["ab", "the longer one of both"]
+    torch.testing.assert_close(embedder(texts), torch.cat([embedder([text]) for text in texts]))
+    if make == "from_transformers":
+        short = Embedder.from_transformers(str(tmp_path), max_length=2, cache=TextCache(tmp_path / "cache"))
+        torch.testing.assert_close(short(["abcd"]), embedder(["ab"]))
 
 
 def test_identity_follows_the_files(tmp_path, monkeypatch):
