@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from ..files.hub import model_options
 from .cache import TextCache, model_identity, model_name
-from .vectors import mean_pool
+from .vectors import mean_pool, unit
+
+PROBE = "Which of the experts should answer this question?"  # embedded again to see that the embedder is the same
+SAME = 0.99  # cosine of one text embedded twice by one model, with room for another device or precision
 
 
 class Embedder:
@@ -81,7 +85,7 @@ class Embedder:
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False, batch_size=batch_size)
 
         how = f"sentence-transformers, trust_remote_code={trust_remote_code}"
-        return cls._of_model(embed, path, how, name, prefix, cache, batch_size, model.max_seq_length)
+        return cls._of_model(embed, path, how, name, prefix, cache, batch_size, getattr(model, "max_seq_length", None))
 
     @classmethod
     def from_transformers(
@@ -154,6 +158,22 @@ class Embedder:
             batch_size=batch_size,
             max_length=max_length,
         )
+
+    @cached_property
+    def probe(self) -> Tensor:
+        """[G] of unit length, of PROBE: kept with what this embedder has made. Errors as of a call."""
+        return unit(self([PROBE]))[0]
+
+    def differs(self, probe: Tensor | None, max_length: int | str | None) -> str | None:
+        """How the embedder whose probe [G] and max_length were kept differs from this one; None where nothing says so.
+
+        Errors as of a call.
+        """
+        if max_length is not None and self.max_length is not None and str(max_length) != str(self.max_length):
+            return f"which read {max_length} tokens of a text, not {self.max_length}"
+        if probe is not None and (probe.shape != self.probe.shape or not self.probe @ unit(probe) >= SAME):
+            return f"which gave another vector to the same text (cosine below {SAME}, or another width)"
+        return None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """texts (N) -> [N,G] float32, not normalized.
