@@ -56,7 +56,7 @@ def train_benchmark(
         tensors["distances"] = torch.tensor([distance for distance, _ in held], dtype=torch.float32, device="cpu")
         tensors["accuracies"] = torch.stack([accuracy for _, accuracy in held])
     facts = {"tasks": names, "neighbours": neighbours, "threshold": threshold}
-    return Stored("benchmark", judged.names, tensors, facts, marks, embedder.name).save(output_dir)
+    return Stored("benchmark", judged.names, tensors, facts, marks, embedder.name, embedder.max_length).save(output_dir)
 
 
 def _held_out(

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..files.atomic import write_atomically
 from ..files.cache import default_folder
+from ..files.hub import may_be_model_id
 
 _WARNED: set[Path] = set()  # folders of which it was said that they cannot be written
 
@@ -49,13 +50,17 @@ class TextCache:
 
 
 def model_identity(path: str | os.PathLike) -> str:
-    """What a cache key says of a model: a hub id as it is, a folder with its files' names, sizes and times.
+    """What a cache key says of a model: a hub id with its commit, a folder with its files' names, sizes and times.
 
-    A folder that is trained on or replaced is another model; the weights need not be read to see it.
+    A folder that is trained on or replaced is another model; the weights need not be read to see it. Of a hub id that
+    was not loaded the commit is not known.
     """
+    from huggingface_hub import try_to_load_from_cache
+
     folder = Path(path)
     if not folder.is_dir():
-        return str(path)
+        known = try_to_load_from_cache(str(path), "config.json") if may_be_model_id(str(path)) else None
+        return f"{path}@{Path(known).parent.name}" if isinstance(known, str) else str(path)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     facts = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return f"{folder.resolve()}#{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"

@@ -43,7 +43,7 @@ def train_classifier_of_data(
     targets = torch.nn.functional.one_hot(labels, len(names)) * share[labels][:, None]
     weight, bias = fit_classes(vectors, targets, c=c)
     tensors = {"weight": weight, "bias": bias, "probe": probe}
-    return Stored("classifier", names, tensors, {"c": c}, marks, embedder.name).save(output_dir)
+    return Stored("classifier", names, tensors, {"c": c}, marks, embedder.name, embedder.max_length).save(output_dir)
 
 
 class DataRouter(TextRouter):

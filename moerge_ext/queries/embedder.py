@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from ..files.hub import model_options
 from .cache import TextCache, model_identity, model_name
-from .vectors import mean_pool
+from .vectors import mean_pool, unit
+
+PROBE = "Which of the experts should answer this question?"  # embedded again to see that the embedder is the same
+SAME = 0.99  # cosine of one text embedded twice by one model, with room for another device or precision
 
 
 class Embedder:
@@ -21,8 +25,9 @@ class Embedder:
         embed: list of texts -> [N,G] (tensor, array or lists), any callable.
         name: of the model; experts and queries must be embedded by embedders of one name.
         prefix: put before every text (some models want "search_query: " or the like); part of the name.
-        cache, identity: as in InstructionWriter.
+        cache, identity: as in InstructionWriter; prefix and max_length need not be part of the identity.
         batch_size: texts per call of `embed`.
+        max_length: how many tokens of a text `embed` reads, None where that is not known.
         of_base: the vectors are hidden states of the base model.
     """
 
@@ -35,13 +40,14 @@ class Embedder:
         cache: TextCache | None = None,
         identity: str | None = None,
         batch_size: int = 64,
+        max_length: int | None = None,
         of_base: bool = False,
     ):
         if not callable(embed):
             raise ValueError(f"embed must be a callable texts -> [N, G], got {type(embed).__name__}")
         self.embed, self.prefix, self.cache, self.batch_size = embed, prefix, cache, batch_size
         self.name = f"{name} (prefix {prefix!r})" if prefix else name
-        self.identity, self.of_base = identity or self.name, of_base
+        self.identity, self.max_length, self.of_base = identity or self.name, max_length, of_base
         self.asked: Counter[str] = Counter()  # "texts": how many it was given, those of the cache too
 
     @classmethod
@@ -58,6 +64,7 @@ class Embedder:
     ) -> Embedder:
         """A sentence-transformers model (hub id or folder); texts beyond its `max_seq_length` are cut by it.
 
+        What pools by the mean is padded on the right, as in `from_transformers`.
         name: default the last part of `path`; name a folder after the model that is in it.
         """
         try:
@@ -69,11 +76,16 @@ class Embedder:
         device, options = str(usable_device(device)), model_options(path)
         with named(path, "sentence-transformers model"):
             model = SentenceTransformer(path, device=device, trust_remote_code=trust_remote_code, **options)
+        # "mean" is the attribute from release 6 on, and the method's answer before
+        means = ["mean" in (getattr(m, "pooling_mode", ""), getattr(m, "get_pooling_mode_str", str)()) for m in model]
+        if any(means) and hasattr(model.tokenizer, "padding_side"):
+            model.tokenizer.padding_side = "right"
 
         def embed(texts: list[str]) -> Tensor:
             return model.encode(texts, convert_to_tensor=True, show_progress_bar=False, batch_size=batch_size)
 
-        return cls._of_model(embed, path, name, prefix, cache, batch_size)
+        how = f"sentence-transformers, trust_remote_code={trust_remote_code}"
+        return cls._of_model(embed, path, how, name, prefix, cache, batch_size, getattr(model, "max_seq_length", None))
 
     @classmethod
     def from_transformers(
@@ -89,12 +101,16 @@ class Embedder:
     ) -> Embedder:
         """A transformers encoder (or the encoder of an encoder-decoder): the mean of its last hidden states over the
         text's tokens, of which the first `max_length` are read.
+
+        A tokenizer that pads on the left, as decoders' do, is told to pad and cut on the right: what counts positions
+        from the start of a row (GPT-2) would give a text other vectors beside a longer one than alone.
         """
         from transformers import AutoModel
 
         from ..models.pretrained import is_seq2seq, load_tokenizer, location, named, usable_device
 
         (where, options), tokenizer, device = location(path), load_tokenizer(path), usable_device(device)
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
         with named(path, "encoder"):
             model = AutoModel.from_pretrained(where, **options).float().eval().to(device)
         model = model.get_encoder() if is_seq2seq(model.config) else model
@@ -106,7 +122,7 @@ class Embedder:
                 hidden = model(**inputs).last_hidden_state
             return mean_pool(hidden, inputs["attention_mask"])
 
-        return cls._of_model(embed, path, name, prefix, cache, batch_size)
+        return cls._of_model(embed, path, "mean", name, prefix, cache, batch_size, max_length)
 
     @classmethod
     def from_hidden_states(
@@ -127,18 +143,37 @@ class Embedder:
 
         name = name or base_name(getattr(model.config, "_name_or_path", ""))
         embed = hidden_states(model, tokenizer, layer, max_length)
-        return cls(embed, name=f"{name} hidden state {layer}", batch_size=batch_size, of_base=True)
+        name = f"{name} hidden state {layer}"
+        return cls(embed, name=name, batch_size=batch_size, max_length=max_length, of_base=True)
 
     @classmethod
-    def _of_model(cls, embed, path: str, name: str | None, prefix: str, cache, batch_size: int) -> Embedder:
+    def _of_model(cls, embed, path: str, how: str, name: str | None, prefix: str, cache, batch_size, max_length):
+        """how: what the vectors depend on besides the model's files, the prefix and max_length."""
         return cls(
             embed,
             name=name or model_name(path),
             prefix=prefix,
             cache=TextCache() if cache is None else cache,
-            identity=f"{model_identity(path)} {prefix!r}",
+            identity=f"{model_identity(path)} {how}",
             batch_size=batch_size,
+            max_length=max_length,
         )
+
+    @cached_property
+    def probe(self) -> Tensor:
+        """[G] of unit length, of PROBE: kept with what this embedder has made. Errors as of a call."""
+        return unit(self([PROBE]))[0]
+
+    def differs(self, probe: Tensor | None, max_length: int | str | None) -> str | None:
+        """How the embedder whose probe [G] and max_length were kept differs from this one; None where nothing says so.
+
+        Errors as of a call.
+        """
+        if max_length is not None and self.max_length is not None and str(max_length) != str(self.max_length):
+            return f"which read {max_length} tokens of a text, not {self.max_length}"
+        if probe is not None and (probe.shape != self.probe.shape or not self.probe @ unit(probe) >= SAME):
+            return f"which gave another vector to the same text (cosine below {SAME}, or another width)"
+        return None
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """texts (N) -> [N,G] float32, not normalized.
@@ -156,7 +191,7 @@ class Embedder:
         rows: dict[str, Tensor] = {}
         if self.cache is not None:
             for text in dict.fromkeys(texts):
-                if (known := self.cache.get("embedding", self.identity, text)) is not None:
+                if (known := self.cache.get(*self._key(text))) is not None:
                     rows[text] = torch.tensor(known, dtype=torch.float32, device="cpu")
         todo = [text for text in dict.fromkeys(texts) if text not in rows]
         for start in range(0, len(todo), self.batch_size):
@@ -164,8 +199,11 @@ class Embedder:
             for text, row in zip(part, self._vectors(part), strict=True):
                 rows[text] = row
                 if self.cache is not None:
-                    self.cache.put(row.tolist(), "embedding", self.identity, text)
+                    self.cache.put(row.tolist(), *self._key(text))
         return torch.stack([rows[text] for text in texts])
+
+    def _key(self, text: str) -> tuple[str, ...]:
+        return "embedding", self.identity, self.prefix, str(self.max_length), text
 
     def _vectors(self, texts: list[str]) -> Tensor:
         made = self.embed([self.prefix + text for text in texts])

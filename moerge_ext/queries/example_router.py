@@ -32,7 +32,7 @@ class ExampleRouter(Router):
         problems = []
         for name in experts.names:
             try:
-                self.indices.append(read_index(_index_folder(experts, name, embedder.name), embedder.name).vectors)
+                self.indices.append(read_index(_index_folder(experts, name, embedder.name), embedder).vectors)
             except AdapterError as error:
                 problems += [f"'{name}': {problem}" for problem in error.problems]
         if not problems and len({index.shape[1] for index in self.indices}) > 1:

@@ -192,7 +192,7 @@ def index_retriever(
         rows.append(vectors.mean(0))
     tensors = {"centroids": unit(torch.stack(rows)), "probe": probe}
     facts = {"instruction": instruction, "samples": samples}
-    return Stored("retriever", names, tensors, facts, marks, embedder.name).save(folder)
+    return Stored("retriever", names, tensors, facts, marks, embedder.name, embedder.max_length).save(folder)
 
 
 def own_embedder(folder: str | os.PathLike, instruction: str) -> Embedder:

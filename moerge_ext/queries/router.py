@@ -15,14 +15,13 @@ from ..experts.instructions import instructions_of
 from ..experts.kinds import INSTRUCTION
 from ..methods.base import HIDDEN_STATES, Method
 from .describe import EXAMPLES
-from .embedder import Embedder
+from .embedder import SAME, Embedder
 from .similar import SimilarExamples, indexed_examples
 from .vectors import unit
 from .writer import Example, InstructionWriter
 
 PAPER_EMBEDDER = "nomic-embed-text-v1.5"  # the threshold of `glider`, 0.8, was chosen for it
 ALIKE = 0.98  # cosine of two experts' vectors above which queries hardly tell them apart
-SAME = 0.99  # cosine of one text embedded twice by one model, with room for another device or precision
 
 
 class Router:

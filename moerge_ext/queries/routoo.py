@@ -61,7 +61,7 @@ def train_routoo(
     weight, bias = fit_probabilities(vectors, scores, c=c)
     predicted = (vectors @ weight.T + bias).sigmoid()
     tensors = {"weight": weight, "bias": bias, "probe": probe, "predicted": predicted, "costs": prices}
-    return Stored("routoo", judged.names, tensors, {"c": c}, marks, embedder.name).save(output_dir)
+    return Stored("routoo", judged.names, tensors, {"c": c}, marks, embedder.name, embedder.max_length).save(output_dir)
 
 
 def price_for(predicted: Tensor, costs: Tensor, budget: float) -> float:

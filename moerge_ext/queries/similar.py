@@ -65,7 +65,7 @@ def indexed_examples(experts: ExpertBank, embedder: Embedder, count: int = SHOWN
     vectors: list[Tensor] = []
     for name in experts.names:
         folders = [place for place in experts.places(name) if (place / index_file(embedder.name)).is_file()]
-        index = read_index(folders[0], embedder.name) if folders else None
+        index = read_index(folders[0], embedder) if folders else None
         if index is not None and index.rows is not None:
             rows += index.rows
             vectors.append(index.vectors)

@@ -74,7 +74,9 @@ def train_factorization(
             bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
     tensors = {name: value.detach() for name, value in model.named_parameters()}
     tensors |= {"probe": probe, "vectors": vectors, "shares": judged.scores.mean(0)}
-    return Stored("routellm-mf", judged.names, tensors, {"dim": dim}, marks, embedder.name).save(output_dir)
+    return Stored("routellm-mf", judged.names, tensors, {"dim": dim}, marks, embedder.name, embedder.max_length).save(
+        output_dir
+    )
 
 
 def won_pairs(scores: Tensor) -> Tensor:
@@ -125,7 +127,9 @@ def train_classifier(
     weight, bias = fit_probabilities(vectors, better.float()[:, None], c=c)
     tensors = {"weight": weight[0], "bias": bias, "probe": probe, "vectors": vectors}
     facts = {"strong": strong, "weak": weak, "c": c}
-    return Stored("routellm-classifier", judged.names, tensors, facts, marks, embedder.name).save(output_dir)
+    return Stored("routellm-classifier", judged.names, tensors, facts, marks, embedder.name, embedder.max_length).save(
+        output_dir
+    )
 
 
 def check_pair(strong: str, weak: str, names: Sequence[str]) -> None:

@@ -22,12 +22,11 @@ from ..experts.selection import alone
 from ..files.atomic import write_atomically
 from ..files.safefile import file_inside, open_tensors, read_headers, read_tensor
 from .embedder import Embedder
-from .router import SAME, Router
+from .router import Router
 from .vectors import unit
 
 FILE, FORMAT = "moerge_text_router.safetensors", "moerge-text-router"
 BASE = "base"  # the name of the model without experts among those that a router chooses from
-PROBE = "Which of the experts should answer this question?"  # embedded again to see that the embedder is the same
 ENDS = 64  # values at either end of a factor that an expert's marks are of
 FORMS = 8
 CLOSE = 0.01  # of the norm: a change of type moves a mark by less, another training by more
@@ -37,7 +36,8 @@ CLOSE = 0.01  # of the norm: a change of type moves a mark by less, another trai
 class Stored:
     """A trained router. names: experts or models, perhaps BASE; tensors and facts depend on the kind.
 
-    marks: {expert: of its LoRA}, empty for whole models; embedder: its name, "" for a router without one.
+    marks: {expert: of its LoRA}, empty for whole models; embedder: its name, "" for a router without one;
+    max_length: the embedder's.
     """
 
     kind: str
@@ -46,11 +46,14 @@ class Stored:
     facts: Mapping[str, Any]
     marks: Mapping[str, Sequence[float]]
     embedder: str = ""
+    max_length: int | str | None = None
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the file into `folder`, whole or not at all; returns it."""
         said = {"kind": self.kind, "names": self.names, "facts": self.facts, "marks": self.marks}
         metadata = {"format": FORMAT, "version": "1", "embedder": self.embedder, "router": json.dumps(said)}
+        if self.max_length is not None:
+            metadata["max_length"] = str(self.max_length)
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
@@ -77,7 +80,8 @@ def read_stored(folder: str | os.PathLike) -> Stored:
         marks = {name: [float(number) for number in numbers] for name, numbers in marks.items()}
         if any(len(numbers) != 2 + FORMS for numbers in marks.values()):
             raise ValueError(f"expected {2 + FORMS} marks of an expert")
-        stored = Stored(kind, tuple(names), tensors, facts, marks, metadata.get("embedder", ""))
+        made_by = metadata.get("embedder", ""), metadata.get("max_length")
+        stored = Stored(kind, tuple(names), tensors, facts, marks, *made_by)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / FILE} is damaged ({error}): {mend}") from error
     if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
@@ -181,11 +185,10 @@ class TextRouter(Router):
         if self.embedder is None or self.embedder.name != self.stored.embedder:
             got = "none" if self.embedder is None else f"'{self.embedder.name}'"
             raise ValueError(f"the router was trained with embedder '{self.stored.embedder}', got {got}")
-        probe, kept = unit(self.embedder([PROBE]))[0], self.stored.tensors["probe"]
-        if probe.shape != kept.shape or probe @ kept < SAME:
+        if why := self.embedder.differs(self.stored.tensors["probe"], self.stored.max_length):
             raise ValueError(
-                f"embedder '{self.embedder.name}' is not the model that the router was trained with: it gives other "
-                "vectors to the same text"
+                f"embedder '{self.embedder.name}' is not the model that the router was trained with, {why}: use that "
+                "one, or train again"
             )
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -208,4 +211,4 @@ class TextRouter(Router):
 
 def embedded(embedder: Embedder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(vectors [M,G] of unit length, the probe's vector [G]) for training."""
-    return unit(embedder(texts)), unit(embedder([PROBE]))[0]
+    return unit(embedder(texts)), embedder.probe

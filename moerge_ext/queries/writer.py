@@ -129,7 +129,7 @@ class InstructionWriter:
             load_model(path, dtype=dtype, device=device), load_tokenizer(path), max_new_tokens
         )
         cache = TextCache() if cache is None else cache
-        identity = f"{model_identity(path)} {max_new_tokens}"
+        identity = f"{model_identity(path)} {dtype} {max_new_tokens}"
         return cls(generate, name=model_name(path), cache=cache, identity=identity, **templates)
 
     def task(self, examples: Sequence[Example]) -> str:

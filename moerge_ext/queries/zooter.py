@@ -72,7 +72,7 @@ def train_zooter(
     weight, bias = fit_classes(vectors, targets, c=c)
     facts = {"beta": beta, "temperature": temperature, "c": c}
     tensors = {"weight": weight, "bias": bias, "probe": probe}
-    return Stored("zooter", judged.names, tensors, facts, marks, embedder.name).save(output_dir)
+    return Stored("zooter", judged.names, tensors, facts, marks, embedder.name, embedder.max_length).save(output_dir)
 
 
 class ZooterRouter(TextRouter):

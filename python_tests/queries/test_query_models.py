@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import builders
 import pytest
 import torch
@@ -193,6 +195,31 @@ def test_embedder_caches_by_content(cache):
     assert torch.equal(embedder(["one two", "three", "one two"]), first) and len(calls) == 4
 
 
+def test_the_cache_tells_apart_what_changes_an_embedding(tmp_path, cache, monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = str(tmp_path / "model")
+    builders.tiny_bert().save_pretrained(folder)
+    make_tokenizer(folder)
+
+    def encode(self, texts, **_):
+        return torch.eye(2)[: len(texts)]
+
+    monkeypatch.setattr(sentence_transformers.SentenceTransformer, "encode", encode)
+    made = [
+        Embedder.from_sentence_transformers(folder, cache=cache),
+        Embedder.from_transformers(folder, cache=cache),
+        Embedder.from_transformers(folder, cache=cache, max_length=2),
+        *(Embedder(bag_of_words, name="m", identity="m", prefix=prefix, cache=cache) for prefix in ("", "query: ")),
+        Embedder(bag_of_words, name="m", identity="m", max_length=3, cache=cache),
+    ]
+    for embedder in made:
+        embedder(["abcd"])
+    assert len(list(cache.folder.rglob("*.json"))) == len(made)
+    again = Embedder.from_transformers(folder, cache=cache, max_length=2)  # keeps its entries
+    again.embed = None
+    assert not torch.allclose(again(["abcd"]), made[1](["abcd"]), atol=1e-3)
+
+
 def test_prefix_is_part_of_the_model():
     seen = []
     embedder = Embedder(lambda texts: seen.extend(texts) or bag_of_words(texts), name="x", prefix="query: ")
@@ -213,8 +240,29 @@ def test_transformers_embedder_is_the_mean_over_real_tokens(tmp_path, cache):
     assert mean_pool(torch.ones(1, 2, 3), torch.tensor([[1, 0]])).tolist() == [[1, 1, 1]]
 
 
-def test_identity_follows_the_files(tmp_path):
+@pytest.mark.parametrize("make", ["from_transformers", "from_sentence_transformers"])
+def test_a_decoder_embeds_a_text_in_a_batch_as_alone(make, tmp_path):
+    if make == "from_sentence_transformers":
+        pytest.importorskip("sentence_transformers")
+    model = builders.tiny_gpt2().transformer
+    torch.nn.init.normal_(model.wpe.weight)
+    model.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left", "truncation_side": "left"}))
+    embedder = getattr(Embedder, make)(str(tmp_path), cache=TextCache(tmp_path / "cache"))
+    embedder.cache = None
+    texts = ["ab", "the longer one of both"]
+    torch.testing.assert_close(embedder(texts), torch.cat([embedder([text]) for text in texts]))
+    if make == "from_transformers":
+        short = Embedder.from_transformers(str(tmp_path), max_length=2, cache=TextCache(tmp_path / "cache"))
+        torch.testing.assert_close(short(["abcd"]), embedder(["ab"]))
+
+
+def test_identity_follows_the_files(tmp_path, monkeypatch):
     assert model_identity("some/hub-id") == "some/hub-id"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/hub/snapshots/1a2b/config.json")
+    assert model_identity("some/hub-id") == "some/hub-id@1a2b"
     (tmp_path / "weights").write_text("a")
     before = model_identity(tmp_path)
     assert model_identity(tmp_path) == before

@@ -12,6 +12,7 @@ import moerge_ext as moerge
 from moerge_ext.methods import get_method
 from moerge_ext.methods.retrieval import ROWS
 from moerge_ext.queries.index import index_file, read_index
+from moerge_ext.queries.similar import indexed_examples
 
 DATA = {name: [{"input": f"{word} {other}", "target": ""} for other in "abcdef"] for name, word in WORDS.items()}
 QUERIES = ["flying z", "digging z"]
@@ -117,6 +118,32 @@ def test_adapter_soup_compares_averages(router):
     want = torch.zeros(1, 3).scatter(1, similarity.topk(2).indices[None], 0.5)
     assert torch.equal(method.bias(router.scores(queries, options), options), want)
     assert aggregation == "factored" and routing.weighting == "score"
+
+
+def test_an_index_of_another_embedder_of_the_name_is_refused(folders):
+    bank = moerge.load_experts(folders)
+    turned = moerge.Embedder(lambda texts: bag_of_words(texts).flip(1), name="bag")
+    with pytest.raises(ValueError) as caught:
+        moerge.ExampleRouter(bank, turned)
+    assert str(caught.value).count("was made by another embedder called 'bag', which gave another vector") == 3
+    moerge.index_examples(folders["bee"], DATA["bee"], fake_embedder(max_length=8))
+    moerge.ExampleRouter(bank, fake_embedder(max_length=8))
+    with pytest.raises(ValueError, match="'bee': .*which read 8 tokens of a text, not 9: use that one, or index again"):
+        moerge.ExampleRouter(bank, fake_embedder(max_length=9))
+    moerge.index_examples(folders["ant"], [{"input": "a", "target": "b"}] * 3, fake_embedder(), texts=True)
+    with pytest.raises(ValueError, match="which gave another vector"):
+        indexed_examples(bank, turned)
+
+
+def test_an_index_without_a_probe_goes_by_the_name(folders):
+    known = {row["input"]: vector for row in DATA["ant"] for vector in bag_of_words([row["input"]])}
+    listed = moerge.Embedder(lambda texts: torch.stack([known[text] for text in texts]), name="listed")
+    for folder in folders.values():  # its texts are all that this embedder knows
+        moerge.index_examples(folder, DATA["ant"], listed)
+    bank = moerge.load_experts(folders)
+    moerge.ExampleRouter(bank, fake_embedder("listed"))
+    listed.name = "bag"
+    assert len(moerge.ExampleRouter(bank, listed).indices) == 3
 
 
 def base_router(model, experts, folders):

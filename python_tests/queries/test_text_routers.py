@@ -263,6 +263,14 @@ def test_classifier_of_data_is_the_optimum_of_its_loss(setup, tmp_path):
         train_classifier_of_data({**data, "bee": []}, bank, fake_embedder(), tmp_path)
 
 
+def test_a_router_says_how_much_its_embedder_read(setup, tmp_path):
+    _, bank, _ = setup
+    train_zooter(judged(), bank, fake_embedder(max_length=8), tmp_path)
+    load_text_router(tmp_path, bank, fake_embedder())  # which does not say how much it reads
+    with pytest.raises(ValueError, match="which read 8 tokens of a text, not 9"):
+        load_text_router(tmp_path, bank, fake_embedder(max_length=9))
+
+
 def test_routers_of_others_are_refused_by_name(setup, tmp_path):
     model, bank, folders = setup
     file = train_zooter(judged(), bank, fake_embedder(), tmp_path)
