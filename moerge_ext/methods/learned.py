@@ -40,7 +40,9 @@ class Learned:
     where(module path, options): the path of the layer or block that the module's router belongs to and reads; None: the
     module itself has a router of its own, of the class `elsewhere` where there is one.
     common: the class of what the modules' own routers have in common, their attribute `common`; `Run.prompt` begins it.
-    kept: the options that training decides and the file keeps; training: `train_routers`' defaults for the row.
+    kept: the options that training decides and the file keeps; leaves_out: whether option `without` leaves experts out,
+    which the file keeps as well: who had no part in the training has none later. training: `train_routers`' defaults
+    for the row.
     start: of the gates of a row without a weigher, the deviation of the normal numbers that they begin as.
     loss: "language" (the model's), "entropy" (of its predictions, no labels), "tasks" (one batch of every expert's
     data, weighed by a random preference) or "deferral" (of a row that decodes). experts: whether A and B are trained
@@ -52,6 +54,7 @@ class Learned:
     elsewhere: type[Weigher] | None = None
     common: type[Weigher] | None = None
     kept: tuple[str, ...] = ()
+    leaves_out: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[str, Mapping[str, Any]], None] | None = None  # (method, options): ValueError for bad options
     start: float = 0.02
@@ -90,6 +93,9 @@ class Learned:
         if other := [name for name in self.kept if name in given and given[name] != decided[name]]:
             said = ", ".join(f"{name}={decided[name]!r} (asked for {given[name]!r})" for name in other)
             raise ValueError(f"method '{method}': the routers were trained with {said}; leave that out or train again")
+        if self.leaves_out:
+            both = [*_named(source.options.get("without")), *_named(options.get("without"))]
+            decided["without"] = ",".join(dict.fromkeys(both)) or None
         if self.check is not None:
             self.check(method, options | decided)  # a header may say anything
         return options | decided | {"routers": InUse(source)}
@@ -214,13 +220,17 @@ def learned_plan(
 
 def excluded(bank: ExpertBank, options: Mapping[str, Any]) -> Tensor | None:
     """[E] bool of the experts named in option `without`, None for nobody; ValueError for others."""
-    names = options.get("without")
-    names = [name for name in names.split(",") if name] if isinstance(names, str) else list(names or ())
+    names = _named(options.get("without"))
     if unknown := [name for name in names if name not in bank.names]:
         raise ValueError(f"without names {', '.join(unknown)}; the experts are {', '.join(bank.names)}")
     if names and set(names) == set(bank.names):
         raise ValueError("without names every expert: use the base model")
     return torch.tensor([name in names for name in bank.names], device="cpu") if names else None
+
+
+def _named(names: Any) -> list[str]:
+    """The experts of option `without`: a list, or a text with commas."""
+    return [name for name in names.split(",") if name] if isinstance(names, str) else list(names or ())
 
 
 _BLOCK = re.compile(r"(.*?\.\d+)(?:\.|$)")

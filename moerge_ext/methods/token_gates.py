@@ -125,6 +125,7 @@ MIXED = Learned(
     weigher=OutputGate,
     where=layer_when_asked,
     kept=("reads", "per"),
+    leaves_out=True,
     check=check_mole,
     training={"steps": 400, "lr": 1e-3, "balance": 0.5},
 )

@@ -13,8 +13,7 @@ import torch
 FOLDER = Path(__file__).parents[1]  # of the package, where the build puts both
 REBUILD = (
     "Rebuild it against the installed torch:\n"
-    "    pip install --no-build-isolation --force-reinstall --no-deps moerge_ext   "
-    "(or: pip install --no-build-isolation . in a checkout)\n"
+    "    pip install --no-build-isolation --force-reinstall --no-deps .   (in its checkout)\n"
     "`python -m moerge_ext doctor` shows both sides."
 )
 ELSEWHERE = (

@@ -151,7 +151,9 @@ class _Run:
                 loss += self._backward(batch, (options.seed << 32) + number)
         (loss,) = ranks.mean([loss])
         if not math.isfinite(loss):
-            raise ValueError(f"the loss of step {step + 1} is {loss}: lower lr ({options.lr}) or check the data")
+            half = any(p.dtype == torch.float16 for group in self.optimizer.param_groups for p in group["params"])
+            kind = "train in another type than float16 (experts: --expert-dtype float32), " if half else ""
+            raise ValueError(f"the loss of step {step + 1} is {loss}: {kind}lower lr ({options.lr}) or check the data")
         for group in self.optimizer.param_groups:
             ranks.mean_gradients(group["params"])
             group["lr"] = options.rate(step)

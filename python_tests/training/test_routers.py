@@ -133,6 +133,19 @@ def test_dropped_experts_have_no_weight_and_come_back(setup, tmp_path):
             assert method == "meteora" or (trace.share() > 0).all()
 
 
+def test_who_was_left_out_of_the_training_has_no_part_later(setup, tmp_path):
+    model, _, experts = setup
+    first, second, *_ = experts.names
+    options = {"method": "mole", "options": {"without": first}, "steps": 2, "progress": False}
+    routers = moerge.read_routers(moerge.train_routers(model, experts, batches(), tmp_path, **options).path)
+    for said, out in ((None, {first}), (second, {first, second}), ([first], {first})):
+        with moerge.patch(model, experts, "mole", routers=routers, without=said) as handle, handle.record() as trace:
+            model(**cases.batch("llama"))
+            assert set(handle.options["without"].split(",")) == out
+        load = sum(trace.load().values())
+        assert {name for name, weight in zip(experts.names, load.tolist(), strict=True) if weight == 0} == out
+
+
 def test_experts_can_be_trained_with_the_routers(setup, tmp_path):
     model, folders, experts = setup
     files = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
@@ -301,5 +314,6 @@ def test_the_file_says_of_what_it_is(setup, tmp_path):
         facts = json.loads(file.metadata()["routers"])
         assert set(file.keys()) > {"model.layers.0/gate", "marks/model.layers.0.mlp.up_proj"}
     assert facts == {
-        "method": "mole", "names": list(cases.NAMES), "options": {"reads": "outputs", "per": "layer"}, "width": 32,
+        "method": "mole", "names": list(cases.NAMES), "width": 32,
+        "options": {"reads": "outputs", "per": "layer", "without": None},
     }  # fmt: skip

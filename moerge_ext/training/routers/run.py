@@ -205,7 +205,8 @@ class Run:
             settings=settings, validation=sources[1], label=f"routers of {self.row.name}", loss=loss,
         )  # fmt: skip
         width = handle.options["routers"].width
-        kept = {name: handle.options[name] for name in self.row.learned.kept}
+        learned = self.row.learned
+        kept = {name: handle.options[name] for name in (*learned.kept, *(("without",) if learned.leaves_out else ()))}
         tensors = parameters | kept_as_begun(handle)
         return self._write(handle, state, tensors, settings, marks, file, kept, width)
 
