@@ -20,9 +20,9 @@
 //   the branch first and the base product added to it (beta = 1): 8.4 against 8.4 ms
 //   expand without passes of its own over the result (float32, T = 512, E = 8, beside other load): 576 -> 576 304
 //   against 334 us, 576 -> 1536 566 against 668
-//   float32 by the tiles of AMX, each number as three of bfloat16 and six of their products, which is as exact: lora_apply_
-//   of SmolLM2's 210 layers (T = 512, E = 8, one thread) 188 to 206 ms against 136 to 140. Taking numbers apart costs
-//   what the tiles save: 48 rows x 576 to R = 16 10.1 against 10.5 us, 8 rows 3.9 against 2.0
+//   float32 by the tiles of AMX, each number as three of bfloat16 and six of their products, which is as exact:
+//   lora_apply_ of SmolLM2's 210 layers (T = 512, E = 8, one thread) 188 to 206 ms against 136 to 140. Taking numbers
+//   apart costs what the tiles save: 48 rows x 576 to R = 16 10.1 against 10.5 us, 8 rows 3.9 against 2.0
 // All in bfloat16, shrink and expand go by the tiles of AMX (micro_amx.h). lora_apply_, T = 512, E = 8, K = 2, R = 16,
 // two cores beside other load, us against AVX-512: 576 -> 576 326 (509), 576 -> 1536 587 (945), 1536 -> 576 410 (791).
 // So do the scores (route.h).

@@ -20,7 +20,7 @@ from ..files.counting import counted
 from ..files.listing import at_rows
 from ..files.meta import read_instructed_rows
 from ..queries.cache import TextCache
-from ..queries.embedder import Embedder
+from ..queries.embedder import Embedder, load_embedder
 from ..queries.writer import InstructionWriter
 from .model_options import add_model
 from .options import KEY, add_embedder, build_embedder, load
@@ -140,8 +140,8 @@ def read_config(args: argparse.Namespace, path: Path | None = None) -> Config:
     def embedder(entry: Mapping[str, Any]) -> Embedder:
         if "embedder" not in entry:
             return build_embedder(args, args.device)
-        make = Embedder.from_transformers if entry.get("mean_pool") else Embedder.from_sentence_transformers
-        return make(entry["embedder"], prefix=entry.get("embedder_prefix", ""), device=args.device)
+        options = {"prefix": entry.get("embedder_prefix", ""), "device": args.device}
+        return load_embedder(entry["embedder"], mean_pool=bool(entry.get("mean_pool")), **options)
 
     return read_experts(path or args.prompts, embedder, prompt_of(args))
 

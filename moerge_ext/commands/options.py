@@ -16,7 +16,7 @@ from ..files.atomic import check_can_write
 from ..files.rows import read_rows, read_text
 from ..methods.base import HIDDEN_STATES
 from ..methods.option_text import top_k
-from ..queries.embedder import Embedder
+from ..queries.embedder import Embedder, load_embedder
 from ..queries.hidden import base_name
 from ..queries.writer import InstructionWriter
 from .expert_options import add_experts, add_gates, add_placing, add_routers, add_selection
@@ -83,8 +83,8 @@ def build_embedder(args: argparse.Namespace, device: str = "cpu") -> Embedder:
     """The embedder of the arguments; ValueError without one."""
     if problems := embedder_problems(args):
         raise ValueError(f"this needs {problems[0]}")
-    make = Embedder.from_transformers if args.mean_pool else Embedder.from_sentence_transformers
-    return make(args.embedder, name=args.embedder_name, prefix=args.embedder_prefix, device=device)
+    options = {"name": args.embedder_name, "prefix": args.embedder_prefix, "device": device}
+    return load_embedder(args.embedder, mean_pool=args.mean_pool, **options)
 
 
 def check_writer(args: argparse.Namespace) -> None:

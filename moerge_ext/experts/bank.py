@@ -305,15 +305,13 @@ def load_experts(
     parameter_gates = _place_gates(sources, stacked)
     notes = [f"expert {source.name!r}: {note}" for source in sources for note in source.notes]
     _warn_of_notes(notes + idle_notes([source.name for source in sources], stacked))
-    vectors, facts = global_parts(sources)
+    vectors, facts = global_parts(sources, device)
     return ExpertBank(
         [source.name for source in sources],
         stacked,
         base_model=_common_base_model(sources),
         folders=[source.folder for source in sources],
-        global_vectors={
-            kind: {name: vector.to(device) for name, vector in rows.items()} for kind, rows in vectors.items()
-        },
+        global_vectors=vectors,
         global_metadata=facts,
         parameter_gates=parameter_gates,
         claims={source.name: source.claims for source in sources},

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files.safefile import AdapterError, file_inside, in_hub_cache, open_tensors
@@ -69,7 +70,7 @@ def with_gates(source: Any, place: Path, keep: Callable[[str], bool] | None, who
 
 
 def global_parts(
-    sources: Iterable[Any],
+    sources: Iterable[Any], device: torch.device
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, dict[str, str]]]]:
     """({kind: {expert: its global vector}}, {kind: {expert: what its file says of gates and vector}})."""
     vectors: dict[str, dict[str, Tensor]] = {}
@@ -78,7 +79,7 @@ def global_parts(
         for kind, gates in source.gates.items():
             facts.setdefault(kind, {})[source.name] = dict(gates.metadata)
             if gates.global_vector is not None:
-                vectors.setdefault(kind, {})[source.name] = gates.global_vector
+                vectors.setdefault(kind, {})[source.name] = gates.global_vector.to(device)
     return vectors, facts
 
 

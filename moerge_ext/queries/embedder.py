@@ -213,3 +213,10 @@ class Embedder:
         if not vectors.isfinite().all() or (vectors.norm(dim=1) == 0).any():
             raise ValueError(f"embedder '{self.name}' returned a vector that is zero or not finite")
         return vectors.clone()  # an inference tensor could not be used in autograd
+
+
+def load_embedder(path: str, *, mean_pool: bool = False, **options: Any) -> Embedder:
+    """The embedder of a model, as sentence-transformers reads it or, with `mean_pool`, as transformers does; options as
+    of both ways."""
+    make = Embedder.from_transformers if mean_pool else Embedder.from_sentence_transformers
+    return make(path, **options)

@@ -15,7 +15,7 @@ import torch
 from ..experts.bank import ExpertBank
 from ..methods import get_method
 from ..methods.base import HIDDEN_STATES, Method
-from ..queries.embedder import Embedder
+from ..queries.embedder import Embedder, load_embedder
 from ..queries.example_router import ExampleRouter
 from ..queries.router import QueryRouter, Router
 
@@ -114,8 +114,8 @@ class Queries:
 def _embedder(said: str | Mapping[str, Any]) -> Embedder:
     """As --embedder with its options is read."""
     said = {"model": said} if isinstance(said, str) else said
-    make = Embedder.from_transformers if said.get("mean_pool") else Embedder.from_sentence_transformers
-    return make(said["model"], name=said.get("name"), prefix=said.get("prefix", ""))
+    options = {"name": said.get("name"), "prefix": said.get("prefix", "")}
+    return load_embedder(said["model"], mean_pool=bool(said.get("mean_pool")), **options)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class Settings:
         if self.embedder is None:
             return None
         sources, _ = collect_sources(self.experts, Selection(self.modules, self.rename, self.names), base)
-        vectors, facts = global_parts(sources)
+        vectors, facts = global_parts(sources, torch.device("cpu"))
         folders = [source.folder for source in sources]
         names = [source.name for source in sources]
         outline = ExpertBank(names, {}, folders=folders, global_vectors=vectors, global_metadata=facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import builders
 import pytest
@@ -85,3 +86,32 @@ def test_affinities_that_were_let_go_are_found_again(monkeypatch):
     state = type("State", (), {"request_id": "0", "initial_tokens": [0, 9], "_true_initial_tokens": 1})
     assert held._of(state) == (0.0, 0.0) and found == [[0], [1], [2], [0]]
     assert texts.padded([(1.0, 2.0)], 3).tolist() == [[1, 2], [0, 0], [0, 0]]
+
+
+def test_a_name_that_a_client_uses_again_has_the_affinities_of_its_last_prompt():
+    """Before the batch, which another thread computes, can take the request."""
+    held = texts.Held(None, None, lambda ids: (float(ids[0]),))
+    seen = []
+    state = type("State", (), {"request_id": "mine", "initial_tokens": [], "_true_initial_tokens": 0})
+    add = held.add(lambda ids, request_id, **_: seen.append(held._of(state)))
+    for number in (1, 2):
+        add([number], request_id="mine")
+    assert seen == [(1.0,), (2.0,)]
+
+
+def test_batches_without_options_share_nothing():
+    """Where the server says nothing of its batching, as on an accelerator without options of --cb."""
+    seen = {}
+
+    class Model:
+        generate = forward = staticmethod(lambda *_, **__: None)
+
+        @staticmethod
+        def init_continuous_batching(**said):
+            seen.update(said)
+            return type("Batching", (), {"add_request": None, "batch_processor": None})()
+
+    model = Model()
+    texts.route_by_texts(model, type("Handle", (), {"disabled": staticmethod(nullcontext)}), None)
+    model.init_continuous_batching(generation_config=None, continuous_batching_config=None)
+    assert seen["continuous_batching_config"].allow_block_sharing is False

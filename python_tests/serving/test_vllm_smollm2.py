@@ -49,7 +49,7 @@ def test_answers_in_batches_and_from_the_cache(model, asked, monkeypatch):
     assert all(output.num_cached_tokens >= 32 for output in again)
     reference = Reference(model, EXPERTS)
     for found in (outputs, again, few):
-        reference.check(found)
+        reference.check(found, ties=4)  # of 4096; two scores of layer 7's o_proj are 1.4e-6 apart, of 5.7
 
 
 def test_answers_of_three_ranks(model, asked, monkeypatch):

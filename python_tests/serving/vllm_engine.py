@@ -71,8 +71,12 @@ class Reference:
     def __init__(self, model: Path, experts: list[str]):
         self.model, self.experts = model, experts
 
-    def check(self, outputs, said: dict | None = None, method: str = "phatgoose", **options) -> None:
-        """Every token is the best one, or as good within 1e-4; its log-probability is right within 1e-3."""
+    def check(self, outputs, said: dict | None = None, method: str = "phatgoose", ties: int = 0, **options) -> None:
+        """Every token is the best one, or as good within 1e-4; its log-probability is right within 1e-3.
+
+        ties: so many tokens may be off by up to 1e-2: behind a token for which two experts' scores are equal to the last
+        bits of float32, so that each engine's rounding chooses another.
+        """
         model = transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
         handle = moerge.patch(model, moerge.load_experts(self.experts), method, **options)
         rows = None
@@ -86,7 +90,9 @@ class Reference:
                 scores = model(whole).logits[0, len(asked) - 1 : -1].log_softmax(-1)
             mine = scores[torch.arange(len(ids)), torch.tensor(ids)]
             given = torch.tensor([row[i].logprob for row, i in zip(output.outputs[0].logprobs, ids, strict=True)])
-            assert (scores.amax(-1) - mine).max() < 1e-4 and (given - mine).abs().max() < 1e-3
+            off = (given - mine).abs()
+            ties -= int((off >= 1e-3).sum())
+            assert (scores.amax(-1) - mine).max() < 1e-4 and off.max() < 1e-2 and ties >= 0, off.max()
 
 
 def _rows(handle, rows):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig
 
 from ...routing.patch import Handle
 from ..queries import Prompts, Queries
@@ -46,12 +47,12 @@ def route_by_texts(model: nn.Module, handle: Handle, scores: Scores) -> None:
         with handle.affinities(scores(ids[0].tolist())):
             return generate(*args, **said)
 
-    def init_continuous_batching(*args: Any, **said: Any) -> Any:
-        config = said["continuous_batching_config"]
+    def init_continuous_batching(*args: Any, continuous_batching_config: Any = None, **said: Any) -> Any:
+        config = continuous_batching_config or ContinuousBatchingConfig()
         for option in UNSHARED:
             setattr(config, option, False)
         with handle.disabled():  # it tries the model
-            made = batching(*args, **said)
+            made = batching(*args, continuous_batching_config=config, **said)
         held = Held(made, handle, scores)
         made.add_request = held.add(made.add_request)
         model.forward = held.forward(model.forward)
@@ -76,9 +77,9 @@ class Held:
             except Exception:
                 self.batching.output_router.result_handlers.pop(request_id, None)  # of an answer that will not come
                 raise
-            name = theirs(input_ids, request_id=request_id, **said)
-            self._keep(name, found)
-            return name
+            if request_id is not None:  # before the batch has it: a client may use a name again
+                self._keep(request_id, found)
+            return theirs(input_ids, request_id=request_id, **said)
 
         return add_request
 
