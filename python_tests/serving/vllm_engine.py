@@ -74,8 +74,8 @@ class Reference:
     def check(self, outputs, said: dict | None = None, method: str = "phatgoose", ties: int = 0, **options) -> None:
         """Every token is the best one, or as good within 1e-4; its log-probability is right within 1e-3.
 
-        ties: so many tokens may be off by up to 1e-2: behind one for which two experts' scores are equal to the last bits
-        of float32, so that each engine's rounding chooses another.
+        ties: so many tokens may be off by up to 1e-2: behind one for which two experts' scores are equal to the last
+        bits of float32, so that each engine's rounding chooses another.
         """
         model = transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
         handle = moerge.patch(model, moerge.load_experts(self.experts), method, **options)
