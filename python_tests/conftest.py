@@ -69,3 +69,29 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def texts_of_tests(tmp_path_factory):
+    """What models said of texts is kept where the tests are, not in the user's own cache."""
+    from moerge_ext.queries import cache
+
+    before, folder = cache.default_folder, tmp_path_factory.mktemp("texts")
+    cache.default_folder = lambda: folder
+    yield
+    cache.default_folder = before
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process():
+    """A test leaves the settings that every later one runs under as it found them."""
+    import numpy as np
+    import torch
+
+    def found():
+        torch_s = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())
+        return (*torch_s, torch.are_deterministic_algorithms_enabled(), np.geterr())
+
+    before = found()
+    yield
+    assert found() == before, "threads, dtype, gradients, determinism, NumPy's errors: one of them was left changed"

@@ -170,8 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=real_answers.FOLDER, help="(default: %(default)s)")
     folder = parser.parse_args().results
-    np.seterr(all="raise")
-    made = blocks(folder)
+    with np.errstate(all="raise"):  # a mean of nothing is an error here, not a NaN in a table
+        made = blocks(folder)
     if folder.resolve() == real_answers.FOLDER:
         for name, text in made.items():
             tasks.fill(name, text)
