@@ -7,6 +7,7 @@
 // needed), expand.
 #include "linear.h"
 #include "lora.h"
+#include "lora_few.h"
 #include "route.h"
 
 namespace moerge::cpu {
@@ -22,6 +23,7 @@ struct Branch {
   Pairs pairs;
   Shrink<Acc> shrink;
   Expand<Acc> expand;
+  std::optional<FewExperts> few;
 
   // base is read and out written; they may be one
   Branch(const LoraArgs& args, const Acc* weights, const Matrix& base, const Matrix& out, Workspace& workspace)
@@ -32,6 +34,8 @@ struct Branch {
     if (args.a.tall() && args.T * args.K <= kFewPairs) shrink.parts = std::max<int64_t>(1, ceil_div(args.D, kDepth));
     if (shrink.parts == 1 && !args.factored) shrink.weights = weights;
     shrink.by_tiles = expand.by_tiles = std::is_same_v<Acc, float> && shrink.weights && args.by_tiles(base, out);
+    if constexpr (std::is_same_v<Acc, float>)
+      if (shrink.by_tiles && FewExperts::takes(args)) few.emplace(args, weights, base, out, workspace);
     shrink.h = workspace.get<Acc>(shrink.parts * args.T * args.K * args.R);
     expand.h = shrink.h;
   }
@@ -39,6 +43,11 @@ struct Branch {
   int64_t cost() const { return args.T * args.K * args.R * (args.D + args.O); }
 
   void run(Team& team, int first) {
+    if (few) {
+      team.run(first + 2, few->experts(), [&](int64_t e) { few->prepare(e); });
+      if (team.failed()) return;
+      if (few->finite()) return team.run(first, few->count(), *few);
+    }
     team.run(first, 1, [&](int64_t) { pairs.sort<Acc>(args, weights, true); });
     if (team.failed()) return;
     team.run(first + 1, shrink.count(), shrink);

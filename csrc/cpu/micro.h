@@ -68,6 +68,15 @@ constexpr int64_t kTileWidth = 16;  // rows and columns of the sums of one tile
 constexpr int64_t kScoreRows = 32;  // tokens of one call of `scores`
 constexpr int64_t kGateParts = 3;   // numbers of bfloat16 that hold one of float32
 
+constexpr int64_t kFewRows = 32;    // tokens of one call of `few`
+constexpr int64_t kFewRanks = 256;  // of all experts together
+
+// What calls of `few` have in common: `ranks` of all experts, a multiple of 32, R of each; the factors by `interleave`.
+struct FewBranch {
+  int64_t D, O, K, R, ranks;
+  const uint32_t *a, *b;
+};
+
 // The products of a branch whose tensors are all bfloat16, and those of tokens of bfloat16 with gates, where a machine
 // multiplies by tiles. R is a multiple of 16 and at most kTileRanks.
 struct Tiles {
@@ -91,6 +100,14 @@ struct Tiles {
   // adds the moments of each row to moments[m], if not null
   void (*scores)(int64_t D, int64_t width, const void* x, int64_t stride, const uint32_t* pairs, float* sums,
                  Moments* moments);
+
+  // pairs[c / 16 * panel + r / 2 * 16 + c % 16] = w[r * stride + c] and w[(r + 1) * stride + c]; rows even, columns a
+  // multiple of 16. Returns whether all are finite.
+  bool (*interleave)(int64_t rows, int64_t columns, const void* w, int64_t stride, uint32_t* pairs, int64_t panel);
+  // out[m] = base[m] + the branch of row m of x, which is chosen by weights[m][K] and experts[m][K]. M is at most
+  // kFewRows; x has kFewRows rows, `x_bytes` apart; base[m] may be out[m]
+  void (*few)(const FewBranch& branch, int64_t M, const void* x, int64_t x_bytes, const float* const* weights,
+              const int32_t* const* experts, const void* const* base, void* const* out);
 };
 
 // Null where this machine has none, or may not use them.

@@ -107,13 +107,21 @@ void tiles_shrink(int64_t M, int64_t D, int64_t R, const void* const* x, const v
   }
 }
 
+// The same by one instruction, which takes subnormal numbers for zero as the tiles do
+inline void narrow_tile(Vec<float, 16> values, bf16* out) {
+  using U16 = Lanes<float, 16>::u16;
+  U16 halves;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(values));
+  *reinterpret_cast<U16*>(out) = halves;
+}
+
 // One row: to = from + add, of whichever types
 template <class From, class To>
 inline void add_row(int64_t J, const void* from, const float* add, void* to) {
   for (int64_t j = 0; j < J; j += 16) {
     const Vec<float, 16> value = load_vec<float, 16>(static_cast<const From*>(from) + j) + load_vec<float, 16>(add + j);
     if constexpr (__is_same(To, bf16))
-      narrow_vec(value, static_cast<bf16*>(to) + j);
+      narrow_tile(value, static_cast<bf16*>(to) + j);
     else
       store_vec<float, 16>(value, static_cast<float*>(to) + j);
   }

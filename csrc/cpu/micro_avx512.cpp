@@ -5,9 +5,12 @@
 #include "micro_amx.h"
 //
 #include "micro_amx_route.h"
+//
+#include "micro_amx_few.h"
 
 namespace moerge::cpu::MOERGE_ISA {
 
-extern const Tiles tiles = {tiles_shrink, tiles_expand, tiles_linear, tiles_split, tiles_scores};
+extern const Tiles tiles = {tiles_shrink, tiles_expand,     tiles_linear, tiles_split,
+                            tiles_scores, tiles_interleave, tiles_few};
 
 }  // namespace moerge::cpu::MOERGE_ISA

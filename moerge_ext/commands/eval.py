@@ -19,6 +19,7 @@ from ..evaluation.runs import (
     ablation,
     check_named,
     parse_runs,
+    split_methods,
     with_top_k,
 )
 from ..evaluation.tasks import METRICS, Task, load_task
@@ -36,7 +37,6 @@ from .options import (
     build_routers,
     check_asked,
     check_writer,
-    listed,
     load,
     read_tasks,
     similar_of_task,
@@ -101,12 +101,12 @@ def run(args: argparse.Namespace) -> int:
     trained = routers_of(args)
     check_can_write(args.output)
     tasks = read_tasks(args, metric=args.metric)
-    names = [*listed(args.methods), args.ablation or ""]
+    names = [*split_methods(args.methods), args.ablation or ""]
     rows = [METHODS.get(name.split("/")[0]) for name in names]
     if args.calibrate and not any(row is not None and row.router == "instruction" for row in rows):
         raise ValueError("--calibrate is for glider: add it to --methods")
     held_in = [load_task(folder, split="validation", metric="exact_match") for folder in args.calibrate]
-    texts = with_top_k(listed(args.methods), args.top_k)
+    texts = with_top_k(split_methods(args.methods), args.top_k)
     if not texts and not args.ablation and not args.multitask:
         raise ValueError("nothing to evaluate: pass --methods A,B,... or --ablation glider_code")
     check_named(texts)

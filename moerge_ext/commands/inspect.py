@@ -13,9 +13,9 @@ from ..evaluation.heatmaps import VIEWS, draw
 from ..evaluation.inspect import Inspection, check_oracles, check_routed, correlations, inspect
 from ..evaluation.inspect_page import check_plotly, write_page
 from ..evaluation.inspect_results import best_experts, check_same_oracles, read_results, record
-from ..evaluation.runs import DERIVED, check_named, parse_run, parse_runs, with_top_k
+from ..evaluation.runs import DERIVED, check_named, parse_run, parse_runs, split_methods, with_top_k
 from ..files.atomic import check_can_write, write_atomically
-from ..files.listing import listed as listed_names
+from ..files.listing import listed
 from ..methods import get_method
 from .expert_options import gates_of, load_bank, placed, routers_of, with_routers
 from .fits import check_runs_fit
@@ -26,7 +26,6 @@ from .options import (
     check_asked,
     check_file,
     check_writer,
-    listed,
     load,
     read_tasks,
     similar_of_task,
@@ -70,18 +69,18 @@ def run(args: argparse.Namespace) -> int:
     check_writer(args)
     gates_of(args)
     check_can_write(args.output)
-    check_named(listed(args.methods))
-    check_routed([parse_run(text) for text in listed(args.methods) if text not in DERIVED])
+    check_named(split_methods(args.methods))
+    check_routed([parse_run(text) for text in split_methods(args.methods) if text not in DERIVED])
     check_results(args, "inspect.json", grows=("methods", "tasks", "oracle", "results"))
     check_matplotlib()
     if args.html is not None:
         check_plotly()
         check_file(args.html)
     tasks = read_tasks(args, metric="exact_match")
-    methods = with_top_k(listed(args.methods), args.top_k)
+    methods = with_top_k(split_methods(args.methods), args.top_k)
     given = dict(_pair(text) for text in args.oracle)
     if unasked := sorted(set(given) - {task.name for task in tasks}):
-        warnings.warn(f"--oracle: no task is called {listed_names(unasked)}; nothing is measured there", stacklevel=2)
+        warnings.warn(f"--oracle: no task is called {listed(unasked)}; nothing is measured there", stacklevel=2)
     results = read_results(args.results) if args.results else []
 
     from ..evaluation.composition import report as composition
@@ -160,7 +159,7 @@ def dashes(args: argparse.Namespace, rows: list[dict], related: dict[str, float 
         notes.append(f"no oracle of {', '.join(blind)}: --oracle {blind[0]}=EXPERT names one")
     without = [f"{row['method']} on {row['task']}" for row in rows if row["score"] is None]
     if without and args.results:
-        notes.append(f"no score of {listed_names(without)}: {args.results} has no such rows")
+        notes.append(f"no score of {listed(without)}: {args.results} has no such rows")
     elif without:
         notes.append("no scores: --results FILE, the results.json of `moerge eval` on these tasks, brings them")
     if args.results and None in related.values():

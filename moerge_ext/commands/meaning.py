@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ensemble.questions import named_file
-from ..evaluation.runs import PELMO, WHOLE, with_top_k
+from ..evaluation.runs import PELMO, WHOLE, split_methods, with_top_k
 from ..experts.routers import ROUTERS_FILE
 from ..queries.cache import model_name
 from ..queries.hidden import base_name
@@ -60,8 +60,8 @@ def placed(asked: Mapping[str, Any], place: Callable[[str], str]) -> dict[str, A
             split = [text.rpartition("=") for text in found[key]]
             found[key] = [f"{name}{equals}{place(path)}" for name, equals, path in split]
     if (methods := found.get("methods")) is not None:
-        listed = methods.split(",") if isinstance(methods, str) else methods
-        found["methods"] = [_method(text.strip(), place) for text in listed if text.strip()]
+        rows = split_methods(methods) if isinstance(methods, str) else methods
+        found["methods"] = [_method(text, place) for text in rows]
     return found
 
 

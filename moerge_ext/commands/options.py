@@ -235,11 +235,6 @@ def check_file(path: Path) -> None:
     check_can_write(path.parent)
 
 
-def listed(methods: str) -> list[str]:
-    """The methods of `--methods`."""
-    return [text.strip() for text in methods.split(",") if text.strip()]
-
-
 def read_tasks(args: argparse.Namespace, metric: str | None = None) -> list[Task]:
     """The tasks of the arguments; one ValueError with what is wrong with each."""
     tasks, problems = [], []

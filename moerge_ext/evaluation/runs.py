@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..methods import get_method
+from ..methods import METHODS, get_method
 from ..methods.fixed import PREFIX
 from ..methods.option_text import ALL, parse_option
 
@@ -19,6 +19,7 @@ DERIVED = {
     "expert per set, not routing per token",
     "best_individual": "the one expert with the best mean over all evaluation sets, chosen on them",
 }
+LISTS = ("preference", "without")  # options of methods whose values have commas
 ROWS = (BASE, *DERIVED, f"{PELMO}FILE", f"{WHOLE}DIR")  # what a table takes besides methods
 
 # GLIDER, arXiv 2410.07172, the paper's ablations: a constant alpha, top-k, and top-p instead of top-k
@@ -42,6 +43,22 @@ class Run:
         """Whether somebody else than the base, or a patched base, answers: `evaluate(answerers=...)` has who."""
         decodes = self.method is not None and get_method(self.method).decodes
         return decodes or self.ensemble is not None or self.model is not None
+
+
+def split_methods(text: str) -> list[str]:
+    """The rows of `--methods`, one after each comma but those in an option's list: "mole/without=ant,bee,base"."""
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        option = found[-1].rpartition("/")[2].partition("=")[0] if found else None
+        if option in LISTS and not _is_row(part.partition("/")[0]):
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def _is_row(name: str) -> bool:
+    return name == BASE or name in DERIVED or name in METHODS or name.startswith((PREFIX, PELMO, WHOLE))
 
 
 def parse_run(text: str) -> Run:

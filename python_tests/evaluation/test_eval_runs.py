@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs, with_top_k
+from moerge_ext.evaluation.runs import ablation, parse_run, parse_runs, split_methods, with_top_k
 
 
 def test_runs_are_parsed_and_checked():
@@ -22,6 +22,16 @@ def test_runs_are_parsed_and_checked():
     ):
         with pytest.raises(ValueError, match=text):
             parse_runs(texts, ("a", "b"))
+
+
+def test_lists_of_an_option_are_not_rows():
+    """`mole/without=ant,bee` is one row; what begins a row ends the list."""
+    assert split_methods("base, phatgoose/top_k=3 ,,expert:a") == ["base", "phatgoose/top_k=3", "expert:a"]
+    rows = ["pwe_moe/preference=0.6,0.3,0.1", "mole/without=ant,bee/reads=input", "mole/without=cat", "model:x", "base"]
+    assert split_methods(",".join(rows)) == rows
+    assert parse_run(rows[0]).options == {"preference": "0.6,0.3,0.1"}
+    assert parse_run(rows[1]).options == {"without": "ant,bee", "reads": "input"}
+    assert split_methods("mole/reads=input,ant") == ["mole/reads=input", "ant"], "which is no row, and refused as one"
 
 
 def test_top_k_is_for_methods_that_route_and_set_none():

@@ -7,7 +7,10 @@ from op_cases import check_route, rand
 from moerge_ext import ops, reference
 
 # T, D, O, E, R, K: more than one block of tokens, chunk of columns, task of an expert, panel of ranks; odd ends of each
-SHAPES = [(300, 576, 1040, 4, 16, 2), (67, 32, 16, 3, 32, 3), (513, 288, 544, 5, 64, 1), (2048, 64, 48, 160, 16, 2)]
+SHAPES = [
+    (300, 576, 1040, 4, 16, 2), (67, 32, 16, 3, 32, 3), (513, 288, 544, 5, 64, 1), (2048, 64, 48, 160, 16, 2),
+    (97, 64, 272, 7, 16, 2), (40, 96, 144, 4, 64, 2), (300, 576, 1040, 9, 16, 2),
+]  # fmt: skip
 
 
 def case(T, D, O, E, R, K):  # noqa: E741
@@ -72,6 +75,35 @@ def test_a_token_that_names_an_expert_twice_and_numbers_that_are_none():
     fine[[5, 8]] = False
     assert error(y[fine], want[fine]) < 2 * error(want[fine].bfloat16(), want[fine]) + 1e-3
     assert y[5].isnan().all() and not y[8].isfinite().any()
+
+
+@pytest.mark.parametrize("shape", SHAPES[4:], ids=str)
+def test_an_expert_of_infinite_numbers_is_felt_by_who_chose_it_alone(shape):
+    """Few experts are multiplied all at once, where zero times infinity would reach every token."""
+    base, x, a, b, weights, experts = case(*shape)
+    want = ops.lora_apply(base, x, a, b, weights, experts)
+    a, b = a.clone(), b.clone()
+    a[1, 0, 3] = torch.nan
+    b[2, 5, :] = torch.inf
+    b[3, 7, 1] = torch.nan
+    y = ops.lora_apply(base, x, a, b, weights, experts)
+    chose = torch.stack([((experts == e) & (weights != 0)).any(1) for e in (1, 2, 3)])
+    fine = ~chose.any(0)
+    assert fine.sum() > len(x) // 5 and torch.isfinite(y[fine]).all()
+    assert error(y[fine], want[fine].double()) < 0.01
+    assert y[chose[0]].isnan().all() and y[chose[2] & ~chose[0], 7].isnan().all()
+    assert not y[chose[1], 5].isfinite().any()
+
+
+def test_a_token_without_experts_keeps_its_bits():
+    """Minus zero too, where the result is another tensor and where it is the same."""
+    base, x, a, b, weights, experts = case(*SHAPES[0])
+    base[0] = -0.0
+    base[7, :3] = torch.tensor([-0.0, torch.inf, 1e-39])
+    before = base[::7].clone().view(torch.int16)
+    assert torch.equal(ops.lora_apply(base, x, a, b, weights, experts)[::7].view(torch.int16), before)
+    ops.lora_apply_(base, x, a, b, weights, experts)
+    assert torch.equal(base[::7].view(torch.int16), before)
 
 
 @pytest.mark.parametrize("normalize", ["standardize", "unit", "none"])
