@@ -7,10 +7,10 @@
 //   R = 16   E = 8 K = 2  90 (126)   E = 2 K = 1  50 (64)     E = 8 K = 1  85 (85)   E = 16 K = 1  134 (110)
 //   R = 64   E = 4 K = 2  127 (218)  R = 32 E = 8 K = 2  132 (160)
 //   T = 32, 64, 128 of the first: 18.6 (19.2), 25.5 (26.2), 34 (38)
-// The branch alone, the first case, 60 (92): of that the products 35, at 5.6 ns each (the unit's rate) 14; tiles of the
-// factors, which come from memory, 8; y 12. Asking for y while the products run: 60 against 69, of which the rounding
-// to bfloat16 by one instruction is 2. Tried, both slower: four tiles of rows by one of columns, asking for the
-// factors.
+// The branch alone, the first case, 60 (92): of that the products 35 (by themselves, from the second-level cache, 28;
+// the unit's rate is 14), tiles of the factors, which come from memory, 8, y 12. Asking for y while the products run:
+// 60 against 69, of which the rounding to bfloat16 by one instruction is 2. Tried: 64 rows in a call, no difference;
+// four tiles of rows by one of columns, asking for the factors, slower.
 #pragma once
 
 #include <atomic>
