@@ -9,8 +9,9 @@
 //   T = 32, 64, 128 of the first: 18.6 (19.2), 25.5 (26.2), 34 (38)
 // The branch alone, the first case, 60 (92): of that the products 35 (by themselves, from the second-level cache, 28;
 // the unit's rate is 14), tiles of the factors, which come from memory, 8, y 12. Asking for y while the products run:
-// 60 against 69, of which the rounding to bfloat16 by one instruction is 2. Tried: 64 rows in a call, no difference;
-// four tiles of rows by one of columns, asking for the factors, slower.
+// 60 against 69, of which the rounding to bfloat16 by one instruction is 2. Router and branch by turns, 32 tokens each:
+// routed_lora_ 88 against 92. Tried: 64 rows in a call, no difference; four tiles of rows by one of columns, asking for
+// the factors, slower.
 #pragma once
 
 #include <atomic>
@@ -20,6 +21,7 @@
 
 namespace moerge::cpu {
 
+static_assert(kFewRows == kScoreRows, "a block of the router is one of the branch");
 constexpr int64_t kFewTimes = 4;  // as many experts as a token chooses, at most
 
 class FewExperts {
@@ -35,23 +37,12 @@ class FewExperts {
     b_ = workspace.get<uint32_t>(args.O / 2 * ranks_);
   }
 
-  // The factors of one expert as tiles, or the zeros behind those of the last.
-  int64_t experts() const { return args_.E + (args_.E * args_.R < ranks_); }
-  void prepare(int64_t e) {
-    const int64_t R = args_.R, D = args_.D, O = args_.O, panel = ranks_ / 2 * kTileWidth;
-    uint32_t* a = a_ + e * R / kTileWidth * (D / 2 * kTileWidth);
-    uint32_t* b = b_ + e * R / 2 * kTileWidth;
-    if (e == args_.E) {
-      std::memset(a, 0, (ranks_ - e * R) * (D / 2) * sizeof(uint32_t));
-      for (int64_t c = 0; c < O; c += kTileWidth, b += panel)
-        std::memset(b, 0, (ranks_ - e * R) / 2 * kTileWidth * sizeof(uint32_t));
-      return;
-    }
-    tiles()->interleave(D, R, args_.a.at(e, 0, 0), args_.a.column_stride, a, D / 2 * kTileWidth);
-    if (!tiles()->interleave(R, O, args_.b.at(e, 0, 0), args_.b.rank_stride, b, panel)) finite_.store(false);
+  // All factors as tiles, by a phase of a team.
+  void prepare(Team& team, int phase) {
+    team.run(phase, args_.E + (args_.E * args_.R < ranks_), [&](int64_t e) { lay(e); });
   }
 
-  // Whether zero times any number of B is zero; known when all are prepared.
+  // Whether zero times any number of B is zero; known when all is prepared.
   bool finite() const { return finite_.load(); }
 
   int64_t count() const { return ceil_div(args_.T, kFewRows); }
@@ -79,6 +70,21 @@ class FewExperts {
   }
 
  private:
+  // The factors of one expert, or the zeros behind those of the last.
+  void lay(int64_t e) {
+    const int64_t R = args_.R, D = args_.D, O = args_.O, panel = ranks_ / 2 * kTileWidth;
+    uint32_t* a = a_ + e * R / kTileWidth * (D / 2 * kTileWidth);
+    uint32_t* b = b_ + e * R / 2 * kTileWidth;
+    if (e == args_.E) {
+      std::memset(a, 0, (ranks_ - e * R) * (D / 2) * sizeof(uint32_t));
+      for (int64_t c = 0; c < O; c += kTileWidth, b += panel)
+        std::memset(b, 0, (ranks_ - e * R) / 2 * kTileWidth * sizeof(uint32_t));
+      return;
+    }
+    tiles()->interleave(D, R, args_.a.at(e, 0, 0), args_.a.column_stride, a, D / 2 * kTileWidth);
+    if (!tiles()->interleave(R, O, args_.b.at(e, 0, 0), args_.b.rank_stride, b, panel)) finite_.store(false);
+  }
+
   const LoraArgs& args_;
   const float* weights_;
   Matrix x_, base_, out_;

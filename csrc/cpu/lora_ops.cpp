@@ -44,10 +44,33 @@ struct Branch {
 
   void run(Team& team, int first) {
     if (few) {
-      team.run(first + 2, few->experts(), [&](int64_t e) { few->prepare(e); });
+      few->prepare(team, first + 2);
       if (team.failed()) return;
       if (few->finite()) return team.run(first, few->count(), *few);
     }
+    run_sorted(team, first);
+  }
+
+  // The router of the same tokens before it, block by block where both can: x is then at hand for the branch.
+  void run_after(const RouteForward<Acc>& router, Team& team) {
+    constexpr int first = RouteForward<Acc>::kPhases;
+    if (!few || !router.in_blocks()) {
+      router.run(team);
+      if (!team.failed()) run(team, first);
+      return;
+    }
+    router.prepare(team);
+    few->prepare(team, first + 2);
+    if (team.failed()) return;
+    const bool at_once = few->finite();
+    team.run(1, few->count(), [&](int64_t block) {
+      router.tile_block(block);
+      if (at_once) (*few)(block);
+    });
+    if (!at_once && !team.failed()) run_sorted(team, first);
+  }
+
+  void run_sorted(Team& team, int first) {
     team.run(first, 1, [&](int64_t) { pairs.sort<Acc>(args, weights, true); });
     if (team.failed()) return;
     team.run(first + 1, shrink.count(), shrink);
@@ -121,8 +144,7 @@ void route_and_apply(const RouteArgs& route, LoraArgs& args, RouteAcc* weights, 
     constexpr int first = RouteForward<RouteAcc>::kPhases + Branch<Acc>::kPhases;
     Team::work(router.cost() + branch.cost() + (linear ? linear->cost() : 0), [&](Team& team) {
       if (linear) team.run(first, linear->count(), *linear);
-      if (!team.failed()) router.run(team);
-      if (!team.failed()) branch.run(team, RouteForward<RouteAcc>::kPhases);
+      if (!team.failed()) branch.run_after(router, team);
     });
   } else {
     Acc* wide = workspace.get<Acc>(args.T * args.K);

@@ -188,7 +188,7 @@ RouteForward<Acc>::RouteForward(const RouteArgs& args, Workspace& workspace, Acc
 template <class Acc>
 void RouteForward<Acc>::run(Team& team) const {
   if (by_tiles_) {
-    team.run(0, parts_, [&](int64_t i) { split(i); });
+    prepare(team);
     return team.run(1, ceil_div(args_.T, kScoreRows), [&](int64_t i) { tile_block(i); });
   }
   if (!few()) return team.run(0, ceil_div(args_.T, block_tokens()), [&](int64_t i) { block(i); });

@@ -197,12 +197,18 @@ class RouteForward {
   int64_t cost() const { return args_.T * args_.D * (by_tiles_ ? 4 + args_.E / 8 : args_.E + 2); }
   void run(Team& team) const;
 
+  // By tiles, the first phase makes the gates ready for all blocks, and a block of kScoreRows tokens needs no other.
+  bool in_blocks() const { return by_tiles_; }
+  void prepare(Team& team) const {
+    team.run(0, parts_, [&](int64_t i) { split(i); });
+  }
+  void tile_block(int64_t index) const;
+
  private:
   bool few() const { return !by_tiles_ && args_.tall_gates && args_.T <= kFewTokens && args_.D > kDepth; }
   int64_t block_tokens() const { return args_.T <= kFewTokens ? kFewBlock : kTokenBlock; }
   void block(int64_t index) const;
   void split(int64_t part) const;
-  void tile_block(int64_t index) const;
   void tile_scores(int64_t begin, int64_t count, float* sums, Moments* moments) const;
   void centre(int64_t token) const;
   void dots(int64_t part) const;

@@ -114,6 +114,12 @@ def test_a_wrong_result_of_ours_is_caught(tmp_path, monkeypatch, capsys):
     assert row["status"] == "wrong" and "us" not in row
 
 
+def test_serve_without_vllm_says_how_to_have_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    assert run.main(["serve", "--results", str(tmp_path)]) == 2
+    assert "serve needs vllm" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_caps_name_what_they_skip():
     weights = data.Weights(CELL, CPU, run.TINY)
     tokens = data.Tokens(CELL, weights)

@@ -95,6 +95,21 @@ def test_an_expert_of_infinite_numbers_is_felt_by_who_chose_it_alone(shape):
     assert not y[chose[1], 5].isfinite().any()
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("strange", [False, True], ids=["finite", "an infinite expert"])
+def test_routed_is_what_its_parts_are(shape, strange):
+    """Also where router and branch take turns block by block."""
+    base, x, a, b, *_ = case(*shape)
+    gates = rand(a.shape[0], x.shape[1], seed=5)
+    if strange:
+        b[1, 2, 3] = torch.inf
+    y, weights, experts = ops.routed_lora(base, x, gates, a, b, top_k=2)
+    want = ops.route(x, gates, top_k=2)
+    assert torch.equal(weights, want[0]) and torch.equal(experts, want[1])
+    assert torch.equal(y, ops.lora_apply(base, x, a, b, weights, experts))
+    assert y.isfinite().all() != strange
+
+
 def test_a_token_without_experts_keeps_its_bits():
     """Minus zero too, where the result is another tensor and where it is the same."""
     base, x, a, b, weights, experts = case(*SHAPES[0])
