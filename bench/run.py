@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -92,6 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench: no CUDA device is visible", file=sys.stderr)
+        return 2
+    if args.suite == "serve" and importlib.util.find_spec("vllm") is None:
+        print(
+            "bench: serve needs vllm, which this Python has not: make .venv-serve/.built; "
+            ".venv-serve/bin/python bench/run.py serve",
+            file=sys.stderr,
+        )
         return 2
     settings = settings_of(args)
     begin = time.perf_counter()

@@ -27,8 +27,8 @@ constexpr int64_t kFewTimes = 4;  // as many experts as a token chooses, at most
 class FewExperts {
  public:
   // Whether this is the way of a branch that goes by tiles.
-  static bool takes(const LoraArgs& args) {
-    return args.E <= kFewTimes * args.K && args.E * args.R <= kFewRanks && args.T >= kFewRows;
+  static bool takes(const LoraArgs& args, const Matrix& out) {
+    return args.E <= kFewTimes * args.K && args.E * args.R <= kFewRanks && args.T >= kFewRows && apart(args, out);
   }
 
   FewExperts(const LoraArgs& args, const float* weights, const Matrix& base, const Matrix& out, Workspace& workspace)
@@ -70,6 +70,18 @@ class FewExperts {
   }
 
  private:
+  // Whether no block writes what another still has to read: x and `out` share no memory, or are the same rows, or
+  // columns of the same rows.
+  static bool apart(const LoraArgs& args, const Matrix& out) {
+    const Matrix x(args.x);
+    const int64_t width = args.D * size_of(x.dtype), written = args.O * size_of(out.dtype), at = x.data - out.data;
+    if (x.row_bytes >= width && x.row_bytes == out.row_bytes)
+      if (at == 0 ||
+          (at > 0 ? at >= written && at + width <= out.row_bytes : -at >= width && written - at <= x.row_bytes))
+        return true;
+    return at >= (args.T - 1) * out.row_bytes + written || -at >= (args.T - 1) * x.row_bytes + width;
+  }
+
   // The factors of one expert, or the zeros behind those of the last.
   void lay(int64_t e) {
     const int64_t R = args_.R, D = args_.D, O = args_.O, panel = ranks_ / 2 * kTileWidth;

@@ -35,7 +35,7 @@ struct Branch {
     if (shrink.parts == 1 && !args.factored) shrink.weights = weights;
     shrink.by_tiles = expand.by_tiles = std::is_same_v<Acc, float> && shrink.weights && args.by_tiles(base, out);
     if constexpr (std::is_same_v<Acc, float>)
-      if (shrink.by_tiles && FewExperts::takes(args)) few.emplace(args, weights, base, out, workspace);
+      if (shrink.by_tiles && FewExperts::takes(args, out)) few.emplace(args, weights, base, out, workspace);
     shrink.h = workspace.get<Acc>(shrink.parts * args.T * args.K * args.R);
     expand.h = shrink.h;
   }

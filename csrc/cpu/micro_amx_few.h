@@ -52,8 +52,10 @@ inline bool choose(const FewBranch& branch, const float* sums, const float* weig
   bool any = false;
   for (int64_t k = 0; k < branch.K; ++k) {
     float weight = 0;
-    for (int64_t other = 0; other < branch.K; ++other) weight += experts[other] == experts[k] ? weights[other] : 0.0f;
-    if (weight == 0) continue;
+    bool used = false;  // a weight of zero asks for nothing, weights whose sum is zero do
+    for (int64_t other = 0; other < branch.K; ++other)
+      if (experts[other] == experts[k]) weight += weights[other], used = used || weights[other] != 0;
+    if (!used) continue;
     any = true;
     const int64_t from = experts[k] * branch.R;
     for (int64_t r = from; r < from + branch.R; r += kTile)

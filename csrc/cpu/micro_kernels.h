@@ -80,7 +80,7 @@ inline Vec<float, N> widen_halves(const typename Lanes<float, N>::half& halves) 
 // bfloat16 in the lower halves of 32 bits. One instruction, of which GCC 12 makes five where a register holds them.
 template <int N>
 inline typename Lanes<float, N>::u32 lower_halves(const bf16* from) {
-  const auto& bits = *reinterpret_cast<const typename Lanes<float, N>::u16*>(from);
+  const typename Lanes<float, N>::u16& bits = *reinterpret_cast<const typename Lanes<float, N>::u16*>(from);
 #ifdef __AVX2__
   if constexpr (N == kWide<float>) {
     typename Lanes<float, N>::u32 wide;
@@ -326,6 +326,7 @@ void axpy(int64_t M, int64_t I, int64_t J, const Acc* const* h, const void* cons
 #include "micro_linear.h"
 #include "micro_rows.h"
 #include "micro_tall.h"
+#include "micro_two.h"
 
 namespace moerge::cpu::MOERGE_ISA {
 namespace {
@@ -342,7 +343,7 @@ extern const Micro<float> table_f32[4] = {make<float, float>(), make<float, doub
                                           make<float, f16>()};
 extern const Micro<double> table_f64[4] = {make<double, float>(), make<double, double>(), make<double, bf16>(),
                                            make<double, f16>()};
-extern const RowMicro<float> rows_f32 = {sum<float>, moments<float>, centre<float>, multiply<float>};
-extern const RowMicro<double> rows_f64 = {sum<double>, moments<double>, centre<double>, multiply<double>};
+extern const RowMicro<float> rows_f32 = {sum<float>, moments<float>, centre<float>, multiply<float>, two};
+extern const RowMicro<double> rows_f64 = {sum<double>, moments<double>, centre<double>, multiply<double>, nullptr};
 
 }  // namespace moerge::cpu::MOERGE_ISA

@@ -213,7 +213,8 @@ class RouteForward {
   void centre(int64_t token) const;
   void dots(int64_t part) const;
   void sum_and_choose(int64_t token) const;
-  void choose(int64_t token, Acc* scores, int32_t* ids) const;
+  void choose(int64_t begin, int64_t count, Acc* scores) const;
+  void choose_one(int64_t token, const Acc* scores, int32_t* ids) const;
 
   const RouteArgs& args_;
   Acc* weights_;

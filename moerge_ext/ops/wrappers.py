@@ -143,7 +143,8 @@ def lora_apply(
         x: [T,D].
         lora_a: [E,R,D]. Fastest when R is contiguous (strides (R*D, 1, R)), as in a bank.
         lora_b: [E,O,R], the LoRA scaling folded in. Fastest when O is contiguous (strides (R*O, 1, O)).
-        weights: [T,K] or [N,K]; an expert whose weight is exactly 0 is not read (its weight still has a gradient).
+        weights: [T,K] or [N,K]; an expert whose weight is exactly 0 changes nothing, whatever its factors hold (its
+            weight still has a gradient).
         experts: int32 like weights, ids in [0, E).
         {options}
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from ..methods.base import is_finite_number
 
+SHOWN = 5  # unknown names in an error
+MOST = 100.0  # a weight or an affinity, whatever its sign: what it makes stays finite, and so what is cached of it
 KEYS = ("weights", "expert", "routing", "method", "affinities", "query", "trace")
 
 
@@ -150,19 +152,20 @@ class Rules:
     def _number_problems(self, key: str, value: Any) -> list[str]:
         if isinstance(value, Mapping):
             unknown = [name for name in value if name not in self.names]
-            problems = [f"{key}: no expert {', '.join(map(_shown, unknown))}; there are {', '.join(self.names)}"]
-            problems = problems if unknown else []
+            said = [*map(_shown, unknown[:SHOWN]), *([f"{len(unknown) - SHOWN} more"] if len(unknown) > SHOWN else [])]
+            problems = [f"{key}: no expert {', '.join(said)}; there are {', '.join(self.names)}"] if unknown else []
             numbers: Sequence[Any] = list(value.values())
         elif isinstance(value, list | tuple):
             right = len(value) == len(self.names)
             problems = [] if right else [f"{key} must have E={len(self.names)} numbers, got {len(value)}"]
             numbers = value
         else:
-            return [f"{key} must be {{{self._example()}: 1.0}} or a list of E={len(self.names)} numbers, got {value!r}"]
+            wanted = f"{{{self._example()}: 1.0}} or a list of E={len(self.names)} numbers"
+            return [f"{key} must be {wanted}, got {_shown(value)}"]
         if bad := [number for number in numbers if not is_finite_number(number)]:
             problems.append(f"{key} must be finite numbers, got {_shown(bad[0])}")
-        elif huge := [number for number in numbers if abs(number) > 3e38]:
-            problems.append(f"{key} must fit float32, got {_shown(huge[0])}")
+        elif huge := [number for number in numbers if abs(number) > MOST]:
+            problems.append(f"{key} must be between -{MOST:g} and {MOST:g}, got {_shown(huge[0])}")
         return problems
 
     def _numbers(self, value: Any) -> tuple[float, ...]:
@@ -190,7 +193,7 @@ def _object(said: Any) -> Mapping[str, Any]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"moerge: expected an object or its JSON text, got {said[:100]!r} ({error})") from None
     if not isinstance(said, Mapping):
-        raise ValueError(f'moerge: expected an object such as {{"routing": false}}, got {said!r}')
+        raise ValueError(f'moerge: expected an object such as {{"routing": false}}, got {_shown(said)}')
     return said
 
 

@@ -82,16 +82,19 @@ class Traces:
             at += length
 
     def read(self, request: str) -> list[dict[str, Any]]:
-        """The traces of a request's sequences, as plain data."""
+        """The traces of a request's sequences, as plain data; tokens: the mean over the modules here."""
         return [self._read(trace) for name, trace in self._held.items() if _is_of(self._keys[name], request)]
 
     def _read(self, trace: Trace) -> dict[str, Any]:
-        rows = [] if trace.sums is None else trace.sums.tolist()
+        rows = [] if trace.sums is None else (trace.sums / max(1, len(trace.modules))).tolist()
         modules = {module: (sums / max(1, trace.computed)).tolist() for module, sums in trace.modules.items()}
         said = {"experts": list(trace.names), "prompt_tokens": trace.prompt, "start": trace.start}
         return said | {"tokens": rows, "modules": modules}
 
 
 def _is_of(key: str, request: str) -> bool:
-    """Whether vLLM's name for one prompt of a request is that request's: `cmpl-x` has `cmpl-x-0`, `cmpl-x-1`, ..."""
-    return key == request or (key.startswith(request + "-") and key[len(request) + 1 :].isdigit())
+    """Whether vLLM's name for one prompt of a request is that request's: `cmpl-x` has `cmpl-x-0`, `cmpl-x-1`, ..., and
+    of other ways in `resp_x` has `resp_x_0`.
+    """
+    rest = key.removeprefix(request)
+    return key == request or (key != rest and rest[:1] in ("-", "_") and rest[1:].isdigit())

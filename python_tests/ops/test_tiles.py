@@ -110,6 +110,32 @@ def test_routed_is_what_its_parts_are(shape, strange):
     assert y.isfinite().all() != strange
 
 
+def test_tokens_that_share_memory_with_the_result():
+    """Of other rows, of one row for all, of the same rows and of columns beside: as from a copy."""
+    base, x, a, b, weights, experts = case(128, 64, 64, 4, 16, 2)
+    both = torch.cat([base, x], 1)[:, :128].contiguous()
+    rows = torch.cat([x, x[:1]])
+    views = [
+        (rows[1:], rows[:-1]), (rows[:-1], rows[1:]), (rows[:-1], rows[5:6].expand(128, 64)), (rows[1:], rows[1:]),
+        (both[:, :64], both[:, 64:]), (both[:, 64:], both[:, :64]), (both[:, 16:80], both[:, :64]),
+    ]  # fmt: skip
+    for out, tokens in views:
+        before = out._base.clone()
+        want = ops.lora_apply(out.clone(), tokens.clone(), a, b, weights, experts)
+        ops.lora_apply_(out, tokens, a, b, weights, experts)
+        assert error(out, want.double()) < 0.005  # by another way, perhaps
+        out._base.copy_(before)
+
+
+def test_weights_that_cancel_hide_nothing():
+    base, x, a, b, weights, experts = case(*SHAPES[0])
+    experts[:, 1] = experts[:, 0]
+    weights[:, 1] = -weights[:, 0]
+    x[3] = torch.nan
+    y = ops.lora_apply(base, x, a, b, weights, experts)
+    assert y[3].isnan().all() == bool(weights[3, 0]) and torch.equal(y[4], base[4])
+
+
 def test_a_token_without_experts_keeps_its_bits():
     """Minus zero too, where the result is another tensor and where it is the same."""
     base, x, a, b, weights, experts = case(*SHAPES[0])

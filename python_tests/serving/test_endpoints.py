@@ -17,7 +17,7 @@ def trace(tokens, modules):
 
 def test_a_trace_is_a_mean_over_the_modules_of_all_stages():
     stages = [
-        [trace([[2.0, 0.0], [1.0, 1.0]], {"a": [0.5, 0.5], "b": [1.0, 0.0]}), trace([], {})],
+        [trace([[1.0, 0.0], [0.5, 0.5]], {"a": [0.5, 0.5], "b": [1.0, 0.0]}), trace([], {})],
         [trace([[0.0, 1.0], [0.5, 0.5]], {"c": [0.25, 0.75]}), trace([], {})],
     ]
     one, other = traces(stages)

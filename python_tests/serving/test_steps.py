@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -174,7 +175,8 @@ def processed(said, salt=None, rules=None) -> SimpleNamespace:
 def test_the_front_end_checks_a_request_and_keys_its_cache():
     rules = Rules(("ant", "bee"), {"phatgoose": False})
     plain = processed({"other": 1}, "mine", rules)
-    assert plain.sampling_params.extra_args == {"other": 1} and plain.cache_salt == "mine"
+    assert plain.sampling_params.extra_args == {"other": 1} and plain.cache_salt == "moerge-default:mine"
+    assert processed({"other": 1}, None, rules).cache_salt is None
     one, two = (processed({"moerge": {"expert": name}}, "mine", rules) for name in ("ant", "bee"))
     assert one.sampling_params.extra_args == {CHECKED: Choice(None, weights=(1.0, 0.0)).as_dict()}
     assert one.cache_salt != two.cache_salt and one.cache_salt.endswith(":mine")
@@ -185,10 +187,47 @@ def test_the_front_end_checks_a_request_and_keys_its_cache():
         processed({"moerge": {"routing": False}}, None, None)
 
 
+def test_no_salt_of_a_client_is_the_key_of_another_routing():
+    """Also where it is made to look like one."""
+    rules = Rules(("ant", "bee"), {"phatgoose": False})
+    bee = processed({"moerge": {"expert": "bee"}}, None, rules).cache_salt
+    salts = [None, bee, bee.removeprefix("moerge:"), "moerge-default", f"{bee}:{bee}", ""]
+    said = [None, *({"moerge": {"expert": name}} for name in rules.names)]
+    keys = {(i, salt): processed(one, salt, rules).cache_salt for i, one in enumerate(said) for salt in salts}
+    assert len(set(keys.values())) == len(keys)
+
+
+def test_a_request_over_http_is_checked_before_it_streams(monkeypatch):
+    monkeypatch.setattr(frontend, "_refusal", lambda: ValueError)
+
+    class Processor:
+        pass
+
+    processor, asked = Processor(), SimpleNamespace(vllm_xargs={"moerge": {"expert": "cow"}})
+    theirs = lambda request, *args: "params"  # noqa: E731
+    assert frontend.sampling(theirs, asked) == "params", "no engine here yet"
+    setattr(processor, frontend.RULES, Rules(("ant", "bee"), {"glider": True, "phatgoose": False}, reads=("glider",)))
+    monkeypatch.setattr(frontend, "_SERVING", [weakref.ref(processor)])
+    with pytest.raises(ValueError, match="no expert 'cow'; there are ant, bee"):
+        frontend.sampling(theirs, asked)
+    for fine in (None, {}, {"moerge": {"expert": "bee"}}, {"moerge": '{"query": "moo"}'}):
+        assert frontend.sampling(theirs, SimpleNamespace(vllm_xargs=fine)) == "params"
+
+
+def test_traces_are_found_by_the_id_of_the_answer():
+    """vLLM counts the prompts of a request behind its id: cmpl-x-1, resp_x_0."""
+    traces = Traces(("ant", "bee"), 8)
+    for key in ("cmpl-x-0", "cmpl-x-1", "resp_x_0", "cmpl-x2-0", "chatcmpl-y"):
+        traces.open(f"inner {key}", key, 3)
+    counts = {name: len(traces.read(name)) for name in ("cmpl-x", "cmpl-x-1", "resp_x", "resp", "cmpl", "chatcmpl-y")}
+    assert counts == {"cmpl-x": 2, "cmpl-x-1": 1, "resp_x": 1, "resp": 0, "cmpl": 0, "chatcmpl-y": 1}
+
+
 def test_a_trace_is_asked_for_without_a_cache_of_its_own():
     rules = Rules(("ant", "bee"), {"phatgoose": False}, traces=True)
     plain = processed({"moerge": {"trace": True}}, "mine", rules)
-    assert plain.sampling_params.extra_args == {TRACED: "cmpl-1-0"} and plain.cache_salt == "mine"
+    assert plain.sampling_params.extra_args == {TRACED: "cmpl-1-0"}
+    assert plain.cache_salt == processed(None, "mine", rules).cache_salt
     one, other = (processed({"moerge": {"expert": "ant", "trace": on}}, None, rules) for on in (True, False))
     assert one.cache_salt == other.cache_salt and TRACED not in other.sampling_params.extra_args
     with pytest.raises(ValueError, match="is no argument of requests"):

@@ -100,7 +100,7 @@ def test_methods_that_route_nothing(experts):
         server.traces.open("r0", "a", 3)
         server.step([choice], [3], x, wide)
         assert server.counts.read()["experts"] == {"ant": [0, 0], "bee": [0, 0], "cat": [0, 0], "dog": [12, 12]}
-        assert server.traces.read("a")[0]["tokens"] == [[0, 0, 0, 4]] * 3
+        assert server.traces.read("a")[0]["tokens"] == [[0, 0, 0, 1]] * 3
     server = Server(experts, traces=1, method="merged")
     server.traces.open("r0", "a", 3)
     server.step([None], [3], x, wide)
@@ -150,12 +150,12 @@ def test_a_trace_says_what_the_patched_model_records(experts):
     for calls in trace.calls.values():
         for weights, ids in calls:
             wanted.scatter_add_(1, ids.long(), weights)
-    torch.testing.assert_close(torch.tensor(one["tokens"]), wanted)
+    torch.testing.assert_close(torch.tensor(one["tokens"]), wanted / len(one["modules"]))
     load = trace.load()
     assert set(one["modules"]) == set(load)
     for module, sums in one["modules"].items():
         torch.testing.assert_close(torch.tensor(sums) * 4, load[module].float())  # of four tokens
-    torch.testing.assert_close(torch.tensor(other["tokens"]), torch.tensor([[2.0, 0.0, -4.0, 0.0]] * 2))
+    torch.testing.assert_close(torch.tensor(other["tokens"]), torch.tensor([[0.5, 0.0, -1.0, 0.0]] * 2))
     assert server.traces.read("cmpl-7-1") == [other] and server.traces.read("cmpl") == server.traces.read("cmpl-") == []
 
 

@@ -104,8 +104,11 @@ def traces(said: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     for parts in zip(*said, strict=True):
         modules = {module: means for part in parts for module, means in part["modules"].items()}
         rows = [part["tokens"] for part in parts]
-        count = max(1, len(modules))
-        tokens = [[sum(of) / count for of in zip(*token, strict=True)] for token in zip(*rows, strict=True)]
+        shares = [len(part["modules"]) / max(1, len(modules)) for part in parts]
+        tokens = [
+            [sum(share * mean for share, mean in zip(shares, of, strict=True)) for of in zip(*token, strict=True)]
+            for token in zip(*rows, strict=True)
+        ]
         found.append(parts[0] | {"tokens": tokens, "modules": modules})
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from .steps import CHECKED, TRACED
 from .worker import settings_of
 
 RULES, TEXTS = "_moerge_rules", "_moerge_texts"
+DEFAULT = "moerge-default"  # in the key of the cache of a request that says nothing, where it has a salt
+_SERVING: list[weakref.ref[Any]] = []  # the processor of this process that was made last
 
 
 def prepare(theirs: Callable[..., None], processor: Any, *args: Any, **kwargs: Any) -> None:
@@ -26,6 +29,7 @@ def prepare(theirs: Callable[..., None], processor: Any, *args: Any, **kwargs: A
         base = config.model_config.model
         found, queries = rules(settings, tuple(settings.expert_folders(base))), settings.queries(base)
     setattr(processor, RULES, found)
+    _SERVING[:] = [weakref.ref(processor)]
     setattr(processor, TEXTS, None if queries is None else (queries, Prompts(processor.tokenizer)))
 
 
@@ -43,6 +47,19 @@ def process_inputs(theirs: Callable[..., Any], processor: Any, *args: Any, **kwa
         return _read(made, getattr(processor, RULES), found)
     except ValueError as error:
         raise _refusal()(str(error)) from None
+
+
+def sampling(theirs: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    """`to_sampling_params` of a request over HTTP: what `process_inputs` will refuse, before an answer has begun to
+    stream, whose status could be no other."""
+    processor = _SERVING[0]() if _SERVING else None
+    if processor is not None:
+        known = getattr(processor, RULES)
+        try:
+            _asked(request.vllm_xargs or {}, known, lambda method, query: (0.0,) * len(known.names))
+        except ValueError as error:
+            raise _refusal()(str(error)) from None
+    return theirs(request, *args, **kwargs)
 
 
 def beam_search(theirs: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,23 +101,36 @@ def _read(made: Any, known: Rules | None, found: Callable[[str, str | None], tup
     if params is None:
         return made
     extra = dict(params.extra_args or {})
-    said = extra.pop(KEY, None)
-    for ours in (CHECKED, TRACED):
-        if ours in extra:
-            raise ValueError(f"moerge: {ours!r} is no argument of requests, say {KEY!r}")
+    choice, traced = _asked(extra, known, found)
+    extra.pop(KEY, None)
     if known is None:
-        if said is not None:
-            raise ValueError("moerge: this server has no experts (additional_config names none)")
         return made
-    choice = known.read(said, found)
     if choice is not None:
         extra[CHECKED] = choice.as_dict()
-        made.cache_salt = _salt(made.cache_salt, choice)
-    if known.traced(said):
+    made.cache_salt = _salt(made.cache_salt, choice)
+    if traced:
         extra[TRACED] = made.request_id
     params.extra_args = extra or None
     return made
 
 
-def _salt(salt: str | None, choice: Choice) -> str:
-    return choice.key() if salt is None else f"{choice.key()}:{salt}"
+def _asked(
+    extra: Mapping[str, Any], known: Rules | None, found: Callable[[str, str | None], tuple[float, ...]] | None = None
+) -> tuple[Choice | None, bool]:
+    """(the choice, whether a trace is wanted) of a request's extra arguments."""
+    for ours in (CHECKED, TRACED):
+        if ours in extra:
+            raise ValueError(f"moerge: {ours!r} is no argument of requests, say {KEY!r}")
+    said = extra.get(KEY)
+    if known is None:
+        if said is not None:
+            raise ValueError("moerge: this server has no experts (additional_config names none)")
+        return None, False
+    return known.read(said, found), known.traced(said)
+
+
+def _salt(salt: str | None, choice: Choice | None) -> str | None:
+    """The key of a request's cache. What a client has salted stands behind ours, where it cannot be taken for ours."""
+    if salt is None:
+        return None if choice is None else choice.key()
+    return f"{DEFAULT if choice is None else choice.key()}:{salt}"

@@ -11,6 +11,7 @@ _DONE = "_moerge_ext"
 REQUESTS = {
     "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
     "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
+    "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
 }
 BEAMS = {
     "vllm.entrypoints.generate.beam_search.online": "BeamSearchOnlineMixin",
@@ -24,7 +25,7 @@ def register() -> None:
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from .frontend import beam_search, beams, prepare, process_inputs
+    from .frontend import beam_search, beams, prepare, process_inputs, sampling
     from .served import ASKED, asked
     from .startup import check_workers, load_model, status
 
@@ -36,7 +37,10 @@ def register() -> None:
     _wrap(InputProcessor, "process_inputs", process_inputs)
     for module, name in REQUESTS.items():
         if module in sys.modules:  # where HTTP comes in
-            _wrap(getattr(sys.modules[module], name), "to_beam_search_params", beam_search)
+            request = getattr(sys.modules[module], name)
+            _wrap(request, "to_sampling_params", sampling)
+            if hasattr(request, "to_beam_search_params"):
+                _wrap(request, "to_beam_search_params", beam_search)
     for module, name in BEAMS.items():
         if module in sys.modules:
             _wrap(getattr(sys.modules[module], name), "beam_search", beams)
