@@ -61,7 +61,7 @@ QUALITY_TRAIN = $(BIN)/python bench/quality/real_train.py $(QUALITY_PLACES)
 QUALITY_EVAL = $(BIN)/python bench/quality/real_eval.py $(QUALITY_PLACES) --embedder $(QUALITY_ENCODER)
 
 quality: build
-	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --gate-steps 10
+	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --gate-steps 10 30 100
 	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --multitask
 	$(QUALITY_EVAL) --experts $(QUALITY_EXPERTS)
 	$(QUALITY_EVAL) --experts $(QUALITY_EXPERTS) --claims

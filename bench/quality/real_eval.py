@@ -4,6 +4,7 @@ python bench/quality/real_eval.py --data ../shared/data --cache DIR --embedder M
 python bench/quality/real_eval.py ... --experts 4 --scaling     # another pool: few rows, held-out tasks
 python bench/quality/real_eval.py ... --claims           # eight times the held-out items, of the rows of claims
 python bench/quality/real_eval.py ... --results bench/results --rows dam multitask   # join the rows that are there
+python bench/quality/real_eval.py ... --results bench/results --rows ablated why --nearness
 
 Writes quality_real_<experts>.jsonl.gz (--claims: quality_heldout_<experts>.jsonl.gz) into the cache's results/, or
 where --results says; real_table.py makes the tables of them.
@@ -25,11 +26,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench.machine import environment  # noqa: E402
-from bench.quality import real, real_answers, real_join, real_routers, real_rows, real_tasks, real_weights  # noqa: E402
+from bench.quality import (  # noqa: E402
+    real,
+    real_answers,
+    real_join,
+    real_nearness,
+    real_routers,
+    real_rows,
+    real_tasks,
+    real_weights,
+)
 from bench.quality.real_answers import Asked  # noqa: E402
 from bench.quality.real_rows import Part  # noqa: E402
 from moerge_ext.evaluation.evaluate import Settings, evaluate  # noqa: E402
 from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
+
+GROUPS = {"ablated": real_rows.ABLATED, "why": real_rows.WHY}
 
 
 def tasks_of(places: real.Places, args: argparse.Namespace, chunk: int, *, shots: bool = False) -> list[Task]:
@@ -113,6 +125,9 @@ class Asking:
                     self.pack([asked])
             done.append(asked)
             self.pack(done)
+        if not args.scaling and not args.claims:
+            self.facts["nearness"] = self.nearness()
+            self.pack(done)
 
     def pack(self, chunks: Sequence[Sequence[Asked]]) -> None:
         real_answers.pack(chunks, self.facts | self.deciders.more_facts(), self.file)
@@ -120,13 +135,22 @@ class Asking:
     def more(self) -> None:
         """The rows that were named, each joining the results there are as soon as it is whole."""
         asked: list[list[Asked]] = [[] for _ in range(self.args.chunks)]
-        for name in (*real_join.CHECKED, *self.args.rows):
-            part = real_rows.part_of(name, self.deciders.pool, self.deciders)
+        named = [row for name in self.args.rows for row in GROUPS.get(name, (name,))]
+        for name in (*real_join.CHECKED, *named):
             for chunk, parts in enumerate(asked):
+                part = real_rows.part_of(name, self.deciders.pool, self.deciders, self.tasks(chunk))
                 parts.append(self.ask(part, chunk))
             if len(asked[0]) >= len(real_join.CHECKED):
                 new = real_answers.collected(asked, self.facts | self.deciders.more_facts())
                 real_answers.write(real_join.joined(real_answers.read(self.file), new), self.file)
+            if len(asked[0]) == len(real_join.CHECKED) and self.args.nearness:
+                self.facts["nearness"] = self.nearness()
+
+    def nearness(self) -> dict[str, dict]:
+        """How near routing comes to the best expert, as the answers that are there say which that is."""
+        tasks = [task for task in self.tasks(0) if task.part == "heldout"]
+        best = real_nearness.best_experts(real_answers.read(self.file), [task.name for task in tasks])
+        return real_nearness.measure(self.model, self.tokenizer, self.deciders, tasks, best)
 
 
 def main() -> None:
@@ -139,7 +163,12 @@ def main() -> None:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--scaling", action="store_true", help="only what compares pools of several sizes")
     only.add_argument("--claims", action="store_true", help="only held-out tasks, and rows that claims are of")
-    only.add_argument("--rows", nargs="+", help="only these, into the results there are (real_join.py)")
+    only.add_argument(
+        "--rows",
+        nargs="+",
+        help=f"only these, or those of {', '.join(GROUPS)}, into the results there are (real_join.py)",
+    )
+    parser.add_argument("--nearness", action="store_true", help="with --rows: also how near PHATGOOSE is to the oracle")
     parser.add_argument("--items", type=int, default=24, help="of every task in a chunk (default: %(default)s)")
     parser.add_argument("--chunks", type=int, help="(default: 1, with --claims 8)")
     parser.add_argument("--results", type=Path, help="folder of the results (default: results/ in the cache)")

@@ -10,7 +10,7 @@ from bench.quality import real
 from bench.quality.real_routers import Deciders
 from bench.quality.real_written import SUFFIX
 from moerge_ext.evaluation.answers import Answerer
-from moerge_ext.evaluation.runs import MULTITASK, Run, parse_run
+from moerge_ext.evaluation.runs import MULTITASK, Run, ablation, parse_run
 from moerge_ext.evaluation.tasks import Task
 from moerge_ext.experts.bank import ExpertBank
 from moerge_ext.methods import get_method
@@ -35,6 +35,10 @@ LEARNED = ("lora_flow", "pi_tuning", "mixda", "we_moe", "pemt")
 SLOW = ("weight_prior", "weight_entropy", "lorahub", "token_level", "ask_llm")  # many passes for a text
 LARGE = ("adapter_fusion", "ramole", "co_llm", "pwe_moe", "mole")  # reads all experts' outputs; mole takes 18.5 GB
 WRITTEN = "glider" + SUFFIX
+TOLD = " (zero-shot)"  # behind the names of rows with the instruction of the query's task, as an evaluation names them
+GATES = "/gates="  # and of those with gates of another number of steps
+ABLATED = tuple(row + TOLD for row in ablation("glider", 16) if row != "glider/top_k=2")  # that one is glider itself
+WHY = ("phatgoose/top_k=none", "phatgoose/scale=0.2", "phatgoose/scale=0.01")  # 1/sqrt(D) is 0.026 to 0.042
 FEW_SHOT = "/few-shot"  # behind the base's name, where the prompt has solved examples
 
 
@@ -68,20 +72,25 @@ def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iterat
     yield Part(_runs(OWN_INSTRUCTIONS), pool, deciders.told(tasks))
     yield Part(alone, pool)
     yield Part(_runs(SECOND), pool, deciders.known())
-    yield part_of("meteora", pool, deciders)
-    for steps, other in deciders.other_gates().items():
-        yield Part(_runs(["phatgoose"]), other, suffix=f"/gates={steps}")
+    yield part_of("meteora", pool, deciders, tasks)
+    for steps in deciders.other_gates():
+        yield part_of(f"phatgoose{GATES}{steps}", pool, deciders, tasks)
     yield Part(_runs(THIRD), pool, deciders.known())
     yield Part(_runs(["base"]), pool, suffix=FEW_SHOT, template=real.FEW_SHOT_TEMPLATE)
     yield Part(_runs(MORE_INSTRUCTIONS), pool, deciders.told(tasks))
     together = (MULTITASK,) if deciders.places.multitask().is_dir() else ()
-    for name in (*LEARNED, *TEXTS, *SLOW, *LARGE, *together, WRITTEN):
-        yield part_of(name, pool, deciders)
+    for name in (*LEARNED, *TEXTS, *SLOW, *LARGE, *together, WRITTEN, *ABLATED, *WHY):
+        yield part_of(name, pool, deciders, tasks)
 
 
-def part_of(text: str, pool: ExpertBank, deciders: Deciders) -> Part:
-    """The part of one row, by its method's name with options; GLIDER's is that of the query itself."""
+def part_of(text: str, pool: ExpertBank, deciders: Deciders, tasks: Sequence[Task]) -> Part:
+    """The part of one row, by its method's name with options; GLIDER's without TOLD is that of the query itself."""
     name = text.partition("/")[0]
+    if text.endswith(TOLD):
+        return Part(_runs([text.removesuffix(TOLD)]), pool, deciders.told(tasks))
+    if GATES in text:
+        method, _, steps = text.partition(GATES)
+        return Part(_runs([method]), deciders.other_gates()[int(steps)], suffix=f"{GATES}{steps}")
     if text == MULTITASK:
         return Part([Run(MULTITASK, PREFIX + MULTITASK)], deciders.multitask())
     if text.endswith(SUFFIX):

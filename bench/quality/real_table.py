@@ -17,9 +17,19 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.quality import real_answers, real_claims, real_differences, real_facts, real_weights, tasks  # noqa: E402
+from bench.quality import (  # noqa: E402
+    real_ablation,
+    real_answers,
+    real_claims,
+    real_differences,
+    real_facts,
+    real_nearness,
+    real_weights,
+    tasks,
+)
 from bench.quality.real_answers import Results  # noqa: E402
 from bench.quality.real_names import shown_name  # noqa: E402
+from bench.quality.real_rows import ABLATED  # noqa: E402
 from bench.quality.real_scores import PREFIX, Scores  # noqa: E402
 from bench.quality.real_verdicts import ABOVE, told  # noqa: E402
 from moerge_ext.methods import METHODS  # noqa: E402
@@ -30,11 +40,11 @@ SCALED = ("base", "merged", "retrieval", "phatgoose", "oracle_dataset")
 
 
 def means(scores: Scores) -> str:
-    """Rows of methods: mean over the tasks of each part, and the paired difference to AGAINST."""
+    """Rows of methods: mean over the tasks of each part, and the paired difference to AGAINST; no ablations."""
     parts = {part: scores.results.part(part) for part in PARTS}
     head = [f"{PARTS[p]}: {len(names)} tasks | minus {AGAINST}" for p, names in parts.items()]
     lines = ["| row | " + " | ".join(head) + " |", "| --- |" + " ---: |" * (2 * len(parts))]
-    for row in scores.rows:
+    for row in (row for row in scores.rows if row not in ABLATED):
         cells = []
         for names in parts.values():
             cells.append("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)))
@@ -73,7 +83,7 @@ def clearly_best(scores: Scores, names: Sequence[str]) -> str:
 
 def by_task(scores: Scores, part: str) -> str:
     names = scores.results.part(part)
-    rows = [row for row in scores.rows if row not in scores.experts]
+    rows = [row for row in scores.rows if row not in ABLATED]
     lines = ["| row | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for row in rows:
         lines.append(f"| {shown_name(row)} | " + " | ".join(f"{scores.mean(row, [n])[0]:.0f}" for n in names) + " |")
@@ -155,6 +165,8 @@ def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
         "real-means": means(scores) + "\n\n" + guess,
         "real-matrix": matrix(scores),
         "real-weights": real_weights.table(results),
+        "real-nearness": real_nearness.table(results),
+        "real-ablation": real_ablation.table(scores),
         "real-heldin": by_task(scores, "train"),
         "real-heldout": by_task(scores, "heldout"),
         "real-claims": real_claims.table(real_claims.Asked(scores, more, {n: Scores(r) for n, r in pools.items()})),
