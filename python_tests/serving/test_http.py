@@ -60,6 +60,7 @@ def test_the_openai_client_and_what_it_may_say(client):
         (said(expert="eel"), "moerge: no expert 'eel'; there are ant, bee, cat, dog"),
         (said(weights=[1]), "moerge: weights must have E=4 numbers, got 1"),
         ({"vllm_xargs": {"moerge": '{"weights": [NaN, 0, 0, 0]}'}}, "moerge: weights must be finite numbers"),
+        (said(weights={"dog": 1e20}), "moerge: weights must be between -100 and 100, got 1e+20"),
         (said(method="retrieval"), "moerge: no method 'retrieval' on this server"),
         (said(routing=False) | {"use_beam_search": True}, "beam search carries no routing"),
     ],
@@ -71,6 +72,9 @@ def test_what_is_wrong_is_400_and_touches_no_other(client, more, words):
         with pytest.raises(openai.BadRequestError) as refused:
             answer(client, **more)
         assert words in str(refused.value)
+        words = words if "use_beam_search" not in more else "Streaming is not currently supported with beam search"
+        with pytest.raises(openai.BadRequestError, match=re.escape(words)):
+            client.completions.create(model="tiny", prompt="w5 w6", max_tokens=4, stream=True, extra_body=more)
         assert [other.result() for other in others] == [before] * 7
 
 
