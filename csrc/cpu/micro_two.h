@@ -1,6 +1,6 @@
 // `two` of RowMicro (micro.h): the best two of few scores and their softmax, a register of tokens at a time; part of
-// micro_kernels.h. 210 calls of route (SmolLM2's layers, bfloat16, T = 512, E = 8, one thread), ms, against a token at a
-// time and std::exp: 22 to 23 (28); routed_lora_ 80 (89).
+// micro_kernels.h. 210 calls of route (SmolLM2's layers, bfloat16, T = 512, E = 8, one thread), ms, against a token at
+// a time and std::exp: 22 to 23 (28); routed_lora_ 80 (89).
 #pragma once
 
 namespace moerge::cpu::MOERGE_ISA {
