@@ -53,12 +53,11 @@ struct RowMicro {
   Moments (*centre)(int64_t n, const Acc* x, Acc shift, Acc* out);
   // out[i] = x[i] * factor; out may be x
   void (*multiply)(int64_t n, const Acc* x, Acc factor, Acc* out);
-  // The best two of E <= kTwoOf scores of n rows, ids[n][2], and the softmax of their scores, weights[n][2]; found[i]:
+  // The best two of E scores of n rows, ids[n][2], and the softmax of their scores, weights[n][2]; found[i]:
   // whether two are above -infinity, else what the row gets means nothing. A NaN is not chosen; of equals the lower id.
   // Null for double.
   void (*two)(int64_t n, int64_t E, const Acc* scores, Acc* weights, int32_t* ids, bool* found);
 };
-constexpr int64_t kTwoOf = 16;
 
 template <class Acc>
 const RowMicro<Acc>& row_micro();

@@ -1,4 +1,4 @@
-// `two` of RowMicro (micro.h): the best two of few scores and their softmax, a register of tokens at a time; part of
+// `two` of RowMicro (micro.h): the best two scores and their softmax, a register of tokens at a time; part of
 // micro_kernels.h. 210 calls of route (SmolLM2's layers, bfloat16, T = 512, E = 8, one thread), ms, against a token at
 // a time and std::exp: 22 to 23 (28); routed_lora_ 80 (89).
 #pragma once
@@ -23,22 +23,25 @@ inline Vec<float, N> exp_of(Vec<float, N> x) {
   return x < -87.0f ? Vec<float, N>{} : p * reinterpret_cast<Vec<float, N>>(exponent);
 }
 
+constexpr int64_t kColumns = 16;  // experts whose scores are turned round together
+
 void two(int64_t n, int64_t E, const float* scores, float* weights, int32_t* ids, bool* found) {
   constexpr int N = kWide<float>;
   const Vec<float, N> nothing = Vec<float, N>{} - __builtin_inff();
   for (int64_t begin = 0; begin < n; begin += N) {
     const int64_t count = n - begin < N ? n - begin : N;
     const float* rows = scores + begin * E;
-    alignas(64) float column[kTwoOf * N] = {};
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t e = 0; e < E; ++e) column[e * N + i] = rows[i * E + e];
+    alignas(64) float column[kColumns * N] = {};
     Vec<float, N> first = nothing, second = nothing;
     Ints<N> best{}, next{};
-    for (int32_t e = 0; e < E; ++e) {
-      const Vec<float, N> score = load_vec<float, N>(column + e * N);
-      const Ints<N> above = score > first, between = score > second;
-      next = above ? best : between ? Ints<N>{} + e : next;
-      best = above ? Ints<N>{} + e : best;
+    for (int64_t e = 0; e < E; ++e) {
+      if (e % kColumns == 0)
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t j = 0; j < kColumns && e + j < E; ++j) column[j * N + i] = rows[i * E + e + j];
+      const Vec<float, N> score = load_vec<float, N>(column + e % kColumns * N);
+      const Ints<N> id = Ints<N>{} + static_cast<int32_t>(e), above = score > first, between = score > second;
+      next = above ? best : between ? id : next;
+      best = above ? id : best;
       const Vec<float, N> lower = first < score ? first : score;  // in this order of comparisons a NaN changes nothing
       second = second < lower ? lower : second;
       first = first < score ? score : first;

@@ -86,8 +86,8 @@ inline OnePass one_pass(Normalize mode, int64_t D, const Moments& moments) {
 
 }  // namespace
 
-// Tokens [begin, begin + count): raw similarities [count,E] (then scores) -> weights and experts. The best two of few,
-// and their softmax, are found for a register of tokens at a time.
+// Tokens [begin, begin + count): raw similarities [count,E] (then scores) -> weights and experts. The best two and
+// their softmax are found for a register of tokens at a time, with a mask or without: the same bits.
 template <class Acc>
 void RouteForward<Acc>::choose(int64_t begin, int64_t count, Acc* scores) const {
   const RouteArgs& args = args_;
@@ -95,8 +95,12 @@ void RouteForward<Acc>::choose(int64_t begin, int64_t count, Acc* scores) const 
   const auto two = row_micro<Acc>().two;
   bool found[kTokenBlock] = {};
   for (int64_t i = 0; i < count; ++i) finish_scores(args, begin + i, scores + i * E);
-  if (two && args.top_k == 2 && E <= kTwoOf && !args.mask && !(args.top_p > 0) && args.weighting == Weighting::softmax)
+  if (two && args.top_k == 2 && !(args.top_p > 0) && args.weighting == Weighting::softmax) {
+    for (int64_t i = 0; args.mask && i < count; ++i)
+      for (int64_t e = 0; e < E; ++e)
+        if (!args.eligible(begin + i, e)) scores[i * E + e] = -std::numeric_limits<Acc>::infinity();
     two(count, E, scores, weights_ + begin * 2, experts_ + begin * 2, found);
+  }
   int32_t* ids = scratch<int32_t>(2, E);
   for (int64_t i = 0; i < count; ++i)
     if (!found[i]) choose_one(begin + i, scores + i * E, ids);
