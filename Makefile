@@ -61,10 +61,11 @@ QUALITY_TRAIN = $(BIN)/python bench/quality/real_train.py $(QUALITY_PLACES)
 QUALITY_EVAL = $(BIN)/python bench/quality/real_eval.py $(QUALITY_PLACES) --embedder $(QUALITY_ENCODER)
 
 quality: build
-	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --gate-steps 10 30 100
+	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --gate-steps 10 30 100 12x16
+	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --rate 0.001
 	$(QUALITY_TRAIN) --experts $(QUALITY_EXPERTS) --multitask
 	$(QUALITY_EVAL) --experts $(QUALITY_EXPERTS)
-	$(QUALITY_EVAL) --experts $(QUALITY_EXPERTS) --claims
+	for rows in claims others varied; do $(QUALITY_EVAL) --experts $(QUALITY_EXPERTS) --$$rows || exit 1; done
 	for size in $(filter-out $(QUALITY_EXPERTS),$(QUALITY_POOLS)); do \
 	  $(QUALITY_TRAIN) --experts $$size && $(QUALITY_EVAL) --experts $$size --scaling || exit 1; done
 	$(BIN)/python bench/quality/real_table.py --results $(QUALITY_CACHE)/results

@@ -1,7 +1,8 @@
 """Item-level answers in one compressed file, from which every figure is computed, and can be scored again.
 
 Lines of JSON: {"facts"}, then {"task", ...} with a digest of every item's target (the data are not ours to copy), then
-{"run", "task", "answers", "right"}.
+{"run", "task", "answers", "right"}, of tasks whose answers can be partly right with "scores" for "right": these are
+scored again by who has the data.
 """
 
 from __future__ import annotations
@@ -14,20 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moerge_ext.evaluation.metrics import GRADED
+
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 FILES = "quality_real_*.jsonl.gz"  # one for every size of the pool
 HELD_OUT_FILES = "quality_heldout_*.jsonl.gz"  # of fewer rows on more held-out items
+OTHER_FILES = "quality_others_*.jsonl.gz"  # of these rows on the held-out tasks that are not in the others
+VARIED_FILES = "quality_varied_*.jsonl.gz"  # of pools made in other ways, on held-out tasks
 DIGITS = 12  # of a target's digest
+SCORE_DIGITS = 4  # behind the point
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What one run answered to the items of one task; `right` as it was scored."""
+    """What one run answered to the items of one task; `right` as it was scored, between 0 and 1 by a GRADED metric."""
 
     run: str
     task: str
     answers: tuple[str, ...]
-    right: tuple[bool, ...]
+    right: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,9 @@ class Results:
         return [name for name, task in self.tasks.items() if task["part"] == part]
 
 
-def items(results: Results) -> str:
-    """How many of every task: 24, or 100 to 192."""
-    counts = sorted({len(task["targets"]) for task in results.tasks.values()})
+def items(results: Results, names: Sequence[str] | None = None) -> str:
+    """How many of every task, or of these: 24, or 100 to 192."""
+    counts = sorted({len(results.tasks[name]["targets"]) for name in names or results.tasks})
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
@@ -64,8 +70,10 @@ def digest(text: str, metric: str) -> str:
 
 
 def scored_again(results: Results, answered: Answered) -> tuple[bool, ...]:
-    """Which answers are right by the digests of their targets."""
+    """Which answers are right by the digests of their targets; ValueError for a metric that must read the targets."""
     task = results.tasks[answered.task]
+    if task["metric"] in GRADED:
+        raise ValueError(f"{task['task']}: {task['metric']} cannot be made of digests, expected right or wrong")
     pairs = zip(answered.answers, task["targets"], strict=True)
     return tuple(digest(answer, task["metric"]) == target for answer, target in pairs)
 
@@ -100,17 +108,24 @@ def collected(chunks: Sequence[Sequence[Asked]], facts: dict) -> Results:
                 items = found[score.method, score.task]
                 answers.setdefault((score.method + asked.suffix, score.task), []).extend(items)
     answered = {
-        key: Answered(*key, tuple(item["answer"] for item in items), tuple(bool(item["right"]) for item in items))
+        key: Answered(*key, tuple(item["answer"] for item in items), _right(items, tasks[key[1]]["metric"]))
         for key, items in answers.items()
     }
     return Results(facts, tasks, answered)
 
 
+def _right(items: Sequence[dict], metric: str) -> tuple[float, ...]:
+    if metric in GRADED:
+        return tuple(round(item["right"], SCORE_DIGITS) for item in items)
+    return tuple(bool(item["right"]) for item in items)
+
+
 def write(results: Results, file: Path) -> None:
-    answered = [
-        {"run": a.run, "task": a.task, "answers": a.answers, "right": "".join("01"[right] for right in a.right)}
-        for a in results.answered.values()
-    ]
+    answered = []
+    for a in results.answered.values():
+        graded = results.tasks[a.task]["metric"] in GRADED
+        scored = {"scores": a.right} if graded else {"right": "".join("01"[right] for right in a.right)}
+        answered.append({"run": a.run, "task": a.task, "answers": a.answers} | scored)
     lines = [{"facts": results.facts}, *results.tasks.values(), *answered]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     file.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same answers, the same bytes
@@ -136,7 +151,7 @@ def read(file: Path) -> Results:
         if "facts" in line:
             facts = line["facts"]
         elif "run" in line:
-            right = tuple(mark == "1" for mark in line["right"])
+            right = tuple(line["scores"]) if "scores" in line else tuple(mark == "1" for mark in line["right"])
             found = Answered(line["run"], line["task"], tuple(line["answers"]), right)
             answered[found.run, found.task] = found
         else:
@@ -148,6 +163,16 @@ def read_all(folder: Path = FOLDER, files: str = FILES) -> dict[int, Results]:
     """{experts in the pool: its results}, the smallest first."""
     found = {len(results.facts["experts"]): results for results in map(read, folder.glob(files))}
     return dict(sorted(found.items()))
+
+
+def together(found: Sequence[Results]) -> Results | None:
+    """Of one pool, the tasks of all of them with the rows that all answered; None of none."""
+    if not found:
+        return None
+    runs = [run for run in found[0].runs if all(run in results.runs for results in found)]
+    tasks = {name: task for results in found for name, task in results.tasks.items()}
+    answered = {key: a for results in found for key, a in results.answered.items() if key[0] in runs}
+    return Results(found[0].facts, tasks, answered)
 
 
 def main_pool(pools: dict[int, Results]) -> Results:

@@ -116,12 +116,13 @@ def line(claim: Claim, asked: Asked) -> str:
     words = {ABOVE: "yes", BELOW: ("below" if found.other else "no, the reverse") if claim.strict else "no"}
     word = words.get(found.word, found.word)
     fragile = " (fragile)" if found.other and found.word in words else ""
-    return f"| {claim.paper} | {text} | {word}{fragile}: {found.points} | {items(scores.results)} | {found.rests_on} |"
+    asked_of = f"{len(names)}, {items(scores.results, names)}"
+    return f"| {claim.paper} | {text} | {word}{fragile}: {found.points} | {asked_of} | {found.rests_on} |"
 
 
 def table(asked: Asked) -> str:
     lines = [
-        "| paper | claimed | seen here: points and 95 % interval | items a task | one task that decides |",
+        "| paper | claimed | seen here: points and 95 % interval | tasks, items of each | one task that decides |",
         "| --- | --- | --- | ---: | --- |",
         *(line(claim, asked) for claim in CLAIMS),
         *real_nearness.claims(asked.scores),

@@ -3,11 +3,13 @@
 python bench/quality/real_eval.py --data ../shared/data --cache DIR --embedder MODEL
 python bench/quality/real_eval.py ... --experts 4 --scaling     # another pool: few rows, held-out tasks
 python bench/quality/real_eval.py ... --claims           # eight times the held-out items, of the rows of claims
+python bench/quality/real_eval.py ... --others           # the same rows on the held-out tasks that are not in the table
+python bench/quality/real_eval.py ... --varied           # pools made in other ways, on held-out tasks
 python bench/quality/real_eval.py ... --results bench/results --rows dam multitask   # join the rows that are there
 python bench/quality/real_eval.py ... --results bench/results --rows ablated why --nearness
 
-Writes quality_real_<experts>.jsonl.gz (--claims: quality_heldout_<experts>.jsonl.gz) into the cache's results/, or
-where --results says; real_table.py makes the tables of them.
+Writes quality_real_<experts>.jsonl.gz (--claims: quality_heldout_..., --others: quality_others_..., --varied:
+quality_varied_...) into the cache's results/, or where --results says; real_table.py makes the tables of them.
 """
 
 from __future__ import annotations
@@ -41,13 +43,20 @@ from bench.quality.real_rows import Part  # noqa: E402
 from moerge_ext.evaluation.evaluate import Settings, evaluate  # noqa: E402
 from moerge_ext.evaluation.tasks import Task, load_task  # noqa: E402
 
+FILES = {  # {which rows of which tasks: the results' file}
+    "claims": real_answers.HELD_OUT_FILES,
+    "others": real_answers.OTHER_FILES,
+    "varied": real_answers.VARIED_FILES,
+}
+CHUNKS = {"claims": 8, "others": 3, "varied": 2}
 GROUPS = {"ablated": real_rows.ABLATED, "why": real_rows.WHY}
 
 
 def tasks_of(places: real.Places, args: argparse.Namespace, chunk: int, *, shots: bool = False) -> list[Task]:
     """A chunk of all the tasks that are asked."""
-    held_in = () if args.scaling or args.claims else real.HELD_IN[: args.experts]
-    names = (*held_in, *real.HELD_OUT[: args.heldout])
+    held_in = () if args.scaling or args.only else real.HELD_IN[: args.experts]
+    apart = {"others": real.OTHERS, "varied": real.VARIED}
+    names = apart.get(args.only, (*held_in, *real.HELD_OUT[: args.heldout]))
     folders = [real_tasks.write_task(places, name, chunk, args.items, shots=shots) for name in names]
     return [load_task(folder) for folder in folders if folder is not None]
 
@@ -70,13 +79,12 @@ class Asking:
     def __init__(self, args: argparse.Namespace):
         names = real.POOL[: args.experts]
         self.args, self.places = args, real.Places(args.data, args.cache)
-        pattern = real_answers.HELD_OUT_FILES if args.claims else real_answers.FILES
+        pattern = FILES.get(args.only, real_answers.FILES)
         self.file = real_answers.file_of(args.results, len(names), pattern)
         if args.rows and not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: expected the results that --rows are to join; --results says where")
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        kept = "claims" if args.claims else "eval"
-        self.folder = args.cache / f"{kept}-{len(names)}-{args.items}"
+        self.folder = args.cache / f"{args.only or 'eval'}-{len(names)}-{args.items}"
         self.model, self.tokenizer = real.load_base(self.places)
         self.deciders = real_routers.Deciders(self.places, names, args.embedder, self.model, self.tokenizer)
         notes = {name: json.loads((self.places.expert(name) / "facts.json").read_text()) for name in names}
@@ -97,8 +105,8 @@ class Asking:
         pool, deciders = self.deciders.pool, self.deciders
         if self.args.scaling:
             return real_rows.compared(pool, deciders)
-        if self.args.claims:
-            return real_rows.claimed(pool, tasks, deciders)
+        if self.args.only:
+            return (real_rows.varied if self.args.only == "varied" else real_rows.claimed)(pool, tasks, deciders)
         return real_rows.parts(pool, tasks, deciders)
 
     def ask(self, part: Part, chunk: int) -> Asked:
@@ -115,7 +123,7 @@ class Asking:
     def everything(self) -> None:
         """Chunk after chunk of every task's items, in every chunk all rows."""
         args, pool, done = self.args, self.deciders.pool, []
-        if not args.scaling and not args.claims:
+        if not args.scaling and not args.only:
             self.facts["weights"] = real_weights.measure(self.model, self.tokenizer, pool, self.tasks(0))
         for chunk in range(args.chunks):
             asked: list[Asked] = []
@@ -125,7 +133,7 @@ class Asking:
                     self.pack([asked])
             done.append(asked)
             self.pack(done)
-        if not args.scaling and not args.claims:
+        if not args.scaling and not args.only:
             self.facts["nearness"] = self.nearness()
             self.pack(done)
 
@@ -162,7 +170,12 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=len(real.HELD_OUT), help="the first N of them (default: all)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--scaling", action="store_true", help="only what compares pools of several sizes")
-    only.add_argument("--claims", action="store_true", help="only held-out tasks, and rows that claims are of")
+    for name, said in (
+        ("claims", "only held-out tasks, and rows that claims are of"),
+        ("others", "these rows of the held-out tasks that are not in the table"),
+        ("varied", "the pool made in other ways, on held-out tasks"),
+    ):
+        only.add_argument(f"--{name}", dest="only", action="store_const", const=name, help=said)
     only.add_argument(
         "--rows",
         nargs="+",
@@ -170,10 +183,10 @@ def main() -> None:
     )
     parser.add_argument("--nearness", action="store_true", help="with --rows: also how near PHATGOOSE is to the oracle")
     parser.add_argument("--items", type=int, default=24, help="of every task in a chunk (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, help="(default: 1, with --claims 8)")
+    parser.add_argument("--chunks", type=int, help="(default: 1, with --claims 8, --others 3, --varied 2)")
     parser.add_argument("--results", type=Path, help="folder of the results (default: results/ in the cache)")
     args = parser.parse_args()
-    args.chunks = args.chunks or (8 if args.claims else 1)
+    args.chunks = args.chunks or CHUNKS.get(args.only, 1)
     args.results = args.results or args.cache / "results"
     torch.set_num_threads(1)
     asking = Asking(args)

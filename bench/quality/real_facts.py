@@ -101,4 +101,6 @@ def _answers(results: Results, other: Results) -> str:
             pairs = zip(results.answered[row, task].answers, answered.answers, strict=False)
             counts.setdefault(row, []).extend(ours == theirs for ours, theirs in pairs)
     strange = [f"{shown_name(row)} {sum(same)} of {len(same)}" for row, same in counts.items() if not all(same)]
+    if not counts:
+        return ""
     return f"; the same answers but for {', '.join(strange)}" if strange else "; the same answers"

@@ -87,6 +87,10 @@ class Deciders:
         self.pool = load_experts([places.expert(name) for name in names])
         self._written: Written | None = None
 
+    def of(self, places: real.Places) -> Deciders:
+        """The same of experts that lie elsewhere."""
+        return Deciders(places, self.names, self.encoder, self.model, self.tokenizer)
+
     def _describe(self, name: str) -> None:
         """Describe an expert by its task's instruction, index its examples, take the mean inputs of its layers."""
         folder, rows = self.places.expert(name), self.places.rows(name, "train")
@@ -99,11 +103,12 @@ class Deciders:
             parts = [collate(made[i : i + 16], self.tokenizer.pad_token_id) for i in range(0, len(made), 16)]
             average_activation(self.model, folder, parts)
 
-    def known(self) -> dict[str, Any]:
-        """By the query itself."""
+    def known(self, pool: ExpertBank | None = None) -> dict[str, Any]:
+        """By the query itself; pool: these experts, loaded in another way."""
+        pool = pool or self.pool
         return {
-            "instruction": self._calibrated(QueryRouter(self.pool, self.embedder)),
-            "examples": ExampleRouter(self.pool, self.embedder),
+            "instruction": self._calibrated(QueryRouter(pool, self.embedder)),
+            "examples": ExampleRouter(pool, self.embedder),
         }
 
     def told(self, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -136,13 +141,13 @@ class Deciders:
         notes = self.places.multitask() / "facts.json"
         return found | ({"multitask": json.loads(notes.read_text())} if notes.is_file() else {})
 
-    def other_gates(self) -> dict[int, ExpertBank]:
-        """{steps of gate training: the experts with these gates}, where all of them have some."""
+    def other_gates(self) -> dict[str, ExpertBank]:
+        """{steps of gate training, as --gate-steps has them: the experts with these gates}, where all have some."""
         found = {}
-        for folder in self.places.cache.glob(real.OTHER_GATES.format("*")):
+        for folder in sorted(self.places.cache.glob(real.OTHER_GATES.format("*"))):
             if all(gates_file(folder / name, SIGMOID_GATE).is_file() for name in self.names):
-                found[int(folder.name.rpartition("-")[2])] = load_experts([folder / name for name in self.names])
-        return dict(sorted(found.items()))
+                found[folder.name.partition("-")[2]] = load_experts([folder / name for name in self.names])
+        return found
 
     def pooled(self, count: int = POOLED) -> dict[str, list[dict]]:
         """{task: the first of the rows that everything learned over the pool sees}."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench.quality import real
+from bench.quality import real, real_variants
 from bench.quality.real_routers import Deciders
 from bench.quality.real_written import SUFFIX
 from moerge_ext.evaluation.answers import Answerer
@@ -36,7 +36,7 @@ SLOW = ("weight_prior", "weight_entropy", "lorahub", "token_level", "ask_llm")  
 LARGE = ("adapter_fusion", "ramole", "co_llm", "pwe_moe", "mole")  # reads all experts' outputs; mole takes 18.5 GB
 WRITTEN = "glider" + SUFFIX
 TOLD = " (zero-shot)"  # behind the names of rows with the instruction of the query's task, as an evaluation names them
-GATES = "/gates="  # and of those with gates of another number of steps
+GATES = "/gates={}"  # and of those with gates of another number of steps
 ABLATED = tuple(row + TOLD for row in ablation("glider", 16) if row != "glider/top_k=2")  # that one is glider itself
 WHY = ("phatgoose/top_k=none", "phatgoose/scale=0.2", "phatgoose/scale=0.01")  # 1/sqrt(D) is 0.026 to 0.042
 FEW_SHOT = "/few-shot"  # behind the base's name, where the prompt has solved examples
@@ -65,6 +65,12 @@ def claimed(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iter
     yield Part(_runs(OWN_INSTRUCTIONS), pool, deciders.told(tasks))
 
 
+def varied(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iterator[Part]:
+    """What PHATGOOSE is claimed to surpass, and itself, of the pool as it is and with every change to it."""
+    for run in real_variants.RUNS:
+        yield part_of(run, pool, deciders, tasks)
+
+
 def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iterator[Part]:
     """The parts of a pool; what a part needs is made when it is its turn."""
     alone = [parse_run(PREFIX + name) for name in pool.names]
@@ -74,7 +80,7 @@ def parts(pool: ExpertBank, tasks: Sequence[Task], deciders: Deciders) -> Iterat
     yield Part(_runs(SECOND), pool, deciders.known())
     yield part_of("meteora", pool, deciders, tasks)
     for steps in deciders.other_gates():
-        yield part_of(f"phatgoose{GATES}{steps}", pool, deciders, tasks)
+        yield part_of("phatgoose" + GATES.format(steps), pool, deciders, tasks)
     yield Part(_runs(THIRD), pool, deciders.known())
     yield Part(_runs(["base"]), pool, suffix=FEW_SHOT, template=real.FEW_SHOT_TEMPLATE)
     yield Part(_runs(MORE_INSTRUCTIONS), pool, deciders.told(tasks))
@@ -88,9 +94,10 @@ def part_of(text: str, pool: ExpertBank, deciders: Deciders, tasks: Sequence[Tas
     name = text.partition("/")[0]
     if text.endswith(TOLD):
         return Part(_runs([text.removesuffix(TOLD)]), pool, deciders.told(tasks))
-    if GATES in text:
-        method, _, steps = text.partition(GATES)
-        return Part(_runs([method]), deciders.other_gates()[int(steps)], suffix=f"{GATES}{steps}")
+    row, change = real_variants.split(text)
+    if change:
+        changed, routers = real_variants.pool_of(change, deciders)
+        return Part(_runs([row]), changed, routers, suffix=change)
     if text == MULTITASK:
         return Part([Run(MULTITASK, PREFIX + MULTITASK)], deciders.multitask())
     if text.endswith(SUFFIX):

@@ -24,6 +24,7 @@ from bench.quality import (  # noqa: E402
     real_differences,
     real_facts,
     real_nearness,
+    real_variants,
     real_weights,
     tasks,
 )
@@ -32,6 +33,7 @@ from bench.quality.real_names import shown_name  # noqa: E402
 from bench.quality.real_rows import ABLATED  # noqa: E402
 from bench.quality.real_scores import PREFIX, Scores  # noqa: E402
 from bench.quality.real_verdicts import ABOVE, told  # noqa: E402
+from moerge_ext.evaluation.metrics import GRADED  # noqa: E402
 from moerge_ext.methods import METHODS  # noqa: E402
 
 PARTS = {"train": "held-in", "heldout": "held-out"}
@@ -124,23 +126,24 @@ def scaling(pools: dict[int, Results]) -> str:
 
 
 def held_out(scores: Scores | None) -> str:
-    """Rows that were asked more items of the held-out tasks."""
+    """Rows that were asked more of the held-out tasks; of answers that can be partly right the mean score."""
     if scores is None:
         return ""
-    names = scores.results.part("heldout")
-    lines = [f"| row | {' | '.join(names)} | mean | minus {AGAINST} |", "| --- |" + " ---: |" * (len(names) + 2)]
-    for row in scores.rows:
-        cells = [f"{scores.mean(row, [name])[0]:.0f}" for name in names]
-        cells.append("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, names)))
-        difference = "{:+.1f} ({:+.1f} to {:+.1f})".format(*scores.difference(row, AGAINST, names))
-        cells.append("" if row == AGAINST else difference)
-        lines.append(f"| {shown_name(row)} | " + " | ".join(cells) + " |")
-    counts = ", ".join(f"{name} {len(task['targets'])}" for name, task in scores.results.tasks.items())
-    silent = [name for name in names if name not in scores.telling(names)]
-    return (
-        "\n".join(lines)
-        + f"\n\nItems: {counts}. No row is told from chance (open answers: 5 %) on {', '.join(silent)}."
-    )
+    tasks, rows = scores.results.tasks, scores.rows
+    whole = [name for name in tasks if tasks[name]["metric"] not in GRADED]
+    telling = scores.telling(whole)
+    lines = [f"| task | items | {' | '.join(map(shown_name, rows))} |", "| --- |" + " ---: |" * (len(rows) + 1)]
+    for name, task in tasks.items():
+        mark = "\\*" if name in whole and name not in telling else ""
+        graded = f" ({task['metric']})" if name not in whole else ""
+        cells = " | ".join(f"{scores.mean(row, [name])[0]:.0f}" for row in rows)
+        lines.append(f"| {name}{graded}{mark} | {len(task['targets'])} | {cells} |")
+    means = ("{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(row, list(tasks))) for row in rows)
+    differences = {row: scores.difference(row, AGAINST, list(tasks)) for row in rows if row != AGAINST}
+    minus = ("{:+.1f} ({:+.1f} to {:+.1f})".format(*differences[row]) if row in differences else "" for row in rows)
+    lines.append(f"| mean | | {' | '.join(means)} |")
+    lines.append(f"| minus {AGAINST} | | {' | '.join(minus)} |")
+    return "\n".join(lines) + "\n\n\\*: no row is told from chance (open answers: 5 %). ROUGE-L: the score."
 
 
 def missing(results: Results) -> str:
@@ -156,9 +159,14 @@ def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
     results = real_answers.main_pool(pools)
     scores, size = Scores(results), len(results.facts["experts"])
     asked = real_answers.read_all(folder, real_answers.HELD_OUT_FILES).get(size)
-    more = None if asked is None else Scores(asked)
+    rest = real_answers.read_all(folder, real_answers.OTHER_FILES).get(size)
+    held = real_answers.together([r for r in (asked, rest) if r is not None])
+    more = None if held is None else Scores(held)
+    varied = real_answers.read_all(folder, real_answers.VARIED_FILES).get(size)
     beside = {f"the pool of {n}": pool for n, pool in pools.items() if pool is not results}
     beside |= {} if asked is None else {"*Held-out tasks, asked more*": asked}
+    beside |= {} if rest is None else {"the seven held-out tasks that were asked last": rest}
+    beside |= {} if varied is None else {"*The pool made in other ways*": varied}
     guess = f"Chance, where answers are ranked: {chance(results, list(results.tasks))}; elsewhere answers are open."
     return {
         "real-facts": real_facts.facts(results, beside),
@@ -172,6 +180,7 @@ def blocks(folder: Path = real_answers.FOLDER) -> dict[str, str]:
         "real-claims": real_claims.table(real_claims.Asked(scores, more, {n: Scores(r) for n, r in pools.items()})),
         "real-differences": real_differences.table(scores, more),
         "real-more": held_out(more),
+        "real-varied": real_variants.table(None if varied is None else Scores(varied)),
         "real-scaling": scaling(pools),
         "real-written": written(results),
         "real-missing": missing(results),

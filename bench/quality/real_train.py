@@ -2,6 +2,8 @@
 
 python bench/quality/real_train.py --data ../shared/data --cache DIR
 python bench/quality/real_train.py ... --multitask       # instead: one LoRA of all the tasks, by as many steps
+python bench/quality/real_train.py ... --gate-steps 30 30x16   # also gates of so many steps, or of batches of 16
+python bench/quality/real_train.py ... --rate 0.001      # instead: the experts at this rate, with alpha = rank
 python bench/quality/real_train.py ... --recipe          # instead: what recipes do on the tasks that are set aside
 """
 
@@ -62,11 +64,13 @@ def gates(places: real.Places, name: str, model: nn.Module, tokenizer: Any, reci
     return {"cpu_s": time.process_time() - start, "losses": result.losses, "already": result.already}
 
 
-def other_gates(places: real.Places, names: Sequence[str], model: nn.Module, tokenizer: Any, steps: int) -> None:
-    """The same experts, in folders of their own, with gates of another number of steps."""
-    recipe = replace(real.Recipe(), gate_steps=steps)
+def other_gates(places: real.Places, names: Sequence[str], model: nn.Module, tokenizer: Any, said: str) -> None:
+    """The same experts, in folders of their own, with gates of other steps; said: as in --gate-steps."""
+    steps, _, rows = said.partition("x")
+    recipe = replace(real.Recipe(), gate_steps=int(steps))
+    recipe = replace(recipe, gate_batch_size=int(rows)) if rows else recipe
     for name in names:
-        folder = places.cache / real.OTHER_GATES.format(steps) / name
+        folder = places.cache / real.OTHER_GATES.format(said) / name
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copy2(places.expert(name) / file, folder / file)
@@ -125,7 +129,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=len(real.HELD_IN), help="the first N of POOL (%(default)s)")
     parser.add_argument("--multitask", action="store_true", help="train one LoRA on all of these tasks")
     parser.add_argument("--recipe", action="store_true", help="compare recipes on the tasks that are set aside")
-    parser.add_argument("--gate-steps", type=int, nargs="*", default=[], help="further gates, of so many steps")
+    parser.add_argument("--rate", type=float, help="instead: experts at this rate, with alpha = rank")
+    parser.add_argument("--gate-steps", nargs="*", default=[], help="further gates, of so many steps: 30, or 30x16")
     args = parser.parse_args()
     torch.set_num_threads(1)
     places = real.Places(args.data, args.cache)
@@ -137,6 +142,10 @@ def main() -> None:
         try_recipes(places, model, tokenizer)
         return
     recipe, known = real.Recipe(), places.cache / "recipe.json"
+    if args.rate is not None:
+        recipe = replace(recipe, alpha=float(recipe.rank), lr=args.rate)
+        places = replace(places, experts=real.OTHER_RATE.format(args.rate))
+        known = places.cache / f"{places.experts}.json"
     if known.is_file() and json.loads(known.read_text()) != asdict(recipe):
         raise ValueError(f"{args.cache} holds experts of another recipe: choose another --cache")
     known.write_text(json.dumps(asdict(recipe)))
