@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,6 +315,21 @@ def test_loading_suite_runs(tmp_path):
     assert rows.keys() == set(render._LOADING) and rows["patch"]["bank_mib"] > 0
     text = render.loading(list(rows.values()), tmp_path)
     assert all(name in text for name in render._LOADING.values())
+
+
+@pytest.mark.parametrize("share, wrong", [(0.0, 0.0), (1.0, 0.0), (0.5, 0.5)])
+def test_an_answer_at_a_near_tie_is_compared_with_beginnings_too(share, wrong):
+    """Of a model that is surer of short texts: what it says of either length is right, what lies between is not."""
+    sure = {True: torch.tensor([0.0, 2.0]).log_softmax(-1), False: torch.tensor([0.0, 1.0]).log_softmax(-1)}
+    candidate = object.__new__(serve.Generate)
+    candidate.model = lambda ids: SimpleNamespace(logits=sure[ids.shape[1] <= 4].expand(1, ids.shape[1], 2))
+    short, long = sure[True][1].item(), sure[False][1].item()
+    said = [long + share * (short - long)] * 2 + [long]  # of two tokens after two, and of one that makes the text long
+    answer = SimpleNamespace(token_ids=[1, 1, 1], logprobs=[{1: SimpleNamespace(logprob=value)} for value in said])
+    assert candidate.worst([[0, 0]], [answer]) == pytest.approx(wrong * (short - long), abs=1e-6)
+    answer.token_ids = [1, 0, 1]
+    answer.logprobs[1] = {0: SimpleNamespace(logprob=0.0)}
+    assert candidate.worst([[0, 0]], [answer]) == math.inf, "no best token"
 
 
 def test_serve_rows_are_medians_of_ratios_round_by_round(tmp_path):

@@ -14,6 +14,7 @@ from moerge_ext.serving.tables import Tables
 from moerge_ext.serving.traces import Traces
 from moerge_ext.serving.vllm import frontend, startup
 from moerge_ext.serving.vllm.layers import take_place
+from moerge_ext.serving.vllm.overflow import Overflow
 from moerge_ext.serving.vllm.plugin import _wrap
 from moerge_ext.serving.vllm.steps import CHECKED, TRACED, Steps
 from moerge_ext.serving.vllm.unsupported import problems_of_layers
@@ -116,6 +117,30 @@ def test_a_model_that_does_not_use_its_layers_is_noticed(kind, caplog):
         caplog.clear()
         runner.execute_model(scheduled())
         assert not caplog.records
+
+
+@pytest.mark.parametrize("put_aside", (False, True))
+def test_blocks_of_a_request_that_overflowed_are_cleared(put_aside):
+    """Before the next step, in which others may have them; nothing is read of the caches while all is finite."""
+    model, asked = SimpleNamespace(compute_logits=lambda hidden, *rest: hidden.sum(-1)), []
+    caches = [torch.full((2, 3), 2.0, dtype=torch.float16), [torch.full((2,), torch.inf), None], torch.ones(2).int()]
+    overflow = Overflow(model, lambda: asked.append(1) or caches, torch.device("cpu"))
+    held, runner = tables(), FirstRunner(["a"])
+    Steps(held, overflow=overflow).watch(runner)
+    runner.lengths = [1]
+    runner.execute_model(scheduled({"a": Choice(None, weights=(100.0, 0.0, 0.0))}))
+    assert model.compute_logits(torch.ones(2, 4)).tolist() == [4, 4]
+    runner.execute_model(scheduled({"a": Choice(None, weights=(100.0, 0.0, 0.0))}, finished=("a",)))
+    assert not asked
+    caches[0][1, 2] = model.compute_logits(torch.tensor([[1.0, torch.nan], [0.0, 0.0]]))[0]
+    runner.execute_model(scheduled())
+    assert not asked, "it runs, and its blocks are its own"
+    gone = scheduled(finished=() if put_aside else ("a",))
+    gone.preempted_req_ids = {"a"} if put_aside else None
+    runner.execute_model(gone)
+    assert asked and caches[0].tolist() == [[2, 2, 2], [2, 2, 0]] and caches[1][0].tolist() == [0, 0]
+    runner.execute_model(scheduled(finished=("b",)))
+    assert len(asked) == 1, "once"
 
 
 def test_a_name_that_ends_and_begins_in_one_step():

@@ -12,6 +12,7 @@ from ..settings import KEY
 from ..tables import Tables
 from ..traces import Traces
 from ..watching import Watcher
+from .overflow import Overflow
 
 logger = logging.getLogger("vllm.moerge_ext")  # vLLM's handlers print it
 TRACED = "_" + KEY + "_trace"  # the extra argument with the name under which a request's trace is kept
@@ -27,10 +28,11 @@ class Steps:
         methods: Sequence[Any] = (),
         watcher: Watcher | None = None,
         *,
+        overflow: Overflow | None = None,
         sometimes: bool = False,
     ):
         """sometimes: whether the model may leave layers out of a step, as those that look at images."""
-        self.tables, self.watcher, self._sometimes = tables, watcher, sometimes
+        self.tables, self.watcher, self.overflow, self._sometimes = tables, watcher, overflow, sometimes
         self._watched = list(methods)  # until the first step has shown which of them the model uses
         self._total, self._stepped = len(self._watched), False
         self.choices: dict[str, Choice] = {}  # {request: what it asks for}, of those that ask for something
@@ -54,7 +56,10 @@ class Steps:
             )
 
     def note(self, scheduled: Any, *rest: Any) -> None:
-        """Requests that go and come: a name may do both in one step."""
+        """Requests that go and come: a name may do both in one step. Those put aside lost their blocks too."""
+        gone = {*scheduled.finished_req_ids, *(getattr(scheduled, "preempted_req_ids", None) or ())}
+        if gone and self.overflow is not None:
+            self.overflow.clear(any(name in gone and one.weights is not None for name, one in self.choices.items()))
         for name in scheduled.finished_req_ids:
             self.choices.pop(name, None)
         for request in scheduled.scheduled_new_reqs:

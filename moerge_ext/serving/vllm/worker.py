@@ -17,6 +17,7 @@ from ..pool import CANNOT, Pool, gate_sums, pool_of, variants
 from ..settings import KEY, Settings
 from ..tables import Tables
 from .layers import find, outside, routed, take_place
+from .overflow import Overflow
 from .served import Held, Served, planning
 from .steps import Steps
 from .unsupported import problems_of_layers
@@ -64,7 +65,8 @@ def install(worker: Any) -> dict[str, Any] | None:
     worker.moerge_pool = served = Served(settings, config, pool, branches, held, tables, leads)
     watched = [method for method in methods if method.name not in towers]
     sometimes = config.model_config.is_multimodal_model or config.model_config.is_encoder_decoder
-    Steps(tables, watched, served.watcher, sometimes=sometimes).watch(worker.model_runner)
+    overflow = Overflow(model, lambda: worker.model_runner.kv_caches, device)
+    Steps(tables, watched, served.watcher, overflow=overflow, sometimes=sometimes).watch(worker.model_runner)
     worker.moerge = said = {
         "experts": list(pool.names),
         "methods": [made.method.name for made in pool.methods],
