@@ -42,8 +42,9 @@ class Change:
         if not isinstance(said, Mapping) or set(said) != set(keys):
             raise ValueError(f'moerge: expected {{"name": "cat", "source": "path/cat"}}, got {str(said)[:200]}')
         for key in keys:
-            if not (isinstance(said[key], str) and said[key]):
-                raise ValueError(f"moerge: {key} must be a text, got {str(said[key])[:100]!r}")
+            text = said[key]
+            if not (isinstance(text, str) and text.strip() and text == text.encode(errors="ignore").decode()):
+                raise ValueError(f"moerge: {key} must be a text that is not empty, got {str(text)[:100]!r}")
         return cls(said["name"], said["source"])
 
 

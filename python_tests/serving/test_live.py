@@ -174,6 +174,8 @@ def test_digests_are_of_what_was_read(experts):
         {"name": "a", "source": "b", "more": 1},
         {"name": "", "source": "b"},
         {"name": 1, "source": "b"},
+        {"name": "a", "source": "  "},
+        {"name": "\ud800", "source": "b"},
     ),
 )
 def test_what_a_change_must_say(said):
