@@ -141,6 +141,7 @@ def test_blocks_of_a_request_that_overflowed_are_cleared(put_aside):
     assert asked and caches[0].tolist() == [[2, 2, 2], [2, 2, 0]] and caches[1][0].tolist() == [0, 0]
     runner.execute_model(scheduled(finished=("b",)))
     assert len(asked) == 1, "once"
+    Overflow(SimpleNamespace(), lambda: [], torch.device("cpu")).clear(True)  # a model without logits
 
 
 def test_a_name_that_ends_and_begins_in_one_step():

@@ -23,8 +23,8 @@ class Overflow:
     def __init__(self, model: nn.Module, caches: Callable[[], Iterable[Any]], device: torch.device):
         """caches: the tensors with keys and values, perhaps in lists, as they are when they are to be cleared."""
         self._caches, self._found = caches, torch.zeros((), dtype=torch.bool, device=device)
-        compute = model.compute_logits
-        model.compute_logits = lambda hidden, *rest, **options: compute(self._seen(hidden), *rest, **options)
+        if (compute := getattr(model, "compute_logits", None)) is not None:  # a model that embeds has none
+            model.compute_logits = lambda hidden, *rest, **options: compute(self._seen(hidden), *rest, **options)
 
     def _seen(self, hidden: Tensor) -> Tensor:
         """No wait for the device: what was found is read when a request has ended."""
