@@ -45,15 +45,16 @@ def table(scores: Scores, more: Scores | None = None) -> str:
     lines = ["| row | minus | held in | held out |", "| --- | --- | ---: | ---: |"]
     for row, other in COMPARED:
         if {row, other} <= scores.known:
-            asked = more if more is not None and {row, other} <= more.known else scores
+            held_out = more if more is not None and {row, other} <= more.known else scores
             cells = (
                 cell(verdict(of.differences(row, other, of.results.part(part))))
-                for part, of in ((HELD_IN, scores), (HELD_OUT, asked))
+                for part, of in ((HELD_IN, scores), (HELD_OUT, held_out))
                 if of.results.part(part)
             )
-            dagger = "†" * (asked is more)
+            dagger = "†" * (held_out is more)
             lines.append(f"| {shown_name(row)} | {shown_name(other)} | {' | '.join(cells)}{dagger} |")
-    return "\n".join(lines) + f"\n\n{LEGEND} †: by the items of *Held-out tasks, asked more*."
+    asked = "" if more is None else f" †: by the {len(more.results.tasks)} tasks of *Held-out tasks, asked more*."
+    return "\n".join(lines) + f"\n\n{LEGEND}{asked}"
 
 
 def pools(found: Mapping[int, Scores], names: list[str]) -> str:

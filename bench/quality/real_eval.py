@@ -48,7 +48,7 @@ FILES = {  # {which rows of which tasks: the results' file}
     "others": real_answers.OTHER_FILES,
     "varied": real_answers.VARIED_FILES,
 }
-CHUNKS = {"claims": 8, "others": 3, "varied": 2}
+CHUNKS = {"claims": 8, "others": 6, "varied": 2}
 GROUPS = {"ablated": real_rows.ABLATED, "why": real_rows.WHY}
 
 
@@ -183,7 +183,7 @@ def main() -> None:
     )
     parser.add_argument("--nearness", action="store_true", help="with --rows: also how near PHATGOOSE is to the oracle")
     parser.add_argument("--items", type=int, default=24, help="of every task in a chunk (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, help="(default: 1, with --claims 8, --others 3, --varied 2)")
+    parser.add_argument("--chunks", type=int, help="(default: 1, with --claims 8, --others 6, --varied 2)")
     parser.add_argument("--results", type=Path, help="folder of the results (default: results/ in the cache)")
     args = parser.parse_args()
     args.chunks = args.chunks or CHUNKS.get(args.only, 1)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from bench.quality import real
 from bench.quality.real_differences import LEGEND, cell
-from bench.quality.real_names import shown_name
 from bench.quality.real_scores import Scores
 from bench.quality.real_verdicts import verdict
 from moerge_ext import load_experts
@@ -61,7 +60,7 @@ def pool_of(change: str, deciders: Deciders) -> tuple[ExpertBank, dict[str, Any]
 
 
 def table(scores: Scores | None) -> str:
-    """PHATGOOSE under every change, and what it is minus the rows that it is claimed to surpass."""
+    """Every row under every change, PHATGOOSE minus the others, and what the change makes of each row."""
     if scores is None:
         return ""
     names = scores.results.part("heldout")
@@ -70,22 +69,17 @@ def table(scores: Scores | None) -> str:
     lines.append("| --- |" + " ---: |" * (len(ROWS) + len(head)))
     for change, said in CHANGES.items():
         ours = GATED[0] + change
-        if ours not in scores.known:
-            continue
         others = [row + (NONE if "gates" in change else change) for row in CLAIMED]
+        if not {ours, *others} <= scores.known:
+            continue
         cells = ["{:.1f} ({:.0f}-{:.0f})".format(*scores.mean(ours, names))]
         cells += ["" if "gates" in change else f"{scores.mean(row, names)[0]:.1f}" for row in others]
         cells += [cell(verdict(scores.differences(ours, row, names))) for row in others]
         lines.append(f"| {said} | {' | '.join(cells)} |")
-    changes = [
-        f"{CHANGES[change]}: {cell(verdict(scores.differences(row + change, row, names)))}"
-        for row in GATED
-        for change in CHANGES
-        if change and row + change in scores.known
-    ]
-    counts = sum(len(task["targets"]) for task in scores.results.tasks.values())
-    return (
-        "\n".join(lines)
-        + f"\n\nHeld-out tasks, {counts} items. {shown_name(GATED[0])}, with minus without the change: "
-        + f"{'; '.join(changes)}. {LEGEND}"
-    )
+    lines += ["", f"| with minus without the change | {' | '.join(ROWS)} |", "| --- |" + " ---: |" * len(ROWS)]
+    for change, said in CHANGES.items():
+        runs = {row: row + change for row in ROWS if change and row + change in scores.known}
+        cells = [cell(verdict(scores.differences(runs[row], row, names))) if row in runs else "" for row in ROWS]
+        lines += [f"| {said} | {' | '.join(cells)} |"] if runs else []
+    counts = ", ".join(f"{name} {len(scores.results.tasks[name]['targets'])}" for name in names)
+    return "\n".join(lines) + f"\n\nItems: {counts}. {LEGEND}"

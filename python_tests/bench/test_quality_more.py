@@ -88,7 +88,7 @@ def test_variants_are_compared_with_the_rows_of_the_same_pool():
     }  # fmt: skip
     tasks = {"a": {"part": "heldout", "metric": "accuracy", "targets": ["x"] * 4, "chance": None}}
     answered = {(run, "a"): Answered(run, "a", ("",) * 4, tuple(m == "1" for m in text)) for run, text in marks.items()}
-    text = real_variants.table(Scores(Results({}, tasks, answered)))
+    text, changes = real_variants.table(Scores(Results({}, tasks, answered))).split("\n\n| with minus")
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if line[:1] == "|"}
     assert cells[real_variants.CHANGES["/norm=0.5"]][0].startswith("100.0 ")
     assert [cell.split(" ")[0] for cell in cells[real_variants.CHANGES["/norm=0.5"]][4:]] == [
@@ -99,7 +99,9 @@ def test_variants_are_compared_with_the_rows_of_the_same_pool():
     gates = cells[real_variants.CHANGES["/gates=100"]]
     assert gates[1:4] == [""] * 3, "gates change nothing of the other rows"
     assert gates[4].startswith("+0.0 "), "which are those of the pool as it is"
-    assert real_variants.CHANGES["/layers=10"] not in text, "not asked"
+    assert real_variants.CHANGES["/layers=10"] not in text + changes, "not asked"
+    half = next(line for line in changes.splitlines() if real_variants.CHANGES["/norm=0.5"] in line)
+    assert [cell.split(" ")[0] for cell in half.split(" | ")[1:]] == ["+50.0", "**-75.0", "**+75.0", "+50.0"]
 
 
 def test_other_tasks_share_no_answers_to_compare(tmp_path):
