@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bench.quality import real_nearness
+from bench.quality import real_nearness, real_weights
 from bench.quality.real_answers import items
 from bench.quality.real_scores import BEST, ORACLE, Scores
 from bench.quality.real_verdicts import ABOVE, BELOW, CLOSE, margin, verdict
@@ -126,6 +126,7 @@ def table(asked: Asked) -> str:
         "| --- | --- | --- | ---: | --- |",
         *(line(claim, asked) for claim in CLAIMS),
         *real_nearness.claims(asked.scores),
+        real_weights.claim(asked.scores.results),
         *(f"| {paper} | {text} | not run | | {why} |" for paper, text, why in NOT_RUN),
     ]
     parts = {"held in": asked.scores, "held out": asked.more or asked.scores}

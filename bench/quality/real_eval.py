@@ -125,6 +125,7 @@ class Asking:
         args, pool, done = self.args, self.deciders.pool, []
         if not args.scaling and not args.only:
             self.facts["weights"] = real_weights.measure(self.model, self.tokenizer, pool, self.tasks(0))
+            self.facts["weights_told"] = self.weights_told()
         for chunk in range(args.chunks):
             asked: list[Asked] = []
             for part in self.parts(self.tasks(chunk)):
@@ -151,8 +152,15 @@ class Asking:
             if len(asked[0]) >= len(real_join.CHECKED):
                 new = real_answers.collected(asked, self.facts | self.deciders.more_facts())
                 real_answers.write(real_join.joined(real_answers.read(self.file), new), self.file)
-            if len(asked[0]) == len(real_join.CHECKED) and self.args.nearness:
-                self.facts["nearness"] = self.nearness()
+            if len(asked[0]) == len(real_join.CHECKED):
+                self.facts |= {"nearness": self.nearness()} if self.args.nearness else {}
+                self.facts |= {"weights_told": self.weights_told()} if self.args.shares else {}
+
+    def weights_told(self) -> dict[str, dict[str, float]]:
+        """Where GLIDER's weight goes that is told the task."""
+        tasks = self.tasks(0)
+        router = self.deciders.told(tasks)["instruction"]
+        return real_weights.measure(self.model, self.tokenizer, self.deciders.pool, tasks, router)
 
     def nearness(self) -> dict[str, dict]:
         """How near routing comes to the best expert, as the answers that are there say which that is."""
@@ -182,6 +190,7 @@ def main() -> None:
         help=f"only these, or those of {', '.join(GROUPS)}, into the results there are (real_join.py)",
     )
     parser.add_argument("--nearness", action="store_true", help="with --rows: also how near PHATGOOSE is to the oracle")
+    parser.add_argument("--shares", action="store_true", help="with --rows: also where the weight of GLIDER goes")
     parser.add_argument("--items", type=int, default=24, help="of every task in a chunk (default: %(default)s)")
     parser.add_argument("--chunks", type=int, help="(default: 1, with --claims 8, --others 6, --varied 2)")
     parser.add_argument("--results", type=Path, help="folder of the results (default: results/ in the cache)")

@@ -13,7 +13,7 @@ from typing import Any
 from bench.quality.real_answers import Results
 
 CHECKED = ("base", "merged", "retrieval")  # no expert, all of them, the one that is nearest to a question
-MORE = ("written", "multitask", "nearness")  # facts of rows that not every table has
+MORE = ("written", "multitask", "nearness", "weights_told")  # facts of rows that not every table has
 SAME = 0.99  # of a row's answers, at least
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from bench_checkout import REPO  # first: bench is importable after it
 
-from bench.quality import real, real_answers, real_facts, real_table, real_tasks, real_variants
+from bench.quality import real, real_answers, real_facts, real_table, real_tasks, real_variants, real_weights
 from bench.quality.real_answers import Answered, Asked, Results
 from bench.quality.real_scores import Scores
 from moerge_ext.evaluation.metrics import GRADED, SCORES
@@ -124,3 +124,14 @@ def test_the_tasks_are_those_of_the_papers_part(shared):
 def test_a_graded_task_stays_open(shared, tmp_path):
     folder = real_tasks.write_task(real.Places(shared / "data", tmp_path), "e2e_nlg", 0, 4)
     assert '"rougeL"' in (folder / "meta.json").read_text()
+
+
+def test_where_the_weight_goes_of_a_method_that_is_told_the_task():
+    facts = {"weights": {"a": {"a": 0.25, "b": 0.75}, "b": {"a": 0.5, "b": 0.5}}}
+    assert "| a | 25 | b 75 |" in real_weights.table(Results(facts, {}, {})).splitlines()
+    assert "| not run |" in real_weights.claim(Results(facts, {}, {}))
+    facts |= {"weights_told": {"a": {"a": 1.0, "b": 0.0}, "b": {"a": 0.25, "b": 0.75}}}
+    assert "| a | 25 | b 75 | 100 | b 0 |" in real_weights.table(Results(facts, {}, {})).splitlines()
+    assert "| yes: 88 % of its weight against 38, more on 2 of the tasks | 2, 8 |" in real_weights.claim(
+        Results(facts, {}, {})
+    )
