@@ -145,16 +145,15 @@ class Asking:
         """The rows that were named, each joining the results there are as soon as it is whole."""
         asked: list[list[Asked]] = [[] for _ in range(self.args.chunks)]
         named = [row for name in self.args.rows for row in GROUPS.get(name, (name,))]
-        for name in (*real_join.CHECKED, *named):
+        self.facts |= {"nearness": self.nearness()} if self.args.nearness else {}
+        self.facts |= {"weights_told": self.weights_told()} if self.args.shares else {}
+        for name in dict.fromkeys((*real_join.CHECKED, *named)):
             for chunk, parts in enumerate(asked):
                 part = real_rows.part_of(name, self.deciders.pool, self.deciders, self.tasks(chunk))
                 parts.append(self.ask(part, chunk))
             if len(asked[0]) >= len(real_join.CHECKED):
                 new = real_answers.collected(asked, self.facts | self.deciders.more_facts())
                 real_answers.write(real_join.joined(real_answers.read(self.file), new), self.file)
-            if len(asked[0]) == len(real_join.CHECKED):
-                self.facts |= {"nearness": self.nearness()} if self.args.nearness else {}
-                self.facts |= {"weights_told": self.weights_told()} if self.args.shares else {}
 
     def weights_told(self) -> dict[str, dict[str, float]]:
         """Where GLIDER's weight goes that is told the task."""

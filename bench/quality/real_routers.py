@@ -141,13 +141,15 @@ class Deciders:
         notes = self.places.multitask() / "facts.json"
         return found | ({"multitask": json.loads(notes.read_text())} if notes.is_file() else {})
 
-    def other_gates(self) -> dict[str, ExpertBank]:
-        """{steps of gate training, as --gate-steps has them: the experts with these gates}, where all have some."""
-        found = {}
-        for folder in sorted(self.places.cache.glob(real.OTHER_GATES.format("*"))):
-            if all(gates_file(folder / name, SIGMOID_GATE).is_file() for name in self.names):
-                found[folder.name.partition("-")[2]] = load_experts([folder / name for name in self.names])
-        return found
+    def other_gates(self) -> list[str]:
+        """Steps of gate training, as --gate-steps has them, by which all experts have gates."""
+        folders = sorted(self.places.cache.glob(real.OTHER_GATES.format("*")))
+        whole = [f for f in folders if all(gates_file(f / name, SIGMOID_GATE).is_file() for name in self.names)]
+        return [folder.name.partition("-")[2] for folder in whole]
+
+    def with_gates(self, steps: str) -> ExpertBank:
+        """The experts with the gates of one of `other_gates`."""
+        return load_experts([self.places.cache / real.OTHER_GATES.format(steps) / name for name in self.names])
 
     def pooled(self, count: int = POOLED) -> dict[str, list[dict]]:
         """{task: the first of the rows that everything learned over the pool sees}."""

@@ -46,7 +46,7 @@ def pool_of(change: str, deciders: Deciders) -> tuple[ExpertBank, dict[str, Any]
     kind, _, value = change.removeprefix("/").partition("=")
     places = deciders.places
     if kind == "gates":
-        return deciders.other_gates()[value], {}
+        return deciders.with_gates(value), {}
     if kind == "lr":
         other = deciders.of(replace(places, experts=real.OTHER_RATE.format(value)))
         return other.pool, other.known()

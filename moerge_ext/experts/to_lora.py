@@ -185,7 +185,7 @@ def _checked_config(name: str, folder: Path) -> dict[str, Any]:
     if not has_weights(folder, WEIGHTS_FILE):
         problems.append(f"{WEIGHTS_FILE} is missing (adapter_model.bin is not opened here)")
     if config.get("bias", "none") not in ("none", None) or config.get("lora_bias"):
-        problems.append("it trained biases, which a LoRA of another cannot hold")
+        problems.append("it trained biases, which the LoRA that is to be written has no place for")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(word, str) and word for word in saved):
         problems.append(f"modules_to_save must be a list of names, got {str(saved)[:80]}")

@@ -28,6 +28,7 @@ from ..files.atomic import check_new_folder, write_folder_atomically
 from ..files.listing import grouped, listed
 from ..files.safefile import file_inside
 from ..models.wrappers import unwrapped
+from ..routing.base_model import carried
 from ..routing.fitting import on_model
 from .full_model import check_can_hold, save_merged
 from .products import METHODS, Product, mean_of_factors, mean_of_products, truncated
@@ -158,15 +159,16 @@ def _no_lora(experts: ExpertBank) -> list[str]:
 def _needs_model(experts: ExpertBank) -> list[str]:
     """What of the experts can only be merged with the base model at hand."""
     pass_it = "pass the base model (--model)"
-    problems = []
+    problems, routed = [], frozenset(experts.modules)
     if fused := [path for path in experts.modules if _OF_A_MIXTURE.fullmatch(path)]:
         rest = _without_fused(experts)
         problems.append(f"{listed(fused, 'module')} may be parts of fused experts: {pass_it}{rest}")
     for name, claims in experts.claims.items():
         if claims.saved:
+            way = "leave these layers out" if carried(claims.saved, routed) else "take the LoRA alone"
             problems.append(
                 f"expert {name!r} brings its own {listed(list(claims.saved))}, which a merge cannot hold: {pass_it} to "
-                "compare them, or take the LoRA alone by load_experts(..., modules=...) (--modules)"
+                f"compare them, or {way} by load_experts(..., modules=...) (--modules)"
             )
         if claims.init is not None:
             problems.append(f"expert {name!r} began with a part of the base's weights ({claims.init}): {pass_it}")

@@ -40,7 +40,7 @@ class BaseCheck:
         if alone in self.claims:
             self.own, self.problems = own_parameters(model, alone, self.claims[alone], experts.modules)
         else:
-            self.problems = saved_problems(model, self.claims)
+            self.problems = saved_problems(model, self.claims, experts.modules)
         self.problems += init_problems(model, self.claims)
 
     def bank(self) -> ExpertBank:
@@ -95,20 +95,35 @@ def differing(model: nn.Module, claims: BaseClaims) -> tuple[dict[str, SavedTens
     return changed, problems
 
 
-def saved_problems(model: nn.Module, experts: Mapping[str, BaseClaims]) -> list[str]:
-    """Why experts that bring their own parameters of the base cannot be routed on this model."""
-    found = []
+def saved_problems(model: nn.Module, experts: Mapping[str, BaseClaims], routed: Iterable[str]) -> list[str]:
+    """Why experts that bring their own parameters of the base cannot be routed on this model; routed: its layers."""
+    found, routed = [], frozenset(routed)
     for name, claims in experts.items():
         changed, problems = differing(model, claims)
-        if changed:
+        if carrying := carried(changed, routed):
+            problems.append(_carrying_problem(carrying))
+        if beside := [path for path in changed if path not in carrying]:
+            alone = "" if carrying else f"method 'expert:{name}', or "
             problems.append(
-                f"it was trained with its own {_names(changed)}, saved beside its LoRA and not equal to the model's"
-                f"{LORA_ALONE}. With them: method 'expert:{name}', or load them into the model first. An embedding or "
+                f"it was trained with its own {_names(beside)}, saved beside its LoRA and not equal to the model's"
+                f"{LORA_ALONE}. With them: {alone}load them into the model first. An embedding or "
                 "head that was saved and not trained: save the adapter again from the model it was trained on, with "
                 "save_embedding_layers=False"
             )
         found += [f"expert {name!r}: {problem}" for problem in problems]
     return found
+
+
+def carried(paths: Iterable[str], routed: frozenset[str]) -> list[str]:
+    """Which parameters are of layers that carry a LoRA as well, so that neither is to be had without the other."""
+    return [path for path in paths if path.rpartition(".")[0] in routed]
+
+
+def _carrying_problem(paths: list[str]) -> str:
+    return (
+        f"it was trained with its own {_names(paths)}, of a layer that carries its LoRA as well: load such "
+        "parameters into the model first, or leave these layers out by load_experts(..., modules=...)"
+    )
 
 
 def own_parameters(
@@ -117,21 +132,18 @@ def own_parameters(
     """({module path: {parameter: tensor}} that one expert brings, for a model that follows it alone; problems)."""
     changed, problems = differing(model, claims)
     shared = shared_parameters(model)
-    carrying, tied = [], []
+    carrying, tied = carried(changed, frozenset(routed)), []
     found: dict[str, dict[str, Tensor]] = {}
     for path, saved in changed.items():
         module, _, leaf = path.rpartition(".")
-        if module in set(routed):
-            carrying.append(path)
-        elif path in shared:
+        if path in carrying:
+            continue
+        if path in shared:
             tied.append(f"{path}, which the model shares with {shared[path]}")
         else:
             found.setdefault(module, {})[leaf] = saved.read()
     if carrying:
-        problems.append(
-            f"it was trained with its own {_names(carrying)}, of a layer that carries its LoRA as well: load such "
-            "parameters into the model first, or leave these layers out by load_experts(..., modules=...)"
-        )
+        problems.append(_carrying_problem(carrying))
     if tied:
         problems.append(f"it was trained with its own {'; '.join(tied)}{LORA_ALONE}")
     return found, [f"expert {name!r}: {problem}" for problem in problems]

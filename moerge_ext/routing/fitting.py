@@ -93,7 +93,7 @@ def on_patched(model: nn.Module, experts: ExpertBank, missing: str) -> Fitted:
         if claims.init is not None
     ]
     if not fitted.problems:
-        fitted.problems += saved_problems(model, fitted.experts.claims)
+        fitted.problems += saved_problems(model, fitted.experts.claims, fitted.experts.modules)
     if not experts.modules:
         fitted.problems.append("the expert has no LoRA module")
     return fitted

@@ -372,7 +372,7 @@ def _matching_layers(
 def _on_base(model: nn.Module, adapter: Adapter, places: dict[str, str], joint: bool) -> dict[str, ModuleWeights]:
     """The adapter's modules as plain LoRA on this model; one ValueError with what its base had and this model lacks."""
     claims = {adapter.name: adapter.claims.renamed(places, there=dict(model.named_modules()))}
-    problems = saved_problems(model, claims) + init_problems(model, claims)
+    problems = saved_problems(model, claims, places.values()) + init_problems(model, claims)
     init = adapter.claims.init
     if init is not None and joint:
         problems.append(

@@ -290,14 +290,6 @@ def test_saved_parameters_that_are_the_models(dtype, tmp_path):
     assert error(routed(tiny_llama, folder), by_peft(tiny_llama, folder)) < 1e-2
 
 
-def test_trained_biases(tmp_path):
-    folder = save(tiny_qwen2, tmp_path / "e", target_modules=["q_proj"], bias="all")
-    edit(folder, lambda tensors: [t.add_(1) for key, t in tensors.items() if key.endswith(".bias")])
-    refused(tiny_qwen2, folder, "trained with its own", "and 3 more")
-    biases = ", ".join(f"model.layers.{i}.self_attn.q_proj.bias" for i in (0, 1))
-    refused(tiny_qwen2, folder, f"{biases}, of a layer that carries its LoRA as well", "modules=", method="expert:e")
-
-
 def test_the_tied_head_leaves_the_embedding_alone(tmp_path):
     folder, model = save(tiny_tied, tmp_path / "e", target_modules=["lm_head"]), tiny_tied()
     embedded = model.model.embed_tokens(IDS)
