@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
