@@ -27,26 +27,28 @@ MOERGE_DECLARE(isa_portable)
 MOERGE_DECLARE(isa_avx2)
 MOERGE_DECLARE(isa_avx512)
 namespace isa_avx512 {
-extern const Tiles tiles;
+extern const Tiles tiles, vectors;
 }
 #endif
 #undef MOERGE_DECLARE
 
 namespace {
 
-// Which sets this machine may use, by MOERGE_INSTRUCTION_SET: "amx" (as when unset), "avx512", "avx2" or "portable".
+// Which sets this machine may use, by MOERGE_INSTRUCTION_SET: "amx" (as when unset), "avx512bf16", "avx512", "avx2" or
+// "portable".
 struct Allowed {
-  bool avx2 = true, avx512 = true, amx = true;
+  bool avx2 = true, avx512 = true, bf16 = true, amx = true;
 
   Allowed() {
     const char* value = std::getenv("MOERGE_INSTRUCTION_SET");
     const std::string_view most = value && *value ? value : "amx";
-    if (most != "amx" && most != "avx512" && most != "avx2" && most != "portable")
-      throw std::runtime_error("moerge: MOERGE_INSTRUCTION_SET must be amx, avx512, avx2 or portable, got " +
-                               std::string(most));
+    if (most != "amx" && most != "avx512bf16" && most != "avx512" && most != "avx2" && most != "portable")
+      throw std::runtime_error(
+          "moerge: MOERGE_INSTRUCTION_SET must be amx, avx512bf16, avx512, avx2 or portable, got " + std::string(most));
     avx2 = most != "portable";
     amx = most == "amx";
-    avx512 = amx || most == "avx512";
+    bf16 = amx || most == "avx512bf16";
+    avx512 = bf16 || most == "avx512";
   }
 };
 
@@ -81,7 +83,10 @@ struct Choice {
       name = "avx512";
       f32 = isa_avx512::table_f32, f64 = isa_avx512::table_f64;
       rows_f32 = &isa_avx512::rows_f32, rows_f64 = &isa_avx512::rows_f64;
-      if (allowed.amx && has_amx()) name = "avx512 with amx", tiles = &isa_avx512::tiles;
+      if (allowed.amx && has_amx())
+        name = "avx512 with amx", tiles = &isa_avx512::tiles;
+      else if (allowed.bf16 && __builtin_cpu_supports("avx512bf16"))
+        name = "avx512 with bf16", tiles = &isa_avx512::vectors;
     } else if (allowed.avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                __builtin_cpu_supports("f16c")) {
       name = "avx2";

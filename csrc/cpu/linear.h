@@ -45,7 +45,7 @@ class FewLinear {
     if (bias) bias_ = dense(*bias);
     // long pieces: each begins with reads that nothing has asked for early
     rows_ = std::max<int64_t>(16, ceil_div(ceil_div(O_, 2 * torch::stable::get_num_threads()), 16) * 16);
-    if (tiles() && x_.dtype == DType::bf16 && D_ % 32 == 0) pair(workspace);
+    if (tiles() && tiles()->linear && x_.dtype == DType::bf16 && D_ % 32 == 0) pair(workspace);
   }
 
   int64_t count() const { return ceil_div(O_, rows_); }

@@ -24,8 +24,8 @@ LoraArgs::LoraArgs(const Check& check, const Tensor& x_in, int64_t out_features,
 bool LoraArgs::by_tiles(const Matrix& base, const Matrix& out) const {
   for (DType type : {dtype_of(x), a.dtype, b.dtype, base.dtype, out.dtype})
     if (type != DType::bf16) return false;
-  return tiles() && T * K >= kTilePairs * E && R % 16 == 0 && R <= kTileRanks && D % 32 == 0 && O % 16 == 0 &&
-         a.tall() && b.column_stride == 1 && !lora_bias && !factored;
+  return tiles() && T * K >= tiles()->worth * E && R % tiles()->ranks == 0 && R <= kTileRanks && D % 32 == 0 &&
+         O % 16 == 0 && a.tall() && b.column_stride == 1 && !lora_bias && !factored;
 }
 
 void LoraArgs::set_slots(const Tensor& weights, const Tensor& experts, const std::optional<Tensor>& rows) {

@@ -25,7 +25,7 @@
 //   apart costs what the tiles save: 48 rows x 576 to R = 16 10.1 against 10.5 us, 8 rows 3.9 against 2.0
 // All in bfloat16, shrink and expand go by the tiles of AMX (micro_amx.h). lora_apply_, T = 512, E = 8, K = 2, R = 16,
 // two cores beside other load, us against AVX-512: 576 -> 576 326 (509), 576 -> 1536 587 (945), 1536 -> 576 410 (791).
-// So do the scores (route.h).
+// So do the scores (route.h). Without AMX they go by vectors of bfloat16 where there are such (micro_bf16.h).
 //
 // What a patched layer cannot do here (Sapphire Rapids, two cores, float32 2048 -> 2048, K = 2, R = 16):
 //   T = 256, E = 166: A and B of 158 experts are 41 MB, at the 25 GB/s of the plain layer's own weights 1.65 ms, and
@@ -51,7 +51,6 @@ constexpr int64_t kTaskPairs = 48;   // pairs of one expert in one shrink task
 constexpr int64_t kChunk = 512;      // columns of one expand or outer task of kBlock tokens
 constexpr int64_t kDirectRows = 16;  // up to so many tokens, expand keeps partial sums in the result itself
 constexpr int64_t kFewPairs = 4;     // up to so many pairs, shrink cuts its sum over the threads
-constexpr int64_t kTilePairs = 8;    // pairs of an expert, if all are used alike, from which on tiles are worth it
 
 struct LoraArgs : LoraPlan {
   const Check& check;

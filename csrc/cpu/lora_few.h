@@ -28,7 +28,8 @@ class FewExperts {
  public:
   // Whether this is the way of a branch that goes by tiles.
   static bool takes(const LoraArgs& args, const Matrix& out) {
-    return args.E <= kFewTimes * args.K && args.E * args.R <= kFewRanks && args.T >= kFewRows && apart(args, out);
+    return tiles()->few && args.E <= kFewTimes * args.K && args.E * args.R <= kFewRanks && args.T >= kFewRows &&
+           apart(args, out);
   }
 
   FewExperts(const LoraArgs& args, const float* weights, const Matrix& base, const Matrix& out, Workspace& workspace)

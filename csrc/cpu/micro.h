@@ -82,8 +82,11 @@ struct FewBranch {
 };
 
 // The products of a branch whose tensors are all bfloat16, and those of tokens of bfloat16 with gates, where a machine
-// multiplies by tiles. R is a multiple of 16 and at most kTileRanks.
+// multiplies numbers of bfloat16: by tiles, or by vectors, which have shrink and expand alone. R is at most kTileRanks.
 struct Tiles {
+  int64_t ranks;  // of which R is a multiple
+  int64_t worth;  // pairs of an expert, if all are used alike, from which on this is faster than float32
+
   // out[m][r] = sum_d x[m][d] * w[d * stride + r]; D a multiple of 32
   void (*shrink)(int64_t M, int64_t D, int64_t R, const void* const* x, const void* w, int64_t stride,
                  float* const* out);
@@ -94,30 +97,31 @@ struct Tiles {
   // out[m][n] = sum_d x[m][d] * w[n * stride + d] for M <= 16 and D a multiple of 32; pairs[d / 2][m] are x[m][d] and
   // x[m][d + 1]
   void (*linear)(int64_t M, int64_t N, int64_t D, const uint32_t* pairs, const void* w, int64_t stride,
-                 float* const* out);
+                 float* const* out) = nullptr;
 
   // Gates of float32 as three parts of bfloat16 each: pairs[d / 2][p * E + e], `width` apart, is part p of features d
   // and d + 1 of gate e; sums[e] = sum_d of gate e. One of the strides is 1; D a multiple of 32.
   void (*split)(int64_t D, int64_t E, const float* gates, int64_t feature_stride, int64_t expert_stride, int64_t width,
-                uint32_t* pairs, float* sums);
+                uint32_t* pairs, float* sums) = nullptr;
   // sums[m][c] = sum_d x[m * stride + d] * pairs[d / 2][c][d % 2] for kScoreRows rows, width a multiple of kTileWidth;
   // adds the moments of each row to moments[m], if not null
   void (*scores)(int64_t D, int64_t width, const void* x, int64_t stride, const uint32_t* pairs, float* sums,
-                 Moments* moments);
+                 Moments* moments) = nullptr;
 
   // pairs[c / 16 * panel + r / 2 * 16 + c % 16] = w[r * stride + c] and w[(r + 1) * stride + c]; rows even, columns a
   // multiple of 16. Returns whether all are finite.
-  bool (*interleave)(int64_t rows, int64_t columns, const void* w, int64_t stride, uint32_t* pairs, int64_t panel);
+  bool (*interleave)(int64_t rows, int64_t columns, const void* w, int64_t stride, uint32_t* pairs,
+                     int64_t panel) = nullptr;
   // out[m] = base[m] + the branch of row m of x, which is chosen by weights[m][K] and experts[m][K]. M is at most
   // kFewRows; x has kFewRows rows, `x_bytes` apart; base[m] may be out[m]
   void (*few)(const FewBranch& branch, int64_t M, const void* x, int64_t x_bytes, const float* const* weights,
-              const int32_t* const* experts, const void* const* base, void* const* out);
+              const int32_t* const* experts, const void* const* base, void* const* out) = nullptr;
 };
 
 // Null where this machine has none, or may not use them.
 const Tiles* tiles();
 
-// The instruction set in use: "amx" (avx512 and Tiles), "avx512", "avx2" or "portable".
+// The instruction set in use: "avx512 with amx" or "avx512 with bf16" (and Tiles), "avx512", "avx2" or "portable".
 const char* instruction_set();
 
 }  // namespace moerge::cpu

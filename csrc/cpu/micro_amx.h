@@ -8,7 +8,6 @@
 namespace moerge::cpu::MOERGE_ISA {
 namespace {
 
-constexpr int64_t kTile = kTileWidth;
 constexpr int64_t kPairRows = 8;  // of a tile of w that expand multiplies: 16 ranks
 constexpr int64_t kShrinkRows = 48;
 constexpr int64_t kTileAhead = 512;  // bytes of a row of w that are asked for early
@@ -37,27 +36,6 @@ MOERGE_TILES inline void store_tile(void* to, int64_t stride) {
 template <int sum, int x, int w>
 MOERGE_TILES inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(x), "i"(w));
-}
-
-// 16 columns of two rows of w, in pairs
-inline void interleave(const bf16* first, const bf16* second, uint32_t* out) {
-  const auto both = lower_halves<16>(first) | (lower_halves<16>(second) << 16);
-  __builtin_memcpy(out, &both, sizeof both);
-}
-
-using Bits = Lanes<float, 16>::u32;
-
-// The nearest numbers of bfloat16, in the upper halves; a NaN stays one.
-inline Bits upper_halves(Vec<float, 16> values) {
-  const Bits bits = reinterpret_cast<Bits>(values);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
-  return values != values ? Bits{} + 0x7fc00000 : rounded;
-}
-
-// 16 numbers, rounded as `narrow` does
-inline void narrow_vec(Vec<float, 16> values, bf16* out) {
-  using U16 = Lanes<float, 16>::u16;
-  *reinterpret_cast<U16*>(out) = __builtin_convertvector(upper_halves(values) >> 16, U16);
 }
 
 // 16 ranks of up to 48 rows: sums [48,16]
@@ -105,14 +83,6 @@ void tiles_shrink(int64_t M, int64_t D, int64_t R, const void* const* x, const v
       for (int64_t m = 0; m < count; ++m) store_vec<float, 16>(load_vec<float, 16>(sums + m * kTile), out[m0 + m] + r);
     }
   }
-}
-
-// The same by one instruction, which takes subnormal numbers for zero as the tiles do
-inline void narrow_tile(Vec<float, 16> values, bf16* out) {
-  using U16 = Lanes<float, 16>::u16;
-  U16 halves;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(values));
-  *reinterpret_cast<U16*>(out) = halves;
 }
 
 // One row: to = from + add, of whichever types

@@ -75,11 +75,6 @@ void tiles_split(int64_t D, int64_t E, const float* gates, int64_t feature_strid
     split_tall(D, E, gates, feature_stride, width, pairs, sums);
 }
 
-// to += x . y, of 32 numbers of bfloat16, two by two
-inline void add_products(Vec<float, 16>& to, Bits x, Bits y) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(to) : "v"(x), "v"(y));
-}
-
 // The moments of n numbers of bfloat16, n a multiple of 32.
 inline void add_moments(int64_t n, const bf16* x, Moments* to) {
   const Bits ones = Bits{} + 0x3f803f80;

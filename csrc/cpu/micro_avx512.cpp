@@ -2,6 +2,8 @@
 #define MOERGE_ISA isa_avx512
 #include "micro_kernels.h"
 //
+#include "micro_bf16.h"
+//
 #include "micro_amx.h"
 //
 #include "micro_amx_route.h"
@@ -10,7 +12,15 @@
 
 namespace moerge::cpu::MOERGE_ISA {
 
-extern const Tiles tiles = {tiles_shrink, tiles_expand,     tiles_linear, tiles_split,
-                            tiles_scores, tiles_interleave, tiles_few};
+extern const Tiles tiles = {.ranks = 16,
+                            .worth = 8,
+                            .shrink = tiles_shrink,
+                            .expand = tiles_expand,
+                            .linear = tiles_linear,
+                            .split = tiles_split,
+                            .scores = tiles_scores,
+                            .interleave = tiles_interleave,
+                            .few = tiles_few};
+extern const Tiles vectors = {.ranks = 8, .worth = 2, .shrink = vectors_shrink, .expand = vectors_expand};
 
 }  // namespace moerge::cpu::MOERGE_ISA

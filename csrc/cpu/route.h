@@ -54,8 +54,8 @@ struct RouteArgs : RoutePlan {
 
   // Whether tokens and gates are multiplied by `tiles()`.
   bool by_tiles() const {
-    return tiles() && dtype_of(x) == DType::bf16 && dtype_of(gates) == DType::f32 && T > kFewTokens && E > 0 && D > 0 &&
-           D % 32 == 0;
+    return tiles() && tiles()->scores && dtype_of(x) == DType::bf16 && dtype_of(gates) == DType::f32 &&
+           T > kFewTokens && E > 0 && D > 0 && D % 32 == 0;
   }
 
   bool eligible(int64_t token, int64_t expert) const {

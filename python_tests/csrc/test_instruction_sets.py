@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import moerge_ext
+from moerge_ext import ops
 
 CHECK = """
 import itertools, torch
@@ -84,6 +86,20 @@ def test_it_computes_the_same(name):
     assert done.stdout.strip() == "all agree", done.stderr[-1500:]
 
 
+@pytest.mark.skipif(
+    "amx" not in ops.routed_lora_ways(*map(torch.zeros, ((1, 1), (1, 1), (1, 1), (1, 1, 1), (1, 1, 1))), top_k=1)[0],
+    reason="no AMX: the suite itself is by vectors, or has neither",
+)
+def test_vectors_of_bfloat16_where_there_are_tiles():
+    tests = Path(__file__).parents[1] / "ops" / "test_tiles.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        env=os.environ | {"MOERGE_INSTRUCTION_SET": "avx512bf16"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stdout[-1500:]
+
+
 def test_an_unknown_one_is_refused():
     done = run("mmx")
-    assert done.returncode and "MOERGE_INSTRUCTION_SET must be amx, avx512, avx2 or portable, got mmx" in done.stderr
+    expected = "MOERGE_INSTRUCTION_SET must be amx, avx512bf16, avx512, avx2 or portable, got mmx"
+    assert done.returncode and expected in done.stderr

@@ -1,4 +1,4 @@
-"""bfloat16 with enough tokens per expert, which machines with AMX multiply by tiles: right there as everywhere else."""
+"""bfloat16 with enough tokens per expert, which some machines multiply as such: by the tiles of AMX or by vectors."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from moerge_ext import ops, reference
 SHAPES = [
     (300, 576, 1040, 4, 16, 2), (67, 32, 16, 3, 32, 3), (513, 288, 544, 5, 64, 1), (2048, 64, 48, 160, 16, 2),
     (97, 64, 272, 7, 16, 2), (40, 96, 144, 4, 64, 2), (300, 576, 1040, 9, 16, 2),
+    (300, 576, 1040, 4, 8, 2), (113, 1056, 80, 6, 24, 2), (29, 96, 528, 5, 40, 2),
 ]  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_a_token_that_names_an_expert_twice_and_numbers_that_are_none():
     assert y[5].isnan().all() and not y[8].isfinite().any()
 
 
-@pytest.mark.parametrize("shape", SHAPES[4:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[4:7], ids=str)
 def test_an_expert_of_infinite_numbers_is_felt_by_who_chose_it_alone(shape):
     """Few experts are multiplied all at once, where zero times infinity would reach every token."""
     base, x, a, b, weights, experts = case(*shape)
