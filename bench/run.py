@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if args.suite in ("model", "real"):
+        machine.keep_memory()
     settings = settings_of(args)
     begin = time.perf_counter()
     environment = machine.environment(device)
