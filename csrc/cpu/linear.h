@@ -14,6 +14,8 @@
 //   bfloat16, AMX        15.5 (26.2; 20.5) 17.0 (27.9; 19.9) 20.0 (29.3; 20.1) 23.3 (32.9; 20.4)  27.5 (36.2; 21.6)
 //   float16, AVX-512     16.4 (23.1; 17.7) 19.8 (35.9; 27.2) 20.7 (37.0; 27.2) 28.3 (44.0; 31.1)  39.0 (52.9; 37.3)
 //   float32, AVX-512     24.3 (23.7; 17.0) 25.9 (27.7; 17.8) 32.6 (39.9; 27.0) 39.2 (47.9; 31.7)  50.3 (57.7; 39.4)
+// Zen 4, by vectors of bfloat16 (by widening; the layers alone by torch), one thread: T = 1 24.5 (26.0; 30), 4 31 (31;
+// 32), 8 37 (41; 36), 16 48 (60; 44); two threads: 15.4 (16.1; 18.5), 19 (19; 20), 23.3 (25.4; 22), 29 (35; 26).
 // One token in the model, over plain, by this (by torch's product), one and two threads: float32 1.17 and 1.30 (1.23
 // and 1.34), held to AVX2 1.20 and 1.32 (1.23 and 1.32), bfloat16 0.81 and 0.93 (1.23 and 1.29).
 // Tried: tasks of this in the time that a thread waits for the router's, with two threads: T = 1 float32 25.9 against
@@ -45,7 +47,9 @@ class FewLinear {
     if (bias) bias_ = dense(*bias);
     // long pieces: each begins with reads that nothing has asked for early
     rows_ = std::max<int64_t>(16, ceil_div(ceil_div(O_, 2 * torch::stable::get_num_threads()), 16) * 16);
-    if (tiles() && tiles()->linear && x_.dtype == DType::bf16 && D_ % 32 == 0) pair(workspace);
+    if (!tiles() || x_.dtype != DType::bf16 || D_ % 32 != 0) return;
+    by_rows_ = tiles()->rows;
+    if (tiles()->linear) pair(workspace);
   }
 
   int64_t count() const { return ceil_div(O_, rows_); }
@@ -61,6 +65,10 @@ class FewLinear {
     for (int64_t t = 0; t < T_; ++t) out[t] = sums + t * count;
     if (pairs_) {
       tiles()->linear(T_, count, D_, pairs_, weight_.at(o), stride_, out);
+    } else if (by_rows_) {
+      const void* rows[kFewLinear];
+      for (int64_t t = 0; t < T_; ++t) rows[t] = x_.at(t);
+      tiles()->rows(T_, count, D_, rows, weight_.at(o), stride_, out);
     } else {
       const float* token[kFewLinear];
       float* loaded = scratch<float>(1, x_.dtype == DType::f32 ? 0 : T_ * D_);
@@ -91,6 +99,7 @@ class FewLinear {
   Matrix x_, weight_, y_;
   std::optional<Tensor> bias_;
   int64_t stride_, T_, D_, O_, rows_ = 0;
+  bool by_rows_ = false;
   uint32_t* pairs_ = nullptr;
 };
 

@@ -82,7 +82,8 @@ struct FewBranch {
 };
 
 // The products of a branch whose tensors are all bfloat16, and those of tokens of bfloat16 with gates, where a machine
-// multiplies numbers of bfloat16: by tiles, or by vectors, which have shrink and expand alone. R is at most kTileRanks.
+// multiplies numbers of bfloat16: by tiles, or by vectors, which have shrink, expand and rows alone. R is at most
+// kTileRanks.
 struct Tiles {
   int64_t ranks;  // of which R is a multiple
   int64_t worth;  // pairs of an expert, if all are used alike, from which on this is faster than float32
@@ -98,6 +99,9 @@ struct Tiles {
   // x[m][d + 1]
   void (*linear)(int64_t M, int64_t N, int64_t D, const uint32_t* pairs, const void* w, int64_t stride,
                  float* const* out) = nullptr;
+  // the same of rows of x as they lie
+  void (*rows)(int64_t M, int64_t N, int64_t D, const void* const* x, const void* w, int64_t stride,
+               float* const* out) = nullptr;
 
   // Gates of float32 as three parts of bfloat16 each: pairs[d / 2][p * E + e], `width` apart, is part p of features d
   // and d + 1 of gate e; sums[e] = sum_d of gate e. One of the strides is 1; D a multiple of 32.

@@ -21,6 +21,7 @@ extern const Tiles tiles = {.ranks = 16,
                             .scores = tiles_scores,
                             .interleave = tiles_interleave,
                             .few = tiles_few};
-extern const Tiles vectors = {.ranks = 8, .worth = 2, .shrink = vectors_shrink, .expand = vectors_expand};
+extern const Tiles vectors = {
+    .ranks = 8, .worth = 2, .shrink = vectors_shrink, .expand = vectors_expand, .rows = vectors_linear};
 
 }  // namespace moerge::cpu::MOERGE_ISA

@@ -194,5 +194,39 @@ void vectors_expand(int64_t M, int64_t R, int64_t J, const float* const* h, cons
     expand_rows(M - m < kPairedRows ? M - m : kPairedRows, R, J, h + m, w, from + m, to + m);
 }
 
+// A tile of `linear`: numbers of bfloat16 as they lie, two products in each lane; D a multiple of 32
+struct Paired {
+  using X = bf16;
+  using W = bf16;
+  template <int M, int N, bool fetching = false>
+  static void run(int64_t D, const bf16* const* x, const void* const* w, float* const* out, int64_t n0,
+                  const void* const* next = nullptr) {
+    constexpr int64_t ahead = kAhead / sizeof(bf16);
+    Vec<float, 16> sum[M][N] = {};
+    for (int64_t d = 0; d < D; d += 32) {
+      Bits b[N];
+      unrolled<N>([&](auto n) MOERGE_INLINE {
+        __builtin_memcpy(&b[n], static_cast<const bf16*>(w[n]) + d, sizeof b[n]);
+        asm("" : "+v"(b[n]));
+        if constexpr (fetching)
+          __builtin_prefetch(d + ahead < D ? static_cast<const bf16*>(w[n]) + d + ahead
+                                           : static_cast<const bf16*>(next[n]) + (d + ahead - D));
+      });
+      unrolled<M>([&](auto m) MOERGE_INLINE {
+        Bits a;
+        __builtin_memcpy(&a, x[m] + d, sizeof a);
+        asm("" : "+v"(a));
+        unrolled<N>([&](auto n) MOERGE_INLINE { add_products(sum[m][n], a, b[n]); });
+      });
+    }
+    unrolled<M, N>([&](auto m, auto n) MOERGE_INLINE { out[m][n0 + n] = reduce<float, 16>(sum[m][n]); });
+  }
+};
+
+void vectors_linear(int64_t M, int64_t N, int64_t D, const void* const* x, const void* w, int64_t stride,
+                    float* const* out) {
+  linear_by<Paired>(M, N, D, reinterpret_cast<const bf16* const*>(x), w, stride, out);
+}
+
 }  // namespace
 }  // namespace moerge::cpu::MOERGE_ISA

@@ -13,44 +13,62 @@
 namespace moerge::cpu::MOERGE_ISA {
 namespace {
 
+// A tile of `dot`.
+template <class Acc, class T>
+struct Widened {
+  using X = Acc;
+  using W = T;
+  template <int M, int N, bool fetching = false>
+  static void run(int64_t D, const X* const* x, const void* const* w, Acc* const* out, int64_t n0,
+                  const void* const* next = nullptr) {
+    dot_tile<Acc, T, M, N, fetching>(D, x, w, out, n0, next);
+  }
+};
+
 // Tiles of up to `most` rows of x and N of w. The first fetches what comes after these rows of w. Returns how many rows
 // of w are done.
-template <class Acc, class T, int most, int N>
-int64_t linear_rows(int64_t M, int64_t rows, int64_t D, const Acc* const* x, const T* w, int64_t stride,
-                    Acc* const* out) {
+template <class Tile, int most, int N, class Acc>
+int64_t linear_rows(int64_t M, int64_t rows, int64_t D, const typename Tile::X* const* x, const typename Tile::W* w,
+                    int64_t stride, Acc* const* out) {
   const void* row[2 * N];
   int64_t n = 0;
   for (; n + N <= rows; n += N) {
     for (int64_t i = 0; i < 2 * N; ++i) row[i] = w + (n + i) * stride;
-    dot_tile<Acc, T, most, N, true>(D, x, row, out, n, row + N);
+    Tile::template run<most, N, true>(D, x, row, out, n, row + N);
     int64_t m = most;
-    for (; m + most <= M; m += most) dot_tile<Acc, T, most, N>(D, x + m, row, out + m, n);
+    for (; m + most <= M; m += most) Tile::template run<most, N>(D, x + m, row, out + m, n);
     if constexpr (most > 2)
-      if (M - m == most - 1) dot_tile<Acc, T, most - 1, N>(D, x + m, row, out + m, n), m = M;
+      if (M - m == most - 1) Tile::template run<most - 1, N>(D, x + m, row, out + m, n), m = M;
     if constexpr (most > 3)
-      if (M - m == most - 2) dot_tile<Acc, T, most - 2, N>(D, x + m, row, out + m, n), m = M;
-    if (m < M) dot_tile<Acc, T, 1, N>(D, x + m, row, out + m, n);
+      if (M - m == most - 2) Tile::template run<most - 2, N>(D, x + m, row, out + m, n), m = M;
+    if (m < M) Tile::template run<1, N>(D, x + m, row, out + m, n);
   }
   return n;
 }
 
-template <class Acc, class T>
-void linear(int64_t M, int64_t N, int64_t D, const Acc* const* x, const void* w, int64_t stride, Acc* const* out) {
+template <class Tile, class Acc>
+void linear_by(int64_t M, int64_t N, int64_t D, const typename Tile::X* const* x, const void* w, int64_t stride,
+               Acc* const* out) {
   constexpr bool many = kRegisters == 32;
-  const T* start = static_cast<const T*>(w);
+  const auto* start = static_cast<const typename Tile::W*>(w);
   int64_t n = 0;
   if (M == 1)
-    n = linear_rows<Acc, T, 1, many ? 8 : 4>(M, N, D, x, start, stride, out);
+    n = linear_rows<Tile, 1, many ? 8 : 4>(M, N, D, x, start, stride, out);
   else if (M == 2)
-    n = linear_rows<Acc, T, 2, many ? 8 : 2>(M, N, D, x, start, stride, out);
+    n = linear_rows<Tile, 2, many ? 8 : 2>(M, N, D, x, start, stride, out);
   else if (M == 3 || !many)
-    n = linear_rows<Acc, T, 3, many ? 4 : 2>(M, N, D, x, start, stride, out);
+    n = linear_rows<Tile, 3, many ? 4 : 2>(M, N, D, x, start, stride, out);
   else
-    n = linear_rows<Acc, T, 4, 4>(M, N, D, x, start, stride, out);
+    n = linear_rows<Tile, 4, 4>(M, N, D, x, start, stride, out);
   for (; n < N; ++n) {
     const void* row = start + n * stride;
-    for (int64_t m = 0; m < M; ++m) dot_tile<Acc, T, 1, 1>(D, x + m, &row, out + m, n);
+    for (int64_t m = 0; m < M; ++m) Tile::template run<1, 1>(D, x + m, &row, out + m, n);
   }
+}
+
+template <class Acc, class T>
+void linear(int64_t M, int64_t N, int64_t D, const Acc* const* x, const void* w, int64_t stride, Acc* const* out) {
+  linear_by<Widened<Acc, T>>(M, N, D, x, w, stride, out);
 }
 
 // Null for portable code, which has not been compared with torch's product on any machine that would run it.
